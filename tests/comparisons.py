@@ -14,8 +14,8 @@ from fulltune.records.comparison import (
     Finding,
     Look,
     MethodRow,
-    Opening,
     Search,
+    TestRowsUse,
 )
 from fulltune.records.scores import Estimate, Scores
 from fulltune.report.format.words import MetricFormatter
@@ -178,7 +178,7 @@ def finding(level: str = "unfair", where: str = "full") -> Finding:
     )
 
 
-def openings(count: int) -> tuple[Opening, ...]:
+def openings(count: int) -> tuple[TestRowsUse, ...]:
     return tuple(_opening(seeds=number + 1) for number in range(count))
 
 
@@ -248,9 +248,9 @@ def _look(seeds: int, enough: bool) -> Look:
     return Look(num_seeds=seeds, max_seeds=5, spent=0.01, reason=reason, wanted_seeds=wanted, waiting=("prompt",))
 
 
-def _opening(by: str = "ada@lab", seeds: int = 1) -> Opening:
+def _opening(by: str = "ada@lab", seeds: int = 1) -> TestRowsUse:
     trials = tuple(f"full-seed{42 + number}" for number in range(seeds))
-    return Opening(time="2026-11-24T16:12:03+01:00", by=by, command="fulltune compare", trials=trials,
+    return TestRowsUse(time="2026-11-24T16:12:03+01:00", by=by, command="fulltune compare", trials=trials,
                    alpha=0.025, left=0.025)  # fmt: skip
 
 

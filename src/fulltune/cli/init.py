@@ -22,7 +22,7 @@ from fulltune.data.readers.text_files import guess_missing_header
 from fulltune.data.sources import SourceRows, find_target_and_count_rows, list_unused_columns
 from fulltune.errors import DataError, SetupError
 from fulltune.files import write_text
-from fulltune.recipe.data import UTF_8, DataBlock, codec_of
+from fulltune.recipe.data import UTF_8, DataBlock, codec_for_encoding
 from fulltune.recipe.tasks import FACTS, READ_BY, TaskName
 from fulltune.records.data import SplitName
 from fulltune.system.run_folder import explain_os_errors
@@ -99,7 +99,7 @@ def parse_hints(task: str | None, role_options: Sequence[str], columns: str | No
     if names is not None and (not all(names) or len(set(names)) < len(names)):
         raise SetupError(f"--columns: expected a distinct name for each column, such as text,label; found '{columns}'")
     try:
-        codec_of(encoding)
+        codec_for_encoding(encoding)
     except ValueError as error:
         raise SetupError(f"--encoding: {error}") from None
     return task, settings | ({"columns": names} if names is not None else {})
@@ -180,7 +180,7 @@ def infer_task(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
     # Naming columns of a file implies that it has a header.
     given_task, settings = hints
     roles = {role: column for role, column in settings.items() if role in USUAL_NAMES}
-    encoding = codec_of(settings.get("encoding", "utf-8"))
+    encoding = codec_for_encoding(settings.get("encoding", "utf-8"))
     guessed = None if settings.get("columns") or roles else guess_missing_header(paths[0], encoding)
     named = settings.get("columns") or guessed
     block = DataBlock.model_validate({"train": tuple(map(str, paths)), "columns": named, **roles})
@@ -274,7 +274,7 @@ def write_recipe(
     inferred = infer_task(*paths, hints=hints)
     target, encoding = inferred.target, hints[1].get("encoding", "utf-8")
     # Official test rows often come without labels: a held-out file without a needed column is not used.
-    problems = {split: _column_mismatch(file, inferred, codec_of(encoding)) for split, file in files.items()}
+    problems = {split: _column_mismatch(file, inferred, codec_for_encoding(encoding)) for split, file in files.items()}
     held_out = {split: file for split, file in files.items() if problems[split] is None}
     not_used = (*unused, *filter(None, problems.values()))
     model_name = model or SMALL_MODELS.get(inferred.task, SMALL_ENCODER)
@@ -290,7 +290,7 @@ def write_recipe(
             f"{split}: {held_out_paths[split]}" if split in held_out else f"# {split} rows are split off train"
             for split in ("eval", "test")
         ),
-        *([f"encoding: {_yaml_scalar(encoding)}"] if codec_of(encoding) != UTF_8 else []),
+        *([f"encoding: {_yaml_scalar(encoding)}"] if codec_for_encoding(encoding) != UTF_8 else []),
         *([f"columns: [{names}]   # the file has no header line"] if names else []),
         *(f"{role}: {_yaml_scalar(column)}" for role, column in target.columns.items()),
         *([f"# columns not used: {inferred.unused}"] if inferred.unused else []),

@@ -111,7 +111,7 @@ def _add_commands(survey: Survey, target: Path, overrides: list[str], recipe: Re
     run = command("run", [*overrides, *planned]) + on_each
     # No comparison inside an engine (other methods run there but are not planned), without full (no reference), on
     # several machines (each method trains on one), or for a recipe with a block `method` (it excludes `methods`).
-    in_engine = recipe.train.engine_by or str(survey.settings.get(PLACEMENT)).startswith("zero")
+    in_engine = recipe.train.zero_enabled_by or str(survey.settings.get(PLACEMENT)).startswith("zero")
     has_block = re.search(r"^method\s*:", target.read_text(encoding="utf-8"), re.MULTILINE) is not None
     comparison = ""
     if survey.full_fits and not (in_engine or on_each or has_block):

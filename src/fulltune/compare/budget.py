@@ -36,7 +36,7 @@ _PASSES_PER_STEP = 3
 
 
 @dataclass(frozen=True)
-class Cost:
+class MethodCost:
     run: float
     """Seconds of one whole run's steps."""
     num_rates: int = 1
@@ -47,7 +47,7 @@ class Cost:
     done: int = 0
     searched: bool = False
 
-    def of(self, trial: Trial) -> float:
+    def seconds_of(self, trial: Trial) -> float:
         return self.start + trial.share * self.run + (0.0 if trial.searches else self.scoring)
 
 
@@ -55,7 +55,7 @@ def num_seeds(wanted: int | None, train_rows: int) -> int:
     return wanted if wanted is not None else 5 if train_rows < FEW_TRAIN_ROWS else 3
 
 
-def forecast_seconds(costs: Mapping[str, Cost], design: Expectation) -> float:
+def forecast_seconds(costs: Mapping[str, MethodCost], design: Expectation) -> float:
     """Forecast the seconds that unfinished trials take. In a sequential design, only full fine-tuning and its most
     expensive rival get all seeds."""
     full, *rivals = (method for method in design.methods if costs[method].decides)
@@ -73,7 +73,7 @@ def forecast_seconds(costs: Mapping[str, Cost], design: Expectation) -> float:
     return total
 
 
-def smaller_designs(costs: Mapping[str, Cost], whole: Expectation) -> Iterator[Expectation]:
+def smaller_designs(costs: Mapping[str, MethodCost], whole: Expectation) -> Iterator[Expectation]:
     """Yield ever smaller designs: with fewer seeds (down to three), fewer rivals, two seeds, and no rate search."""
     everyone, deciding = whole.methods, tuple(method for method in whole.methods if costs[method].decides)
     good, fewest = min(whole.num_seeds, GOOD_SEEDS), min(whole.num_seeds, LEAST_SEEDS)
@@ -87,7 +87,7 @@ def smaller_designs(costs: Mapping[str, Cost], whole: Expectation) -> Iterator[E
 
 
 def fit_design_to_budget(
-    costs: Mapping[str, Cost], whole: Expectation, end_seconds: float = 0.0, seconds_spent: float = 0.0
+    costs: Mapping[str, MethodCost], whole: Expectation, end_seconds: float = 0.0, seconds_spent: float = 0.0
 ) -> Expectation:
     """Return the largest of `smaller_designs` that fits into the budget, less RESERVE, or raise a `RecipeError`.
 
@@ -111,7 +111,7 @@ def fit_design_to_budget(
 
 
 def with_detectable_differences(
-    expected: Expectation, costs: Mapping[str, Cost], margin: float, alpha: float, test_rows: int
+    expected: Expectation, costs: Mapping[str, MethodCost], margin: float, alpha: float, test_rows: int
 ) -> Expectation:
     """Return the design with the smallest differences it can detect, for low and high spread between seeds. A design
     with two seeds is returned unchanged."""
@@ -130,7 +130,7 @@ def with_detectable_differences(
     return expected.model_copy(update={"detectable": (alike, apart)})
 
 
-def _design_notes(costs: Mapping[str, Cost], design: Expectation) -> Iterator[str]:
+def _design_notes(costs: Mapping[str, MethodCost], design: Expectation) -> Iterator[str]:
     """Yield a note for each cut: fewer seeds, no rate search, or fewer methods."""
     if design.num_seeds < design.most_seeds:
         yield f"{design.num_seeds} seeds are planned instead of {design.most_seeds}; more seeds run if time remains"
@@ -184,7 +184,7 @@ def load_or_plan_design(context: Context) -> Expectation:
         design = _plan_design(context)
         design.save(path)
     margin = context.recipe.compare.margin
-    context.job.listener(Designed(expectation=design, metric=context.measure.name, margin=margin))
+    context.job.listener(Designed(expectation=design, metric=context.resamplable_metric.name, margin=margin))
     return design
 
 
@@ -193,7 +193,7 @@ def _plan_design(context: Context) -> Expectation:
     block, splits = context.recipe.compare, context.summary.splits
     steps = context.method_setup(context.full.label).plan.total_steps
     context.log_elapsed_time("preparation")
-    if context.budget_seconds is not None and not context.kept_results():
+    if context.budget_seconds is not None and not context.saved_results():
         # Arithmetic alone errs too much; the search usually begins with this trial anyway.
         full, share = context.full, rates.share_of_steps(0.0, steps)
         trial = rates.short_trial(full.label, default_rate(context, full), share, context.recipe.train.seed)
@@ -211,7 +211,7 @@ def _plan_design(context: Context) -> Expectation:
         sequential=block.sequential,
     )
     design = fit_design_to_budget(costs, whole, end, context.seconds_spent)
-    if not is_share(context.measure.name):
+    if not is_share(context.resamplable_metric.name):
         return design
     return with_detectable_differences(design, costs, block.margin, context.alpha, splits["test"].rows)
 
@@ -227,10 +227,10 @@ def default_rate(context: Context, method: Method) -> float:
     return rates.nearest_rate(method_rates(context, method), rates.rounded(planned))
 
 
-def forecast_costs(context: Context) -> tuple[dict[str, Cost], float]:
+def forecast_costs(context: Context) -> tuple[dict[str, MethodCost], float]:
     """Forecast each method's costs (full fine-tuning first) and the seconds after the last trial."""
     steps, rest = actual_to_planned_time(context)
-    results, costs, splits = context.kept_results(), dict[str, Cost](), context.summary.splits
+    results, costs, splits = context.saved_results(), dict[str, MethodCost](), context.summary.splits
     scored, rows = sum(splits[split].rows for split in ("eval", "test")), sum(one.rows for one in splits.values())
     end = 0.0
     for method in context.trained_methods:
@@ -247,7 +247,7 @@ def forecast_costs(context: Context) -> tuple[dict[str, Cost], float]:
         if context.scores_runs and method is context.full:  # baselines embed the train rows as well, some repeatedly
             baselines = planned.time.overhead_seconds.get(BASELINES, 0.0) if planned.time else 0.0
             end = rest * VERDICT_SECONDS + slower * max(baselines, rows * row_seconds)
-        costs[label] = Cost(
+        costs[label] = MethodCost(
             run=slower * planned.time.total_seconds if planned.time else 0.0,
             num_rates=len(method_rates(context, method)),
             decides=method is context.full or context.recipe.compared_kind(method) in RIVALS,
@@ -272,7 +272,7 @@ def actual_to_planned_time(context: Context) -> tuple[dict[str, float], float]:
         took[str(entry["what"]).removesuffix(": rows")] += entry["seconds"]
     steps, planned = defaultdict[str, float](float), defaultdict[str, float](float)
     rest, planned_rest = 0.0, _FIRST_SECONDS
-    for result in context.kept_results():
+    for result in context.saved_results():
         method, share, need = (
             result.trial.method,
             result.trial.share,
@@ -298,7 +298,7 @@ def has_time(context: Context, trials: Sequence[Trial], reserved_seconds: float 
         return True
     costs, end = forecast_costs(context)
     return (
-        sum(costs[one.method].of(one) for one in unfinished) + reserved_seconds + end
+        sum(costs[one.method].seconds_of(one) for one in unfinished) + reserved_seconds + end
         <= (1 - RESERVE) * context.seconds_left
     )
 

@@ -21,7 +21,7 @@ from fulltune.files import append_line, read_json_lines
 from fulltune.forgetting.generic_text import drift_per_text
 from fulltune.inference.store import CLUSTERS, IN_TRAIN
 from fulltune.recipe.tasks import ALSO_OCCURS, FACTS, leaked_content
-from fulltune.records.comparison import Comparison, Decision, MethodRow, Opening, TrialResult
+from fulltune.records.comparison import Comparison, Decision, MethodRow, TestRowsUse, TrialResult
 from fulltune.records.scores import Estimate, Scores
 from fulltune.stats.bootstrap import SAMPLES, resample_metrics, resample_trials
 from fulltune.stats.calibration import calibrate
@@ -29,31 +29,31 @@ from fulltune.system import run_folder
 from fulltune.text import format_metric
 
 _TEXT_SAMPLES = 2000
-middle = statistics.median
+median = statistics.median
 """Median, because a command's first run loads cold files."""
 
 
-def judge_on_test_rows(ran: SeedRuns) -> Comparison:
+def judge_on_test_rows(seed_runs: SeedRuns) -> Comparison:
     """Reach the verdict on the test rows, save the finished comparison, and write the model cards."""
-    context = ran.context
+    context = seed_runs.context
     context.say("opening the test rows")
-    alpha, later = alpha_left(ran.looks, context.alpha, time_was_up=ran.lacks_time)
+    alpha, later = alpha_left(seed_runs.looks, context.alpha, time_was_up=seed_runs.lacks_time)
     with context.log_duration("verdict"):
-        trials = [one.trial.name for runs in ran.results.values() for one in runs]
-        openings = log_test_opening(context, trials, alpha, later)
+        trials = [one.trial.name for runs in seed_runs.results.values() for one in runs]
+        openings = log_use_of_test_rows(context, trials, alpha, later)
         baselines = score_baselines(context)
-        compared = load_method_outputs(context, ran.results, SEALED, ran.waiting)
+        compared = load_method_outputs(context, seed_runs.results, SEALED, seed_runs.waiting)
         if (context.folder / SEALED / f"{BASE}.npz").exists():
             base = load_outputs(context.folder / SEALED / f"{BASE}.npz")
             compared.append(MethodOutputs(name=BASE, kind="base", trials=[base], cost=0.0))
         clusters = np.load(context.folder / "data" / "test" / CLUSTERS)
         decision = _verdict_on_rows(context, compared, clusters, alpha)
-        leaks = verdict_without_leaks(context, compared, clusters, decision)
+        leaks = note_verdict_without_leaks(context, compared, clusters, decision)
     log_test_access(context.folder, context.job.listener)
-    comparison = build_comparison(ran, decision, baselines, openings)
+    comparison = build_comparison(seed_runs, decision, baselines, openings)
     comparison = comparison.model_copy(update={"notes": (*comparison.notes, *leaks)})
     comparison.save(context.folder / RECORD)  # saved first: the test rows are open, and what follows may fail
-    write_model_cards(ran)
+    write_model_cards(seed_runs)
     return comparison
 
 
@@ -62,12 +62,12 @@ def _verdict_on_rows(
 ) -> Decision:
     """Reach a verdict on the rows of these outputs. Rows with the same number in `clusters` depend on each other."""
     recipe = context.recipe
-    terms = Terms(context.measure, recipe.compare.margin, recipe.evaluate.confidence, alpha)
-    drawn = resample_trials(context.measure, [method.trials for method in compared], clusters, SAMPLES)
+    terms = Terms(context.resamplable_metric, recipe.compare.margin, recipe.evaluate.confidence, alpha)
+    drawn = resample_trials(context.resamplable_metric, [method.trials for method in compared], clusters, SAMPLES)
     return decide_verdict(compared, drawn, terms)
 
 
-def verdict_without_leaks(
+def note_verdict_without_leaks(
     context: Context, compared: Sequence[MethodOutputs], clusters: np.ndarray, decision: Decision
 ) -> list[str]:
     """Return a note on the verdict without test rows that occur in train, or an empty list without such rows."""
@@ -89,12 +89,12 @@ def verdict_without_leaks(
     return [f"{prefix}{scores}, and {'still' if same else f'not {decision.verdict} but'} {clean.verdict}"]
 
 
-def log_test_opening(
+def log_use_of_test_rows(
     context: Context, trial_names: Sequence[str], alpha: float, later_alpha: float
-) -> tuple[Opening, ...]:
+) -> tuple[TestRowsUse, ...]:
     """Log that this command spends `alpha` on the test rows, and return the whole log. `later_alpha` is left for later
     verdicts."""
-    opening = Opening(
+    opening = TestRowsUse(
         time=datetime.now().astimezone().isoformat(timespec="seconds"),
         by=f"{getpass.getuser()}@{platform.node()}",
         command=context.command,
@@ -103,7 +103,7 @@ def log_test_opening(
         left=later_alpha,
     )
     append_line(context.folder / OPENINGS, opening.model_dump(mode="json"))
-    return tuple(Opening.model_validate(entry) for entry in read_json_lines(context.folder / OPENINGS))
+    return tuple(TestRowsUse.model_validate(entry) for entry in read_json_lines(context.folder / OPENINGS))
 
 
 def score_baselines(context: Context) -> tuple[Scores, ...]:
@@ -118,11 +118,11 @@ def score_baselines(context: Context) -> tuple[Scores, ...]:
 
 
 def build_comparison(
-    ran: SeedRuns, decision: Decision, baselines: tuple[Scores, ...], openings: tuple[Opening, ...]
+    seed_runs: SeedRuns, decision: Decision, baselines: tuple[Scores, ...], openings: tuple[TestRowsUse, ...]
 ) -> Comparison:
     """Assemble the comparison's record and its findings."""
-    context, summary = ran.context, ran.context.summary
-    rows = method_rows(ran, decision, baselines)
+    context, summary = seed_runs.context, seed_runs.context.summary
+    rows = method_rows(seed_runs, decision, baselines)
     environment = run_folder.describe_environment(context.machine)
     comparison = Comparison(
         name=context.folder.name,
@@ -135,37 +135,39 @@ def build_comparison(
         decision=decision,
         rows=rows,
         baselines=baselines,
-        expectation=ran.expectation,
-        looks=tuple(ran.looks),
+        expectation=seed_runs.expectation,
+        looks=tuple(seed_runs.looks),
         findings=(),
         openings=openings,
         drift_unit="nats per token" if summary.form.reads_any_text else "1 - cosine",
         generic_text=context.texts[1],
-        num_trials=len(context.kept_results()),
+        num_trials=len(context.saved_results()),
         seconds=round(context.seconds_spent, 1),
         cores=context.machine.num_cores,
-        time_was_up=ran.lacks_time,
+        time_was_up=seed_runs.lacks_time,
         device=context.method_setup(context.full.label).plan.device,
         data_fingerprint=summary.fingerprint,
         command=context.command,
         versions={"fulltune": environment.fulltune, "python": environment.python, **environment.packages},
         notes=tuple(_data_notes(context)),
     )
-    return comparison.model_copy(update={"findings": lint_comparison(ran, comparison)})
+    return comparison.model_copy(update={"findings": lint_comparison(seed_runs, comparison)})
 
 
-def method_rows(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> tuple[MethodRow, ...]:
+def method_rows(seed_runs: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> tuple[MethodRow, ...]:
     """Return one table row per method, after a row for the pretrained model or first baseline."""
-    context, scores = ran.context, decision.scores
+    context, scores = seed_runs.context, decision.scores
     num_parameters = context.method_setup(context.full.label).plan.num_parameters
-    base = scores.get(BASE) or (baselines[0].metrics.get(context.measure.name) if baselines else None)
+    base = scores.get(BASE) or (baselines[0].metrics.get(context.resamplable_metric.name) if baselines else None)
     rows = []
     if base is not None and any(one.kind == "base" for one in context.recipe.methods):
         rows.append(MethodRow(method=BASE, kind="base", num_parameters=num_parameters, metric=base, gain_share=0.0))
     gain = 0.0 if base is None else scores[context.full.label].value - base.value
-    for method, runs in ran.results.items():
-        score, search, setup = scores[method], ran.searches[method], context.method_setup(method)
-        share = None if base is None or context.measure.sign * gain <= 0 else (score.value - base.value) / gain
+    for method, runs in seed_runs.results.items():
+        score, search, setup = scores[method], seed_runs.searches[method], context.method_setup(method)
+        share = (
+            None if base is None or context.resamplable_metric.sign * gain <= 0 else (score.value - base.value) / gain
+        )
         rows.append(
             MethodRow(
                 method=method,
@@ -173,7 +175,7 @@ def method_rows(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) 
                 settings=settings_of(setup.method),
                 search=search,
                 seeds=tuple(one.trial.seed for one in runs),
-                waited=method in ran.waiting,
+                waited=method in seed_runs.waiting,
                 weights_dtype=setup.plan.weights_dtype,
                 bf16_rounding=setup.plan.bf16_rounding,
                 num_parameters=num_parameters,
@@ -181,14 +183,14 @@ def method_rows(ran: SeedRuns, decision: Decision, baselines: Sequence[Scores]) 
                 metric=score,
                 gain_share=share,
                 train_tokens=runs[0].tokens,
-                train_seconds=round(middle(one.train_seconds for one in runs), 2),
-                tokens_per_second=round(middle(one.tokens_per_second for one in runs), 1),
-                train_flops=middle(one.train_flops for one in runs),
+                train_seconds=round(median(one.train_seconds for one in runs), 2),
+                tokens_per_second=round(median(one.tokens_per_second for one in runs), 1),
+                train_flops=median(one.train_flops for one in runs),
                 peak_memory_bytes=max(one.peak_memory_bytes for one in runs),
                 memory_growth_bytes=max(one.memory_growth_bytes for one in runs),
                 saved_bytes=runs[0].saved_bytes,
                 drift=_estimate_drift(context, runs),
-                seconds_per_row=middle(one.seconds_per_row or 0.0 for one in runs),
+                seconds_per_row=median(one.seconds_per_row or 0.0 for one in runs),
             )
         )
     return tuple(rows)
@@ -215,20 +217,20 @@ def _data_notes(context: Context) -> list[str]:
     return dropped + [note for note in notes if note != linted]
 
 
-def write_model_cards(ran: SeedRuns) -> None:
+def write_model_cards(seed_runs: SeedRuns) -> None:
     """Write a model card beside each method's weights, with the test score of the saved seed."""
-    context, scoring = ran.context, ran.context.scoring
-    for method, runs in ran.results.items():
+    context, scoring = seed_runs.context, seed_runs.context.scoring
+    for method, runs in seed_runs.results.items():
         folder = context.folder / "models" / method
         if not folder.is_dir():
             context.say(f"{method}: no model card was written, because models/{method} no longer exists")
             continue
         name = best_seed(context, runs).trial.name
         eval_outputs, test = (load_outputs(context.folder / place / f"{name}.npz") for place in (OPEN, SEALED))
-        metrics = scoring.estimate_metrics(test, metrics=context.measure.alone)
+        metrics = scoring.estimate_metrics(test, metrics=context.resamplable_metric.alone)
         calibration = None
         if context.summary.form.is_calibrated:
             calibration = calibrate(eval_outputs["logits"], eval_outputs["labels"], test["logits"], test["labels"])
-        num_rows = metrics[context.measure.name].num_rows
+        num_rows = metrics[context.resamplable_metric.name].num_rows
         scores, _ = scoring.scores(name, "trained", num_rows, metrics, calibration=calibration)
         report.write_model_card(context.folder, folder, scores)

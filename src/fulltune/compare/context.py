@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fulltune import evaluate, methods, plan
-from fulltune.compare.rates import Scale
+from fulltune.compare.rates import MetricScale
 from fulltune.evaluate.scoring import Scoring
 from fulltune.files import append_line, read_json_lines
 from fulltune.footprint.records import Footprint
@@ -61,7 +61,7 @@ class Context:
     budget_seconds: float | None = None
     start: Starter = start_in_new_process
     began: float = field(default_factory=time.monotonic)
-    passed: set[str] = field(default_factory=set)
+    passed_dry_run: set[str] = field(default_factory=set)
     """Methods that passed a dry run, which their later trials skip."""
     alpha_left: float | None = None
     _setups: dict[str, MethodSetup] = field(default_factory=dict)
@@ -88,19 +88,19 @@ class Context:
         return min(MOST_TOKENS, limit - methods.max_virtual_tokens(self.recipe))
 
     @cached_property
-    def measure(self) -> bootstrap.ResamplableMetric:
+    def resamplable_metric(self) -> bootstrap.ResamplableMetric:
         """The comparison's metric, which can be computed on resampled rows."""
         return bootstrap.find_metric(
             self.recipe.task, Target.of(self.summary), self.method_setup(self.full.label).plan.metric
         )
 
     @cached_property
-    def scale(self) -> Scale:
+    def metric_scale(self) -> MetricScale:
         """The eval metric's direction and number of rows, where windows of one question count once."""
         num_rows = self.summary.splits["eval"].rows
         if self.summary.form.has_windows:
             num_rows = len({row[PLACE] for row in read_original_rows(self.folder / "data" / "eval")})
-        return Scale(self.measure.greater_is_better, num_rows, is_share(self.measure.name))
+        return MetricScale(self.resamplable_metric.greater_is_better, num_rows, is_share(self.resamplable_metric.name))
 
     @cached_property
     def scoring(self) -> Scoring:
@@ -132,7 +132,7 @@ class Context:
     def search_path(self, method: str) -> Path:
         return self.folder / FOLDER / "searches" / f"{method}.json"
 
-    def kept_results(self) -> list[TrialResult]:
+    def saved_results(self) -> list[TrialResult]:
         return [TrialResult.load(path) for path in sorted(self.result_path("").parent.glob("*.json"))]
 
     @contextlib.contextmanager

@@ -59,19 +59,23 @@ RuleHits = Iterator[tuple[str, str, str]]
 """Rule, location and description of each finding."""
 
 
-def lint_comparison(ran: SeedRuns, comparison: Comparison) -> tuple[Finding, ...]:
+def lint_comparison(seed_runs: SeedRuns, comparison: Comparison) -> tuple[Finding, ...]:
     """Check a comparison for unfair settings and weak evidence; unfair findings come first."""
     trained = [row for row in comparison.rows if row.kind != "base"]
     findings = [
         *_check_rates(trained, full_wins=comparison.decision.verdict == "FULL"),
-        *_check_methods(trained, time_was_up=ran.time_was_up),
+        *_check_methods(trained, time_was_up=seed_runs.time_was_up),
         *_check_equal_terms(trained),
-        *_check_eval_rows(ran, trained),
-        *_check_test_rows(ran.context.folder, rows_in_train(ran.context.summary), comparison.verdicts_on_test_rows),
-        *_check_pretrained_weights(ran.context.job.base),
+        *_check_eval_rows(seed_runs, trained),
+        *_check_test_rows(
+            seed_runs.context.folder, rows_in_train(seed_runs.context.summary), comparison.verdicts_on_test_rows
+        ),
+        *_check_pretrained_weights(seed_runs.context.job.base),
     ]
-    if ran.left_out:
-        findings.append(("left-out", ", ".join(ran.left_out), "not trained, because the budget is too short"))
+    if seed_runs.dropped_methods:
+        findings.append(
+            ("left-out", ", ".join(seed_runs.dropped_methods), "not trained, because the budget is too short")
+        )
     return _to_findings(findings)
 
 
@@ -221,11 +225,11 @@ def _check_equal_terms(trained: Sequence[MethodRow]) -> RuleHits:
         yield "unequal-heads", "methods", what
 
 
-def _check_eval_rows(ran: SeedRuns, trained: Sequence[MethodRow]) -> RuleHits:
+def _check_eval_rows(seed_runs: SeedRuns, trained: Sequence[MethodRow]) -> RuleHits:
     """Yield findings on eval rows that are too few or also test rows."""
-    scale, summary = ran.context.scale, ran.context.summary
+    scale, summary = seed_runs.context.metric_scale, seed_runs.context.summary
     resolution = max(scale.tolerance(row.metric.value) for row in trained) if scale.is_share else 0.0
-    if resolution > ran.context.recipe.compare.margin and any(len(_tried_rates(row)) > 1 for row in trained):
+    if resolution > seed_runs.context.recipe.compare.margin and any(len(_tried_rates(row)) > 1 for row in trained):
         yield (
             "few-eval-rows",
             "eval rows",

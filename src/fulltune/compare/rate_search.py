@@ -92,14 +92,14 @@ def _search_rate(job: Run, summary: DataSummary) -> Searched:
     rate_search = ran.searches[best.trial.method]
     if not rate_search.whole:  # there was time for one run only
         rate_search = rate_search.model_copy(update={"whole": {rate_search.chosen: best.metric}})
-    for result in context.kept_results():
+    for result in context.saved_results():
         if result.trial.name != best.trial.name:
             delete_trial_files(context, result.trial)
     return Searched(
         trial=best.trial.name,
         rate=rate_search,
-        metric_name=context.measure.name,
-        eval_rows=context.scale.eval_rows,
+        metric_name=context.resamplable_metric.name,
+        eval_rows=context.metric_scale.eval_rows,
         seconds=round(context.seconds_spent, 1),
         run_seconds=round(best.train_seconds, 1),
     )
@@ -112,7 +112,7 @@ def _forecast_search(context: Context) -> Expectation:
     cost = budget.forecast_costs(context)[0][method]
     short, whole = cost.start + share * cost.run, cost.start + cost.run
     least, seconds = 2 * short + whole, cost.num_rates * short + 2 * whole
-    if limit is not None and limit < least and not context.kept_results():
+    if limit is not None and limit < least and not context.saved_results():
         raise RecipeError(
             f"compare.budget: {typed_seconds(limit)} is too short for a search, which needs at least two short trials "
             f"and a whole run, forecast to take {typed_seconds(least)}; set --budget "
@@ -159,12 +159,16 @@ def move_best_run(job: Run, searched: Searched) -> None:
             target.parent.mkdir(exist_ok=True)
             source.rename(target)
     planned, trial_plan = Plan.load(job.plan_path), Plan.load(trial / "plan" / f"{searched.trial}.json")
-    changes = {"model_name": "", "method": method, "settings": tuple(_adopted_settings(trial_plan, planned, searched))}
+    changes = {
+        "model_name": "",
+        "method": method,
+        "settings": tuple(_settings_of_moved_run(trial_plan, planned, searched)),
+    }
     if (adopted := trial_plan.model_copy(update=changes)) != planned:
         run_folder.save_plan(run, _with_searched_rate(job.recipe, searched), adopted)
 
 
-def _adopted_settings(trial: Plan, planned: Plan, searched: Searched) -> list[Setting]:
+def _settings_of_moved_run(trial: Plan, planned: Plan, searched: Searched) -> list[Setting]:
     """Return the trial's settings, without the changes that only made it a trial."""
     before = {setting.name: setting for setting in planned.settings}
     settings = []

@@ -18,7 +18,7 @@ CLEARLY = 2
 
 
 @dataclass(frozen=True)
-class Scale:
+class MetricScale:
     """The eval metric's direction, number of rows and kind."""
 
     greater_is_better: bool
@@ -70,19 +70,19 @@ def short_trial(method: str, rate: float, share: float, seed: int) -> Trial:
     return Trial(name=name, method=method, learning_rate=rate, seed=seed, share=share, searches=True)
 
 
-def whole_run_trial(method: str, rate: float, seed: int, *, check: bool = False) -> Trial:
+def whole_run_trial(method: str, rate: float, seed: int, *, is_rate_test: bool = False) -> Trial:
     """Return the trial of a whole run. `check` marks a rate that is only tried out."""
-    name = f"{method}-rate{rate:g}-seed{seed}" if check else f"{method}-seed{seed}"
+    name = f"{method}-rate{rate:g}-seed{seed}" if is_rate_test else f"{method}-seed{seed}"
     return Trial(name=name, method=method, learning_rate=rate, seed=seed)
 
 
-def best_rates(tried: Mapping[float, float], scale: Scale) -> list[float]:
+def best_rates(tried: Mapping[float, float], scale: MetricScale) -> list[float]:
     """Return the rates with the best metric, in ascending order. `tried` maps rates to metrics."""
     best = max(scale.oriented(metric) for metric in tried.values())
     return sorted(rate for rate in tried if scale.oriented(tried[rate]) == best)
 
 
-def choose_rate(tried: Mapping[float, float], scale: Scale, default_rate: float | None) -> float:
+def choose_rate(tried: Mapping[float, float], scale: MetricScale, default_rate: float | None) -> float:
     """Return the best rate if it leads the default rate by more than the tolerance (or no default was tried), else the
     default."""
     best, *_ = best_rates(tried, scale)
@@ -92,7 +92,7 @@ def choose_rate(tried: Mapping[float, float], scale: Scale, default_rate: float 
     return best if ahead > scale.tolerance(tried[best]) else default_rate
 
 
-def _choice_reason(tried: Mapping[float, float], rate: float, scale: Scale, what: str) -> str:
+def _choice_reason(tried: Mapping[float, float], rate: float, scale: MetricScale, what: str) -> str:
     """Explain why a rate was chosen, where `what` names the runs, such as `whole runs`."""
     if rate in best_rates(tried, scale)[:1]:
         return f"the best of {len(tried)} {what}"
@@ -100,7 +100,7 @@ def _choice_reason(tried: Mapping[float, float], rate: float, scale: Scale, what
     return f"the default rate, because no other rate led by more than {least} in {what}"
 
 
-def next_rate_beyond_grid(tried: Mapping[float, float], scale: Scale) -> float | None:
+def next_rate_beyond_grid(tried: Mapping[float, float], scale: MetricScale) -> float | None:
     """Return the next rate beyond the grid if a rate at the grid's edge leads clearly, else None."""
     rates, best = sorted(tried), best_rates(tried, scale)[0]
     if math.isnan(tried[best]):  # nothing learned anything: it can only be too fast
@@ -116,18 +116,20 @@ def next_rate_beyond_grid(tried: Mapping[float, float], scale: Scale) -> float |
 
 
 def search_from_short_trials(
-    method: str, tried: Mapping[float, float], share: float, scale: Scale, usual: float
+    method: str, tried: Mapping[float, float], share: float, scale: MetricScale, default_rate: float
 ) -> Search:
     """Choose a rate from the metrics (`tried`) of short trials, and return the finished search."""
-    rate = choose_rate(tried, scale, usual)
+    rate = choose_rate(tried, scale, default_rate)
     on_edge = rate in (min(tried), max(tried)) and scale.lead_in_tolerances(rate, tried) > 1
     how = _choice_reason(tried, rate, scale, f"short runs of {share:.0%} of the steps")
     how += ", at the edge of the rates tried" * on_edge
-    return Search(method=method, tried=dict(tried), share=share, chosen=rate, reason=how, on_edge=on_edge, usual=usual)
+    return Search(
+        method=method, tried=dict(tried), share=share, chosen=rate, reason=how, on_edge=on_edge, usual=default_rate
+    )
 
 
 def next_rate_for_whole_run(
-    search: Search, whole: Mapping[float, float], scale: Scale, may_extend: bool, max_runs: int
+    search: Search, whole: Mapping[float, float], scale: MetricScale, may_extend: bool, max_runs: int
 ) -> float | None:
     """Return the rate of the next whole run, or None if no run is needed.
 
@@ -153,11 +155,11 @@ def next_rate_for_whole_run(
     return rate if may_extend and rate < too_high else None
 
 
-def _leads_clearly(best: float, whole: Mapping[float, float], scale: Scale) -> bool:
+def _leads_clearly(best: float, whole: Mapping[float, float], scale: MetricScale) -> bool:
     return CLEARLY < scale.lead_in_tolerances(best, whole) < math.inf
 
 
-def search_after_whole_runs(search: Search, whole: Mapping[float, float], scale: Scale) -> Search:
+def search_after_whole_runs(search: Search, whole: Mapping[float, float], scale: MetricScale) -> Search:
     """Return the search with the best whole run's rate if it leads, else with the default rate."""
     rate = choose_rate(whole, scale, search.usual)
     rates = {*search.tried, *whole}

@@ -74,7 +74,7 @@ def _run_short_trials(context: Context, method: Method, search_share: float, res
             context.say(f"{label}: trying the rate {trial.learning_rate:g} for {share:.1%} of the steps")
             tried[trial.learning_rate] = run_trial(context, trial).metric
         extends = method.learning_rates is None and len(tried) < len(grid) + rates.MOST_EXTENSIONS
-        further = rates.next_rate_beyond_grid(tried, context.scale) if extends else None
+        further = rates.next_rate_beyond_grid(tried, context.metric_scale) if extends else None
         next_rates = [] if further is None else [further]
     if not tried:
         return Search(
@@ -83,7 +83,7 @@ def _run_short_trials(context: Context, method: Method, search_share: float, res
             reason="the default rate, because there was no time for a search",
             time_was_up=True,
         )
-    result = rates.search_from_short_trials(label, tried, share, context.scale, usual)
+    result = rates.search_from_short_trials(label, tried, share, context.metric_scale, usual)
     return result.model_copy(update={"time_was_up": bool(next_rates)})
 
 
@@ -99,7 +99,7 @@ class SeedRuns:
     time_was_up: bool = False
 
     @property
-    def left_out(self) -> tuple[str, ...]:
+    def dropped_methods(self) -> tuple[str, ...]:
         return tuple(one.label for one in self.context.trained_methods if one.label not in self.results)
 
     @property
@@ -108,7 +108,7 @@ class SeedRuns:
 
     @property
     def lacks_time(self) -> bool:
-        return self.time_was_up or bool(self.left_out) or any(one.time_was_up for one in self.searches.values())
+        return self.time_was_up or bool(self.dropped_methods) or any(one.time_was_up for one in self.searches.values())
 
     def train_until_clear(self) -> SeedRuns:
         """Train one seed after another until the eval rows give a clear answer or time is up, and return self."""
@@ -142,7 +142,7 @@ class SeedRuns:
             methods = [name for name, count in lacking.items() if count == min(lacking.values())]
             method = methods[0]
             runs, most = self.results[method], self.expectation.most_seeds
-            if not runs and (late := self._method_without_time()):
+            if not runs and (late := self._first_unaffordable_method()):
                 self.context.say(f"{late}: not trained, because there is not enough time")
                 del self.results[late], self.searches[late]
                 continue
@@ -173,7 +173,7 @@ class SeedRuns:
         counts = {method: len(runs) for method, runs in self.results.items()}
         return budget.forecast_remaining_seconds(self.context, counts, seeds or self.expectation.num_seeds)
 
-    def _method_without_time(self) -> str | None:
+    def _first_unaffordable_method(self) -> str | None:
         """Return a method that no longer fits beside two seeds of full and its first rival, or None if all fit."""
         context = self.context
         pair = (context.full.label, next(method for method in self.results if self._kind(method) in RIVALS))
@@ -190,8 +190,8 @@ class SeedRuns:
         behind = [method for method, runs in self.results.items() if len(runs) < len(full)]
         compared = load_method_outputs(context, self.results, OPEN, behind)
         clusters = np.load(context.folder / "data" / "eval" / CLUSTERS)
-        drawn = resample_trials(context.measure, [one.trials for one in compared], clusters, SAMPLES)
-        terms = Terms(context.measure, context.recipe.compare.margin, alpha=context.alpha)
+        drawn = resample_trials(context.resamplable_metric, [one.trials for one in compared], clusters, SAMPLES)
+        terms = Terms(context.resamplable_metric, context.recipe.compare.margin, alpha=context.alpha)
         test_rows = context.summary.splits["test"].rows
         result = plan_next_seeds(compared, drawn, terms, self.expectation.most_seeds, test_rows, again=again)
         self.looks.append(result)
@@ -204,7 +204,7 @@ class SeedRuns:
     def _recheck_rivals(self) -> dict[str, int]:
         """Try other rates for rivals before full wins. Return the number of seeds for rivals that must catch up, or
         {}."""
-        context, scale = self.context, self.context.scale
+        context, scale = self.context, self.context.metric_scale
         kinds = ("full", *RIVALS)
         decisive = {method: runs for method, runs in self.results.items() if self._kind(method) in kinds}
         full = decisive[context.full.label]
@@ -245,10 +245,10 @@ class SeedRuns:
         runs = {search.chosen: first}
         while search.share < first.trial.share:  # otherwise the short trials were whole runs
             whole = {rate: one.metric for rate, one in runs.items()}
-            rate = rates.next_rate_for_whole_run(search, whole, context.scale, may_extend, most)
+            rate = rates.next_rate_for_whole_run(search, whole, context.metric_scale, may_extend, most)
             if rate is None:
                 break
-            check = rates.whole_run_trial(method, rate, first.trial.seed, check=True)
+            check = rates.whole_run_trial(method, rate, first.trial.seed, is_rate_test=True)
             if not budget.has_time(context, [check], reserved_seconds):
                 context.say(f"{method}: not enough time to try {rate:g} in a whole run")
                 break
@@ -258,7 +258,7 @@ class SeedRuns:
             runs[rate] = run_trial(context, check)
         if len(runs) > 1:
             metrics = {rate: one.metric for rate, one in runs.items()}
-            improved = rates.search_after_whole_runs(search, metrics, context.scale)
+            improved = rates.search_after_whole_runs(search, metrics, context.metric_scale)
             self.results[method][0] = runs.pop(improved.chosen)
             self.searches[method] = improved
             for dropped in runs.values():
@@ -272,7 +272,7 @@ class SeedRuns:
 
 
 def load_method_outputs(
-    context: Context, results: Results, subfolder: str, behind: Collection[str]
+    context: Context, results: Results, subfolder: str, methods_behind: Collection[str]
 ) -> list[MethodOutputs]:
     """Load each method's saved outputs from a subfolder. Methods in `behind` have fewer seeds and may spend only a part
     of alpha."""
@@ -283,7 +283,7 @@ def load_method_outputs(
             kind=context.recipe.compared_kind(setups[method].method),
             trials=[load_outputs(folder / f"{one.trial.name}.npz") for one in trials],
             cost=float(setups[method].plan.num_trainable_parameters),
-            alpha_share=WAITING_SHARE if method in behind else 1.0,
+            alpha_share=WAITING_SHARE if method in methods_behind else 1.0,
         )
         for method, trials in results.items()
     ]

@@ -58,13 +58,13 @@ def train_trial(context: Context, trial: Trial) -> tuple[Plan, Outcome, TrialRes
     run_folder.save_plan(context.folder, recipe, planned)
     before = Plan.load(context.folder / planned.file)
     with context.log_duration(trial.name):
-        listener, dry_run = only_steps_and_warnings(context.job.listener), trial.method not in context.passed
+        listener, dry_run = only_steps_and_warnings(context.job.listener), trial.method not in context.passed_dry_run
         # No rollbacks: a comparison wants to know which rates are too high for a method.
         planned_trial = retry.PlannedTrial(recipe, planned, context.folder, Hooks(), listener)
         outcome = retry.train_in_attempts(planned_trial, context.start, dry_run, max_rollbacks=0)
     planned = Plan.load(context.folder / planned.file)  # changed if memory ran out
     if planned == before:
-        context.passed.add(trial.method)
+        context.passed_dry_run.add(trial.method)
     setup, summary = context.method_setup(trial.method), context.summary
     # Rows and tokens of all steps without padding: each step takes a global batch of rows of mean length.
     rows = outcome.steps * min(setup.plan.global_batch_size, summary.rows_per_epoch)
@@ -116,7 +116,7 @@ def delete_trial_files(context: Context, trial: Trial) -> None:
 
 
 def best_seed(context: Context, results: Sequence[TrialResult]) -> TrialResult:
-    return max(results, key=lambda result: (context.measure.sign * result.metric, -result.trial.seed))
+    return max(results, key=lambda result: (context.resamplable_metric.sign * result.metric, -result.trial.seed))
 
 
 def keep_best_model(context: Context, results: Sequence[TrialResult]) -> None:

@@ -79,7 +79,7 @@ def _hash_word_ngrams(words: list[str]) -> np.ndarray:
 def list_forbidden_text_files(recipe: Recipe) -> tuple[Path, ...]:
     """List the files of forbidden texts. Raises `DataError` if a setting matches none."""
     return tuple(
-        file for setting, path in recipe.texts_not_trained_on.items() for file in _list_text_files(setting, path)
+        file for setting, path in recipe.excluded_text_paths.items() for file in _list_text_files(setting, path)
     )
 
 

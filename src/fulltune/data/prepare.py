@@ -61,7 +61,7 @@ from fulltune.data.written import (
 from fulltune.errors import RecipeError, SetupError
 from fulltune.files import find_damage, make_private, write_checksums
 from fulltune.models.base import processor_fingerprint
-from fulltune.recipe.data import DataBlock, codec_of
+from fulltune.recipe.data import DataBlock, codec_for_encoding
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary, SplitSummary
@@ -132,7 +132,7 @@ def prepare(stage: Stage) -> DataSummary:
     shutil.rmtree(part, ignore_errors=True)
     try:
         with raise_if_files_change(before):
-            forbidden = hash_forbidden_texts(recipe.texts_not_trained_on, of_forbidden) if of_forbidden else None
+            forbidden = hash_forbidden_texts(recipe.excluded_text_paths, of_forbidden) if of_forbidden else None
             patched = {name: None if decisions is None else PatchedRows(decisions, name) for name in files}
             sources = {
                 name: read_source_rows(recipe, source, stage.preprocess, patched[name])
@@ -317,7 +317,7 @@ def _fingerprint_inputs(stage: Stage, files: Mapping[SourceName, DataFiles], for
 
     block, limits = stage.recipe.data, stage.limits
     parts = (
-        *(FORMAT, version("tokenizers"), stage.recipe.task, codec_of(block.encoding), hash_files(files)),
+        *(FORMAT, version("tokenizers"), stage.recipe.task, codec_for_encoding(block.encoding), hash_files(files)),
         block.model_dump(mode="json", exclude={"train", "eval", "test", "contamination", "patch", "encoding"}),
         *(bool(block.eval), bool(block.test), [file.weight for file in block.mixed_files]),
         block.patch and hashlib.sha256(Path(block.patch).read_bytes()).hexdigest(),

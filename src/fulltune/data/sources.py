@@ -15,7 +15,7 @@ from fulltune.data.readers.files import refuse_held_out_files
 from fulltune.data.readers.read import DataFiles, PlacedRow, locate_data_files
 from fulltune.data.readers.text_files import SEPARATED
 from fulltune.errors import DataError
-from fulltune.recipe.data import DataBlock, MixedFile, codec_of
+from fulltune.recipe.data import DataBlock, MixedFile, codec_for_encoding
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.tasks import PLACE, Row, Target, Task, task_named
@@ -65,7 +65,7 @@ def find_source_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
             is_other = is_mixed(name) and not source_paths[0].lower().endswith(tuple(SEPARATED))
             files[name] = replace(
                 locate_data_files(source_paths, block.text_rows, None if is_other else block.columns),
-                encoding=codec_of(block.encoding),
+                encoding=codec_for_encoding(block.encoding),
                 image_paths=FACTS[recipe.task].reads == "image",
                 image_column=block.image,
             )

@@ -102,7 +102,7 @@ def _feature_extractor(scoring: Scoring) -> probe.FeatureExtractor:
         scoring.plan.eval_batch_size,
         scoring.plan.precision,
         scoring.class_weights,
-        probe.separators(processor, scoring.target),
+        probe.pair_separators(processor, scoring.target),
         scoring.watch("reading rows with the pretrained model"),
     )
 
@@ -111,7 +111,7 @@ def _score_frozen_classifier(scoring: Scoring, scorer: ModuleType, fitted: Probe
     """Score a fitted classifier on the pretrained model's embeddings of test rows."""
     extractor, folder = _feature_extractor(scoring), scoring.data.parent
     if fitted.head is not None:
-        probe.initialise_head(extractor.model, folder)  # the head's other layers may affect the embeddings
+        probe.initialise_head_from_probe(extractor.model, folder)  # the head's other layers may affect the embeddings
     rows = with_decoded_images(scoring.rows("test"), scoring.base.processor)
     rows_note = f" of {fitted.train_rows:,} train rows" if fitted.train_rows < fitted.available_rows else ""
     pair_note = ", each text encoded separately" if baseline.pooling == "pair" else ""
@@ -123,7 +123,7 @@ def _score_frozen_classifier(scoring: Scoring, scorer: ModuleType, fitted: Probe
 def _score_probe_head(scoring: Scoring, scorer: ModuleType) -> Scored:
     """Score the pretrained model with the linear probe as its head."""
     model, processor = scoring.load(None)
-    probe.initialise_head(model, scoring.data.parent)
+    probe.initialise_head_from_probe(model, scoring.data.parent)
     scores, main = scorer.score_model(scoring, model, processor)
     changes = {"name": LINEAR_PROBE, "kind": "baseline", "calibration": None, "worst": ()}
     return scores.model_copy(update=changes), main

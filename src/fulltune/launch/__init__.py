@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from fulltune.errors import RecipeError, SetupError
 from fulltune.files import write_text
 from fulltune.plan.gpus import Fleet, parse_hardware
-from fulltune.recipe.fields import Recipe, named_paths
+from fulltune.recipe.fields import Recipe, local_paths
 from fulltune.recipe.file import load_recipe
 from fulltune.system.machines import DEFAULT_PORT
 from fulltune.system.run_folder import explain_os_errors
@@ -156,7 +156,7 @@ def job_file_path(job: LaunchedJob, launcher: str, output: Path | None) -> Path:
 def write_job_file(job: LaunchedJob, launcher: str, path: Path, force: bool) -> list[str]:
     """Write the job file and return the command that submits it. Raise `SetupError` if the file exists without `force`,
     or is one that the job needs."""
-    if os.path.realpath(path) in {os.path.realpath(one) for one in (str(job.file), *named_paths(job.recipe))}:
+    if os.path.realpath(path) in {os.path.realpath(one) for one in (str(job.file), *local_paths(job.recipe))}:
         raise SetupError(f"--output: {path} is a file that the job needs; choose another file")
     if path.exists() and not force:
         raise SetupError(f"{path}: already exists; give --force to replace it, or another name with --output")
@@ -171,6 +171,6 @@ def write_job_file(job: LaunchedJob, launcher: str, path: Path, force: bool) -> 
 def missing_input_warnings(job: LaunchedJob, launcher: str) -> Iterator[str]:
     """Yield a warning if inputs are outside the recipe's folder and the launcher copies only that folder."""
     folder = Path(os.path.realpath(job.file.parent))
-    outside = [path for path in named_paths(job.recipe) if not Path(path).is_relative_to(folder)]
+    outside = [path for path in local_paths(job.recipe) if not Path(path).is_relative_to(folder)]
     if outside and launcher in _GET_THE_FOLDER:
         yield f"these inputs are outside {folder}; copy them to the machines yourself: {listed(outside)}"

@@ -126,6 +126,6 @@ def method_problems(recipe: Recipe, config: PretrainedConfig, method: ComparedMe
         lines += peft_problems(method)
         layout = parallel_layout.layout_of(recipe)
         if layout is not None and layout.engine == "zero" and layout.stage == 3:
-            by = recipe.train.engine_by
+            by = recipe.train.zero_enabled_by
             lines.append(f"PEFT may read whole weights, but {by} shards them; use lora, or train.placement: zero2")
     return [f"method {method.label}: {line}" for line in lines]

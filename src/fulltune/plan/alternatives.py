@@ -42,7 +42,7 @@ def propose_for_memory(
     least = MIN_SHARE * (now - basis.available_bytes)
     ways = [way for way in ways if way.frees_bytes > 0 and (way.enough or way.frees_bytes >= least)]
     enough = [way for way in ways if way.enough] or _combine_savings(basis, smallest)
-    if len(enough) < MAX_ALTERNATIVES and not recipe.train.engine_by:  # ZeRO's weights may be offloaded
+    if len(enough) < MAX_ALTERNATIVES and not recipe.train.zero_enabled_by:  # ZeRO's weights may be offloaded
         enough.append(_propose_smaller_model(basis, smallest))
     rest = sorted((way for way in ways if not way.enough), key=lambda way: -way.frees_bytes)
     return tuple([*enough, *rest][:MAX_ALTERNATIVES])
@@ -154,7 +154,7 @@ def propose_for_disk(
         ways.append(make_alternative({"train.save_total_limit": 1}, fewer, fewer >= missing, costs, where="disk"))
     # ZeRO has its own optimizer, so nothing is freed there.
     smaller = needed.total - budget.disk_need(recipe, num_parameters, settings.changed(optim="adamw_8bit")).total
-    if smaller > 0 and not recipe.train.engine_by:
+    if smaller > 0 and not recipe.train.zero_enabled_by:
         ways.append(
             make_alternative({"train.optim": "adamw_8bit"}, smaller, smaller >= missing, "8-bit moments", where="disk")
         )

@@ -53,7 +53,7 @@ def check_offload_fits(recipe: Recipe, shapes: Shapes, machine: Machine) -> None
     if on_host > machine.memory_available_bytes:
         each = f" on each of {machines} machines" if machines > 1 else ""
         raise DoesNotFitError(
-            f"{recipe.train.engine_by}: offloading needs {format_bytes(on_host)} of host memory{each}, but "
+            f"{recipe.train.zero_enabled_by}: offloading needs {format_bytes(on_host)} of host memory{each}, but "
             f"only {format_bytes(machine.memory_available_bytes)} is free; offload less, or use a smaller model"
         )
 
@@ -183,7 +183,7 @@ def disk_need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> 
     checkpoint = weights + state["optimizer"]
     if recipe.train.placement == "fsdp2":  # checkpoints have fp32 moments with every optimizer
         checkpoint = weights + max(state["optimizer"], MOMENTS_BYTES * memory.num_trainable(num_parameters, settings))
-    if recipe.train.engine_by:
+    if recipe.train.zero_enabled_by:
         checkpoint = num_parameters * ENGINE_BYTES
     return DiskNeed(
         checkpoint_bytes=checkpoint + SMALL_FILES_BYTES,

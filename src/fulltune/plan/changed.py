@@ -43,10 +43,10 @@ def recipe_for_resuming(recipe: Recipe, plan: Plan) -> Recipe:
             f"train.num_processes: {train.num_processes}: the run started with {rows} rows per step, which cannot be "
             f"divided among {train.num_processes} processes{micro}; set a number that divides {rows}"
         )
-    if plan.optim in OWN_OPTIMIZERS and train.engine_by:
+    if plan.optim in OWN_OPTIMIZERS and train.zero_enabled_by:
         problems.append(
-            f"{train.engine_by}: the run started with {plan.optim}, which ZeRO does not support; set another "
-            "placement, or start a new run (--fresh)"
+            f"{train.zero_enabled_by}: the run started with {plan.optim}, which ZeRO does not support; set "
+            "another placement, or start a new run (--fresh)"
         )
     if problems:
         raise RecipeError(problems)

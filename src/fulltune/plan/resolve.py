@@ -96,7 +96,7 @@ def choose_precision(recipe: Recipe, machine: Machine, device: str, reasons: Rea
     if recipe.model.weights_dtype == "bf16" and wanted == "auto":
         usual, reason = "bf16", "the weights are bf16 (model.weights_dtype)"
     computed = usual if wanted == "auto" else wanted
-    if computed != "fp32" and recipe.train.engine_by:
+    if computed != "fp32" and recipe.train.zero_enabled_by:
         caveat += f"; ZeRO computes with weights rounded to {computed}, so results differ from other placements"
     return reasons.add("train.precision", None if wanted == "auto" else wanted, usual, reason, caveat)
 

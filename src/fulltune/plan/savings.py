@@ -98,7 +98,7 @@ def why_loss_not_chunked(recipe: Recipe, plain_logits: bool, own_loss: bool = Fa
         return f"{recipe.task} has no logits per token"
     if own_loss:
         return "your own loss (compute_loss) needs all logits at once"
-    if recipe.train.engine_by:
+    if recipe.train.zero_enabled_by:
         return "a chunked loss needs the whole head, which ZeRO shards in stage 3 (untested in stage 2)"
     return None if plain_logits else "this model scales or caps its logits after the head"
 
@@ -128,7 +128,7 @@ def _half_precision(recipe: Recipe, now: MemorySettings) -> list[Changes]:
 
 
 def _why_no_bf16_weights(recipe: Recipe, now: MemorySettings) -> str | None:
-    if recipe.train.engine_by:
+    if recipe.train.zero_enabled_by:
         return "ZeRO keeps weights in fp32"
     return None if now.fast_bf16 else "this GPU has no fast bf16"
 
@@ -141,7 +141,7 @@ def _half_length(recipe: Recipe, now: MemorySettings) -> list[Changes]:
 def _why_no_offloading(recipe: Recipe, now: MemorySettings) -> str:
     if now.device == "cpu":
         return "without a GPU, everything is already in host memory"
-    if recipe.train.engine_by:
+    if recipe.train.zero_enabled_by:
         return "already on" if recipe.train.offload != "none" else f"never used automatically; set {OFFLOAD} yourself"
     settings = f"{PLACEMENT}: zero2 and {OFFLOAD}: optimizer"
     return f"never used automatically; set {settings} yourself ({parallel_layout.INSTALL})"
@@ -209,7 +209,7 @@ MEMORY_SAVINGS = (
         setting="train.optim",
         costs="8-bit moments",
         changes={"optim": "adamw_8bit"},
-        unless=lambda recipe, _: "ZeRO has its own optimizer" if recipe.train.engine_by else None,
+        unless=lambda recipe, _: "ZeRO has its own optimizer" if recipe.train.zero_enabled_by else None,
         done="8-bit AdamW states (train.optim: adamw_8bit), which change the result slightly",
         same_result=False,
         searched=True,

@@ -19,8 +19,8 @@ import numpy as np
 from fulltune.files import replace_atomically
 from fulltune.methods.head import head_paths
 from fulltune.models.sharding import free_gathered_weights, gathered_to_modify, needs_all_ranks, shard_like
-from fulltune.probe.features import EncodedRows, FeatureExtractor, Features, sample_rows, separators
-from fulltune.probe.layers import HeadLayers, dense_replacements, head_layers, recognise_activation, to_numpy
+from fulltune.probe.features import EncodedRows, FeatureExtractor, Features, pair_separators, sample_rows
+from fulltune.probe.layers import HeadLayers, dense_replacements, find_head_layers, recognise_activation, to_numpy
 from fulltune.probe.linear import (
     STRENGTHS,
     Items,
@@ -51,11 +51,11 @@ if TYPE_CHECKING:
 __all__ = [
     "SEED",
     "FeatureExtractor",
-    "initialise_head",
+    "initialise_head_from_probe",
     "load_baseline_classifier",
     "load_or_fit_probe",
+    "pair_separators",
     "predict_baseline",
-    "separators",
 ]
 FOLDER, RECORD = "probe", "probe.json"
 HEAD, START, FROZEN = "head.safetensors", "start.safetensors", "frozen.safetensors"
@@ -77,7 +77,7 @@ def load_or_fit_probe(
     rows: EncodedRows,
     eval_rows: EncodedRows,
     with_head: bool = True,
-    together: bool = False,
+    on_all_ranks: bool = False,
 ) -> Probe:
     """Load a run folder's linear probe (classifiers on the model's features), or fit and save it while other processes
     wait.
@@ -87,7 +87,7 @@ def load_or_fit_probe(
     """
     probe_folder = folder / FOLDER
     probe_folder.mkdir(parents=True, exist_ok=True)
-    if together:
+    if on_all_ranks:
         import torch.distributed as others
 
         is_first, missing = others.get_rank() == 0, [not (probe_folder / RECORD).exists()]
@@ -129,7 +129,7 @@ def _save_tensors(path: Path, arrays: HeadTensors) -> None:
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part)
 
 
-def initialise_head(model: PreTrainedModel, folder: Path, *, for_training: bool = False) -> None:
+def initialise_head_from_probe(model: PreTrainedModel, folder: Path, *, for_training: bool = False) -> None:
     """Copy a run folder's probe into a loaded model's head. `for_training` copies a more regularised version."""
     import torch
     from safetensors.torch import load_file
@@ -170,12 +170,12 @@ def fit_probe(
     """
     layers, failure = None, None
     try:
-        layers = head_layers(extractor.model, extractor.task_name, extractor.num_outputs)
+        layers = find_head_layers(extractor.model, extractor.task_name, extractor.num_outputs)
     except NoProbe as error:
         failure = str(error)
     if layers is None and extractor.kind == "span":  # single tokens have no mean
         return Probe(head=None, baseline=None, failure=failure), {}, {}, None
-    width = round(_feature_width(extractor.model, layers) * (PAIRS if extractor.separators else 1))
+    width = round(_feature_width(extractor.model, layers) * (PAIRS if extractor.pair_separators else 1))
     train_rows = sample_rows(rows, extractor.kind, extractor.target.num_choices, width)
     by_eval = len(eval_rows) >= LEAST_HELD_OUT
     try:
@@ -331,7 +331,9 @@ def predict_baseline(
 ) -> list[tuple[int, np.ndarray]]:
     """Return each row's index with the baseline's outputs [items, outputs] for the row."""
     layers = (
-        None if baseline.pooling != "head" else head_layers(extractor.model, extractor.task_name, extractor.num_outputs)
+        None
+        if baseline.pooling != "head"
+        else find_head_layers(extractor.model, extractor.task_name, extractor.num_outputs)
     )
 
     def predict_in_batches(size: int) -> list[tuple[int, np.ndarray]]:
@@ -345,4 +347,4 @@ def predict_baseline(
             row_outputs += zip(numbers[order].tolist(), outputs, strict=True)
         return row_outputs
 
-    return extractor.within_memory(predict_in_batches)
+    return extractor.retry_with_smaller_batches(predict_in_batches)

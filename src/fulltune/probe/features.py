@@ -63,7 +63,7 @@ class FeatureExtractor:
     batch_size: int
     precision: str
     class_weights: Sequence[float] | None = None
-    separators: frozenset[int] = frozenset()
+    pair_separators: frozenset[int] = frozenset()
     """Ids of the special tokens around the texts of a pair, or an empty set if rows are not pairs."""
     watch: ProgressCallback = lambda done, total, share: None
 
@@ -80,9 +80,9 @@ class FeatureExtractor:
         return self.target.form.num_outputs or len(self.target.labels)
 
     def features(self, rows: EncodedRows, layers: HeadLayers | None) -> Features:
-        return self.within_memory(lambda size: concatenate(self.batches(rows, layers, size)))
+        return self.retry_with_smaller_batches(lambda size: concatenate_features(self.batches(rows, layers, size)))
 
-    def within_memory(self, run: Callable[[int], T]) -> T:
+    def retry_with_smaller_batches(self, run: Callable[[int], T]) -> T:
         """Return `run(batch_size)`, retried with smaller sizes if memory runs out, unless the weights are sharded."""
         if needs_all_ranks(self.model):
             return run(self.batch_size)
@@ -110,20 +110,20 @@ class FeatureExtractor:
                 with torch.no_grad(), autocast(model, self.precision):
                     states = run_and_read_hidden(model, layers, batch)
                     features = _item_features(states, batch, labels, batch_rows, self.kind, np.asarray(positions))
-                    if with_pairs and self.separators and features.mean is not None:
+                    if with_pairs and self.pair_separators and features.mean is not None:
                         features = replace(features, pair=self._pair_features(batch_rows))
                 yield features
 
     def _pair_features(self, rows: EncodedRows) -> np.ndarray:
         """Read each text of the pairs alone, and combine the two mean embeddings of each pair."""
-        texts = split_pairs(rows, self.separators)
+        texts = split_pairs(rows, self.pair_separators)
         means: list[torch.Tensor] = []
         for part in (texts[: len(rows)], texts[len(rows) :]):
             batch, _ = self._collate(part)
             mean = _mean_embedding(run_and_read_hidden(self.model, None, batch)[0], batch)
             assert mean is not None, "the pair has one"
             means.append(mean)
-        return _check_finite(pair_features(*means).cpu().numpy())
+        return _check_finite(combine_pair_embeddings(*means).cpu().numpy())
 
     def _collate(self, rows: EncodedRows) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Return a batch of the model's inputs, and its labels on the CPU."""
@@ -143,7 +143,7 @@ def sample_rows(
     return RowSubset(rows, np.sort(np.random.default_rng(0).choice(len(rows), max_rows, replace=False)).tolist())
 
 
-def concatenate(parts: Iterable[Features]) -> Features:
+def concatenate_features(parts: Iterable[Features]) -> Features:
     """Concatenate the features of several batches, in row order."""
     batches = list(parts)
     order = np.argsort(np.concatenate([batch.rows for batch in batches]), kind="stable")
@@ -262,7 +262,7 @@ def _choose_tokens(labels: np.ndarray, positions: np.ndarray) -> tuple[tuple[np.
 # ---- the two texts of a pair, each read alone: what models of sentence embeddings compare ------------------------
 
 
-def separators(tokenizer: PreTrainedTokenizerBase, target: Target) -> frozenset[int]:
+def pair_separators(tokenizer: PreTrainedTokenizerBase, target: Target) -> frozenset[int]:
     """Return the ids of the special tokens around a pair's texts, or an empty set if rows are not pairs or have no such
     tokens."""
     if "text_pair" not in target.columns:
@@ -292,7 +292,7 @@ def split_pairs(rows: EncodedRows, separators: frozenset[int]) -> list[dict[str,
     return [*firsts, *seconds]
 
 
-def pair_features(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def combine_pair_embeddings(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Return difference, product and cosine of two embeddings of length 1, as [rows, 2 hidden + 1]."""
     import torch
 

@@ -30,7 +30,7 @@ HeadLayers = tuple[str, str | None]
 """Names of the head's last linear layer and of its only square dense layer (or None)."""
 
 
-def head_layers(model: PreTrainedModel, task: TaskName, num_outputs: int) -> HeadLayers:
+def find_head_layers(model: PreTrainedModel, task: TaskName, num_outputs: int) -> HeadLayers:
     """Return the names of a head's last linear layer and of its dense layer (or None); raise `NoProbe` if no layer has
     `num_outputs` outputs."""
     from torch.nn import Linear

@@ -80,7 +80,7 @@ def fit_at_strengths(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the solver may stop early, but held-out rows judge the result
         features = ((items.features - shift) * scale).astype(np.float32)
-        for strength, classifier in _fit_by_kind(items, features, has_bias, strengths):
+        for strength, classifier in _fit_for_problem_type(items, features, has_bias, strengths):
             weight = classifier.weight * scale
             yield (
                 strength,
@@ -99,7 +99,7 @@ def shift_and_scale(features: np.ndarray, centred: bool) -> tuple[np.ndarray, np
     return centre, 1.0 / np.sqrt(np.maximum(variance, max(LEAST_SPREAD**2 * size, 1e-30)))
 
 
-def _fit_by_kind(
+def _fit_for_problem_type(
     items: Items, features: np.ndarray, has_bias: bool, strengths: Sequence[float]
 ) -> Iterator[tuple[float, LinearClassifier]]:
     """Yield each strength and a classifier of the type that suits the items."""

@@ -16,7 +16,7 @@ _MAX_WEIGHT_SUM = 0.999
 """Largest sum of the weights: 999 mixed-in rows for each row of the task."""
 
 
-def codec_of(encoding: str) -> str:
+def codec_for_encoding(encoding: str) -> str:
     """Return `encoding`, or for UTF-8 the codec that skips a byte order mark. Raise `ValueError` for unknown
     encodings."""
     try:
@@ -171,7 +171,7 @@ class DataBlock(Block):
     @field_validator("encoding")
     @classmethod
     def _encoding_must_be_known(cls, encoding: str) -> str:
-        codec_of(encoding)
+        codec_for_encoding(encoding)
         return encoding
 
     @property

@@ -121,13 +121,13 @@ class Recipe(Block):
         return not self.methods and self.method.is_searched
 
     @property
-    def texts_not_trained_on(self) -> dict[str, str]:
+    def excluded_text_paths(self) -> dict[str, str]:
         """Paths of texts that must not be trained on, by the setting that gives the path."""
         names = {"data.contamination": self.data.contamination, "preserve.probe": self.preserve.probe}
         return {setting: path for setting, path in names.items() if path is not None}
 
     @property
-    def generic_first(self) -> bool:
+    def trains_generic_text_first(self) -> bool:
         """True if each step trains on generic text before its own rows."""
         return self.preserve.budget is not None and self.preserve.replay is not None
 
@@ -153,7 +153,7 @@ def _expand_user(path: str) -> str:
     return os.path.expanduser(path)  # noqa: PTH111  # see above
 
 
-def named_paths(recipe: Recipe) -> list[str]:
+def local_paths(recipe: Recipe) -> list[str]:
     """List the absolute paths of files and folders in a resolved recipe, without Hub models."""
     paths = [entry if isinstance(entry, str) else entry.path for entry in recipe.data.entries]
     paths += [str(getattr(getattr(recipe, block), name)) for block, names in _PATH_SETTINGS.items() for name in names]

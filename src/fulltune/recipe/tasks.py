@@ -16,7 +16,7 @@ from pydantic import AfterValidator, TypeAdapter
 from fulltune.text import did_you_mean
 
 
-def _check_task_name(name: str) -> str:
+def _raise_if_unknown_task(name: str) -> str:
     """Return the name, or raise `ValueError` for an unknown task."""
     if name not in FACTS:
         hint = did_you_mean(name, list(FACTS))
@@ -24,7 +24,7 @@ def _check_task_name(name: str) -> str:
     return name
 
 
-TaskName = Annotated[str, AfterValidator(_check_task_name)]
+TaskName = Annotated[str, AfterValidator(_raise_if_unknown_task)]
 ProblemType = str
 """Name of a `Form`, such as `single_label`."""
 _SHARED_CONTENT = {

@@ -171,7 +171,7 @@ class TrainBlock(Block):
         return self.placement if self.engine_settings is None else "deepspeed"
 
     @property
-    def engine_by(self) -> str | None:
+    def zero_enabled_by(self) -> str | None:
         """The setting that turns DeepSpeed on, such as `train.placement: zero3`, or None if none does."""
         if self.engine_settings is not None:
             return ENGINE_SETTINGS
@@ -184,7 +184,7 @@ class TrainBlock(Block):
     @property
     def sharded_by(self) -> str | None:
         """The setting that shards the model, such as `train.placement: fsdp2`, or None if none does."""
-        return self.engine_by or (f"train.placement: {self.placement}" if self.placement == "fsdp2" else None)
+        return self.zero_enabled_by or (f"train.placement: {self.placement}" if self.placement == "fsdp2" else None)
 
     @model_validator(mode="after")
     def _settings_must_agree(self) -> TrainBlock:

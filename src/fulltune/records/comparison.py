@@ -125,7 +125,7 @@ class Look(Record):
     waiting: tuple[str, ...] = ()
 
 
-class Opening(Record):
+class TestRowsUse(Record):
     """The log entry of a command that used the test rows for a verdict."""
 
     time: str
@@ -263,7 +263,7 @@ class Comparison(Record):
     expectation: Expectation
     looks: tuple[Look, ...]
     findings: tuple[Finding, ...]
-    openings: tuple[Opening, ...]
+    openings: tuple[TestRowsUse, ...]
     drift_unit: str
     generic_text: str
     num_trials: int

@@ -18,24 +18,24 @@ LEAST_HELD_OUT, MOST_HELD_OUT = 200, 2_000
 """Limits of the eval rows that select strength and features. With fewer, cross-validation selects them."""
 
 
-def items_per_row(kind: str, words: float, num_choices: int) -> float:
+def items_per_row(problem_type: str, words: float, num_choices: int) -> float:
     """Return the number of items per row: its words, its choices, the tokens used of a window, or else 1."""
-    return {"tags": words, "choice": num_choices, "span": OTHER_TOKENS + 2}.get(kind, 1)
+    return {"tags": words, "choice": num_choices, "span": OTHER_TOKENS + 2}.get(problem_type, 1)
 
 
-def max_probe_rows(kind: str, per_row: float, width: int, most: int = MOST_ROWS) -> int:
+def max_probe_rows(problem_type: str, num_items_per_row: float, width: int, max_rows: int = MOST_ROWS) -> int:
     """Return how many rows' features fit into `MOST_FEATURE_BYTES`, at most `most`. Each row has `per_row` items of
     `width` features."""
-    kinds = 2 if kind == "tags" else 3  # a tagger's head has no dense layer
-    return max(1, min(most, int(MOST_FEATURE_BYTES / (kinds * 4 * max(1, width) * per_row))))
+    kinds = 2 if problem_type == "tags" else 3  # a tagger's head has no dense layer
+    return max(1, min(max_rows, int(MOST_FEATURE_BYTES / (kinds * 4 * max(1, width) * num_items_per_row))))
 
 
-def solver_bytes(kind: str, num_items: int, num_outputs: int, width: int) -> int:
+def solver_bytes(problem_type: str, num_items: int, num_outputs: int, width: int) -> int:
     """Return the memory in bytes that L-BFGS needs for `num_items` items of `width` features.
 
     The solver holds ten changes of all weights and gradients, and the logits with their gradients, in 64 bits.
     """
-    logits = 2 * num_items if kind in ("single_label", "tags") else 0
+    logits = 2 * num_items if problem_type in ("single_label", "tags") else 0
     return 8 * num_outputs * (25 * width + logits)
 
 

@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any
 
 from fulltune.errors import FulltuneError, InterruptedRun, RecipeError, SetupError
-from fulltune.recipe.fields import Recipe, named_paths
+from fulltune.recipe.fields import Recipe, local_paths
 from fulltune.records.base import Record
 from fulltune.records.training import LostMachine
 from fulltune.system import parallel_layout, signals
@@ -188,7 +188,7 @@ def own_member(recipe: Recipe, machine_address: MachineAddress, machine: Machine
         facts={
             "versions": _package_versions(recipe),
             "settings": {name: json.dumps(value, ensure_ascii=False) for name, value in settings.items()},
-            "files": {path: _content_digest(Path(path)) for path in named_paths(recipe)},
+            "files": {path: _content_digest(Path(path)) for path in local_paths(recipe)},
             "devices": {} if recipe.train.device == "cpu" else {"GPUs": "some" if machine.gpus else "none"},
         },
         machine=machine,
@@ -197,7 +197,12 @@ def own_member(recipe: Recipe, machine_address: MachineAddress, machine: Machine
 
 def _package_versions(recipe: Recipe) -> dict[str, str]:
     versions = {"Python": platform.python_version()}
-    for name in ("fulltune", *PACKAGES, "peft", *((parallel_layout.PACKAGE,) if recipe.train.engine_by else ())):
+    for name in (
+        "fulltune",
+        *PACKAGES,
+        "peft",
+        *((parallel_layout.PACKAGE,) if recipe.train.zero_enabled_by else ()),
+    ):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -48,7 +48,7 @@ def layout_of(recipe: Recipe) -> ParallelLayout | None:
     """Return how the recipe shards the training state, or None if each process holds all of it."""
     if recipe.train.placement == "fsdp2":
         return ParallelLayout(3, False, False, engine="fsdp2")
-    if not recipe.train.engine_by:
+    if not recipe.train.zero_enabled_by:
         return None
     block = zero_settings(recipe)["zero_optimization"]
     optimizer, weights = (_offload_device(block, what) != "none" for what in ("optimizer", "param"))
@@ -86,7 +86,7 @@ def zero_settings(recipe: Recipe) -> dict[str, Any]:
     read = _settings_of_placement(recipe) if block is None else _read_settings(block)
     problems = _problems_in_settings(read, recipe)
     if problems:
-        raise RecipeError([f"{recipe.train.engine_by}: {problem}" for problem in problems])
+        raise RecipeError([f"{recipe.train.zero_enabled_by}: {problem}" for problem in problems])
     # Without gradient_clipping DeepSpeed would not clip at all.
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     complete = dict.fromkeys(sizes, AUTO) | read
@@ -98,9 +98,9 @@ def zero_settings(recipe: Recipe) -> dict[str, Any]:
 
 def missing_package_problems(recipe: Recipe) -> list[str]:
     """Return a problem if DeepSpeed is needed but not installed, or an empty list."""
-    if not recipe.train.engine_by or importlib.util.find_spec(PACKAGE) is not None:
+    if not recipe.train.zero_enabled_by or importlib.util.find_spec(PACKAGE) is not None:
         return []
-    return [f"{recipe.train.engine_by}: needs DeepSpeed; {INSTALL}"]
+    return [f"{recipe.train.zero_enabled_by}: needs DeepSpeed; {INSTALL}"]
 
 
 def resolve_settings(recipe: Recipe, plan: Plan) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def plan_conflicts(
     recipe: Recipe, micro_batch_size: int, accumulation: int, num_processes: int, precision: str
 ) -> list[str]:
     """Return a problem for each DeepSpeed setting that contradicts the plan."""
-    if not recipe.train.engine_by:
+    if not recipe.train.zero_enabled_by:
         return []
     return _fill_and_check(recipe, micro_batch_size, accumulation, num_processes, precision)[1]
 
@@ -146,7 +146,7 @@ def _fill_and_check(
             block[field] = value
         elif current not in (AUTO, value):
             against = f"{name} is {json.dumps(current)}, but {source} gives {json.dumps(value)}"
-            problems.append(f'{recipe.train.engine_by}: {against}; write "auto"')
+            problems.append(f'{recipe.train.zero_enabled_by}: {against}; write "auto"')
     return filled, problems
 
 
@@ -206,7 +206,7 @@ def why_resume_impossible(checkpoint: Path, recipe: Recipe) -> str | None:
     in_engine = layout is not None and layout.engine == "zero"
     latest = checkpoint / LATEST
     if not latest.exists():
-        problem = f"was not written by DeepSpeed, which only reads its own checkpoints ({recipe.train.engine_by})"
+        problem = f"was not written by DeepSpeed, which only reads its own checkpoints ({recipe.train.zero_enabled_by})"
         return f"{checkpoint}: {problem}; {_BACK}" if in_engine else None
     parts = checkpoint / latest.read_text(encoding="utf-8").strip()
     processes = len(list(parts.glob(_OF_OPTIMIZER))) or recipe.train.num_processes  # stage 0 writes no shards
@@ -214,6 +214,7 @@ def why_resume_impossible(checkpoint: Path, recipe: Recipe) -> str | None:
     same_stage = in_engine and layout is not None and (stage == 3) == (layout.stage == 3)
     if same_stage and processes == recipe.train.num_processes:
         return None
-    now = f"{recipe.train.engine_by or f'train.placement: {recipe.train.placement}'} on {recipe.train.num_processes}"
+    train = recipe.train
+    now = f"{train.zero_enabled_by or f'train.placement: {train.placement}'} on {train.num_processes}"
     before = f"ZeRO stage {'3' if stage == 3 else '1 or 2'} on {processes}"
     return f"{checkpoint}: was written by {before} processes, but is resumed with {now} processes; {_BACK}"

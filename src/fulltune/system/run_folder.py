@@ -102,7 +102,7 @@ def load_trained_plan(recipe: Recipe, folder: Path, machine: Machine) -> Plan:
 def save_plan(folder: Path, recipe: Recipe, plan: Plan) -> None:
     """Write ZeRO's settings, if the run uses ZeRO, and then the plan."""
     settings = (folder / plan.file).with_suffix(parallel_layout.SETTINGS_FILE)
-    if recipe.train.engine_by:
+    if recipe.train.zero_enabled_by:
         write_json(settings, parallel_layout.resolve_settings(recipe, plan))
     else:  # an earlier placement may have written it
         settings.unlink(missing_ok=True)

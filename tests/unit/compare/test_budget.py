@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 
 from fulltune.compare import budget
-from fulltune.compare.budget import Cost, fit_design_to_budget, forecast_seconds, with_detectable_differences
+from fulltune.compare.budget import MethodCost, fit_design_to_budget, forecast_seconds, with_detectable_differences
 from fulltune.compare.context import Context
 from fulltune.compare.sequential import TIME_UP_SHARE, alpha_spent
 from fulltune.errors import RecipeError
@@ -27,23 +27,23 @@ def test_num_seeds_few_rows_need_more(setting: int | None, rows: int, seeds: int
     assert budget.num_seeds(setting, rows) == seeds
 
 
-COSTS = {"full": Cost(100, 3, start=10), "lora": Cost(80, 3, start=10)}
+COSTS = {"full": MethodCost(100, 3, start=10), "lora": MethodCost(80, 3, start=10)}
 FIELD = {
-    "full": Cost(100, 3, start=10, scoring=8),
-    "lora": Cost(90, 3, start=10, scoring=8),
-    "adapter": Cost(80, 3, start=10, scoring=8),
-    "head": Cost(30, 3, decides=False, start=10, scoring=8),
+    "full": MethodCost(100, 3, start=10, scoring=8),
+    "lora": MethodCost(90, 3, start=10, scoring=8),
+    "adapter": MethodCost(80, 3, start=10, scoring=8),
+    "head": MethodCost(30, 3, decides=False, start=10, scoring=8),
 }
 MANY = (60, *range(400, 4000, 60))
 
 
-def whole(costs: dict[str, Cost], seeds: int, **changes: Any) -> Expectation:
+def whole(costs: dict[str, MethodCost], seeds: int, **changes: Any) -> Expectation:
     fields = {"num_seeds": seeds, "most_seeds": seeds, "search_share": 0.1, **changes}
     return Expectation(methods=tuple(costs), **fields)
 
 
 def design_of(
-    costs: dict[str, Cost],
+    costs: dict[str, MethodCost],
     seeds: int = 3,
     test_rows: int = 300,
     budget: float | None = None,
@@ -66,7 +66,12 @@ def test_without_budget_it_is_the_whole_design() -> None:
 
 
 def test_methods_that_wait_get_one_run_and_head_never_leads() -> None:
-    costs = {"full": Cost(100, 3), "prompt": Cost(120, 1), "lora": Cost(80, 3), "head": Cost(500, decides=False)}
+    costs = {
+        "full": MethodCost(100, 3),
+        "prompt": MethodCost(120, 1),
+        "lora": MethodCost(80, 3),
+        "head": MethodCost(500, decides=False),
+    }
     # Which one leads is not known: the dearest is reckoned with. It has but one rate here.
     assert design_of(costs).seconds == pytest.approx(100 * (4 + 0.3) + 120 * 3 + 80 * (1 + 0.3) + 500)
     all_seeds = 180 * (4 + 0.3) + 120 * 3 + 500 * 3
@@ -76,7 +81,7 @@ def test_methods_that_wait_get_one_run_and_head_never_leads() -> None:
 # ---- budgets ---------------------------------------------------------------------------------------------------
 
 
-def fitted(limit: float, costs: dict[str, Cost] = FIELD, seeds: int = 5, **limits: Any) -> Expectation | None:
+def fitted(limit: float, costs: dict[str, MethodCost] = FIELD, seeds: int = 5, **limits: Any) -> Expectation | None:
     """None where it is refused as too short."""
     try:
         return design_of(costs, seeds, budget=limit, end=30, **limits)
@@ -87,7 +92,7 @@ def fitted(limit: float, costs: dict[str, Cost] = FIELD, seeds: int = 5, **limit
 @pytest.mark.parametrize("sequential", [True, False])
 @pytest.mark.parametrize("costs", [COSTS, FIELD])
 def test_budget_more_of_it_never_gives_fewer_seeds_or_methods_and_the_forecast_keeps_it(
-    costs: dict[str, Cost], sequential: bool
+    costs: dict[str, MethodCost], sequential: bool
 ) -> None:
     every = [(limit, fitted(limit, costs, sequential=sequential)) for limit in MANY]
     fitting = [(limit, design) for limit, design in every if design is not None]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fulltune.compare import conclude, verdict
-from fulltune.compare.conclude import verdict_without_leaks
+from fulltune.compare.conclude import note_verdict_without_leaks
 from fulltune.compare.context import RECORD
 from fulltune.compare.seeds import SeedRuns
 from fulltune.inference.store import CLUSTERS, IN_TRAIN
@@ -54,7 +54,7 @@ def given() -> Iterator[dict[str, Any]]:
         "load_method_outputs": mock.Mock(return_value=[]),
         "decide_verdict": mock.Mock(return_value=comparisons.undecided().decision),
         "resample_trials": mock.Mock(),
-        "verdict_without_leaks": mock.Mock(return_value=[]),
+        "note_verdict_without_leaks": mock.Mock(return_value=[]),
         "log_test_access": mock.Mock(),
         "build_comparison": mock.Mock(return_value=comparisons.undecided()),
     }
@@ -91,12 +91,12 @@ def test_verdict_without_test_rows_that_stand_in_train(
         verdict.decide_verdict,
         bootstrap.resample_trials,
     )
-    line.measure, line.recipe.compare.margin, line.recipe.evaluate.confidence = ACCURACY, 0.2, 0.95
+    line.resamplable_metric, line.recipe.compare.margin, line.recipe.evaluate.confidence = ACCURACY, 0.2, 0.95
     line.recipe.data.near_duplicates = 1.0
     line.summary.columns = {"text": "t"}
     decision = conclude._verdict_on_rows(line, methods, rows, 0.05)
     np.save(line.folder / "data" / "test" / IN_TRAIN, rows < leaked)
-    assert verdict_without_leaks(line, methods, rows, decision) == expected
+    assert note_verdict_without_leaks(line, methods, rows, decision) == expected
 
 
 def test_method_that_was_left_out_leaves_a_part_of_alpha_for_more_time(line: Any, given: dict[str, Any]) -> None:

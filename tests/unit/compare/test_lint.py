@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 from fulltune.compare import lint
-from fulltune.compare.rates import Scale
+from fulltune.compare.rates import MetricScale
 from fulltune.records.comparison import Finding, MethodRow, Search
 from fulltune.records.scores import Estimate
 from tests import comparisons
@@ -70,14 +70,14 @@ def rules_of(
 ) -> tuple[Finding, ...]:
     decision, opened = {"verdict": verdict}, comparisons.openings(openings)
     compared = comparisons.comparison(rows=tuple(rows), decision=decision, openings=opened)
-    line = mock.MagicMock(folder=Path("none"), scale=Scale(True, eval_rows, True))
+    line = mock.MagicMock(folder=Path("none"), metric_scale=MetricScale(True, eval_rows, True))
     line.recipe.compare.margin = 0.01
     line.summary = SimpleNamespace(
         **{"test_share_in_eval": more.pop("test_share_in_eval", 0.0), "notes": more.pop("notes", ())}
     )
-    ran: Any = SimpleNamespace(**{"context": line, "time_was_up": False, "left_out": (), **more})
+    seed_runs: Any = SimpleNamespace(**{"context": line, "time_was_up": False, "dropped_methods": (), **more})
     with mock.patch.object(lint, "is_quantised_gguf", return_value=is_quantised):
-        return lint.lint_comparison(ran, compared)
+        return lint.lint_comparison(seed_runs, compared)
 
 
 def test_lint_of_clean_design_is_silent() -> None:
@@ -106,7 +106,7 @@ def test_lint_of_clean_design_is_silent() -> None:
             "unfair",
             "the budget was too short to search",
         ),
-        ({"left_out": ("prompt",)}, "left-out", "worth knowing", "the budget is too short"),
+        ({"dropped_methods": ("prompt",)}, "left-out", "worth knowing", "the budget is too short"),
     ],
 )
 def test_what_the_budget_caused_is_called_so(planted: dict[str, Any], rule: str, level: str, words: str) -> None:

@@ -7,11 +7,11 @@ import math
 import pytest
 
 from fulltune.compare import rates
-from fulltune.compare.rates import Scale
+from fulltune.compare.rates import MetricScale
 from fulltune.records.comparison import Search
 
-SHARE = Scale(greater_is_better=True, eval_rows=1003, is_share=True)
-LOSS = Scale(greater_is_better=False, eval_rows=1003, is_share=False)
+SHARE = MetricScale(greater_is_better=True, eval_rows=1003, is_share=True)
+LOSS = MetricScale(greater_is_better=False, eval_rows=1003, is_share=False)
 
 
 def test_grid_is_logarithmic_around_the_usual_rate() -> None:
@@ -36,7 +36,7 @@ def test_grid_is_logarithmic_around_the_usual_rate() -> None:
 def test_beyond_best_at_the_edge_extends_the_grid(
     metrics: dict[float, float], greater: bool, following: float | None
 ) -> None:
-    assert rates.next_rate_beyond_grid(metrics, Scale(greater, 1000, True)) == following
+    assert rates.next_rate_beyond_grid(metrics, MetricScale(greater, 1000, True)) == following
 
 
 def test_best_of_equal_rates_the_lowest_comes_first() -> None:
@@ -60,7 +60,7 @@ def test_usual_rate_is_the_default_or_the_nearest_of_given_ones(
     assert rates.nearest_rate(grid, rates.rounded(usual)) == nearest
 
 
-FEW = Scale(greater_is_better=True, eval_rows=28, is_share=True)
+FEW = MetricScale(greater_is_better=True, eval_rows=28, is_share=True)
 """A standard error at 86 % is 1.9 rows."""
 
 
@@ -82,7 +82,7 @@ FEW = Scale(greater_is_better=True, eval_rows=28, is_share=True)
     ],
 )
 def test_usual_rate_is_kept_unless_another_is_ahead_by_a_standard_error(
-    metrics: tuple[float, float, float], scale: Scale, rate: float
+    metrics: tuple[float, float, float], scale: MetricScale, rate: float
 ) -> None:
     tried = dict(zip((1e-4, 3e-4, 1e-3), metrics, strict=True))
     assert rates.choose_rate(tried, scale, 3e-4) == rate
@@ -98,7 +98,7 @@ def tried(**metrics: float) -> dict[float, float]:
     return {float(name[1:].replace("_", "-")): metric for name, metric in metrics.items()}
 
 
-def finished(short: dict[float, float], scale: Scale = SHARE, usual: float = 2e-4) -> Search:
+def finished(short: dict[float, float], scale: MetricScale = SHARE, usual: float = 2e-4) -> Search:
     return rates.search_from_short_trials("full", short, 0.06, scale, usual)
 
 
@@ -207,7 +207,7 @@ def test_next_whole_goes_on_while_it_gets_clearly_better(
     ],
 )
 def test_after_whole_the_better_run_counts(
-    metrics: tuple[float, float], scale: Scale, expected_rate: float, on_edge: bool
+    metrics: tuple[float, float], scale: MetricScale, expected_rate: float, on_edge: bool
 ) -> None:
     search = finished(tried(r6e_5=0.5, r2e_4=0.6, r6e_4=0.7), SHARE)
     result = rates.search_after_whole_runs(search, dict(zip((6e-4, 2e-4), metrics, strict=True)), scale)

@@ -12,7 +12,7 @@ import transformers
 
 from fulltune.probe import (
     FeatureExtractor,
-    initialise_head,
+    initialise_head_from_probe,
     load_baseline_classifier,
     load_or_fit_probe,
     predict_baseline,
@@ -69,7 +69,7 @@ def test_the_same_rows_give_the_same_bytes_and_draw_no_random_number(tmp_path: P
         before = torch.get_rng_state()
         extractor = extractor_of(model, "text-classification", "single_label")
         load_or_fit_probe(tmp_path / str(seed), lambda extractor=extractor: extractor, rows, rows[:9])
-        initialise_head(model, tmp_path / str(seed))
+        initialise_head_from_probe(model, tmp_path / str(seed))
         assert torch.equal(torch.get_rng_state(), before)
         written.append((tmp_path / str(seed) / "probe" / "head.safetensors").read_bytes())
     assert written[0] == written[1]
@@ -109,7 +109,7 @@ def test_layers_that_the_checkpoint_lacks_are_the_same_wherever_the_start_is_tak
     assert probe.head is not None
     assert probe.head.dense is None
     for model in (first, other):
-        initialise_head(model, tmp_path)
+        initialise_head_from_probe(model, tmp_path)
     logits, others = (logits_alone(extractor_of(model, task, "single_label"), rows[:5]) for model in (first, other))
     np.testing.assert_array_equal(logits, others)
 

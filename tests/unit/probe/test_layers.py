@@ -12,8 +12,8 @@ from torch import nn
 from transformers import BertForSequenceClassification, FunnelConfig, FunnelForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from fulltune.probe import initialise_head, load_or_fit_probe
-from fulltune.probe.layers import head_layers, recognise_activation, run_and_read_hidden
+from fulltune.probe import initialise_head_from_probe, load_or_fit_probe
+from fulltune.probe.layers import find_head_layers, recognise_activation, run_and_read_hidden
 from fulltune.probe.linear import Items, LinearClassifier, NoProbe, mean_loss
 from fulltune.recipe.tasks import ProblemType, TaskName
 from tests.unit.probe.models import PAD, extractor_of, image_rows, logits_alone, model_of, rows_of
@@ -54,11 +54,11 @@ def rows_for(task: TaskName, kind: ProblemType, count: int, seed: int = 0) -> An
 def test_what_the_head_reads_gives_the_models_own_logits(
     name: str, task: TaskName, kind: ProblemType, last: str, dense: str | None, tmp_path: Path
 ) -> None:
-    """Padded as they are: rows of different lengths lie in one batch. After `initialise_head` the plain model's loss is
-    the one that was measured on its features."""
+    """Padded as they are: rows of different lengths lie in one batch. After `initialise_head_from_probe` the plain
+    model's loss is the one that was measured on its features."""
     outputs = OUTPUTS.get(kind, 3)
     model = model_of(name, task, outputs)
-    layers = head_layers(model, task, outputs)
+    layers = find_head_layers(model, task, outputs)
     assert layers == (last, dense)
     extractor = extractor_of(model, task, kind)
     eval_rows = rows_for(task, kind, 200, seed=1)
@@ -92,7 +92,7 @@ def test_what_the_head_reads_gives_the_models_own_logits(
     assert probe.failure is None
     assert (probe.head.dense is None) == (dense is None)
     assert probe.selected_on == "eval rows"
-    initialise_head(model, tmp_path)
+    initialise_head_from_probe(model, tmp_path)
     logits = compare()
     features = extractor.features(eval_rows, layers)
     given = Items(kind, logits, features.labels, features.rows, outputs)
@@ -109,7 +109,7 @@ def test_the_mean_over_tokens_is_seen_without_the_head(
     model = model_of(name, task, outputs)
     extractor, rows = extractor_of(model, task, kind), rows_for(task, kind, 20)
     without_head = extractor.features(rows, None)
-    with_head = extractor.features(rows, head_layers(model, task, outputs))
+    with_head = extractor.features(rows, find_head_layers(model, task, outputs))
     assert without_head.last is None
     assert without_head.dense is None
     if kind == "span":
@@ -176,7 +176,7 @@ def test_a_head_that_cannot_be_seen_starts_at_random_and_means_are_still_a_rival
 ) -> None:
     model = model_of("Bert", "text-classification")
     model.classifier = head
-    layers = head_layers(model, "text-classification", 3)
+    layers = find_head_layers(model, "text-classification", 3)
     rows = rows_of("single_label", 40)
     batch = extractor_of(model, "text-classification", "single_label").task.collate(rows[:4], PAD)
     del batch["labels"]
@@ -190,7 +190,7 @@ def test_a_head_that_cannot_be_seen_starts_at_random_and_means_are_still_a_rival
     assert probe.baseline is not None
     assert probe.baseline.pooling == "mean"
     before = {name: one.clone() for name, one in model.state_dict().items()}
-    initialise_head(model, tmp_path)
+    initialise_head_from_probe(model, tmp_path)
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
 
 
@@ -198,11 +198,11 @@ def test_a_head_without_a_linear_layer_or_a_body_without_a_name_says_so(tmp_path
     model = model_of("Bert", "text-classification")
     model.classifier = nn.Bilinear(1, 1, 3)
     with pytest.raises(NoProbe, match="does not end in a linear layer"):
-        head_layers(model, "text-classification", 3)
+        find_head_layers(model, "text-classification", 3)
     model = model_of("Bert", "text-classification")
     model.base_model_prefix = "elsewhere"
     with pytest.raises(NoProbe, match="has no separate body"):
-        head_layers(model, "text-classification", 3)
+        find_head_layers(model, "text-classification", 3)
     rows = rows_of("single_label", 20)
     probe = load_or_fit_probe(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
     assert (probe.head, probe.baseline) == (None, None)
@@ -254,8 +254,8 @@ def test_pooler_that_the_last_layer_does_not_read_alone_is_kept(kind: Any, tmp_p
     probe = load_or_fit_probe(tmp_path, lambda: extractor, rows_of("single_label", 60), eval_rows)
     assert probe.head is not None
     assert probe.head.dense == "loaded"
-    initialise_head(model, tmp_path)
-    features = extractor.features(eval_rows, head_layers(model, "text-classification", 3))
+    initialise_head_from_probe(model, tmp_path)
+    features = extractor.features(eval_rows, find_head_layers(model, "text-classification", 3))
     assert features.last is not None
     classifier = LinearClassifier(model.classifier.weight.detach().numpy(), model.classifier.bias.detach().numpy())
     assert mean_loss(extractor.items(features.last, features), classifier) == pytest.approx(probe.head.loss, abs=2e-3)

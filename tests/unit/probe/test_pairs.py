@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulltune.probe import FeatureExtractor, load_baseline_classifier, load_or_fit_probe, predict_baseline, separators
+from fulltune.probe import (
+    FeatureExtractor,
+    load_baseline_classifier,
+    load_or_fit_probe,
+    pair_separators,
+    predict_baseline,
+)
 from fulltune.probe.features import split_pairs
 from fulltune.tasks import Target
 from tests.unit.probe.models import LABELS, PAD, model_of
@@ -50,14 +56,14 @@ class Tokenizer:
 
 def test_only_pairs_have_separators() -> None:
     tokenizer = Tokenizer([CLS, 10, SEP, 10, SEP])
-    assert separators(tokenizer, TARGET) == {CLS, SEP}
-    assert separators(tokenizer, Target("single_label", {"text": "a", "label": "same"}, LABELS)) == set()
+    assert pair_separators(tokenizer, TARGET) == {CLS, SEP}
+    assert pair_separators(tokenizer, Target("single_label", {"text": "a", "label": "same"}, LABELS)) == set()
 
 
 @pytest.mark.parametrize("ids", [[10, 10], [10, 10, SEP, 50], [CLS, SEP, SEP], []])
 def test_texts_that_a_tokenizer_does_not_tell_apart_are_not_read_apart(ids: list[int]) -> None:
     """Nothing between them, or one more token, such as a language's, after the last separator."""
-    assert separators(Tokenizer(ids), TARGET) == set()
+    assert pair_separators(Tokenizer(ids), TARGET) == set()
 
 
 def _pairs(count: int) -> list[dict[str, Any]]:
@@ -80,7 +86,7 @@ def test_rival_that_reads_each_text_alone_sees_whether_they_are_alike(name: str,
         rows = [{key: value for key, value in row.items() if key != "token_type_ids"} for row in rows]
 
     def extractor(around: frozenset[int]) -> FeatureExtractor:
-        return FeatureExtractor(model, "text-classification", TARGET, PAD, 16, "fp32", separators=around)
+        return FeatureExtractor(model, "text-classification", TARGET, PAD, 16, "fp32", pair_separators=around)
 
     together = load_or_fit_probe(tmp_path / "together", lambda: extractor(frozenset()), rows[:300], rows[300:]).baseline
     apart = load_or_fit_probe(
@@ -105,7 +111,7 @@ def test_no_pass_has_more_rows_than_a_batch() -> None:
     model, sizes = model_of("Bert", "text-classification", 2), list[int]()
     model.bert.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     extractor = FeatureExtractor(
-        model, "text-classification", TARGET, PAD, 16, "fp32", separators=frozenset({CLS, SEP})
+        model, "text-classification", TARGET, PAD, 16, "fp32", pair_separators=frozenset({CLS, SEP})
     )
     assert extractor.features(_pairs(40), None).pair is not None
     assert max(sizes) == 16

@@ -22,7 +22,7 @@ def check_trainable(recipe: Recipe, *, check_packages: bool = True) -> None:
     """Raise `RecipeError` if settings cannot be trained, or `SetupError` if packages are missing and `check_packages`
     is set."""
     problems = recipe_rules.problems_of(recipe)
-    if recipe.train.engine_by:
+    if recipe.train.zero_enabled_by:
         try:
             parallel_layout.zero_settings(recipe)
         except RecipeError as error:
@@ -145,7 +145,11 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Trainin
     if extra.get("dataloader_num_workers") and hasattr(os, "fork"):
         # Forked workers need no pickling and touch no GPU.
         extra.setdefault("dataloader_multiprocessing_context", "fork")
-    extra |= {parallel_layout.PACKAGE: parallel_layout.resolve_settings(recipe, plan)} if recipe.train.engine_by else {}
+    extra |= (
+        {parallel_layout.PACKAGE: parallel_layout.resolve_settings(recipe, plan)}
+        if recipe.train.zero_enabled_by
+        else {}
+    )
     try:
         arguments = TrainingArguments(**values, **extra)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:

@@ -38,7 +38,7 @@ def fork_server() -> Iterator[Starter]:
 
     def start_worker(request: Request, log: Path) -> WorkerProcess:
         plan = request.plan
-        alone = plan.device == "cpu" and plan.num_processes == 1 and not request.recipe.train.engine_by
+        alone = plan.device == "cpu" and plan.num_processes == 1 and not request.recipe.train.zero_enabled_by
         if not (alone and sys.platform == "linux"):
             return start_in_new_process(request, log)
         if not servers or servers[-1].poll() is not None:

@@ -73,7 +73,7 @@ def micro_batches_to_measure(recipe: Recipe, plan: Plan, best: Changes) -> list[
 def compilation_to_measure(recipe: Recipe, best: MeasuredSetting, missing_tool: str | None) -> list[MeasuredSetting]:
     """Return a setting with torch.compile (not tried if a tool is missing), or [] if the recipe decides already."""
     train = recipe.train
-    if train.torch_compile is not None or train.engine_by or train.use_liger_kernel:
+    if train.torch_compile is not None or train.zero_enabled_by or train.use_liger_kernel:
         return []
     problem = None
     if missing_tool:
@@ -101,7 +101,7 @@ def choose_fastest_plan(trial: PlannedTrial, summary: DataSummary, available_byt
         raise SetupError("plan --measure: compute_loss cannot be passed to the processes that measure")
     if any((folder / "attempts").glob("*")):
         raise SetupError(f"{folder}: training with these settings has begun; measure in a new run (--fresh)")
-    if recipe.train.engine_by:
+    if recipe.train.zero_enabled_by:
         raise SetupError("plan --measure: a model that ZeRO shards cannot be measured; omit --measure")
     rows: list[MeasuredSetting] = []
 

@@ -73,7 +73,7 @@ def worker_command(request: Request, file: Path, machine: MachineAddress | None 
         logs = ["--tee=3", f"--log-dir={file.parent / 'ranks' / f'machine-{machine.rank}'}"]
         return [*torchrun, *together, *logs, *worker, str(os.getpid())]
     # An engine needs torchrun's variables even for one process.
-    if processes == 1 and not request.recipe.train.engine_by:
+    if processes == 1 and not request.recipe.train.zero_enabled_by:
         return [sys.executable, *worker]
     return [*torchrun, *ranks.ONE_MACHINE, f"--nproc-per-node={processes}", *worker]
 
@@ -92,7 +92,7 @@ def worker_environment(request: Request) -> dict[str, str]:
         # torchrun would give each process one thread, whatever the number of cores.
         threads = max(1, hardware.num_cores() // request.recipe.train.processes_per_machine)
         variables.setdefault("OMP_NUM_THREADS", str(threads))
-    if request.recipe.train.engine_by:
+    if request.recipe.train.zero_enabled_by:
         variables["DS_ACCELERATOR"] = "cpu"
     return variables
 

@@ -55,7 +55,7 @@ def load_pretrained(
         on_head=heads.append,
         num_ranks=num_ranks,
     )
-    if recipe.train.engine_by:
+    if recipe.train.zero_enabled_by:
         zero.remove_unused_conversions(model)
     return model, base.processor, heads[0] if heads else None
 
@@ -345,16 +345,16 @@ def init_head_from_probe(
             plan.eval_batch_size,
             plan.precision,
             class_weights(recipe, objective.summary),
-            probe.separators(tokenizer, target),
+            probe.pair_separators(tokenizer, target),
         )
 
     train_rows, eval_rows = task_rows(folder / "data", tokenizer)
     with reading:
-        probed = probe.load_or_fit_probe(folder, create_extractor, train_rows, eval_rows, together=together)
+        probed = probe.load_or_fit_probe(folder, create_extractor, train_rows, eval_rows, on_all_ranks=together)
     if not together:
         model.to("cpu")  # type: ignore[arg-type]  # the method must draw its values on the CPU, whether the probe was fitted here or before
     if probed.head is None:
         initialise_missing_from_seed(model, head, plan.seed)
     else:
-        probe.initialise_head(model, folder, for_training=recipe.method.kind != "head")
+        probe.initialise_head_from_probe(model, folder, for_training=recipe.method.kind != "head")
     return probed

@@ -12,7 +12,7 @@ from pyarrow import feather, parquet
 
 from fulltune.data.readers.read import hash_files, locate_data_files
 from fulltune.errors import DataError
-from fulltune.recipe.data import DataBlock, codec_of
+from fulltune.recipe.data import DataBlock, codec_for_encoding
 from fulltune.tasks.columns import column_of
 from tests.unit.data.readers.table import read
 
@@ -199,7 +199,7 @@ def test_text_in_another_encoding_is_read_when_it_is_named(tmp_path: Path, kind:
     }[kind]
     path = tmp_path / f"rows.{kind}"
     path.write_bytes(content.encode(encoding))
-    row = next(iter(replace(locate_data_files([str(path)]), encoding=codec_of(encoding)).rows()))[1]
+    row = next(iter(replace(locate_data_files([str(path)]), encoding=codec_for_encoding(encoding)).rows()))[1]
     assert "café" in (row["text"] if "text" in row else row["tokens"][0])
     if encoding != "utf-8":
         place = {"csv": 2, "tsv": 2}.get(kind, 1) if encoding == "cp1252" else 1
