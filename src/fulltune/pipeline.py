@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fulltune import data, evaluate, methods, plan, report
 from fulltune.audit import stage
-from fulltune.audit.pretrained import Reader
+from fulltune.audit.pretrained import RowReader
 from fulltune.errors import DoesNotFitError, GuardStop, RecipeError, SetupError
 from fulltune.evaluate.scoring import Scoring, UserMetrics
 from fulltune.forgetting.generic_text import check_texts
@@ -183,8 +183,8 @@ def add_highest_losses(job: Run, summary: DataSummary) -> Audit:
     return stage.write_losses(job.recipe, job.folder / "data", summary, losses)
 
 
-def reader_of(job: Run, summary: DataSummary) -> Reader:
-    return Reader(job.recipe, job.base, summary, job.folder / "data", job.listener)
+def reader_of(job: Run, summary: DataSummary) -> RowReader:
+    return RowReader(job.recipe, job.base, summary, job.folder / "data", job.listener)
 
 
 def delete_outdated_plan(run_folder_path: Path, plan_path: Path) -> None:

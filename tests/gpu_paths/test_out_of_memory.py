@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 
-from fulltune.audit.pretrained import Reader
+from fulltune.audit.pretrained import RowReader
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.evaluate import _explain_out_of_memory
 from fulltune.methods.added import add_peft_modules
@@ -85,10 +85,10 @@ def test_probe_that_does_not_fit_is_left_out(error: BaseException, found: type[B
 def test_rows_that_cannot_be_read_for_want_of_memory_are_not_judged(
     error: BaseException, found: type[BaseException], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    reader: Any = Reader.__new__(Reader)
+    reader: Any = RowReader.__new__(RowReader)
     vars(reader).update(folder=tmp_path, base=SimpleNamespace(processor=None))
-    monkeypatch.setitem(Reader._read_items.__globals__, "Rows", lambda folder: [])
-    monkeypatch.setitem(Reader._read_items.__globals__, "with_decoded_images", raising(error))
+    monkeypatch.setitem(RowReader._read_items.__globals__, "Rows", lambda folder: [])
+    monkeypatch.setitem(RowReader._read_items.__globals__, "with_decoded_images", raising(error))
     with pytest.raises(found):
         reader._read_items("train")
 

@@ -35,7 +35,7 @@ from fulltune.footprint.allocations import TraceCase, build_model, make_batch
 from fulltune.footprint.formulas import trace_footprint
 from fulltune.footprint.records import Footprint
 from fulltune.footprint.trace import apply_method_and_dropout
-from fulltune.inference.run import autocast, logits_of
+from fulltune.inference.run import autocast, extract_logits
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.models import chunked_loss, sharding
 from fulltune.models.base import Base
@@ -203,7 +203,7 @@ def _micro_batch(cell: Cell, case: TraceCase, model: Any, batch: dict[str, Any])
         selecting = head.computing_only(labels, trained, chunked=cell.chunked)
     with autocast(model, "fp32" if cell.weights_dtype == "bf16" else cell.precision), selecting:
         outputs = model(**inputs)
-    logits = logits_of(outputs)
+    logits = extract_logits(outputs)
     del outputs
     if isinstance(logits, torch.Tensor):  # accelerate hands outputs on in float32
         logits = logits.float()

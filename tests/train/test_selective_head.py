@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fulltune.inference import selective_head
-from fulltune.inference.run import logits_of
+from fulltune.inference.run import extract_logits
 from fulltune.tasks import Target, causal_lm
 from tests import tiny
 from tests.train import runs
@@ -66,7 +66,7 @@ def test_with_a_loss_of_the_users_own_all_logits_are_there(tmp_path: Path) -> No
     shapes: list[int] = []
 
     def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        logits = logits_of(outputs)
+        logits = extract_logits(outputs)
         shapes.append(logits.dim())
         return causal_lm.loss(logits, labels, TARGET) / num_items_in_batch
 

@@ -42,9 +42,9 @@ def detect_language(text: str) -> tuple[str, float] | None:
 
 
 def detect_foreign_language(text: str, main_languages: Collection[str]) -> tuple[str, float] | None:
-    """Return a text's language and probability if it is surely not in a main language, else None.
+    """Return a text's language and probability if it is certainly not in a main language, else None.
 
-    Its halves and its uncapitalised words must all be likelier in another language.
+    Both halves and the uncapitalised words must be likelier in another language.
     """
     words = _select_words_to_examine(text).split()
     language = _likeliest_language(" ".join(words), main_languages) if words else None
@@ -61,7 +61,7 @@ def detect_foreign_language(text: str, main_languages: Collection[str]) -> tuple
 
 
 def _select_words_to_examine(text: str) -> str:
-    """Return words from both ends of a text, without code and URLs."""
+    """Return words from the beginning and end of a text, without code and URLs."""
     text = RE["fenced"].sub(" ", text)
     if len(text) > 2 * _MAX_CHARACTERS:
         # The next step seldom removes more than half of a text.
@@ -77,9 +77,9 @@ def _num_letter_bytes(words: str) -> int:
 
 
 def _likeliest_language(words: str, main_languages: Collection[str]) -> tuple[str, float] | None:
-    """Return the likeliest language, or None for no language.
+    """Return the likeliest language and its probability, or None for no language.
 
-    Its probability includes related languages other than main ones.
+    The probability includes related languages, except main ones.
     """
     shares = Counter[str]()
     for code, share in _load_identifier().rank(words):

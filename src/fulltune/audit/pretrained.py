@@ -37,7 +37,7 @@ OUT_OF_MEMORY = "ran out of memory while the pretrained model read the rows"
 
 
 @dataclass(frozen=True)
-class Reader:
+class RowReader:
     """Reads prepared rows with the pretrained model, which is loaded on first use."""
 
     recipe: Recipe
@@ -73,8 +73,8 @@ class Reader:
         )
 
     def items(self, split: SplitName) -> tuple[Items, np.ndarray]:
-        """Return features and labels of a split's rows (or a sample), and their positions. Raises `NoProbe` if reading
-        fails."""
+        """Return features and labels of a split's rows (or a sample), and the rows' positions. Raises `NoProbe` if
+        reading fails."""
         if split not in self._read:
             try:
                 self._read[split] = self._read_items(split)
@@ -86,6 +86,7 @@ class Reader:
         return items
 
     def _read_items(self, split: SplitName) -> tuple[Items, np.ndarray]:
+        """Compute the result of `items`."""
         try:
             rows = with_decoded_images(Rows(self.folder / split), self.base.processor)
             config = self.extractor.model.config.get_text_config()
@@ -105,9 +106,9 @@ class Reader:
 # ---- labels that are probably wrong --------------------------------------------------------------------------------
 
 PRECISION = 0.75
-"""Wanted share of wrong labels among suspects; data with known errors came close (2026-11-28)."""
+"""Wanted share of wrong labels among suspects."""
 PLANTED_SHARE, PLANTED, MAX_ROUNDS = 0.05, 200, 5
-"""Share of rows mislabelled per round. Rounds repeat until `PLANTED` errors or `MAX_ROUNDS`."""
+"""Share of rows mislabelled per round. Rounds repeat until `PLANTED` errors or `MAX_ROUNDS` are reached."""
 SURE = (0.25, 0.5)
 """Quantiles of planted errors' margins; correct labels rarely have lower margins."""
 MIN_ROWS, MIN_OF_A_CLASS = 100, 3
@@ -130,9 +131,9 @@ class JudgedLabels:
     about: LabelErrors
 
 
-def judge_labels(reader: Reader) -> tuple[np.ndarray, JudgedLabels]:
-    """Return the positions of the judged train rows, and judgements of their labels. Raises `NoProbe` if judging is
-    impossible."""
+def judge_labels(reader: RowReader) -> tuple[np.ndarray, JudgedLabels]:
+    """Judge the train rows' labels. Return the judged rows' positions and the judgements. Raises `NoProbe` if judging
+    is impossible."""
     items, positions = reader.items("train")
     return positions, judge_labels_of(items)
 
@@ -187,7 +188,7 @@ def choose_suspect_margin(margins: np.ndarray, planted_margins: np.ndarray) -> t
 
 
 def _estimate_min_errors(margins: np.ndarray, planted_margins: np.ndarray, quantile: float) -> float:
-    """Estimate the number of errors from the margins below a quantile of planted ones, minus one standard error."""
+    """Estimate the errors from the margins below a quantile of planted ones, and subtract one standard error."""
     num_below = int(np.searchsorted(margins, np.quantile(planted_margins, quantile)))
     # Relative standard error of a count of rows, and of a share of the planted errors.
     error = math.sqrt(1 / max(1, num_below) + (1 - quantile) / (quantile * len(planted_margins)))
@@ -238,7 +239,7 @@ def predict_out_of_fold(items: Items, is_trained_on: np.ndarray, seed: int) -> n
 
 
 def _is_likely_error(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Mark rows for which another class reaches its mean probability over its own rows: bool [rows]."""
+    """Mark rows to which another class gives at least its mean probability over its own rows: bool [rows]."""
     rows = np.arange(len(labels))
     counts = np.bincount(labels, minlength=probabilities.shape[1])
     sums = np.bincount(labels, probabilities[rows, labels], minlength=probabilities.shape[1])
@@ -268,12 +269,12 @@ _SAME_SQUARE = 1e-8
 
 
 def find_outliers(
-    reader: Reader, train_keys: np.ndarray, rows_of_split: Mapping[SplitName, int]
+    reader: RowReader, train_keys: np.ndarray, rows_of_split: Mapping[SplitName, int]
 ) -> tuple[dict[SplitName, dict[int, float]], float, int]:
     """Return, by split, the positions and distances of rows that are far from all train rows.
 
-    Also returns the upper quartile of train distances, and the number of rows not sampled. Equal `train_keys` count
-    once. Raises `NoProbe` for too few or too varied rows.
+    Also returns the upper quartile of train distances, and the number of rows not sampled. Train rows with equal
+    `train_keys` count once. Raises `NoProbe` for too few or too varied rows.
     """
     items, positions = reader.items("train")
     unique_keys, first, inverse = np.unique(train_keys[positions], return_index=True, return_inverse=True)
@@ -298,7 +299,7 @@ def find_outliers(
 
 
 def mark_outliers(states: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Return distances, outliers (bool [rows]), the others' upper quartile, and the distance above which rows are
+    """Return distances, outliers (bool [rows]), the other rows' upper quartile, and the distance above which rows are
     outliers."""
     is_far = np.zeros(len(states), bool)
     for _ in range(_MAX_FAR_ROUNDS):

@@ -44,7 +44,7 @@ class AuditedRows:
     target: Target
     own_files: frozenset[str]
     packed: Recipe | None
-    """Recipe if packed rows must be read again from files, else None."""
+    """Recipe with which to read packed rows from their files again, else None."""
 
     @property
     def has_texts(self) -> bool:
@@ -88,7 +88,7 @@ class AuditedRows:
     def issue(
         self, check: str, item: tuple[SplitName, Row], reason: str, remedy: Remedy | None = None, score: float = 0.0
     ) -> RowIssue:
-        """Return the record of a row's problem; the default remedy drops the row, and high scores are listed first."""
+        """Return an issue about a row. Without `remedy`, the row is dropped; issues with high scores come first."""
         split, row = item
         return RowIssue(
             check=check,
@@ -113,8 +113,7 @@ class RowScan:
     ids: array[int] = field(default_factory=lambda: array("Q"))
     keys: array[int] = field(default_factory=lambda: array("Q"))
     content_hashes: array[int] = field(default_factory=lambda: array("q"))
-    """Python's hash of each row's content."""
-    signed: np.ndarray = field(default_factory=lambda: minhash([]))
+    signatures: np.ndarray = field(default_factory=lambda: minhash([]))
     """MinHash of each row's input: uint16 [rows, 128]."""
     labels: array[int] = field(default_factory=lambda: array("q"))
     """Index of each row's labels in `names`, or -1 without labels."""
@@ -153,12 +152,12 @@ def scan_rows(rows: AuditedRows, expected_rows: int, listener: Listener) -> RowS
         signed.append(minhash(keys))
         scan.counts[split] = len(scan.keys) - before
     listener(RowsRead(name="auditing", done=len(scan.keys), total=len(scan.keys)))
-    scan.signed = np.concatenate(signed)
+    scan.signatures = np.concatenate(signed)
     return scan
 
 
 def number_equal_rows(rows: AuditedRows, scan: RowScan, issues: list[RowIssue], decisions: Decisions) -> list[RowIssue]:
-    """Return the issues, with hashes of equal rows numbered; rows that `decisions` drop count as well."""
+    """Return the issues with numbered hashes where rows are equal, also equal to rows that `decisions` drop."""
     values, counts = np.unique(np.array(scan.ids, np.uint64), return_counts=True)
     several = {f"{value:016x}" for value in values[counts > 1].tolist()}
     several |= {row.partition("-")[0] for _, row in decisions}
@@ -171,7 +170,7 @@ def number_equal_rows(rows: AuditedRows, scan: RowScan, issues: list[RowIssue], 
 def identify_rows(
     rows: AuditedRows, decisions: Decisions, only_hashes: Collection[str] | None = None
 ) -> Iterator[tuple[SplitName, Row, str]]:
-    """Yield each row's split, row and hash, which is numbered if rows are equal. `only_hashes` limits the rows."""
+    """Yield split, row and hash of each row, or of rows in `only_hashes`. Hashes of equal rows are numbered."""
     times = Counter[tuple[str, str]]()
     for split, row in rows.all():
         key = rows.source_of(split), row_id(row)
@@ -237,14 +236,15 @@ _MAX_READ = 10
 
 
 def find_repeated_rows(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
-    """Return issues for train rows that occur earlier, are also held out, or have different labels elsewhere."""
+    """Return issues for train rows that occur earlier, also occur in held-out splits, or have different labels
+    elsewhere."""
     keys, contents, labels = (np.frombuffer(one, np.int64) for one in (scan.keys, scan.content_hashes, scan.labels))
     train = np.arange(len(keys)) < scan.counts["train"]
-    repeats = occurs_earlier(contents, train)
+    repeats = mark_repeated_train_rows(contents, train)
     leaks = train & np.isin(keys, keys[~train])
     near = keys
     if rows.has_texts:
-        near = join_near_duplicates(keys.view(np.uint64), scan.signed, _CANDIDATE).view(np.int64)
+        near = join_near_duplicates(keys.view(np.uint64), scan.signatures, _CANDIDATE).view(np.int64)
     twins = _find_similar_held_out_rows(scan, train, leaks, near)
     votes = _conflicting_label_counts(keys[train & (labels >= 0)], labels[train & (labels >= 0)])
     conflicting = train & np.isin(keys, np.fromiter(votes, np.int64, len(votes)))
@@ -271,7 +271,7 @@ def find_repeated_rows(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
             shares = [jaccard_similarity(mine, character_5grams(other[0])) for other in others]
             if (share := max(shares)) >= NEAR:
                 shown = others[shares.index(share)][1]
-                issues.append(issue(NEAR_LEAK, reason=f"a held-out row has nearly this text: {shown}", score=share))
+                issues.append(issue(NEAR_LEAK, reason=f"a held-out row has nearly the same text: {shown}", score=share))
         if conflicting[position]:
             counts = votes[int(keys[position])]
             times = ((", ".join(names[label]), count) for label, count in counts.most_common(3))
@@ -285,7 +285,7 @@ def find_repeated_rows(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
     return issues
 
 
-def occurs_earlier(content_hashes: np.ndarray, is_train: np.ndarray) -> np.ndarray:
+def mark_repeated_train_rows(content_hashes: np.ndarray, is_train: np.ndarray) -> np.ndarray:
     """Mark train rows whose content hash also occurs earlier in train: bool [rows]."""
     repeats = is_train.copy()
     repeats[np.unique(np.where(is_train, content_hashes, 0), return_index=True)[1]] = False
@@ -295,21 +295,21 @@ def occurs_earlier(content_hashes: np.ndarray, is_train: np.ndarray) -> np.ndarr
 def _find_similar_held_out_rows(
     scan: RowScan, is_train: np.ndarray, is_leak: np.ndarray, near_groups: np.ndarray
 ) -> dict[int, list[int]]:
-    """Return, by position of a train row, the positions of equal or similar held-out rows."""
+    """Return the positions of equal or similar held-out rows, by position of the train row."""
     groups, first = dict[int, list[int]](), dict[int, int]()
     for position in np.flatnonzero(~is_train & np.isin(near_groups, near_groups[is_train])).tolist():
         groups.setdefault(int(near_groups[position]), []).append(position)
         first.setdefault(scan.keys[position], position)
-    of_group = {group: scan.signed[others[:_MAX_COMPARED]] for group, others in groups.items()}
+    of_group = {group: scan.signatures[others[:_MAX_COMPARED]] for group, others in groups.items()}
     twins: dict[int, list[int]] = {}
     for position in np.flatnonzero(is_train & np.isin(near_groups, near_groups[~is_train])).tolist():
         if is_leak[position]:
             twins[position] = [first[scan.keys[position]]]
             continue
         group = int(near_groups[position])
-        shared = (scan.signed[position] == of_group[group]).sum(axis=1, dtype=np.uint8)
+        shared = (scan.signatures[position] == of_group[group]).sum(axis=1, dtype=np.uint8)
         nearest = np.argsort(shared, kind="stable")[::-1][:_MAX_READ]
-        least = _CANDIDATE * scan.signed.shape[1]
+        least = _CANDIDATE * scan.signatures.shape[1]
         if candidates := [groups[group][index] for index in nearest.tolist() if shared[index] >= least]:
             twins[position] = candidates
     return twins
@@ -326,7 +326,7 @@ def _read_held_out(rows: AuditedRows, scan: RowScan, positions: set[int]) -> dic
 
 
 def _conflicting_label_counts(keys: np.ndarray, labels: np.ndarray) -> dict[int, Counter[int]]:
-    """Count the labels of each key that has several labels."""
+    """For each key with several labels, count the rows of each label."""
     pairs = np.unique(np.stack([keys, labels]), axis=1)
     several, counts = np.unique(pairs[0], return_counts=True)
     conflicting = np.isin(keys, several[counts > 1])
@@ -367,10 +367,11 @@ def _describe_turn_order_faults(turns: Sequence[Turn]) -> Iterator[str]:
         elif role == before["role"] and role not in _TOOL and turn.get("name") == before.get("name"):
             yield f"turns {number - 1} and {number} are both {role} turns"
     if turns and turns[-1]["role"] != "assistant":
-        yield f"it ends with a {turns[-1]['role']} turn without an answer"
+        yield f"the chat ends with a {turns[-1]['role']} turn without an answer"
 
 
 def _describe_empty_or_repeated_turns(turns: Sequence[Turn]) -> Iterator[str]:
+    """Describe empty turns, and long assistant turns that occur twice."""
     first_turn: dict[str, int] = {}
     for number, turn in enumerate(turns, start=1):
         text, role = turn["content"].strip(), turn["role"]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fulltune.audit.languages import OTHER_LANGUAGE, PACKAGE, why_languages_unchecked
-from fulltune.audit.pretrained import NEIGHBOURS, OUT_OF_MEMORY, JudgedLabels, Reader, find_outliers, judge_labels
+from fulltune.audit.pretrained import NEIGHBOURS, OUT_OF_MEMORY, JudgedLabels, RowReader, find_outliers, judge_labels
 from fulltune.audit.rows import (
     CHAT_FAULT,
     CLASS_NAMES,
@@ -62,7 +62,7 @@ def checks_that_need_model(summary: DataSummary) -> set[str]:
     return checks | {OUTLIER} if summary.task in ("text-classification", "image-classification") else checks
 
 
-def audit_rows(reader: Reader, uses_model: bool) -> Audit:
+def audit_rows(reader: RowReader, uses_model: bool) -> Audit:
     """Check all prepared rows, and write `issues.jsonl` and `audit.json`. Only if `uses_model`, run checks that need
     the model."""
     recipe, folder, summary = reader.recipe, reader.folder, reader.summary
@@ -118,7 +118,7 @@ def audit_rows(reader: Reader, uses_model: bool) -> Audit:
 
 
 def _checks_without_model(rows: AuditedRows, scan: RowScan) -> set[str]:
-    """Return the names of the checks, except those by the model, that apply to these rows."""
+    """Return the names of the checks that apply to these rows without the pretrained model."""
     further = {
         NEAR_LEAK: rows.has_texts,
         CONFLICT: bool(scan.names),
@@ -139,14 +139,14 @@ def _load_complete_audit(folder: Path, summary: DataSummary, wanted: set[str]) -
 
 
 def checks_version() -> str:
-    """Return the version of the checks, and which extras are missing."""
+    """Return the version of the checks and missing extras, such as "3, no audit"."""
     without_audit = ", no audit" if checks_without_package() else ""
     without_languages = "" if is_installed(PACKAGE) else ", no languages"
     return f"{VERSION}{without_audit}{without_languages}"
 
 
 def _load_audit_of_same_rows(folder: Path, summary: DataSummary) -> Audit | None:
-    """Return the saved audit, or None if it is missing or about other rows."""
+    """Return the saved audit of any version, or None if it is missing or about other rows."""
     try:
         earlier = Audit.load(folder / AUDIT)
     except (OSError, SetupError):
@@ -178,8 +178,8 @@ def load_issues(folder: Path) -> list[RowIssue]:
         raise SetupError(f"{folder / ISSUES}: cannot be read; delete it and run 'fulltune data' again") from None
 
 
-def _outlier_issues(rows: AuditedRows, reader: Reader, scan: RowScan, not_run: dict[str, str]) -> list[RowIssue]:
-    """Return an issue for each outlier. If rows were not sampled, `not_run` says how many."""
+def _outlier_issues(rows: AuditedRows, reader: RowReader, scan: RowScan, not_run: dict[str, str]) -> list[RowIssue]:
+    """Return an issue for each outlier. If rows were not sampled, add their number to `not_run`."""
     far, usual, num_unread = find_outliers(reader, np.array(scan.keys[: scan.counts["train"]], np.uint64), scan.counts)
     issues: list[RowIssue] = []
     for split, distances in far.items():

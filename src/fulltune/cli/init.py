@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from fulltune.data.readers.files import (
-    find_held_out_beside,
+    find_held_out_files_beside,
     group_files_by_split,
     group_folders_by_split,
     is_image_folder,
@@ -115,7 +115,7 @@ SplitFiles = tuple[tuple[Path, ...], dict[SplitName, Path], tuple[str, ...]]
 def assign_files_to_splits(path: Path) -> SplitFiles:
     """Assign a folder's files to splits by their names. For a single file, find the splits beside it."""
     if not path.is_dir():
-        return (path,), _one_file_per_split(find_held_out_beside(path)), ()
+        return (path,), _one_file_per_split(find_held_out_files_beside(path)), ()
     splits = group_folders_by_split(path)
     if not splits and is_image_folder(path):
         return (path,), {}, ()
@@ -287,7 +287,7 @@ def write_recipe(
         f"train: {train[0]}" if len(train) == 1 else "\n    - ".join(["train:", *train]),
         *(f"# not used: {reason}" for reason in not_used),
         *(
-            f"{split}: {held_out_paths[split]}" if split in held_out else f"# {split} rows are split off train"
+            f"{split}: {held_out_paths[split]}" if split in held_out else f"# {split} rows are split off from train"
             for split in ("eval", "test")
         ),
         *([f"encoding: {_yaml_scalar(encoding)}"] if codec_for_encoding(encoding) != UTF_8 else []),
@@ -324,7 +324,7 @@ def summary_lines(inferred: Inferred, files: SplitFiles) -> list[str]:
     output.append(f"train: {inferred.where}: {rows}")
     for split in ("eval", "test"):
         file = held_out.get(split)
-        output.append(f"{split}:  {file.name if file else 'rows are split off train'}")
+        output.append(f"{split}:  {file.name if file else 'rows are split off from train'}")
     output += [f"not used: {reason}" for reason in not_used]
     output += [f"columns not used: {inferred.unused}"] if inferred.unused else []
     output += [f"note: {note}" for note in inferred.notes]

@@ -10,7 +10,7 @@ from fulltune.audit.texts import masked_text
 from fulltune.audit.texts.content import note_similar_names
 from fulltune.audit.texts.flaw import RE, masked
 from fulltune.data.contamination import ForbiddenTexts
-from fulltune.data.encode import NEW_LABEL, DropKind, Dropped, EncodedSource
+from fulltune.data.encode import NEW_LABEL, DropKind, DroppedRow, EncodedSource
 from fulltune.data.groups import format_time, group_and_time_problems
 from fulltune.data.sources import SourceName, is_mixed
 from fulltune.data.split import HELD_OUT, SPLITS, Split, held_out_rows, largest_group
@@ -73,8 +73,8 @@ def refuse_unusable_rows(recipe: Recipe, encoded: Mapping[SourceName, EncodedSou
 def _too_many_dropped_problem(
     source: EncodedSource, kind: DropKind, allowed_checks: Collection[str], num_checked: int
 ) -> list[str]:
-    """Return an error message in a list if too many rows failed other checks than `allowed_checks`, else an empty
-    list."""
+    """Return a list with an error message if more rows than accepted failed checks outside `allowed_checks`, else an
+    empty list."""
     counts = Counter({check: count for check, count in source.tally.of(kind).items() if check not in allowed_checks})
     total = counts.total()
     # A single row is never too many, even in a file of ten.
@@ -114,16 +114,16 @@ def refuse_labels_not_in_train(block: DataBlock, splits: Mapping[SplitName, Spli
 # ---- notes -----------------------------------------------------------------------------------------------------
 
 
-def note_split_problems(splits: Mapping[SplitName, Split], target: Target, near_joined: bool = False) -> list[str]:
+def note_split_problems(splits: Mapping[SplitName, Split], target: Target, near_duplicates: bool = False) -> list[str]:
     """Return notes on few eval rows, texts that occur in several splits, similar class names, and classes without rows.
 
-    If `near_joined`, near duplicates count as one text.
+    If `near_duplicates` is set, near duplicates count as one text.
     """
     dev, remarks = splits["eval"], list[str]()
     if dev.num_rows < FEW_EVAL_ROWS:
         remarks.append(f"only {counted(dev.num_rows, 'eval row')}, which is too few to compare checkpoints reliably")
     remarks += _note_values_in_two_splits(
-        splits, "groups", shared_content(target.columns), " (equal, or nearly so)" if near_joined else ""
+        splits, "groups", shared_content(target.columns), " (equal, or nearly so)" if near_duplicates else ""
     )
     counts = sum((Counter(split.label_counts()) for split in splits.values()), Counter[str]())
     if "label" not in target.columns:
@@ -141,7 +141,7 @@ def note_split_problems(splits: Mapping[SplitName, Split], target: Target, near_
 def _note_values_in_two_splits(
     splits: Mapping[SplitName, Split], attribute: Literal["groups", "group_values"], shown_as: str, suffix: str = ""
 ) -> list[str]:
-    """Note for each pair of splits how many rows share a value of `attribute`, which `shown_as` names."""
+    """Return a note for each pair of splits whose rows share values of `attribute`, which the notes call `shown_as`."""
     overlaps: tuple[tuple[SplitName, SplitName], ...] = (("eval", "train"), ("test", "train"), ("test", "eval"))
     return [
         f"{count:,} of {splits[name].num_rows:,} {name} rows have a {shown_as} that {ALSO_OCCURS} {other}{suffix}"
@@ -185,12 +185,12 @@ def rows_in_no_split(splits: Mapping[SplitName, Split]) -> np.ndarray:
     return ~np.logical_or.reduce([split.rows for split in splits.values() if split.source is splits["train"].source])
 
 
-def dropped_by_time_split(block: DataBlock, train: EncodedSource, is_dropped: np.ndarray) -> Iterator[Dropped]:
-    """Yield a record of each row marked in `is_dropped`, with the reason."""
+def rows_dropped_by_time_split(block: DataBlock, train: EncodedSource, is_dropped: np.ndarray) -> Iterator[DroppedRow]:
+    """Yield a `DroppedRow` for each row that is marked in `is_dropped`."""
     same = f"its text, or its '{block.group}'," if block.group else "its text"
     reason = f"{same} also occurs in an earlier split by '{block.time}'"
     for _, place, row in iterate_stored_rows(train, is_dropped):
-        yield Dropped("train", place, IN_EARLIER_SPLIT, reason, row)
+        yield DroppedRow("train", place, IN_EARLIER_SPLIT, reason, row)
 
 
 def notes_on_splitting(recipe: Recipe, splits: Mapping[SplitName, Split]) -> list[str]:
@@ -254,7 +254,7 @@ def note_forbidden_texts(texts: ForbiddenTexts | None, train: Split, mixed_in: M
             continue
         places = [place for _, place, _ in iterate_stored_rows(split.source, rows)]
         remarks.append(
-            f"{count:,} of {split.num_rows:,} {kind} contain one of {texts.source}, or much of it: "
+            f"{count:,} of {split.num_rows:,} {kind} contain all or much of one of {texts.source}: "
             f"{first_few(places)}, so scores on these texts would be optimistic; remove the rows, or do not report "
             "these scores"
         )

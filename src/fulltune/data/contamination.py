@@ -1,5 +1,3 @@
-"""Detects rows that contain forbidden texts, such as benchmarks, by common word 8-grams."""
-
 from __future__ import annotations
 
 import os
@@ -12,7 +10,7 @@ import numpy as np
 
 from fulltune.data.groups import draw, rehash
 from fulltune.data.readers.files import convert_os_errors, is_data, list_data_files
-from fulltune.data.readers.read import DataFiles, PlacedRow
+from fulltune.data.readers.read import DataFiles, LocatedRow
 from fulltune.data.readers.text_files import has_blank_lines
 from fulltune.errors import DataError
 from fulltune.recipe.fields import Recipe
@@ -22,18 +20,18 @@ from fulltune.text import counted
 
 NUM_WORDS = 8
 MAX_TEXTS = 100
-"""More frequent 8-grams come from templates and are ignored."""
+"""8-grams in more texts than this come from templates and are ignored."""
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _hash_word = lru_cache(maxsize=50_000)(partial(draw, 0))
 _NOT_COMPARED = ("label", "tags", "tools", "context")
-"""Prefixes of roles that are not compared, such as labels and passages that many questions share."""
+"""Prefixes of column roles that are not compared, such as labels and passages that many questions share."""
 _ANSWERS = ("completion", "target", "answers", "choice", "messages")
-"""Prefixes of roles whose short cells (`yes`) are often equal by chance."""
+"""Prefixes of column roles whose short cells (`yes`) are often equal by chance."""
 
 
 @dataclass(frozen=True)
 class ForbiddenTexts:
-    """Hashes of texts that must not be trained on."""
+    """Hashes of texts, such as benchmarks, that must not be trained on."""
 
     source: str
     whole: frozenset[int]
@@ -77,14 +75,14 @@ def _hash_word_ngrams(words: list[str]) -> np.ndarray:
 
 
 def list_forbidden_text_files(recipe: Recipe) -> tuple[Path, ...]:
-    """List the files of forbidden texts. Raises `DataError` if a setting matches none."""
+    """List the files of texts not to train on. Raises `DataError` if a setting's path contains none."""
     return tuple(
         file for setting, path in recipe.excluded_text_paths.items() for file in _list_text_files(setting, path)
     )
 
 
 def _list_text_files(setting: str, path: str) -> Sequence[Path]:
-    """List text files and tables in `path` and its subfolders. Errors name `setting`."""
+    """Return the text files and tables at `path` or below. Error messages name `setting`."""
     try:
         with convert_os_errors(Path(path)):
             if not Path(path).is_dir():
@@ -107,7 +105,8 @@ def _list_text_files(setting: str, path: str) -> Sequence[Path]:
 
 
 def hash_forbidden_texts(path_of_setting: Mapping[str, str], files: Iterable[Path]) -> ForbiddenTexts:
-    """Hash the texts of all files, which `path_of_setting` names in errors. Raises `DataError` if there are none."""
+    """Hash all texts in `files`. Raises `DataError`, naming the settings, if a file is broken or all are without
+    text."""
     whole: set[int] = set()
     ngrams, num_ngrams, problems = [np.empty(0, np.uint64)], list[int](), list[str]()
     for file in files:
@@ -157,7 +156,7 @@ def _is_word(part: object) -> bool:
 
 
 def mark_rows_with_forbidden_text(
-    forbidden: ForbiddenTexts | None, group_keys: Sequence[str], rows: Sequence[PlacedRow], target: Target
+    forbidden: ForbiddenTexts | None, group_keys: Sequence[str], rows: Sequence[LocatedRow], target: Target
 ) -> np.ndarray:
     """Mark rows that contain a forbidden text: bool [rows], empty if `forbidden` is None. `group_keys` are the rows'
     inputs."""
@@ -165,7 +164,7 @@ def mark_rows_with_forbidden_text(
         return np.zeros(0, bool)
     columns = {role: column for role, column in target.columns.items() if not role.startswith(_NOT_COMPARED)}
 
-    def contains_forbidden(group_key: str, row: Row) -> bool:
+    def contains_forbidden_text(group_key: str, row: Row) -> bool:
         return ("context" not in target.columns and forbidden.occur_in(group_key, is_input=True)) or any(
             forbidden.occur_in(text, is_input=not role.startswith(_ANSWERS))
             for role, column in columns.items()
@@ -173,4 +172,4 @@ def mark_rows_with_forbidden_text(
             if text != group_key
         )
 
-    return np.array([contains_forbidden(key, row) for key, (_, row) in zip(group_keys, rows, strict=True)], bool)
+    return np.array([contains_forbidden_text(key, row) for key, (_, row) in zip(group_keys, rows, strict=True)], bool)

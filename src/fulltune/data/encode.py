@@ -1,5 +1,3 @@
-"""Checks and tokenises a source once, on all cores and in constant memory, into an Arrow file."""
-
 from __future__ import annotations
 
 import os
@@ -18,7 +16,7 @@ import numpy as np
 from fulltune.audit.texts import CHEAP, MAX_CHECKED, found_by, iterate_texts, masked_cells, select_checks
 from fulltune.data.contamination import ForbiddenTexts, mark_rows_with_forbidden_text
 from fulltune.data.groups import RowCounts, draw, join_by_value, join_near_duplicates, minhash, parse_groups_and_times
-from fulltune.data.readers.read import PlacedRow
+from fulltune.data.readers.read import LocatedRow
 from fulltune.errors import SetupError
 from fulltune.inference.store import make_record_batch, row_as_json, write_rows
 from fulltune.recipe.data import DataBlock
@@ -55,13 +53,13 @@ class Job:
     source: str = "train"
     where: str = ""
     is_mixed: bool = False
-    """True if the source is mixed in; its rows with unknown labels are dropped."""
+    """True for a mixed-in source, whose rows with unknown labels are dropped."""
     known_labels: frozenset[str] | None = None
     forbidden: ForbiddenTexts | None = None
 
 
 @dataclass(frozen=True)
-class Dropped:
+class DroppedRow:
     """A dropped row, or one of its examples."""
 
     split: str
@@ -69,15 +67,13 @@ class Dropped:
     check: str
     reason: str
     row: dict[str, Any]
-    """Cells of the row; empty for its further dropped examples."""
+    """Cells of the row; empty from its second dropped example on."""
 
 
 @dataclass(frozen=True)
 class EncodedSource:
-    """Data per example and per row that stay in memory for a source or chunk.
-
-    Arrays that the recipe does not need are empty.
-    """
+    """Data about a source's or chunk's rows and examples that stay in memory. Arrays that the recipe does not need are
+    empty."""
 
     where: str
     target: Target
@@ -124,7 +120,7 @@ _ARRAY_FIELDS = (
     *("lengths", "trained_tokens", "truncated"),
     *("groups", "signatures", "group_values", "times", "holds_forbidden"),
 )
-Chunk = tuple[EncodedSource, "pa.RecordBatch | None", list[Dropped]]
+Chunk = tuple[EncodedSource, "pa.RecordBatch | None", list[DroppedRow]]
 
 
 def _concatenate_chunks(parts: Sequence[EncodedSource], folder: Path) -> EncodedSource:
@@ -152,21 +148,21 @@ def _concatenate_chunks(parts: Sequence[EncodedSource], folder: Path) -> Encoded
     )
 
 
-def encode_chunk(job: Job, chunk: list[PlacedRow]) -> Chunk:
-    """Check and tokenise some rows; return their data, examples (None without any) and dropped rows."""
-    task, block, tally, dropped = task_named(job.task), job.block, RowCounts(), list[Dropped]()
+def encode_chunk(job: Job, chunk: list[LocatedRow]) -> Chunk:
+    """Check and tokenise some rows. Return their `EncodedSource`, a batch of examples or None, and the dropped rows."""
+    task, block, tally, dropped = task_named(job.task), job.block, RowCounts(), list[DroppedRow]()
 
     def drop(kind: DropKind, place: str, row: Row, refused: Refused) -> None:
         tally.add(kind, refused.check, place, refused.reason)
-        dropped.append(Dropped(job.source, place, refused.check, refused.reason, dict(row)))
+        dropped.append(DroppedRow(job.source, place, refused.check, refused.reason, dict(row)))
 
-    usable: list[PlacedRow] = []
+    usable: list[LocatedRow] = []
     for place, row in chunk:
         if refused := _why_row_unusable(job, task, row):
             drop("unusable", place, row, refused)
         else:
             usable.append((place, row))
-    examples, row_of, texts, rows = list[Example](), list[int](), list[str](), list[PlacedRow]()
+    examples, row_of, texts, rows = list[Example](), list[int](), list[str](), list[LocatedRow]()
     for (place, row), row_examples in zip(
         usable, _tokenise_known_labels(job, task, [row for _, row in usable]), strict=True
     ):
@@ -267,14 +263,14 @@ def _why_example_dropped(example: Example, drop_truncated: bool) -> Refused | No
 
 def encode_source(
     job: Job,
-    rows: Iterable[PlacedRow],
+    rows: Iterable[LocatedRow],
     num_rows: int,
     folder: Path,
     report_num_read: Callable[[int], None],
-    record_dropped: Callable[[Dropped], None],
+    record_dropped: Callable[[DroppedRow], None],
 ) -> EncodedSource:
-    """Tokenise a source into `folder`, calling `report_num_read` with the rows read so far. Raises `SetupError` if a
-    worker was killed."""
+    """Tokenise a source into `folder`, reporting the number of rows read so far. Raises `SetupError` if a worker was
+    killed."""
     parts = list[EncodedSource]()
 
     def encoded_batches() -> Iterator[pa.RecordBatch]:
@@ -290,8 +286,9 @@ def encode_source(
     return _concatenate_chunks(parts, folder)
 
 
-def with_joined_groups(sources: Mapping[str, EncodedSource], threshold: float) -> dict[str, EncodedSource]:
-    """Return the sources; `groups` now joins near duplicates, and `split_groups` also rows of equal `data.group`."""
+def join_groups_of_sources(sources: Mapping[str, EncodedSource], threshold: float) -> dict[str, EncodedSource]:
+    """Return the sources with new `groups`, which join near duplicates, and `split_groups`, which also join rows of
+    equal `data.group`."""
     if threshold >= 1 and not any(len(source.group_values) for source in sources.values()):
         return dict(sources)
     ends = np.cumsum([source.num_rows for source in sources.values()])[:-1]
@@ -308,7 +305,7 @@ def with_joined_groups(sources: Mapping[str, EncodedSource], threshold: float) -
     }
 
 
-def _encode_chunks(job: Job, rows: Iterable[PlacedRow], expected_rows: int) -> Iterator[Chunk]:
+def _encode_chunks(job: Job, rows: Iterable[LocatedRow], expected_rows: int) -> Iterator[Chunk]:
     """Yield encoded chunks in order, using worker processes if `expected_rows` is large."""
     pieces = in_batches(rows, ROWS_PER_CHUNK, CHUNK_BYTES)
     num_workers = num_cores()
@@ -340,12 +337,12 @@ _job: Job | None = None
 
 
 def _init_worker(job: Job) -> None:
-    """Store the job in a worker process once, not with each chunk."""
+    """Store the job once per worker process, so that chunks need not carry it."""
     global _job
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # other workers use the other cores
     _job = job
 
 
-def _encode_in_worker(piece: list[PlacedRow]) -> Chunk:
+def _encode_in_worker(piece: list[LocatedRow]) -> Chunk:
     assert _job is not None, "_init_worker runs first"
     return encode_chunk(_job, piece)

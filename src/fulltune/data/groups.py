@@ -1,8 +1,7 @@
-"""Groups rows that a split must not separate: near duplicates, and rows with the same `data.group`.
+"""Groups rows that no split may separate: rows with the same `data.group`, and near duplicates (MinHash, Broder 1997).
 
-MinHash (Broder 1997) detects near duplicates: a signature holds, for each of 128 hash functions, the smallest hash of a
-text's character 5-grams. The share of equal positions estimates two texts' Jaccard similarity, with a standard error of
-at most 4.5 %.
+A signature holds the smallest hash of a text's character 5-grams for each of 128 hash functions. The share of equal
+positions estimates the Jaccard similarity, with a standard error of at most 4.5 %.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from decimal import Decimal
 import numpy as np
 
 from fulltune.audit.texts import masked_text
-from fulltune.data.readers.read import PlacedRow
+from fulltune.data.readers.read import LocatedRow
 from fulltune.recipe.data import DataBlock
 from fulltune.tasks.columns import BadCell, in_batches, is_blank
 from fulltune.text import counted, listed
@@ -132,7 +131,7 @@ def _hash_rows(band: np.ndarray) -> np.ndarray:
 
 
 def join_near_duplicates(groups: np.ndarray, signatures: np.ndarray, threshold: float) -> np.ndarray:
-    """Return the group numbers, made equal for near duplicates: uint64 [rows]."""
+    """Return each row's group number, now equal for near duplicates: uint64 [rows]."""
     numbers, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
     of_number = cluster_near_duplicates(signatures[first], threshold)
     sizes = np.bincount(of_number, minlength=len(numbers))
@@ -158,7 +157,7 @@ def _connected_components(pairs: np.ndarray, num_nodes: int) -> np.ndarray:
 def join_by_value(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Return group numbers that are equal for rows connected by equal groups or values: uint64 [rows].
 
-    Unconnected values keep their number, so new rows do not move others.
+    Unconnected values keep their numbers.
     """
     if not len(groups):
         return groups
@@ -212,7 +211,7 @@ class RowCounts:
             self.first.setdefault((kind, name), []).append((location, detail))
 
     def merge(self, other: RowCounts) -> None:
-        """Add the counts of later rows."""
+        """Add the counts of `other`, whose rows come later."""
         self.counts.update(other.counts)
         for key, places in other.first.items():
             shown = self.first.setdefault(key, [])
@@ -224,7 +223,7 @@ class RowCounts:
 
 
 def parse_groups_and_times(
-    rows: Sequence[PlacedRow], group_column: str | None, time_column: str | None, seed: int, tally: RowCounts
+    rows: Sequence[LocatedRow], group_column: str | None, time_column: str | None, seed: int, tally: RowCounts
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return each row's group hash (uint64 [rows]) and time (float64 [rows]), empty without a column; count bad cells
     in `tally`."""
@@ -259,8 +258,8 @@ def parse_group(cell: object) -> str:
 
 
 def parse_time(cell: object) -> tuple[str, float]:
-    """Return a time's format, such as `date`, and its seconds since 1970 (or the number itself). Raises `ValueError` if
-    it is no time."""
+    """Return a time's format, such as `date`, and its seconds since 1970 (or the number itself). Raises `ValueError`
+    for anything else."""
     if isinstance(cell, BadCell):
         raise ValueError(f"contains {cell.reason}")
     is_nothing = isinstance(cell, (float, datetime)) and cell != cell  # NaN, or NaT of pandas

@@ -9,7 +9,7 @@ import numpy as np
 
 from fulltune import methods
 from fulltune.errors import RecipeError
-from fulltune.inference.store import WORDS, make_record_batch
+from fulltune.inference.store import ROW_JSON, make_record_batch
 from fulltune.models import packing as model_packing
 from fulltune.models.base import Base
 from fulltune.models.shapes import position_limit
@@ -24,20 +24,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits that the model and the method set for a row."""
+    """Limits on a row that come from the model and the methods."""
 
-    positions: int | None = None
+    max_positions: int | None = None
     """Longest sequence in tokens, or None if unlimited."""
-    identity: str = ""
+    model_fingerprint: str = ""
     """Fingerprint of everything in the model that changes prepared rows."""
     packing_obstacle: Callable[[], str | None] = lambda: "it was not checked"
     """Returns why packed texts would attend to each other, or None if they cannot."""
-    virtual: int = 0
-    """Number of virtual tokens that prompt tuning puts before each row."""
+    num_virtual_tokens: int = 0
 
     @classmethod
     def of(cls, base: Base, recipe: Recipe) -> Limits:
-        """Return the limits for a recipe."""
+        """Collect the limits that apply to a recipe."""
         attention = recipe.model.attn_implementation
         return cls(
             position_limit(base.config) if FACTS[recipe.task].reads == "text" else None,
@@ -55,7 +54,7 @@ def length_limit(
 ) -> tuple[int, str]:
     """Return the maximum tokens per row, and where that limit comes from. Raises `RecipeError` for impossible
     settings."""
-    bounds = [limit for limit in (limits.positions, tokenizer.model_max_length) if limit and limit < 10**9]
+    bounds = [limit for limit in (limits.max_positions, tokenizer.model_max_length) if limit and limit < 10**9]
     model_limit = min(bounds, default=10**9)
     cap = causal_lm.BLOCK_LENGTH if target.form.is_raw_text else task.FACTS.length_cap
     if recipe.data.max_length is not None:
@@ -69,19 +68,20 @@ def length_limit(
             f"data.max_length: {length} tokens, but the model accepts at most {model_limit}; set data.max_length: "
             f"{model_limit} or less"
         )
-    if not limits.virtual:
+    if not limits.num_virtual_tokens:
         return length, why
-    if length - limits.virtual < MIN_TEXT_TOKENS:
+    if length - limits.num_virtual_tokens < MIN_TEXT_TOKENS:
         raise RecipeError(
-            f"data.max_length: {limits.virtual} virtual tokens leave {max(0, length - limits.virtual)} of {length} for "
-            f"the text; expected at least {MIN_TEXT_TOKENS}: use fewer virtual tokens, or raise data.max_length"
+            f"data.max_length: {limits.num_virtual_tokens} virtual tokens leave only "
+            f"{max(0, length - limits.num_virtual_tokens)} of {length} tokens for the text; expected at "
+            f"least {MIN_TEXT_TOKENS}: use fewer virtual tokens, or raise data.max_length"
         )
-    return length - limits.virtual, f"{why}, minus {limits.virtual} virtual tokens"
+    return length - limits.num_virtual_tokens, f"{why}, minus {limits.num_virtual_tokens} virtual tokens"
 
 
 def can_pack(recipe: Recipe, target: Target, limits: Limits, mixed: Collection[Target] = ()) -> tuple[bool, list[str]]:
-    """Return whether to pack several texts into one row, and notes on why not. Raises `RecipeError` if required packing
-    is impossible."""
+    """Return whether several texts can share a row, and notes on why not. Raises `RecipeError` if the recipe requires
+    impossible packing."""
     wanted, is_raw = recipe.data.packing, target.form.is_raw_text
     if wanted is False:
         return False, []
@@ -91,7 +91,7 @@ def can_pack(recipe: Recipe, target: Target, limits: Limits, mixed: Collection[T
     elif others:
         obstacle = f"only raw text is packed, and rows of another kind are mixed in ({', '.join(others)})"
     else:
-        obstacle = "prompt tuning puts virtual tokens before each text" if limits.virtual else None
+        obstacle = "prompt tuning puts virtual tokens before each text" if limits.num_virtual_tokens else None
         obstacle = obstacle or limits.packing_obstacle()
     if obstacle is None:
         return True, []
@@ -149,6 +149,6 @@ def _iterate_tokenized_texts(parts: Iterable[pa.RecordBatch]) -> Iterator[Tokeni
         ids, labels = (part.column(name) for name in ("input_ids", "labels"))
         ends = ids.offsets.to_numpy()
         flat_ids, flat_labels = ids.values.to_numpy(), labels.values.to_numpy()
-        for position, words in enumerate(part.column(WORDS).to_pylist()):
+        for position, words in enumerate(part.column(ROW_JSON).to_pylist()):
             place = slice(ends[position], ends[position + 1])
             yield flat_ids[place], flat_labels[place], words

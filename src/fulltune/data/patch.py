@@ -1,7 +1,6 @@
-"""Applies patch files, which hold decisions about single rows, each time the data is read.
+"""Applies a patch file's decisions about single rows each time the data is read.
 
-A line's `row` is a hash of all columns (`inference.store.row_id`), so a decision follows its row. The second of several
-equal rows has `-2` appended.
+A line's `row` is the row's `inference.store.row_id`; the second of several equal rows has `-2` appended.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fulltune.data.encode import Dropped
-from fulltune.data.readers.read import PlacedRow
+from fulltune.data.encode import DroppedRow
+from fulltune.data.readers.read import LocatedRow
 from fulltune.errors import DataError
 from fulltune.files import write_text
 from fulltune.inference.store import row_id
@@ -29,8 +28,9 @@ Decisions = Mapping[tuple[str, str], RowDecision]
 
 
 def load_patch(path: Path, setting: str = "data.patch") -> dict[tuple[str, str], RowDecision]:
-    """Return a patch file's last decision about each row by source and row hash. Raises `DataError` for bad lines."""
-    expected = "expected a patch file, as 'fulltune data RECIPE --review' writes it"
+    """Load a patch file; return the last decision on each row by (source, row hash). Raises `DataError` for bad
+    lines."""
+    expected = "expected a patch file written by 'fulltune data RECIPE --review'"
     try:
         # splitlines would also split at characters that a text may contain.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -74,14 +74,14 @@ class PatchedRows:
     decisions: Decisions
     source: str
     matched: set[tuple[str, str]] = field(default_factory=set)
-    dropped: list[Dropped] = field(default_factory=list)
+    dropped: list[DroppedRow] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     _copies: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.hashes = {row.partition("-")[0] for source, row in self.decisions if source == self.source}
 
-    def rows(self, rows: Iterable[PlacedRow]) -> Iterator[PlacedRow]:
+    def rows(self, rows: Iterable[LocatedRow]) -> Iterator[LocatedRow]:
         """Yield the patched rows, omitting those that the patch drops."""
         self.dropped, self.problems, self._copies = [], [], Counter()
         for place, row in rows:
@@ -100,7 +100,7 @@ class PatchedRows:
             remedy = decision.remedy
             if remedy.action == "drop":
                 reason = f"{decision.check or 'decided'} (data.patch)"
-                self.dropped.append(Dropped(self.source, location, CHECK, reason, dict(row)))
+                self.dropped.append(DroppedRow(self.source, location, CHECK, reason, dict(row)))
                 return None
             if remedy.action != "replace":
                 break

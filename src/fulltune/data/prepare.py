@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from fulltune.audit.texts import masked_text
 from fulltune.data.check import (
     IN_EARLIER_SPLIT,
-    dropped_by_time_split,
     note_forbidden_texts,
     note_rarely_tested_classes,
     note_split_problems,
@@ -28,10 +27,11 @@ from fulltune.data.check import (
     refuse_labels_not_in_train,
     refuse_secrets_in_names,
     refuse_unusable_rows,
+    rows_dropped_by_time_split,
     rows_in_no_split,
 )
 from fulltune.data.contamination import ForbiddenTexts, hash_forbidden_texts, list_forbidden_text_files
-from fulltune.data.encode import Dropped, EncodedSource, Job, encode_source, with_joined_groups
+from fulltune.data.encode import DroppedRow, EncodedSource, Job, encode_source, join_groups_of_sources
 from fulltune.data.limits import Limits, can_pack, length_limit
 from fulltune.data.patch import PatchedRows, load_patch, note_on_patch, refuse_unmatched_decisions
 from fulltune.data.readers.files import file_state, raise_if_files_change
@@ -50,7 +50,7 @@ from fulltune.data.sources import (
 from fulltune.data.split import Split, assign_splits
 from fulltune.data.written import (
     DROPPED,
-    as_line,
+    dropped_row_as_json_line,
     exclude_held_out_rows,
     list_dropped,
     make_previews,
@@ -95,8 +95,8 @@ class Stage:
 
 
 def prepare(stage: Stage) -> DataSummary:
-    """Prepare the data files' rows in `stage.folder`, or reuse equal rows prepared earlier. Errors leave earlier rows
-    in place."""
+    """Prepare the data files' rows in `stage.folder`, or reuse equal rows prepared earlier. If it fails, earlier rows
+    stay."""
     recipe, folder = stage.recipe, stage.folder
     is_image = FACTS[recipe.task].reads == "image"
     if is_image and recipe.data.near_duplicates < 1:
@@ -176,7 +176,7 @@ def _prepare_uncached(
     refuse_unusable_rows(recipe, encoded)
     # Mixed-in rows do not change the splits.
     own = {name: source for name, source in encoded.items() if not is_mixed(name)}
-    splits = assign_splits(recipe, with_joined_groups(own, block.near_duplicates))
+    splits = assign_splits(recipe, join_groups_of_sources(own, block.near_duplicates))
     if target.labels:
         refuse_labels_not_in_train(block, splits)
         remarks += note_rarely_tested_classes(splits["train"], splits["test"])
@@ -188,7 +188,7 @@ def _prepare_uncached(
 
     late = rows_in_no_split(splits)
     mixed, also_held_out = exclude_held_out_rows(recipe, encoded, splits)
-    list_dropped(folder, chain(dropped_by_time_split(block, splits["train"].source, late), also_held_out))
+    list_dropped(folder, chain(rows_dropped_by_time_split(block, splits["train"].source, late), also_held_out))
     written = write_splits(folder, task, splits, limit if packed else None, int(late.sum()))
     mixed_in = write_mixed_in_rows(recipe, folder, job, mixed, packed)
     remarks += note_forbidden_texts(forbidden, splits["train"], mixed)
@@ -227,15 +227,15 @@ def _encode_sources(
     targets: Mapping[SourceName, Target],
     num_rows: Mapping[SourceName, int],
 ) -> dict[SourceName, EncodedSource]:
-    """Tokenise all sources, and write their dropped rows to `dropped.jsonl`."""
+    """Tokenise and return all sources, and write their dropped rows to `dropped.jsonl`."""
     encoded: dict[SourceName, EncodedSource] = {}
     total, reported, folder = sum(num_rows.values()), 0.0, stage.folder
     folder.mkdir(parents=True)
     make_private(folder / DROPPED)
     with (folder / DROPPED).open("w", encoding="utf-8") as file:
 
-        def drop(item: Dropped) -> None:
-            file.write(as_line(item))
+        def drop(item: DroppedRow) -> None:
+            file.write(dropped_row_as_json_line(item))
 
         def report_progress(num_done: int) -> None:
             nonlocal reported
@@ -263,21 +263,21 @@ def _encode_sources(
 
 
 def _describe_split_origin(block: DataBlock, split: Split) -> str:
-    """Say from which file a split comes, for the report."""
+    """Return the report's text about which file a split comes from."""
     if split.has_own_file:
         return f"file {split.source.where}"
     column = block.time or block.group
     by = f" by '{column}'" if column else ""
-    return f"split off {split.source.where}{by}{f' (seed {block.split_seed})' if block.time is None else ''}"
+    return f"split off from {split.source.where}{by}{f' (seed {block.split_seed})' if block.time is None else ''}"
 
 
 def _count_dropped(
     encoded: Mapping[SourceName, EncodedSource],
     sources: Mapping[SourceName, SourceRows],
-    dropped_mixed: Iterable[Dropped],
+    dropped_mixed: Iterable[DroppedRow],
     num_late: int,
 ) -> dict[str, int]:
-    """Count dropped rows by check; a time split dropped `num_late`."""
+    """Return how many rows each check dropped; a time split dropped `num_late`."""
     by_patch = (source.patched.dropped for source in sources.values() if source.patched)
     numbers = Counter(item.check for item in chain(dropped_mixed, *by_patch))
     for tally in (source.tally for source in encoded.values()):
@@ -287,7 +287,8 @@ def _count_dropped(
 
 
 def _load_earlier_summary(folder: Path, fingerprint: str, listener: Listener) -> DataSummary | None:
-    """Return the summary of earlier rows, or None if they are missing, differ or (with a warning) are damaged."""
+    """Return the summary of earlier rows, or None if these are missing, damaged (with a warning), or have another
+    fingerprint."""
     try:
         summary = DataSummary.load(folder / SUMMARY)
     except (OSError, SetupError):
@@ -312,7 +313,7 @@ def _note_on_packing(train: Split, summary: SplitSummary, max_length: int) -> st
 
 
 def _fingerprint_inputs(stage: Stage, files: Mapping[SourceName, DataFiles], forbidden: tuple[Path, ...]) -> str:
-    """Hash everything that determines the prepared rows."""
+    """Hash all inputs that determine the prepared rows."""
     from importlib.metadata import version
 
     block, limits = stage.recipe.data, stage.limits
@@ -323,7 +324,7 @@ def _fingerprint_inputs(stage: Stage, files: Mapping[SourceName, DataFiles], for
         block.patch and hashlib.sha256(Path(block.patch).read_bytes()).hexdigest(),
         hash_files({"contamination": DataFiles(forbidden, "")}),
         processor_fingerprint(stage.tokenizer),
-        *(limits.positions, stage.tokenizer.model_max_length, limits.identity, limits.virtual),
+        *(limits.max_positions, stage.tokenizer.model_max_length, limits.model_fingerprint, limits.num_virtual_tokens),
     )
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -333,7 +334,7 @@ def _fingerprint_inputs(stage: Stage, files: Mapping[SourceName, DataFiles], for
 
 @contextlib.contextmanager
 def lock_cache(folder: Path) -> Iterator[None]:
-    """Lock the cache against other runs."""
+    """Lock the cache against other runs inside the context."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -12,7 +12,7 @@ from fulltune.data.contamination import list_forbidden_text_files
 from fulltune.data.groups import sample_by_label
 from fulltune.data.patch import PatchedRows
 from fulltune.data.readers.files import refuse_held_out_files
-from fulltune.data.readers.read import DataFiles, PlacedRow, locate_data_files
+from fulltune.data.readers.read import DataFiles, LocatedRow, locate_data_files
 from fulltune.data.readers.text_files import SEPARATED
 from fulltune.errors import DataError
 from fulltune.recipe.data import DataBlock, MixedFile, codec_for_encoding
@@ -36,7 +36,7 @@ class SourceRows:
     """The rows of a split's files, or of a mixed-in file."""
 
     where: str
-    rows: Callable[[list[str] | None], Iterator[PlacedRow]]
+    rows: Callable[[list[str] | None], Iterator[LocatedRow]]
     patched: PatchedRows | None = None
     notes: Mapping[str, None] = field(default_factory=dict)
 
@@ -50,7 +50,7 @@ def is_mixed(name: SourceName) -> bool:
 
 
 def find_source_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
-    """Return the files of each source, train first. Raises `DataError` with all problems."""
+    """Return the files of each source, train first. Raises a `DataError` that lists all problems."""
     block = recipe.data
     paths: dict[SourceName, Sequence[str]] = {"train": recipe.data.task_files}
     paths |= {name: (path,) for name, path in (("eval", block.eval), ("test", block.test)) if path}
@@ -100,14 +100,14 @@ def file_problems(recipe: Recipe, preprocess: Preprocess | None) -> list[str]:
 def read_source_rows(
     recipe: Recipe, files: DataFiles, preprocess: Preprocess | None, patched: PatchedRows | None = None
 ) -> SourceRows:
-    """Return a source's rows, patched and preprocessed; above `data.max_rows`, a sample."""
+    """Return a source's rows, patched and preprocessed, or a sample of `data.max_rows` if there are more."""
     most, wanted = recipe.data.max_rows, None
     if most and len(labels := _row_labels(recipe, files)) > most:
         if (different := len({label for row_labels in labels for label in row_labels})) > most:
             raise DataError(f"{files.where}: {different} labels, but data.max_rows allows only {most} rows; raise it")
         wanted = set(sample_by_label(labels, most, recipe.data.split_seed))
 
-    def rows(problems: list[str] | None = None) -> Iterator[PlacedRow]:
+    def rows(problems: list[str] | None = None) -> Iterator[LocatedRow]:
         sampled = (row for number, row in enumerate(files.rows(problems)) if wanted is None or number in wanted)
         return sampled if patched is None else patched.rows(sampled)
 
@@ -122,7 +122,7 @@ def read_source_rows(
 
 
 def _row_labels(recipe: Recipe, files: DataFiles) -> list[list[str]]:
-    """Return each row's labels, or empty lists if the rows cannot be used."""
+    """Return the labels of each row, which are an empty list for an unusable row."""
     task = task_named(recipe.task)
     try:
         target, _ = find_target_and_count_rows(recipe.data, task, {"train": SourceRows(files.where, files.rows)})
@@ -145,7 +145,7 @@ def find_target_and_count_rows(
     train, faults, read = sources["train"], Counter[str](), set[SourceName]()
     first_names, first_rows = _read_first_rows(train)
 
-    def read_and_count(name: SourceName) -> Iterator[PlacedRow]:
+    def read_and_count(name: SourceName) -> Iterator[LocatedRow]:
         """Yield a source's rows while counting rows and columns."""
         counts[name] = 0
         for place, row in sources[name].rows(problems):
@@ -239,7 +239,7 @@ def _read_first_rows(source: SourceRows) -> tuple[tuple[str, ...], list[Row]]:
 
 
 def list_unused_columns(block: DataBlock, roles: Mapping[str, str], source: SourceRows) -> list[str]:
-    """Return columns without a role in the first thousand rows."""
+    """List columns that occur in the first thousand rows but have no role."""
     used = {*roles.values(), block.group, block.time, IMPOSSIBLE}
     return [name for name in _read_first_rows(source)[0] if name not in used]
 
@@ -247,7 +247,7 @@ def list_unused_columns(block: DataBlock, roles: Mapping[str, str], source: Sour
 def _refuse_second_text_column(
     block: DataBlock, roles: Mapping[str, str], columns: Sequence[str], rows: Sequence[Row], file_name: str
 ) -> None:
-    """Raise `DataError` if another column may be half of the input, but the recipe does not name it."""
+    """Raise `DataError` if a second column seems to belong to the input, but the recipe does not name it."""
     role = next((role for role in _SECOND_ROLE if role in roles), "")
     # Raw text has no second half, and a recipe that names the column or the answers is unambiguous.
     if not role or _SECOND_ROLE[role] in roles or len(roles) == 1 or getattr(block, role) or block.completion:

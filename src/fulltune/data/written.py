@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fulltune.audit.texts import masked_cells, masked_text
-from fulltune.data.encode import Dropped, EncodedSource, Job, with_joined_groups
+from fulltune.data.encode import DroppedRow, EncodedSource, Job, join_groups_of_sources
 from fulltune.data.limits import pack_texts
 from fulltune.data.sources import SourceName, is_mixed, mixed_names
 from fulltune.data.split import HELD_OUT, SPLITS, Split
@@ -19,7 +19,7 @@ from fulltune.inference.store import (
     CLUSTERS,
     IN_TRAIN,
     MIXED,
-    WORDS,
+    ROW_JSON,
     Rows,
     read_original_rows,
     read_record_batches,
@@ -39,15 +39,16 @@ DROPPED = "dropped.jsonl"
 _MAX_PREVIEWED = 200
 
 
-def as_line(item: Dropped) -> str:
+def dropped_row_as_json_line(item: DroppedRow) -> str:
+    """Return a line for `dropped.jsonl`, with secrets masked."""
     return (
         json.dumps(masked_cells(json.loads(json.dumps(asdict(item), default=to_json_value))), ensure_ascii=False) + "\n"
     )
 
 
-def list_dropped(folder: Path, items: Iterable[Dropped]) -> None:
+def list_dropped(folder: Path, items: Iterable[DroppedRow]) -> None:
     with (folder / DROPPED).open("a", encoding="utf-8") as file:
-        file.writelines(map(as_line, items))
+        file.writelines(map(dropped_row_as_json_line, items))
 
 
 def iterate_stored_rows(source: EncodedSource, is_wanted: np.ndarray) -> Iterator[tuple[int, str, dict[str, Any]]]:
@@ -60,12 +61,12 @@ def iterate_stored_rows(source: EncodedSource, is_wanted: np.ndarray) -> Iterato
         row_of, is_first = source.row_of[start : start + len(batch)], first[start : start + len(batch)]
         start += len(batch)
         for place in np.flatnonzero(is_wanted[row_of] & is_first):
-            row = json.loads(batch.column(WORDS)[int(place)].as_py())
+            row = json.loads(batch.column(ROW_JSON)[int(place)].as_py())
             yield int(row_of[place]), row.pop(PLACE), row
 
 
 def iterate_examples(split: Split, task: Task, with_test_features: bool = False) -> Iterator[pa.RecordBatch]:
-    """Yield a split's examples, without features for generating answers unless `with_test_features`."""
+    """Yield batches of a split's examples, without features that only test needs unless `with_test_features`."""
     import pyarrow as pa
 
     without = () if with_test_features else getattr(task, "ONLY_FOR_TEST_ROWS", ())
@@ -146,13 +147,13 @@ def make_previews(
 
 def exclude_held_out_rows(
     recipe: Recipe, encoded: Mapping[SourceName, EncodedSource], splits: Mapping[SplitName, Split]
-) -> tuple[dict[SourceName, Split], list[Dropped]]:
+) -> tuple[dict[SourceName, Split], list[DroppedRow]]:
     """Return the mixed-in rows that no held-out split contains, and the dropped rows. Raises `DataError` if no row
     remains."""
-    mixed, lost, problems = dict[SourceName, Split](), list[Dropped](), list[str]()
+    mixed, lost, problems = dict[SourceName, Split](), list[DroppedRow](), list[str]()
     if not recipe.data.mixed_files:
         return mixed, lost
-    encoded, group = with_joined_groups(encoded, recipe.data.near_duplicates), recipe.data.group
+    encoded, group = join_groups_of_sources(encoded, recipe.data.near_duplicates), recipe.data.group
     same = f"its input, its text, or its '{group}'," if group else "its input, or its text,"
     for name in filter(is_mixed, encoded):
         source = encoded[name]
@@ -167,7 +168,7 @@ def exclude_held_out_rows(
         for number, place, row in iterate_stored_rows(source, scored_in >= 0):
             in_split = HELD_OUT[scored_in[number]]
             reason = f"{same} also occurs in {in_split}, which is never trained on"
-            lost.append(Dropped(name, place, f"also in {in_split}", reason, row))
+            lost.append(DroppedRow(name, place, f"also in {in_split}", reason, row))
             checks[lost[-1].check] += 1
         if not mixed[name].examples.any():
             reasons = ", ".join(f"{count:,} x {check}" for check, count in checks.most_common())

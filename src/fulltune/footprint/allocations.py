@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fulltune.footprint.records import KINDS
-from fulltune.inference.run import autocast, logits_of
+from fulltune.inference.run import autocast, extract_logits
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.models.load import torch_dtype
 from fulltune.models.pixels import PIXELS
@@ -372,7 +372,7 @@ def _trace_micro_batch(
         inputs["decoder_input_ids"] = seq2seq.decoder_input_ids(model, labels)
     selecting = contextlib.nullcontext() if head is None else head.computing_only(labels)
     with autocast(model, "fp32" if case.weights_dtype == "bf16" else case.precision), selecting:
-        logits = logits_of(model(**inputs)).float()
+        logits = extract_logits(model(**inputs)).float()
     log.place = "forward loss"
     loss = case.task.loss(logits, labels, case.target)
     del logits

@@ -55,7 +55,7 @@ def run_rows(
         labels = batch.pop("labels")
         selecting = contextlib.nullcontext() if head is None else head.computing_only(labels, chunked=head.can_chunk)
         with autocast(model, batching.precision), selecting, regression_head_in_float32(model, target):
-            logits = logits_of(model(**batch))
+            logits = extract_logits(model(**batch))
         values = task.reduce(logits, labels, target)
         return {name: part if isinstance(part, np.ndarray) else part.cpu().numpy() for name, part in values.items()}
 
@@ -80,7 +80,7 @@ def model_batch(
     return batch
 
 
-def logits_of(outputs: Any) -> Tensor:
+def extract_logits(outputs: Any) -> Tensor:
     """Return a model's `logits`; for spans, start and end logits stacked to [rows, length, 2]."""
     import torch
 
@@ -90,7 +90,7 @@ def logits_of(outputs: Any) -> Tensor:
 
 
 def mean_pool(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """Return hidden states averaged over `mask`'s tokens or an image's patches or pixels: [batch, hidden]."""
+    """Return hidden states averaged over `mask`'s tokens, or over an image's patches or pixels: [batch, hidden]."""
     if mask is not None:
         return (hidden * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True)
     return hidden.flatten(2).mean(dim=2) if hidden.dim() == 4 else hidden.mean(dim=1)
@@ -262,8 +262,8 @@ class GenericText:
     def measure(
         self, model: Any, head: SelectiveHead | None = None, between_batches: Callable[[], None] = lambda: None
     ) -> np.ndarray:
-        """Return each text's loss in nats per token [texts], or its normalised mean hidden state [texts, hidden].
-        `between_batches` is called before each batch."""
+        """Return each text's loss in nats per token [texts], or for other than language models its normalised mean
+        hidden state [texts, hidden]."""
         if not self.writes:
             return self._measure_states(model, between_batches)
         rows = [{"input_ids": ids, "labels": [IGNORED, *ids[1:]], LENGTH: len(ids)} for ids in self.ids]

@@ -67,7 +67,7 @@ def _cast_for_autocast(hidden: Tensor) -> Tensor:
 
 
 def _chunked_logits(model: nn.Module, head: nn.Linear, hidden: Tensor, empty: Tensor) -> ChunkedLogits:
-    """Return the chunked logits of `hidden[tokens, hidden]`; `empty` is the head's output for zero tokens."""
+    """Return the chunked logits of `hidden[tokens, hidden]`. `empty` is the head's output for zero tokens."""
     from fulltune.models.chunked_loss import ChunkedLogits
 
     biases = [bias for bias in (head.bias, _bias_after_head(model)) if bias is not None]
@@ -99,8 +99,8 @@ def _cut_to_few_tokens(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def verify_selective_head(
     model: PreTrainedModel, task: Task, batch: Mapping[str, Tensor]
 ) -> tuple[SelectiveHead | None, str]:
-    """Return a selective head, or None if it gives other logits than the whole model on a few tokens, and the reason as
-    a text.
+    """Return a selective head and "yes ..." or, if it gives other logits than the whole model on a few tokens, None and
+    the reason.
 
     `batch` is collated and on the model's device.
     """
@@ -153,8 +153,8 @@ def _rounding_tolerance(model: PreTrainedModel) -> float:
 
 
 def _why_not_chunked(selective: SelectiveHead, inputs: Mapping[str, Tensor], labels: Tensor) -> str | None:
-    """Return the reason why logits cannot be chunked, or None: the head must be a linear layer, and nothing may change
-    its logits."""
+    """Return why logits cannot be chunked, or None if the head is a linear layer and nothing changes its logits
+    afterwards."""
     import torch
 
     head = selective.head
@@ -177,6 +177,6 @@ def _why_not_chunked(selective: SelectiveHead, inputs: Mapping[str, Tensor], lab
         return f"the model calls its head {len(probes)} times"
     expected = probes[0] if bias is None else probes[0] + bias
     if logits.shape != expected.shape:
-        return "the model's logits have another shape than its head's"
+        return "the model's logits differ in shape from its head's"
     difference = float((logits.float() - expected.float()).abs().max()) if logits.numel() else 0.0
     return None if difference == 0 else f"the model changes logits after its head, by up to {difference:.2g}"

@@ -20,15 +20,15 @@ CLUSTERS = "clusters.npy"
 IN_TRAIN = "in_train.npy"
 """File next to test rows: True where a train row has the same text, prompt or passage, bool [rows]."""
 MIXED = "mixed"
-WORDS = "words"
-"""Column with a row and its location as JSON; a row's further examples have only the location."""
+ROW_JSON = "words"
+"""Column with a row and its location as JSON. Further examples of the row have only the location."""
 _ROWS_PER_BATCH = 8192
 _BYTES_PER_BATCH = 16 * 2**20
 
 
 def make_record_batch(rows: Sequence[RowFeatures], row_texts: Sequence[str]) -> pa.RecordBatch:
-    """Return an Arrow batch with a column per feature, and `row_texts` (from `row_as_json`) as column `WORDS`."""
-    names = [*rows[0], WORDS]
+    """Return an Arrow batch with a column per feature, and `row_texts` (from `row_as_json`) as column `ROW_JSON`."""
+    names = [*rows[0], ROW_JSON]
     return pa.record_batch(
         [*(_feature_array([row[name] for row in rows]) for name in rows[0]), pa.array(row_texts)], names=names
     )
@@ -82,7 +82,7 @@ class Rows(Sequence[dict[str, Any]]):
         # Not closed explicitly: arrays are views of the map, which closes with the last of them.
         mapped = (pa.ipc.open_stream(pa.memory_map(str(folder / FILE))) for folder in folders)
         self._batches = [
-            batch.select([name for name in batch.schema.names if name != WORDS])
+            batch.select([name for name in batch.schema.names if name != ROW_JSON])
             for batch in chain.from_iterable(mapped)
         ]
         lists = [[field.name for field in batch.schema if pa.types.is_list(field.type)] for batch in self._batches]
@@ -134,13 +134,13 @@ class Rows(Sequence[dict[str, Any]]):
 
 
 def read_original_rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield each example's original row and its location, as a dictionary that examples of one row share.
+    """Yield each example's original row and location, as a dictionary that one row's examples share.
 
     A packed block gives the row of its first text, or only the location if that text started in another block.
     """
     row: dict[str, Any] = {}
     for batch in read_record_batches(folder):
-        for text in batch.column(WORDS).to_pylist():
+        for text in batch.column(ROW_JSON).to_pylist():
             stored = json.loads(text)
             # A place alone belongs to the previous row, or to a text that started in another block.
             if stored.keys() != {PLACE} or stored[PLACE] != row.get(PLACE):

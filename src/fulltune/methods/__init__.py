@@ -56,7 +56,8 @@ def apply_method(model: PreTrainedModel, method: Method, task: TaskName) -> Appl
 
 
 def without_lora_input_casts(applied: AppliedMethod, autocast: bool) -> AbstractContextManager[None]:
-    """Return a context in which LoRA's layers do not cast inputs to float32, which autocast would undo."""
+    """Return a context in which LoRA layers under autocast do not cast inputs to float32. It does nothing for other
+    methods."""
     if applied.method.kind != "lora" or applied.peft_model is None or not autocast:
         return nullcontext()
     from peft.helpers import disable_input_dtype_casting
@@ -80,8 +81,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, Parameter]:
 
 
 def max_virtual_tokens(recipe: Recipe) -> int:
-    """Return the largest `num_virtual_tokens` of the recipe's prompt methods, or 0. All methods' rows are shortened by
-    this number."""
+    """Return the largest `num_virtual_tokens` of the recipe's prompt methods, or 0. Rows are shortened by this number
+    for all methods."""
     return max(
         (
             method.num_virtual_tokens

@@ -197,8 +197,8 @@ class Prompt(nn.Module):
         """True if the current pass starts with virtual tokens instead of a cache."""
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Replace the first `embeddings[rows, tokens, size]` by virtual tokens. As a module call, this makes ZeRO
-        gather the weight."""
+        """Replace the first positions of `embeddings[rows, tokens, size]` by virtual tokens. A module call, so ZeRO
+        gathers the weight."""
         ahead = self.weight.to(embeddings.dtype).expand(len(embeddings), -1, -1)
         return torch.cat((ahead, embeddings[:, self.size :]), dim=1)
 
@@ -208,7 +208,7 @@ class Prompt(nn.Module):
     def before_body(
         self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]]:
-        """Extend the body's inputs by the virtual tokens; with a filled cache, extend only mask and positions."""
+        """Prepend virtual tokens to the body's inputs, or only to mask and positions if the cache contains them."""
         inputs = {**inspect.signature(body.forward).bind_partial(*args).arguments, **kwargs}
         cache = inputs.get("past_key_values")
         self.in_front = self.waiting = cache is None or not cache.get_seq_length()

@@ -113,7 +113,7 @@ def load_processor(folder: Path) -> Any:
 
 
 def load_method_folder(folder: Path, processor: Any, base: Base | None = None) -> AppliedMethod:
-    """Load the pretrained model (by default the one in the folder's notes) with the folder's parameters, on the CPU."""
+    """Load the pretrained model (by default the one that the folder names) with the folder's parameters, on the CPU."""
     import torch
 
     notes = read_notes(folder)
@@ -167,7 +167,7 @@ def copy_into_trained(model: nn.Module, tensors: Mapping[str, torch.Tensor], sou
 
 
 def _check_tensor_names(expected: set[str], actual: set[str], source: Path) -> None:
-    """Raise `SetupError` if the names differ."""
+    """Raise `SetupError` if tensor names are missing or unexpected."""
     wrong = sorted(expected ^ actual)
     if wrong:
         raise SetupError(f"{source}: {len(wrong)} tensors are missing or unexpected, for example {wrong[0]}")

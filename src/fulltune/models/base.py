@@ -237,7 +237,8 @@ def find_model_path(block: ModelBlock) -> Path | None:
 
 @cache
 def _go_offline_without_network() -> None:
-    """Use only the local cache if the Hub's host name cannot be resolved: each file would be retried for 30 s."""
+    """Use only the local cache if the Hub's host name cannot be resolved; otherwise each file would be retried for 30
+    s."""
     from huggingface_hub import constants
 
     host = urlsplit(constants.ENDPOINT).hostname
@@ -312,7 +313,7 @@ def is_quantised_gguf(path: Path | None) -> bool:
 
 
 def load_with_advice(block: ModelBlock, part: str, load_part: Callable[[], T]) -> T:
-    """Call a loader from transformers, and turn its errors into `SetupError` with advice. `part` is what is loaded,
+    """Call `load_part`, and turn transformers' errors into a `SetupError` with advice. `part` is the noun for messages,
     such as "tokenizer"."""
     try:
         return load_part()

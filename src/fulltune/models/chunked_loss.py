@@ -1,5 +1,3 @@
-"""Chunked cross entropy, for which the logits [tokens, vocabulary] never exist as a whole."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -103,7 +101,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the saved gradients times `factor`, the loss's gradient."""
+        """Return the saved gradients times `factor`, the gradient of the loss."""
         # In place: a second backward pass through the same graph is an error that autograd itself reports.
         scaled = (
             None if gradient is None else gradient.mul_(factor).to(kind)
@@ -148,8 +146,8 @@ def _loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor, label_smooth
 
 
 def _multiply_by_weight(gradient: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """Write `gradient[tokens, vocabulary] @ weight[vocabulary, hidden]` to `out`, in blocks of columns, so that each
-    number is rounded once."""
+    """Write `gradient[tokens, vocabulary] @ weight[vocabulary, hidden]` to `out` in blocks of columns, which rounds
+    each number only once."""
     if gradient.dtype == torch.float32:
         torch.mm(gradient, weight, out=out)
         return
@@ -167,6 +165,6 @@ def _add_weight_gradient(sums: torch.Tensor, gradient: torch.Tensor, hidden: tor
 
 
 def _axis_slices(length: int, other_length: int, like: torch.Tensor) -> Iterator[slice]:
-    """Yield slices that cover an axis: on a CPU short ones, which save memory, elsewhere a single one."""
+    """Yield slices that cover an axis of `length`: short ones on a CPU to save memory, elsewhere a single one."""
     size = max(64, _BLOCK_NUMBERS // other_length) if like.device.type == "cpu" else length
     return (slice(start, min(start + size, length)) for start in range(0, length, size))

@@ -1,7 +1,5 @@
-"""Dropout on the CPU that draws fewer random numbers than torch's and so takes a fifth of its time.
-
-Four values share a 64-bit draw, so probabilities are multiples of 1/65536.
-"""
+"""On the CPU, this dropout takes a fifth of torch's time, because four values share a 64-bit random draw. Probabilities
+are multiples of 1/65536."""
 
 from __future__ import annotations
 

@@ -196,7 +196,7 @@ def _first_three(names: tuple[str, ...]) -> str:
 
 
 def arrange_head(model: PreTrainedModel, missing: Iterable[str], head: HeadOrigin, task_has_labels: bool) -> HeadOrigin:
-    """Reorder or reinitialise the rows of a loaded head as `head` says, and return the actual origin. `missing` names
+    """Reorder or reinitialise a loaded head's rows according to `head`, and return the actual origin. `missing` names
     the parameters that the checkpoint lacks."""
     import torch
 
@@ -244,7 +244,7 @@ def _find_label_axes(model: PreTrainedModel) -> dict[str, int]:
 
 
 def _initialise_parameters(model: PreTrainedModel, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-    """Set parameters to new initial values, which transformers draws on an unsharded copy."""
+    """Overwrite parameters with initial values that transformers draws on an unsharded copy."""
     import torch
 
     with torch.device("meta"), torch.random.fork_rng(devices=[]):

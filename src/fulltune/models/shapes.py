@@ -116,7 +116,7 @@ def check_model(recipe: Recipe, base: Base) -> None:
             f"model: {base.block.name}: the folder contains only trained parameters; merge them (LoRA, head) into the "
             f"pretrained model with 'fulltune merge {base.path} --output MERGED', and set model: MERGED"
         )
-    problem = why_unfit(base.config, FACTS[recipe.task])
+    problem = why_unfit_for_task(base.config, FACTS[recipe.task])
     experts = [getattr(base.config.get_text_config(), name, None) for name in ("num_local_experts", "num_experts")]
     if problem is None and any(isinstance(count, int) and count > 1 for count in experts):
         # transformers 5.24 saves experts under other names than it trains them: a resumed run would lose them.
@@ -125,7 +125,7 @@ def check_model(recipe: Recipe, base: Base) -> None:
         raise SetupError(f"model: {recipe.model.name}: {problem}")
 
 
-def why_unfit(config: PretrainedConfig, facts: TaskFacts) -> str | None:
+def why_unfit_for_task(config: PretrainedConfig, facts: TaskFacts) -> str | None:
     """Return the reason why models of this type cannot do a task, or None if they can."""
     from transformers.models.auto import modeling_auto
 

@@ -31,7 +31,7 @@ class Units(Record):
     """Parameters of units that are gathered only for their own passes."""
     block: int
     apart: int
-    """Parameters of the largest freed unit that is not a block, or 0."""
+    """Parameters of the largest freed unit that is not a repeated block, or 0."""
 
     @property
     def gathered(self) -> int:
@@ -82,7 +82,8 @@ def tie_before_sharding(model_class: Any) -> Any:
 
 
 def remove_tied_modules(model: nn.Module, fsdp_plan: Mapping[str, str]) -> dict[str, str]:
-    """Return a sharding plan without modules that share weights with others, which FSDP2 must gather with the root."""
+    """Return a sharding plan without modules that share weights with others, because FSDP2 must gather these with the
+    root."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -161,7 +162,7 @@ def needs_all_ranks(model: nn.Module) -> bool:
 
 
 def gathered_to_modify(parameters: list[Any]) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which ZeRO-3's sharded tensors are whole; at its end, rank 0's changes reach all ranks."""
+    """Return a context in which ZeRO-3's sharded tensors are gathered; at its end, rank 0's changes reach all ranks."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         return contextlib.nullcontext()
     import deepspeed
@@ -211,7 +212,7 @@ def free_gathered_weights(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def unsharded_while_copied(model: nn.Module, modules: Sequence[str]) -> Iterator[None]:
-    """Gather FSDP2's parameters of some modules inside the context, where a method copies the modules."""
+    """Gather FSDP2's parameters of some modules inside the context, so that a method can copy the modules."""
     from torch.nn import Parameter
 
     free_gathered_weights(model)

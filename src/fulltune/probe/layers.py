@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulltune.inference.run import logits_of
+from fulltune.inference.run import extract_logits
 from fulltune.methods import head as heads
 from fulltune.models.sharding import full_tensor
 from fulltune.probe.linear import LEAST_SPREAD, LinearClassifier, NoProbe, shift_and_scale
@@ -101,7 +101,7 @@ def run_and_read_hidden(
     [hidden] = recorded["body"]
     if layers is None:
         return hidden, None, None
-    logits = logits_of(outputs).float()
+    logits = extract_logits(outputs).float()
     pick = _select_last_token if len(last_outputs) == 1 and last_outputs[0].numel() != logits.numel() else None
     outputs_read = [output if pick is None else pick(model, batch, output) for output in last_outputs]
     is_all = len(outputs_read) == 1 and outputs_read[0].numel() == logits.numel()

@@ -16,7 +16,7 @@ def test_the_nearest_of_thousands_of_one_template_is_among_those_that_are_read()
     signed[2:, : NUM_HASHES // 4] = np.arange(1, held_out + 1)[:, None]  # three quarters are the template's
     signed[-1, : NUM_HASHES // 4] = 0
     signed[-1, 0] = 7
-    scan = RowScan(keys=array("Q", range(2 + held_out)), signed=signed, counts={"train": 2})
+    scan = RowScan(keys=array("Q", range(2 + held_out)), signatures=signed, counts={"train": 2})
     scan.keys[1] = scan.keys[500]
     train = np.arange(2 + held_out) < 2
     leaks, near = np.array([False, True] + [False] * held_out), np.zeros(2 + held_out, np.int64)

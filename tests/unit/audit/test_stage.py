@@ -13,7 +13,7 @@ import pytest
 
 from fulltune import data
 from fulltune.audit import stage
-from fulltune.audit.pretrained import JudgedLabels, Reader
+from fulltune.audit.pretrained import JudgedLabels, RowReader
 from fulltune.audit.stage import load_issues
 from fulltune.data.patch import load_patch, numbered, save_patch
 from fulltune.errors import DataError, SetupError
@@ -56,7 +56,7 @@ def audited(
 ) -> tuple[Audit, dict[str, list[RowIssue]]]:
     """The audit, and its issues by check."""
     recipe = Recipe.model_validate_json((folder / "recipe.json").read_text(encoding="utf-8"))
-    reader = Reader(recipe, None, summary, folder / "data", lambda event: None)  # type: ignore[arg-type]  # reads nothing
+    reader = RowReader(recipe, None, summary, folder / "data", lambda event: None)  # type: ignore[arg-type]  # reads nothing
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "judge_labels", lambda reader: judge() if judge else cannot("not asked"))
         patch.setattr(stage, "find_outliers", lambda reader, *of: outlie(*of) if outlie else cannot("not asked"))
@@ -214,7 +214,7 @@ def test_faults_of_conversations_are_listed_with_all_reasons(tmp_path: Path) -> 
     rows[19] = {"messages": shared}
     result, issues = audited(tmp_path, prepared(tmp_path, rows, "causal-lm"))
     assert {one.place.rpartition(":")[2]: one.reason for one in issues["chat fault"]} == {
-        "5": "turn 3 is a system turn that is not first, it ends with a user turn without an answer",
+        "5": "turn 3 is a system turn that is not first, the chat ends with a user turn without an answer",
         "15": "turns 1 and 2 are both user turns",
     }
     assert {one.place.rpartition(":")[2] for one in issues["markup"]} == {"20"}
@@ -396,12 +396,12 @@ def test_rows_are_not_read_again_where_none_are_equal(tmp_path: Path, monkeypatc
 def test_rows_that_cannot_be_read_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = list[str]()
 
-    def fail(reader: Reader, split: str) -> Any:
+    def fail(reader: RowReader, split: str) -> Any:
         tried.append(split)
         cannot("no states")
 
-    monkeypatch.setattr(Reader, "_read_items", fail)
-    reader = Reader(*[None] * 5)  # type: ignore[arg-type]  # reads nothing
+    monkeypatch.setattr(RowReader, "_read_items", fail)
+    reader = RowReader(*[None] * 5)  # type: ignore[arg-type]  # reads nothing
     for _ in range(2):
         with pytest.raises(NoProbe, match="no states"):
             reader.items("train")

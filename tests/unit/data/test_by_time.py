@@ -103,7 +103,7 @@ def test_test_is_newer_than_eval_is_newer_than_train_and_no_group_is_on_two_side
     assert f"train {days['train'][0]} to {days['train'][-1]}, eval {days['eval'][0]} to " in note
     assert f"{len(late)} of 200 rows were dropped because the same text" in note
     assert ("'user'" in note) == bool(group)
-    assert summary.sources["test"] == "split off train.jsonl by 'day'"
+    assert summary.sources["test"] == "split off from train.jsonl by 'day'"
 
 
 def test_given_files_are_not_split_and_need_no_times(tmp_path: Path, encoder_tokenizer: Any) -> None:

@@ -197,7 +197,7 @@ def test_planted_texts_are_counted_with_places_and_kept(tmp_path: Path, encoder_
         rows[number]["text"] = f"{rows[number]['text']} {TEN}"
     summary = prepare(tmp_path, rows, encoder_tokenizer, **held_out(tmp_path))
     [note] = notes(summary)
-    assert note.startswith("4 of 60 train rows contain one of 3 texts of bench (data.contamination), or much of it: ")
+    assert note.startswith("4 of 60 train rows contain all or much of one of 3 texts of bench (data.contamination): ")
     assert "train.jsonl:4, train.jsonl:6, train.jsonl:10 and 1 more," in note
     assert summary.splits["train"].rows == 60
 
@@ -208,7 +208,7 @@ def test_train_rows_with_a_text_of_the_probe_are_named(tmp_path: Path, encoder_t
     probe.write_text("\n".join([TEN, rows[3]["text"], "something else"]), encoding="utf-8")
     summary = prepare_rows(tmp_path, rows, encoder_tokenizer, probe=probe, **held_out(tmp_path))
     [note] = [note for note in summary.notes if "preserve.probe" in note]
-    assert note.startswith("1 of 60 train rows contain one of 3 texts of generic.txt (preserve.probe), or much of it: ")
+    assert note.startswith("1 of 60 train rows contain all or much of one of 3 texts of generic.txt (preserve.probe): ")
     assert "train.jsonl:4, so" in note
 
 
@@ -220,7 +220,7 @@ def test_rows_that_are_held_out_do_not_count_and_none_is_said(tmp_path: Path, en
     ]
     bench(tmp_path, *(row["text"] for row in rows))
     [note] = notes(prepare(tmp_path, rows, encoder_tokenizer))
-    assert note.startswith("48 of 48 train rows contain one of 60 texts")
+    assert note.startswith("48 of 48 train rows contain all or much of one of 60 texts")
 
 
 LONG = "it is because the water of the river runs down to the sea"
@@ -261,4 +261,4 @@ def test_text_in_any_column_of_a_task_is_found(tmp_path: Path, case: str) -> Non
     trained = list(read_original_rows(tmp_path / "data" / "train"))
     planted = [row for row in trained if all(row[key] == value for key, value in changed.items())]
     assert planted
-    assert note.startswith(f"{len(planted)} of {len(trained)} train rows contain one of 4 texts of bench")
+    assert note.startswith(f"{len(planted)} of {len(trained)} train rows contain all or much of one of 4 texts of bench")

@@ -15,7 +15,7 @@ import pytest
 
 from fulltune.data import encode
 from fulltune.data.encode import EncodedSource, Job
-from fulltune.data.readers.read import PlacedRow
+from fulltune.data.readers.read import LocatedRow
 from fulltune.errors import SetupError
 from fulltune.inference.store import Rows, read_original_rows
 from fulltune.recipe.data import DataBlock
@@ -28,7 +28,7 @@ DROPPING = DataBlock(train="train.csv", truncation_strategy="drop")
 WORKERS = 2
 
 
-def placed(rows: list[dict[str, Any]]) -> list[PlacedRow]:
+def placed(rows: list[dict[str, Any]]) -> list[LocatedRow]:
     return [(f"train.csv:{line}", row) for line, row in enumerate(rows, start=2)]
 
 
@@ -49,7 +49,7 @@ def in_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode, "num_cores", lambda: WORKERS)
 
 
-def run(job: Job, rows: list[PlacedRow], folder: Path) -> EncodedSource:
+def run(job: Job, rows: list[LocatedRow], folder: Path) -> EncodedSource:
     return encode.encode_source(job, iter(rows), len(rows), folder, lambda done: None, lambda item: None)
 
 
@@ -126,7 +126,7 @@ def test_row_with_a_label_that_train_lacks_is_counted_and_not_tokenised(job: Job
 def test_killed_worker_is_a_setup_error(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, here = encode.encode_chunk, os.getpid()
 
-    def killed(job: Job, chunk: list[PlacedRow]) -> encode.Chunk:
+    def killed(job: Job, chunk: list[LocatedRow]) -> encode.Chunk:
         if chunk[0][0] == "train.csv:16" and os.getpid() != here:
             os.kill(os.getpid(), signal.SIGKILL)
         return plain(job, chunk)
@@ -140,7 +140,7 @@ def test_killed_worker_is_a_setup_error(job: Job, tmp_path: Path, monkeypatch: p
 def test_source_is_read_only_a_little_ahead(job: Job, tmp_path: Path) -> None:
     num_read = 0
 
-    def source() -> Iterator[PlacedRow]:
+    def source() -> Iterator[LocatedRow]:
         nonlocal num_read
         for number in range(700):
             num_read += 1

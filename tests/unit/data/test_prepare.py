@@ -16,7 +16,7 @@ from fulltune import data
 from fulltune.data.patch import save_patch
 from fulltune.data.sources import SourceRows, find_target_and_count_rows
 from fulltune.errors import DataError
-from fulltune.inference.store import WORDS, Rows, read_original_rows, read_record_batches, row_id
+from fulltune.inference.store import ROW_JSON, Rows, read_original_rows, read_record_batches, row_id
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import Remedy, RowDecision
 from fulltune.tasks import Target, question_answering, task_named
@@ -147,7 +147,7 @@ def _passages(count: int, sentences: int) -> list[dict[str, Any]]:
 
 def _words_bytes(folder: Path) -> int:
     return sum(
-        batch.column(WORDS).nbytes
+        batch.column(ROW_JSON).nbytes
         for split in ("train", "eval", "test")
         for batch in read_record_batches(folder / split)
     )

@@ -154,7 +154,8 @@ def _summary_of_labels() -> DataSummary:
         task="text-classification", problem_type="single_label", columns={"text": "text", "label": "category"},
         labels=LABELS, max_length=97, max_length_reason="the longest row",
         splits={"train": split(3200), "eval": split(400), "test": split(1000)},
-        sources={"train": "file /srv/data/train.csv", "eval": "split off train.csv (seed 42)", "test": "file test.csv"},
+        sources={"train": "file /srv/data/train.csv", "eval": "split off from train.csv (seed 42)",
+                 "test": "file test.csv"},
         dropped={"empty text": 3, "also in test": 2}, notes=("2 texts occur with two labels",),
         previews=tuple(Preview(segments=segments, label=label) for label in LABELS), fingerprint="9f8e7d6c5b4a3f2e",
     )  # fmt: skip
@@ -230,7 +231,7 @@ def causal_lm(tmp_path: Path) -> Path:
     DataSummary(
         task="causal-lm", problem_type="prompt_completion", columns={"prompt": "question", "completion": "answer"},
         max_length=512, max_length_reason="from the recipe", splits={"train": split, "eval": split, "test": split},
-        sources={"train": "qa.jsonl", "eval": "split off qa.jsonl", "test": "split off qa.jsonl"},
+        sources={"train": "qa.jsonl", "eval": "split off from qa.jsonl", "test": "split off from qa.jsonl"},
         previews=(Preview(segments=segments),) * 5, fingerprint="00ff",
     ).save(folder / "data" / "summary.json")  # fmt: skip
     named = Setting(name="model.name", value="org/small-lm", reason="from the recipe", is_automatic=False)

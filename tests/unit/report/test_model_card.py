@@ -41,7 +41,7 @@ def test_card_classification_has_front_matter_numbers_and_no_machine_path(classi
         }
     ]
     for part in (
-        *("3,200", "92.1%", "[90.5%, 93.7%]", "temperature, fitted on the eval rows: 1.31", "split off train.csv"),
+        *("3,200", "92.1%", "[90.5%, 93.7%]", "temperature, fitted on the eval rows: 1.31", "split off from train.csv"),
         *("- transformers: 5.24.0", "bf16, weights stored in fp32", "AutoModelForSequenceClassification"),
     ):
         assert part in body

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoConfig
 
 from fulltune.errors import RecipeError
-from fulltune.models.shapes import why_unfit
+from fulltune.models.shapes import why_unfit_for_task
 from fulltune.recipe.data import DataBlock
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.rules import problems_of
@@ -167,6 +167,6 @@ def test_wrong_class_weights_are_refused(given: Any, labels: str, message: str) 
     ],
 )
 def test_model_of_another_kind_is_refused(task: str, kind: str, word: str) -> None:
-    problem = why_unfit(AutoConfig.for_model(kind), FACTS[task])
+    problem = why_unfit_for_task(AutoConfig.for_model(kind), FACTS[task])
     assert (problem is None) == (not word)
     assert word in str(problem)

@@ -35,7 +35,7 @@ def checks_without_package() -> list[str]:
 
 
 def masked_text(text: str) -> str:
-    """Return a text with secrets and personal data replaced. Call it before shortening."""
+    """Return a text with secrets and personal data replaced. Mask before shortening."""
     shown = repair_text(text, _PRIVATE)
     whole = repair_text(RE["unseen"].sub("", shown), _UNCOVERING)
     if whole == shown == text:
@@ -67,7 +67,7 @@ def find_flaws(text: str, checks: Collection[str] = OF_TEXTS) -> list[Flaw]:
 
 
 def _mask_flaw(flaw: Flaw, masked: str) -> Flaw:
-    """Return a flaw that quotes only the masked text."""
+    """Return the flaw with quotations from the masked text only."""
     again = flaw if flaw.check in _PRIVATE else _CHECKS[flaw.check](masked)
     reason = again.reason if again is not None else "in masked text"
     return replace(flaw, reason=reason, fixed=flaw.fixed and masked_text(flaw.fixed))
@@ -92,13 +92,13 @@ PARTS: Mapping[TextUse, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "written": (_WRITTEN_ROLES, OF_ANSWERS),
 }
 CHEAP = ("broken encoding", "control characters", "markup", "placeholder", "chat tokens", "refusal")
-"""Checks that run on every row; they take 15 % of the time of tokenising short texts."""
+"""Checks that run on every row, in 15 % of the time to tokenise short texts."""
 MAX_CHECKED = 100_000
 """Maximum characters checked per text; checking takes several times their memory."""
 
 
 def select_checks(columns: Mapping[str, str], wanted: Collection[str] = tuple(_CHECKS)) -> dict[TextUse, list[str]]:
-    """Return the installed checks for texts that are read, and for texts that are written."""
+    """Return the installed checks for texts that the model reads, and for texts that it learns to write."""
     possible = [check for check in wanted if check not in checks_without_package()]
     return {
         part: [check for check in of if check in possible]
@@ -121,7 +121,7 @@ def iterate_texts(row: Mapping[str, object], columns: Mapping[str, str], use: Te
 
 
 def join_texts_by_column(row: Mapping[str, object], columns: Mapping[str, str]) -> dict[str, str]:
-    """Return all running text of each column."""
+    """Return all running text of a row by column."""
     whole = {columns[role]: "" for roles, _ in PARTS.values() for role in roles if role in columns}
     for part in PARTS:
         for column, text in iterate_texts(row, columns, part):

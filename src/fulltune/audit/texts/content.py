@@ -34,7 +34,7 @@ def check_no_words(text: str) -> Flaw | None:
 
 
 STRESSED, MAX_STRESSED = 20, 30
-"""Runs of a letter that count as emphasis: in any text, and in a text of mostly other letters."""
+"""Shorter runs of a letter count as emphasis: in any text, and in a text of mostly other letters."""
 MIN_WORDS = 8
 MAX_REPEATED = 0.5
 
@@ -136,6 +136,7 @@ def _remove_characters(text: str, places: set[int]) -> str:
 
 
 def _character_name(character: str) -> str:
+    """Return a name for messages, such as "zero width space (U+200B)"."""
     if "\ud800" <= character <= "\udfff":
         return "lone surrogate"
     return f"{unicodedata.name(character, 'control character').lower()} (U+{ord(character):04X})"
@@ -174,7 +175,7 @@ def check_markup(text: str) -> Flaw | None:
 
 
 def _html_tag_names(text: str) -> list[str]:
-    """Return a text's HTML tags. `<b>` alone may be maths, so it counts only with `</b>`."""
+    """Return the names of a text's HTML tags. `<b>` alone may be maths, so it counts only with `</b>`."""
     tags = [(slash, name.lower(), attributes) for slash, name, attributes in RE["tag"].findall(text)]
     closed = {name for slash, name, _ in tags if slash}
     opened = {name for slash, name, _ in tags if not slash}
@@ -256,7 +257,7 @@ def check_refusal(text: str) -> Flaw | None:
     lowered = text.lower().replace("’", "'")
     for signs, pattern in _PHRASES:
         if any(map(lowered.__contains__, signs)) and (match := pattern.search(lowered)):
-            return Flaw("refusal", f"phrase of an assistant: {quote_start(lowered[match.start() :], 60)}")
+            return Flaw("refusal", f"typical phrase of an assistant: {quote_start(lowered[match.start() :], 60)}")
     return None
 
 

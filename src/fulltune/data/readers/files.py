@@ -125,7 +125,7 @@ def convert_os_errors(file: Path) -> Iterator[None]:
 
 
 def file_state(file: Path) -> tuple[int, ...]:
-    """Return numbers that change when a file is replaced, written or truncated, or an empty tuple if there is none."""
+    """Return numbers that change when a file is replaced, written or truncated, or an empty tuple if it is missing."""
     try:
         now = file.stat()
     except OSError:  # broken links to images are reported later
@@ -170,7 +170,7 @@ def is_image_folder(folder: Path) -> bool:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Return the sorted images of all class folders. Raises `DataError` for images outside class folders."""
+    """Return the sorted images of all class folders. Raises `DataError` for images outside of these."""
     expected = "expected one folder per class that contains its images"
     if has_images(folder):
         raise DataError(f"{folder}: images are directly in this folder; {expected}")
@@ -228,7 +228,7 @@ _LAST_TWO = re.compile(rf"({'|'.join(_SPLIT_WORDS)})[\W_]+((?:set|data|split)s?)
 def _parse_split_from_name(file: Path) -> tuple[SplitName | None, tuple[str, ...]]:
     """Return the split in a file name, or None, and its other words, without suffix, numbers and version.
 
-    A split's word counts alone, last, first of two (`dev_matched`), or with a suffix (`testset_w_refs`).
+    A split word such as `dev` counts if it is last, one of two (`dev_matched`), or extended (`testset_w_refs`).
     """
     stem = re.sub(r"held[\W_]out", "heldout", _SHARD.sub("", file.stem.lower()))
     parts = [part for part in re.split(r"[\W\d_]+", _LAST_TWO.sub(r"\1\2", stem)) if part and part != "v"]
@@ -241,8 +241,8 @@ def _parse_split_from_name(file: Path) -> tuple[SplitName | None, tuple[str, ...
 def group_files_by_split(files: Sequence[Path]) -> dict[SplitName | None, list[Path]]:
     """Group a folder's files by the split in their names (None if there is no split).
 
-    A name with other words (`crash_test`) counts only beside a file named train, or one that differs only in the
-    split's word.
+    The split in a longer name (`crash_test`) counts only if a name says train, or another differs only in the split
+    word.
     """
     names = {file: _parse_split_from_name(file) for file in files}
     has_train = any(split == "train" for split, _ in names.values())
@@ -263,8 +263,8 @@ def group_folders_by_split(folder: Path) -> dict[SplitName | None, list[Path]]:
     return splits if {"train"} < splits.keys() - {None} and not of_classes else {}
 
 
-def find_held_out_beside(train: Path) -> dict[SplitName, list[Path]]:
-    """Return, by split, files beside a train file whose names differ only in the split's word."""
+def find_held_out_files_beside(train: Path) -> dict[SplitName, list[Path]]:
+    """Return, by split, eval and test files beside a train file that differ only in the name's split word."""
     own, splits = _parse_split_from_name(train), dict[SplitName, list[Path]]()
     for file in sorted(train.parent.iterdir()) if own[0] == "train" and train.parent.is_dir() else ():
         split, rest = _parse_split_from_name(file)

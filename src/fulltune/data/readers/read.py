@@ -18,7 +18,7 @@ from fulltune.tasks import Row
 from fulltune.tasks.columns import USUAL_NAMES, BadCell
 from fulltune.text import counted
 
-PlacedRow = tuple[str, dict[str, Any]]
+LocatedRow = tuple[str, dict[str, Any]]
 _MAX_SHOWN = 5
 _FILE_SIGNATURES = {
     b"\x1f\x8b": "compressed (gzip)",
@@ -52,9 +52,9 @@ class DataFiles:
     encoding: str = UTF_8
     notes: dict[str, None] = field(default_factory=dict, compare=False)
 
-    def rows(self, problems: list[str] | None = None) -> Iterator[PlacedRow]:
-        """Yield each row with its location, such as `train.csv:17`. Messages about broken files go to `problems`, or
-        raise `DataError` if it is None."""
+    def rows(self, problems: list[str] | None = None) -> Iterator[LocatedRow]:
+        """Yield each row with its location, such as `train.csv:17`. Errors in files are added to `problems`, or raised
+        as `DataError` if it is None."""
         if self.image_folder is not None:
             for path in self.files:
                 name = printable(path.name)
@@ -108,7 +108,7 @@ class DataFiles:
                 yield from text_files.read_conll_sentences(file, self.encoding)
 
     def _resolve_paths_and_bytes(self, row: dict[str, Any], folder: Path) -> dict[str, Any]:
-        """Resolve image paths, and decode bytes, which some programs write for text."""
+        """Return the row with image paths resolved and bytes decoded."""
         if self.image_paths:
             row = resolve_image_paths(row, folder, self.image_column)
         if not any(isinstance(value, bytes) for value in row.values()):
@@ -120,7 +120,7 @@ class DataFiles:
 def locate_data_files(
     paths: Sequence[str], text_rows: TextRows = "auto", columns: tuple[str, ...] | None = None
 ) -> DataFiles:
-    """Find the files at these paths without reading them. Raises `DataError` with all problems."""
+    """Find the files at these paths without reading them. Raises a `DataError` that lists all problems."""
     if len(paths) == 1:
         folder = Path(paths[0])
         with convert_os_errors(folder):

@@ -30,8 +30,8 @@ _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 def read_csv_or_tsv(
     file: Path, columns: Sequence[str] | None, encoding: str, notes: dict[str, None]
 ) -> Iterator[tuple[int, RowOrProblem]]:
-    """Yield `(line number, row or error message)` for each record, and add suspicious lines to `notes`. Raises
-    `DataError` if the header is missing."""
+    """Yield `(line number, row or error message)` for each record, and add messages about suspicious lines to `notes`.
+    Raises `DataError` for a bad header."""
     delimiter, line = detect_delimiter(file, encoding), 1
     remedy = f"put a text with {_NAMES[delimiter]} or line breaks in double quotes"
     values, joined = set[tuple[int, str]](), list[tuple[int, list[list[str]]]]()
@@ -209,7 +209,7 @@ def has_blank_lines(file: Path, encoding: str = UTF_8) -> bool:
 
 
 def _join_lines(lines: Iterator[tuple[int, str]], text_rows: TextRows) -> Iterator[tuple[int, str]]:
-    """Yield the first line number and text of each paragraph, or of sections of several paragraphs."""
+    """Yield the first line number and text of each paragraph or, for sections, of several paragraphs."""
     start, size, section = 1, 0, list[str]()
     for number, paragraph in _split_at_blank_lines(lines):
         if section and (text_rows == "paragraph" or size + len(paragraph) > SECTION_CHARACTERS):
@@ -263,7 +263,7 @@ def read_conll_sentences(file: Path, encoding: str = UTF_8) -> Iterator[tuple[in
 
 
 def _conll_line_error(columns: list[str], num_expected: int) -> str | None:
-    """Return what is wrong with a line's columns, or None."""
+    """Return an error message about a line's columns, or None."""
     if len(columns) != num_expected:
         return (
             f"{counted(len(columns), 'column')}, expected {num_expected} as in the first line; write a word and its "
@@ -313,7 +313,7 @@ def detect_delimiter(file: Path, encoding: str = UTF_8) -> str:
 
 
 def guess_missing_header(file: Path, encoding: str = UTF_8) -> tuple[str, ...] | None:
-    """Return column names if a table's first line looks like a row, else None."""
+    """Return suggested column names if a table seems to lack a header, else None."""
     if file.suffix.lower() not in SEPARATED:
         return None
     try:
@@ -351,7 +351,7 @@ def is_number(text: str) -> bool:
 
 
 def _name_columns_by_content(columns: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    """Name the longest column `text`, and the column with the fewest distinct values `label`."""
+    """Return a name per column: `text` for the longest, `label` for the one with the fewest distinct values."""
     text = max(range(len(columns)), key=lambda place: sum(map(len, columns[place])))
     kinds = {place: len(set(values)) for place, values in enumerate(columns) if place != text and all(values)}
     label = min((place for place, count in kinds.items() if count > 1), key=kinds.__getitem__, default=None)

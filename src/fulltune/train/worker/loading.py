@@ -15,7 +15,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils.generic import ModelOutput
 
 from fulltune import methods, probe
-from fulltune.inference.run import autocast, logits_of, model_batch, positions_by_length
+from fulltune.inference.run import autocast, extract_logits, model_batch, positions_by_length
 from fulltune.inference.store import MIXED, Rows
 from fulltune.methods.head import find_output_layer, head_paths, rescale_outputs, rescaled_parameters
 from fulltune.models import dropout, evaluation_mode, sharding
@@ -94,7 +94,7 @@ class Objective:
     ) -> torch.Tensor:
         """Compute the loss from logits[rows, ..., classes or vocabulary] and labels[rows] or [rows, tokens]."""
         smoothing = self.recipe.train.label_smoothing_factor
-        summed = self.task.loss(logits_of(outputs), labels, self.target, smoothing, self._class_weights)
+        summed = self.task.loss(extract_logits(outputs), labels, self.target, smoothing, self._class_weights)
         return summed / (num_items_in_batch if num_items_in_batch is not None else 1)
 
 
