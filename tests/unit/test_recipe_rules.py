@@ -45,7 +45,7 @@ def test_every_problem_of_a_recipe_is_named_at_once_with_its_line(tmp_path: Path
         "'learning_rate'?",
         f"{path}:8  train.extra.neftune_noise_alpha: expected a number, found 'much'",
         f"{path}:8  train.extra.tf32: expected true or false, found 'perhaps'",
-        f"{path}:9  evaluate.metric: 'rougeL' cannot select a checkpoint for causal-lm; expected one of loss, "
+        f"{path}:9  evaluate.metric: 'rougeL' is not available for causal-lm; expected one of loss, "
         "perplexity, token_accuracy",
     ]
 

@@ -30,7 +30,7 @@ FORECAST_AGAIN = 1.15
 SEEDS_ALIKE, SEEDS_APART = 0.005, 0.02
 """Low and high standard deviation between seeds, assumed in forecasts."""
 START_SECONDS, SCORING_SECONDS, VERDICT_SECONDS = 5.0, 5.0, 10.0
-"""Seconds for small models on a slow CPU; finished trials correct these."""
+"""First estimates, for small models on a slow CPU. Finished trials replace them."""
 _FIRST_SECONDS = 13.0
 _PASSES_PER_STEP = 3
 
@@ -38,10 +38,10 @@ _PASSES_PER_STEP = 3
 @dataclass(frozen=True)
 class MethodCost:
     run: float
-    """Seconds of one whole run's steps."""
+    """Duration of a whole run's steps in seconds."""
     num_rates: int = 1
     decides: bool = True
-    """False for a method shown for reference, which gets one run."""
+    """False for a method that is only shown for reference and gets one run."""
     start: float = 0.0
     scoring: float = 0.0
     done: int = 0
@@ -74,7 +74,8 @@ def forecast_seconds(costs: Mapping[str, MethodCost], design: Expectation) -> fl
 
 
 def smaller_designs(costs: Mapping[str, MethodCost], whole: Expectation) -> Iterator[Expectation]:
-    """Yield ever smaller designs: with fewer seeds (down to three), fewer rivals, two seeds, and no rate search."""
+    """Yield ever smaller designs: first fewer seeds (down to three), then fewer rivals, two seeds, and no rate
+    search."""
     everyone, deciding = whole.methods, tuple(method for method in whole.methods if costs[method].decides)
     good, fewest = min(whole.num_seeds, GOOD_SEEDS), min(whole.num_seeds, LEAST_SEEDS)
     smaller = [everyone, *(deciding[:number] for number in range(len(deciding), 1, -1))]
@@ -177,7 +178,7 @@ def why_not_resumable(comparison: Comparison, budget_seconds: float | None) -> s
 
 
 def load_or_plan_design(context: Context) -> Expectation:
-    """Load the design, or plan and save it if there is none for this budget, and announce it."""
+    """Load the design for this budget, or plan and save one, and announce it."""
     path = context.folder / EXPECTATION
     design = Expectation.load(path) if path.exists() else None
     if design is None or design.budget_seconds != context.budget_seconds:
@@ -222,7 +223,7 @@ def method_rates(context: Context, method: Method) -> tuple[float, ...]:
 
 
 def default_rate(context: Context, method: Method) -> float:
-    """Return the method's rate to try that is closest to the planned rate."""
+    """Return the rate in the method's search grid that is closest to the planned rate."""
     planned = context.method_setup(method.label).plan.learning_rate
     return rates.nearest_rate(method_rates(context, method), rates.rounded(planned))
 
@@ -292,7 +293,7 @@ def actual_to_planned_time(context: Context) -> tuple[dict[str, float], float]:
 
 
 def has_time(context: Context, trials: Sequence[Trial], reserved_seconds: float = 0.0) -> bool:
-    """Return whether unfinished trials, the reserved time and the verdict fit into the remaining budget."""
+    """Return whether unfinished trials, `reserved_seconds` and the verdict fit into the remaining budget."""
     unfinished = [] if context.budget_seconds is None else [one for one in trials if not is_done(context, one)]
     if not unfinished:
         return True
@@ -304,7 +305,8 @@ def has_time(context: Context, trials: Sequence[Trial], reserved_seconds: float 
 
 
 def forecast_remaining_seconds(context: Context, counts: Mapping[str, int], seeds: int) -> float:
-    """Forecast the time until full fine-tuning and its most expensive leading rival have `seeds` runs each."""
+    """Forecast the time until full fine-tuning and its most expensive leading rival have `seeds` runs each. `counts`
+    holds each method's finished runs."""
     costs = {method: cost for method, cost in forecast_costs(context)[0].items() if cost.decides and method in counts}
 
     def rest(method: str) -> float:

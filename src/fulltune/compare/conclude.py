@@ -36,7 +36,7 @@ median = statistics.median
 def judge_on_test_rows(seed_runs: SeedRuns) -> Comparison:
     """Reach the verdict on the test rows, save the finished comparison, and write the model cards."""
     context = seed_runs.context
-    context.say("opening the test rows")
+    context.say("deciding the verdict on the test rows")
     alpha, later = alpha_left(seed_runs.looks, context.alpha, time_was_up=seed_runs.lacks_time)
     with context.log_duration("verdict"):
         trials = [one.trial.name for runs in seed_runs.results.values() for one in runs]
@@ -60,7 +60,7 @@ def judge_on_test_rows(seed_runs: SeedRuns) -> Comparison:
 def _verdict_on_rows(
     context: Context, compared: Sequence[MethodOutputs], clusters: np.ndarray, alpha: float
 ) -> Decision:
-    """Reach a verdict on the rows of these outputs. Rows with the same number in `clusters` depend on each other."""
+    """Reach a verdict from outputs on the same rows. Rows with the same number in `clusters` depend on each other."""
     recipe = context.recipe
     terms = Terms(context.resamplable_metric, recipe.compare.margin, recipe.evaluate.confidence, alpha)
     drawn = resample_trials(context.resamplable_metric, [method.trials for method in compared], clusters, SAMPLES)
@@ -70,7 +70,8 @@ def _verdict_on_rows(
 def note_verdict_without_leaks(
     context: Context, compared: Sequence[MethodOutputs], clusters: np.ndarray, decision: Decision
 ) -> list[str]:
-    """Return a note on the verdict without test rows that occur in train, or an empty list without such rows."""
+    """Return a note on the verdict without the test rows that occur in train, or an empty list if there are no such
+    rows."""
     leaked = np.load(context.folder / "data" / "test" / IN_TRAIN)
     if not leaked.any():
         return []
@@ -92,7 +93,7 @@ def note_verdict_without_leaks(
 def log_use_of_test_rows(
     context: Context, trial_names: Sequence[str], alpha: float, later_alpha: float
 ) -> tuple[TestRowsUse, ...]:
-    """Log that this command spends `alpha` on the test rows, and return the whole log. `later_alpha` is left for later
+    """Log that this command spends `alpha` on the test rows, and return the whole log. `later_alpha` remains for later
     verdicts."""
     opening = TestRowsUse(
         time=datetime.now().astimezone().isoformat(timespec="seconds"),

@@ -62,7 +62,7 @@ class Context:
     start: Starter = start_in_new_process
     began: float = field(default_factory=time.monotonic)
     passed_dry_run: set[str] = field(default_factory=set)
-    """Methods that passed a dry run, which their later trials skip."""
+    """Methods that passed a dry run. Their later trials skip it."""
     alpha_left: float | None = None
     _setups: dict[str, MethodSetup] = field(default_factory=dict)
 
@@ -96,7 +96,7 @@ class Context:
 
     @cached_property
     def metric_scale(self) -> MetricScale:
-        """The eval metric's direction and number of rows, where windows of one question count once."""
+        """The eval metric's direction and number of rows. Windows of one question count as one row."""
         num_rows = self.summary.splits["eval"].rows
         if self.summary.form.has_windows:
             num_rows = len({row[PLACE] for row in read_original_rows(self.folder / "data" / "eval")})
@@ -166,7 +166,7 @@ class Context:
         self.job.listener(Message(text=text))
 
     def method_setup(self, label: str) -> MethodSetup:
-        """Return the setup of the method with this label, which is planned at the first call."""
+        """Return the setup of the method with this label. The first call plans the method."""
         if label not in self._setups:
             method = next(one for one in self.trained_methods if one.label == label)
             recipe = self._recipe_of(method)

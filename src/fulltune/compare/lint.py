@@ -29,7 +29,7 @@ _ATTENTION = {
     *("query", "key", "value", "query_key_value", "c_attn", "wq", "wk", "wv", "wo", "to_q", "to_k", "to_v"),
     *("q_lin", "k_lin", "v_lin", "out_lin"),
 }
-_MORE_TIME = "set a larger --budget, with which an undecided comparison continues"
+_MORE_TIME = "set a larger --budget, so that an undecided comparison can continue"
 _UNFAIR = {
     "rate-not-searched": "leave `learning_rate` unset, or list three or more rates as `learning_rates`",
     "no-time-for-rates": _MORE_TIME,
@@ -188,7 +188,7 @@ def _check_methods(trained: Sequence[MethodRow], *, time_was_up: bool = False) -
         targets = (row.settings.get("target_modules") or of_peft or []) if row.kind in ("lora", "peft") else []
         names = [] if isinstance(targets, str) else [str(name) for name in targets]
         if names and all(map(_is_attention_matrix, names)):
-            what = f"only attention is changed ({', '.join(names)}), which is known to be worse than all linear layers"
+            what = f"only attention is updated ({', '.join(names)}), which is known to be worse than all linear layers"
             yield "attention-only-lora", row.method, what
         if row.kind == "full" and row.weights_dtype != "fp32" and row.bf16_rounding in (None, "nearest"):
             rounded = "rounded to nearest, so that most updates are lost at usual learning rates"
@@ -201,8 +201,8 @@ def _is_attention_matrix(name: str) -> bool:
 
 
 def _check_equal_terms(trained: Sequence[MethodRow]) -> RuleHits:
-    """Yield findings on unequal tokens or head starts, and on a shared rate. Variants may differ, because their
-    differences are the question."""
+    """Yield findings on different token counts, different head initialisation, and a shared rate. Variants are not
+    compared, because they differ on purpose."""
     if (
         len(trained) > 1
         and len({row.learning_rate for row in trained}) == 1
@@ -217,11 +217,11 @@ def _check_equal_terms(trained: Sequence[MethodRow]) -> RuleHits:
     sized = sorted((row for row in alike if row.train_tokens), key=lambda row: (row.train_tokens, row.kind == "full"))
     if sized and sized[0].train_tokens < (1 - _MOST_TOKENS_APART) * sized[-1].train_tokens:
         least, most = sized[0], sized[-1]
-        what = f"{most.method} sees {most.train_tokens:,} tokens in training, {least.method} {least.train_tokens:,}"
+        what = f"{most.method} is trained on {most.train_tokens:,} tokens, {least.method} on {least.train_tokens:,}"
         yield "unequal-tokens", _method_names((most, least)), what
     random = [row for row in alike if row.settings.get("head_init") == "random"]
     if random and len(random) < len(alike):
-        what = f"the head of {_method_names(random)} starts at random; the others start from a linear probe"
+        what = f"the head of {_method_names(random)} is initialised at random, all other heads from a linear probe"
         yield "unequal-heads", "methods", what
 
 

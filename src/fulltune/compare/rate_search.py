@@ -1,7 +1,6 @@
 """Run a recipe that searches its learning rate, as a comparison does for one method and seed.
 
-plan → search (on eval rows, in a subfolder) → the best run is moved into the run → evaluate → report
-
+plan → search (on eval rows, in a subfolder) → the best run is moved into the run folder → evaluate → report
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _RUNS = f"2 to {MOST_WHOLE_RUNS_ALONE} whole runs"
 
 
 def run_recipe(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
-    """Run or resume all stages up to `until`, and search the learning rate first if the recipe asks for it. `measure`
+    """Run or resume all stages up to `until`, after searching the learning rate if the recipe asks for it. `measure`
     tries out settings in the plan stage."""
     if not job.recipe.is_searched:
         return pipeline.run(job, until, measure)
@@ -51,7 +50,7 @@ def run_recipe(job: Run, until: Until = "report", measure: bool = False) -> RunR
             time = (
                 f", about {format_seconds(round(MOST_WHOLE_RUNS_ALONE * plan.time.whole_seconds))}" if plan.time else ""
             )
-            message = f"the search is not in this plan: 'fulltune run' first runs short trials and {_RUNS}{time}"
+            message = f"this plan does not include the search: 'fulltune run' first runs short trials and {_RUNS}{time}"
             job.listener(Message(text=message))
         return reached
     record = job.folder / RECORD
@@ -144,7 +143,7 @@ def _with_searched_rate(recipe: Recipe, searched: Searched) -> Recipe:
 
 
 def move_best_run(job: Run, searched: Searched) -> None:
-    """Move the best run into the run folder. Its plan moves last, so that an interrupted move resumes."""
+    """Move the best run into the run folder. The plan moves last, so that an interrupted move can resume."""
     run, trial, method = job.folder, job.folder / FOLDER, job.recipe.method.label
     (run / "attempts").mkdir(exist_ok=True)
     for attempt in sorted((trial / "attempts").glob(f"{searched.trial}-*")):
@@ -169,7 +168,7 @@ def move_best_run(job: Run, searched: Searched) -> None:
 
 
 def _settings_of_moved_run(trial: Plan, planned: Plan, searched: Searched) -> list[Setting]:
-    """Return the trial's settings, without the changes that only made it a trial."""
+    """Return the settings of the best trial, without changes that were made only for the search."""
     before = {setting.name: setting for setting in planned.settings}
     settings = []
     for setting in trial.settings:

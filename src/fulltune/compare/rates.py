@@ -19,7 +19,7 @@ CLEARLY = 2
 
 @dataclass(frozen=True)
 class MetricScale:
-    """The eval metric's direction, number of rows and kind."""
+    """The eval metric's direction and number of rows, and whether it is a share."""
 
     greater_is_better: bool
     eval_rows: int
@@ -30,7 +30,7 @@ class MetricScale:
         return -math.inf if math.isnan(metric) else metric if self.greater_is_better else -metric
 
     def tolerance(self, metric: float) -> float:
-        """Return how far apart two equal trials may be: a standard error for shares, else 1 % of the metric."""
+        """Return the largest difference that counts as noise: a standard error for shares, else 1 % of the metric."""
         if math.isnan(metric):
             return 0.0
         if not self.is_share:
@@ -45,7 +45,7 @@ class MetricScale:
 
 
 def rates_to_try(default: float, listed: Sequence[float] | None, fixed: float | None) -> tuple[float, ...]:
-    """Return the fixed rate, the listed rates, or three around the default rate."""
+    """Return the fixed rate if set, else the listed rates, else three rates around the default rate."""
     if fixed is not None:
         return (fixed,)
     return (
@@ -71,7 +71,7 @@ def short_trial(method: str, rate: float, share: float, seed: int) -> Trial:
 
 
 def whole_run_trial(method: str, rate: float, seed: int, *, is_rate_test: bool = False) -> Trial:
-    """Return the trial of a whole run. `check` marks a rate that is only tried out."""
+    """Return the trial of a whole run. `is_rate_test` adds the rate to the name, for a rate that is only tried out."""
     name = f"{method}-rate{rate:g}-seed{seed}" if is_rate_test else f"{method}-seed{seed}"
     return Trial(name=name, method=method, learning_rate=rate, seed=seed)
 
@@ -97,7 +97,7 @@ def _choice_reason(tried: Mapping[float, float], rate: float, scale: MetricScale
     if rate in best_rates(tried, scale)[:1]:
         return f"the best of {len(tried)} {what}"
     least = "the error of the eval rows" if scale.is_share else "1 %"
-    return f"the default rate, because no other rate led by more than {least} in {what}"
+    return f"the default rate, because no other rate was better by more than {least} in {what}"
 
 
 def next_rate_beyond_grid(tried: Mapping[float, float], scale: MetricScale) -> float | None:
@@ -118,7 +118,8 @@ def next_rate_beyond_grid(tried: Mapping[float, float], scale: MetricScale) -> f
 def search_from_short_trials(
     method: str, tried: Mapping[float, float], share: float, scale: MetricScale, default_rate: float
 ) -> Search:
-    """Choose a rate from the metrics (`tried`) of short trials, and return the finished search."""
+    """Choose a rate from the metrics of short trials (`tried`, by rate) with a share of the steps. Return the search's
+    record."""
     rate = choose_rate(tried, scale, default_rate)
     on_edge = rate in (min(tried), max(tried)) and scale.lead_in_tolerances(rate, tried) > 1
     how = _choice_reason(tried, rate, scale, f"short runs of {share:.0%} of the steps")

@@ -28,8 +28,8 @@ Compared = tuple[Comparison, tuple[Path, ...]]
 
 
 def run_comparison(job: Run, command: str, budget: str | None = None) -> Compared:
-    """Compare the recipe's methods, or resume. Every part is saved when it finishes. `command` is shown in the report,
-    and `budget`, such as `30m`, limits all commands together."""
+    """Run or resume a comparison of the recipe's methods. Every part is saved when it finishes. `command` is shown in
+    the report, and `budget`, such as `30m`, limits all commands together."""
     before = 0.0 if job.began is None else time.time() - job.began
     began, record = time.monotonic() - before, job.folder / RECORD
     with run_folder.explain_os_errors(job.folder), run_folder.lock_folder(job.folder):
@@ -49,7 +49,7 @@ def run_comparison(job: Run, command: str, budget: str | None = None) -> Compare
                 context.say(busy)
             expectation = load_or_plan_design(context)
             if len(read_json_lines(job.folder / OPENINGS)) > len(openings):
-                context.say("the test rows were scored before, so nothing more is trained")
+                context.say("the test rows were already scored, so no more runs are trained")
                 context.budget_seconds = 0.0
             comparison = judge_on_test_rows(
                 SeedRuns(context, search_all_rates(context, expectation), expectation).train_until_clear()
@@ -70,7 +70,8 @@ def comparison_recipe(recipe: Recipe) -> Recipe:
 
 
 def _budget_seconds(job: Run, budget: str | None) -> float | None:
-    """Return the given budget, or the larger of the recipe's and the earlier one, or None for no limit."""
+    """Return the limit from `budget`, else the larger of the recipe's and the earlier command's limit, or None for no
+    limit."""
     text, path = budget or job.recipe.compare.budget, job.folder / EXPECTATION
     seconds = parse_seconds(text) if text else None
     before = Expectation.load(path).budget_seconds if path.exists() and budget is None else None

@@ -174,7 +174,7 @@ class SeedRuns:
         return budget.forecast_remaining_seconds(self.context, counts, seeds or self.expectation.num_seeds)
 
     def _first_unaffordable_method(self) -> str | None:
-        """Return a method that no longer fits beside two seeds of full and its first rival, or None if all fit."""
+        """Return a method for which no time remains after two seeds of full and its first rival, or None if all fit."""
         context = self.context
         pair = (context.full.label, next(method for method in self.results if self._kind(method) in RIVALS))
         keep = self._reserved_seconds(min(budget.LEAST_SEEDS, context.recipe.compare.seeds or budget.LEAST_SEEDS))
@@ -274,8 +274,8 @@ class SeedRuns:
 def load_method_outputs(
     context: Context, results: Results, subfolder: str, methods_behind: Collection[str]
 ) -> list[MethodOutputs]:
-    """Load each method's saved outputs from a subfolder. Methods in `behind` have fewer seeds and may spend only a part
-    of alpha."""
+    """Load each method's saved outputs from a subfolder. `methods_behind` have fewer seeds and may spend only a part of
+    alpha."""
     folder, setups = context.folder / subfolder, {method: context.method_setup(method) for method in results}
     return [
         MethodOutputs(

@@ -63,7 +63,7 @@ def alpha_left(looks: Sequence[Look], alpha: float, *, time_was_up: bool = False
 
 @dataclass(frozen=True)
 class Outlook:
-    """Predicted result of a rival's comparison with full on the test rows."""
+    """The predicted result of comparing a rival with full on the test rows."""
 
     name: str
     score: float
@@ -184,8 +184,8 @@ def _answer_probabilities(
 def _normal_probabilities(
     estimate: float, scatter: float, half_width: float, one_sided_half_width: float, margin: float
 ) -> tuple[float, float, float]:
-    """Return the probabilities of the three clear answers, if the estimate is normal and its interval has these half
-    widths."""
+    """Return the probabilities of the three clear answers for a normally distributed estimate, given the half widths of
+    its intervals."""
     needed, room = max(margin, half_width), margin - one_sided_half_width
     normal = NormalDist(estimate, max(scatter, 1e-12))
     equal = normal.cdf(room) - normal.cdf(-room) if room > 0 else 0.0

@@ -1,5 +1,3 @@
-"""Decide FULL, PEFT, VARIANT, EQUIVALENT or UNDECIDED from the methods' outputs on the same rows."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -206,7 +204,7 @@ def _what_would_decide(differences: Sequence[Difference]) -> Iterator[str]:
         if rows or seeds:
             what = f"{' or '.join(rows + seeds)} would decide, if the true difference equals the estimate"
         elif rival.num_seeds < _FEW_SEEDS:
-            what = f"train three or more seeds of full and of {rival.method}; fewer do not show how seeds differ"
+            what = f"train three or more seeds of full and of {rival.method}; fewer do not show how much seeds differ"
         else:
             what = (
                 f"even if the true difference equals the estimate, neither {MAX_ROWS_FACTOR} times the test rows nor "

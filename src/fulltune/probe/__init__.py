@@ -82,8 +82,8 @@ def load_or_fit_probe(
     """Load a run folder's linear probe (classifiers on the model's features), or fit and save it while other processes
     wait.
 
-    `extract` creates the feature extractor for a fit. Unless `with_head`, only the baseline is fitted. `together` is
-    True if all processes must run the model, because its weights are sharded.
+    `extract` creates the feature extractor for a fit. Unless `with_head`, only the baseline is fitted. `on_all_ranks`
+    is True if the weights are sharded, so that all processes must run the model.
     """
     probe_folder = folder / FOLDER
     probe_folder.mkdir(parents=True, exist_ok=True)
@@ -285,8 +285,8 @@ def _layer_tensors(layer: str, values: LinearClassifier, has_bias: bool) -> Head
 def fit_best_baseline(
     extractor: FeatureExtractor, train: Features, held_out: Features | None
 ) -> tuple[FrozenBaseline, LinearClassifier] | None:
-    """Return the classifier on pooled embeddings that is best on held-out rows (in cross-validation without any), or
-    None if there are no embeddings."""
+    """Fit classifiers on pooled embeddings. Return the record and classifier of the one that is best on held-out rows
+    (in cross-validation without any), or None if there are no embeddings."""
     if train.mean is None:
         return None
     usual = "ridge regression" if extractor.kind == "regression" else "logistic regression"

@@ -64,7 +64,6 @@ class FeatureExtractor:
     precision: str
     class_weights: Sequence[float] | None = None
     pair_separators: frozenset[int] = frozenset()
-    """Ids of the special tokens around the texts of a pair, or an empty set if rows are not pairs."""
     watch: ProgressCallback = lambda done, total, share: None
 
     @property
@@ -83,7 +82,7 @@ class FeatureExtractor:
         return self.retry_with_smaller_batches(lambda size: concatenate_features(self.batches(rows, layers, size)))
 
     def retry_with_smaller_batches(self, run: Callable[[int], T]) -> T:
-        """Return `run(batch_size)`, retried with smaller sizes if memory runs out, unless the weights are sharded."""
+        """Return `run(batch_size)`. If memory runs out, retry with smaller sizes, unless the weights are sharded."""
         if needs_all_ranks(self.model):
             return run(self.batch_size)
         return run_with_smaller_batches("linear probe", self.batch_size, run)
@@ -95,7 +94,7 @@ class FeatureExtractor:
         self, rows: EncodedRows, layers: HeadLayers | None, batch_size: int, with_pairs: bool = True
     ) -> Iterator[Features]:
         """Yield the features of each batch, longest rows first. If `layers` is None, only mean embeddings are
-        extracted. `with_pairs` adds features of pairs whose texts are read alone.
+        extracted. `with_pairs` also reads each text of a pair alone.
 
         Raises:
             NoProbe: If the head's inputs cannot be identified, or if a feature is not finite.
@@ -275,7 +274,8 @@ def pair_separators(tokenizer: PreTrainedTokenizerBase, target: Target) -> froze
 
 
 def split_pairs(rows: EncodedRows, separators: frozenset[int]) -> list[dict[str, Any]]:
-    """Return the first texts of all pairs, then the second ones, each with its special tokens (`separators`)."""
+    """Split each pair into two rows, one per text, each with the special tokens (`separators`). Return all first texts,
+    then all second texts."""
     firsts: list[dict[str, Any]] = []
     seconds: list[dict[str, Any]] = []
     for row in rows:

@@ -1,5 +1,3 @@
-"""Find and replace the linear layers of a new head: the last one, and a dense one before it, such as a pooler's."""
-
 from __future__ import annotations
 
 import math

@@ -25,7 +25,7 @@ MOST_COMPARED = 4_000
 MOST_STEPS, TOLERANCE = 300, 3e-4
 """The solver's limits: three times the tolerance gave 5 % more errors (2026-11-26)."""
 _MANY_MULTIPLICATIONS = 10**9
-"""Multiplications from which several threads are faster, about 0.2 s in one thread."""
+"""Number of multiplications above which several threads are faster (about 0.2 s in one thread)."""
 _LEAST_CHANCE = 1e-4
 """Lower limit of a probability, so that one unseen class does not dominate the loss."""
 
@@ -102,7 +102,7 @@ def shift_and_scale(features: np.ndarray, centred: bool) -> tuple[np.ndarray, np
 def _fit_for_problem_type(
     items: Items, features: np.ndarray, has_bias: bool, strengths: Sequence[float]
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Yield each strength and a classifier of the type that suits the items."""
+    """Yield each strength and a classifier that suits the problem type."""
     match items.kind:
         case "regression":
             yield from _fit_ridge(features, items.labels, has_bias, strengths)
@@ -150,8 +150,8 @@ def _fit_logistic(
 
 
 def _limit_threads(multiplications: int) -> contextlib.AbstractContextManager[object]:
-    """Return a context with one thread for small products: two took 2.4 times as long, and 30 times with other load on
-    two cores."""
+    """Return a context that limits small products to one thread, because two threads took 2.4 times as long, or 30
+    times on two busy cores."""
     if multiplications > _MANY_MULTIPLICATIONS:
         return contextlib.nullcontext()
     return cast("contextlib.AbstractContextManager[object]", _thread_pools().limit(limits=1))
@@ -168,7 +168,7 @@ def _thread_pools() -> Any:
 def _fit_each_label(
     items: Items, features: np.ndarray, has_bias: bool, strengths: Sequence[float]
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Yield each strength and a classifier per label, which is constant if all rows or none have the label."""
+    """Yield each strength and a classifier per label. A label that all rows or no rows have gets a constant output."""
     labels = items.labels.astype(np.int64)
     varied = [label for label in range(items.num_outputs) if len(np.unique(labels[:, label])) > 1]
     if not varied:
@@ -203,8 +203,7 @@ def _fit_ridge(
 def _fit_within_rows(
     items: Items, features: np.ndarray, strengths: Sequence[float]
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Yield each strength and a classifier that ranks each row's right item first, fitted on feature differences
-    without a bias."""
+    """Yield each strength and a classifier without a bias that ranks each row's right item first."""
     outputs = [_feature_differences(features, right, items.rows) for right in items.labels.reshape(len(features), -1).T]
     paths = []
     for differences in outputs:
@@ -301,7 +300,7 @@ def _score_features(items: Items, held_out: Items | None, candidates: Candidates
 
 
 def mean_loss(items: Items, classifier: LinearClassifier) -> float:
-    """Return the mean cross entropy in nats with class weights, or for numbers the squared error divided by the
+    """Return the mean cross entropy in nats with class weights. For numbers, return the squared error divided by the
     variance."""
     weights = None if items.class_weights is None else np.asarray(items.class_weights)
     outputs = classifier(items.features).astype(np.float64)

@@ -17,8 +17,8 @@ _MAX_WEIGHT_SUM = 0.999
 
 
 def codec_for_encoding(encoding: str) -> str:
-    """Return `encoding`, or for UTF-8 the codec that skips a byte order mark. Raise `ValueError` for unknown
-    encodings."""
+    """Return the Python codec for an encoding, which skips a byte order mark in UTF-8. Raise `ValueError` if the
+    encoding is unknown."""
     try:
         "a".encode(encoding)
     except (LookupError, ValueError):
@@ -162,7 +162,7 @@ class DataBlock(Block):
     @field_validator("train", mode="before")
     @classmethod
     def _expand_short_forms(cls, value: object) -> object:
-        """Replace `{path: X}` without a weight by `X` in `train`."""
+        """Return the raw values, with `X` instead of each `{path: X}` without a weight in `train`."""
         entries = [value] if isinstance(value, dict) else value
         if not isinstance(entries, (list, tuple)):
             return entries

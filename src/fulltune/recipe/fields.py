@@ -30,7 +30,7 @@ _DECIDING_KINDS = tuple(kind for kind in RIVALS if kind != VARIANT)
 
 
 class Recipe(Block):
-    """A recipe with the model, task, data, method, training, evaluation and output of a run."""
+    """All settings of a run: model, task, data, method, training, evaluation and output."""
 
     model: ModelBlock
     """The pretrained model. A plain name is short for `{name: ...}`."""
@@ -53,7 +53,8 @@ class Recipe(Block):
     @model_validator(mode="before")
     @classmethod
     def _expand_short_forms(cls, values: Any) -> Any:
-        """Expand `model: NAME` and kinds of methods to blocks, and make `full` the default kind of `method`."""
+        """Return the raw recipe with `model: NAME` and kinds of methods expanded to blocks. The default kind of
+        `method` is `full`."""
         if not isinstance(values, dict):
             return values
         expanded = dict(values)
@@ -92,8 +93,8 @@ class Recipe(Block):
         return hashlib.sha256(json.dumps(self.result_settings(), sort_keys=True).encode()).hexdigest()[:16]
 
     def result_settings(self) -> PlainSettings:
-        """Return the settings that affect the result, as JSON values, without output names and, in single runs, the
-        placement."""
+        """Return the settings that affect the result, as JSON values. Output names are omitted, and in single runs also
+        the placement."""
         settings = self.model_dump(mode="json", exclude={"output", "name"})
         # These depend on the machine and do not change the result, but a comparison also measures memory and time.
         placing = ("num_processes", "num_machines", "placement", "offload", "oversubscribe")
@@ -104,7 +105,7 @@ class Recipe(Block):
         return settings
 
     def compared_kind(self, method: ComparedMethod) -> MethodKind:
-        """Return a compared method's kind, or `variant` for a `full` after the first in `methods`."""
+        """Return a compared method's kind, or `variant` for every `full` after the first in `methods`."""
         first = next((one for one in self.methods if one.kind == "full"), method)
         kind: MethodKind = method.kind
         return VARIANT if kind == "full" and method != first else kind
@@ -122,7 +123,7 @@ class Recipe(Block):
 
     @property
     def excluded_text_paths(self) -> dict[str, str]:
-        """Paths of texts that must not be trained on, by the setting that gives the path."""
+        """Map settings, such as `data.contamination`, to paths of texts that must not be trained on."""
         names = {"data.contamination": self.data.contamination, "preserve.probe": self.preserve.probe}
         return {setting: path for setting, path in names.items() if path is not None}
 
@@ -154,7 +155,7 @@ def _expand_user(path: str) -> str:
 
 
 def local_paths(recipe: Recipe) -> list[str]:
-    """List the absolute paths of files and folders in a resolved recipe, without Hub models."""
+    """List the absolute paths of a resolved recipe's files and folders. Hub models are omitted."""
     paths = [entry if isinstance(entry, str) else entry.path for entry in recipe.data.entries]
     paths += [str(getattr(getattr(recipe, block), name)) for block, names in _PATH_SETTINGS.items() for name in names]
     paths += [str(recipe.train.engine_settings), recipe.model.name]
@@ -162,12 +163,12 @@ def local_paths(recipe: Recipe) -> list[str]:
 
 
 def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
-    """Return the recipe with absolute paths, where relative ones start at `base`; raise `RecipeError` for impossible
-    paths. Hub ids and `package:` names stay unchanged."""
+    """Return the recipe with absolute paths. Relative paths start at `base`, while Hub ids and `package:` names stay
+    unchanged. Raise `RecipeError` for invalid paths."""
     problems: list[str] = []
 
     def make_absolute(path: str, setting: str) -> str:
-        """Return the absolute path, or append a message to `problems` if it is impossible."""
+        """Return the absolute path. If the path is invalid, append a message to `problems` instead."""
         if path.startswith("package:"):
             return path
         if "\0" in path:

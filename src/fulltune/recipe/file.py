@@ -344,7 +344,8 @@ _SHORT_FORMS = {"model": "name", "method": "kind"}
 
 
 def _apply_override(values: PlainSettings, override: str) -> str:
-    """Apply one `block.name=value` to `values` and return its dotted name; raise `ValueError` if that is impossible."""
+    """Apply one `block.name=value` to `values` and return its dotted name; raise `ValueError` if the override is
+    invalid."""
     name, separator, text = (part.strip() for part in override.partition("="))
     *blocks, last = name.split(".")
     if not separator or not all((*blocks, last)):

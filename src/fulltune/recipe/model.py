@@ -15,7 +15,6 @@ def validated_by(parse: Callable[[str], float]) -> BeforeValidator:
     accepted."""
 
     def check_text(value: Any) -> Any:
-        """Return the value unchanged, or raise `ValueError`."""
         if value is not None:
             parse(str(value))
         return value
@@ -36,7 +35,7 @@ class Block(BaseModel):
 
 
 def raise_for_problems(problems: Mapping[str, object]) -> None:
-    """Raise a `ValueError` with every key (a message) whose value is true, or do nothing if there is none."""
+    """Raise a `ValueError` that lists the messages (keys) whose value is true, if there are any."""
     if texts := [text for text, is_wrong in problems.items() if is_wrong]:
         raise ValueError("\n".join(texts))
 
@@ -55,8 +54,8 @@ class ModelBlock(Block):
     """Dropout probability of all dropout layers. Default: the model's own values."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = None
     """Attention kernel. Default: chosen by transformers, usually `sdpa`. `flash_attention_2` (package flash-attn) needs
-    a GPU of compute capability 8.0 (Ampere), `flash_attention_3` one of 9.0 (Hopper). Both compute in 16 bits.
-    fulltune was never run with either."""
+    a GPU of compute capability 8.0 (Ampere), `flash_attention_3` one of 9.0 (Hopper). Both compute in 16 bits and
+    have not been tested with fulltune."""
     trust_remote_code: bool = False
     """Run Python files that come with the model. Read these files first, because they can do anything that your account
     can do."""
@@ -89,9 +88,9 @@ class PreserveBlock(Block):
     Python's standard library."""
     budget: ShareText | None = None
     """Maximum drift on generic text, such as `1%`: how much less likely a token may become (language models), or 1 -
-    cosine of the mean hidden states. With a budget, generic text is replayed in training. Afterwards the best
-    weights between pretrained and trained that stay within the budget are kept and confirmed on unused texts. A
-    budget needs a single run with `full` or `lora`."""
+    cosine of the mean hidden states. With a budget, generic text is replayed in training. Afterwards, fulltune saves
+    the best interpolation between pretrained and trained weights that stays within the budget, and confirms its
+    drift on held-out texts. A budget needs a single run with `full` or `lora`."""
     replay: str | None = AUTO
     """Text file to replay if there is a budget. `auto` replays a part of `probe`, and `null` replays nothing."""
 
@@ -109,7 +108,7 @@ class EvaluateBlock(Block):
     spearman (regression), f1 (token-classification, question-answering) or loss (causal-lm, seq2seq)."""
     batch_size: int | None = Field(default=None, ge=1)
     """Number of rows per forward pass. Default: twice the micro batch size. If scoring runs out of memory, the batch
-    size is halved; the scores stay the same."""
+    size is halved, which does not change the scores."""
     baselines: bool = True
     """Also score baselines that need no training: the majority class and a linear probe, or the pretrained language
     model."""

@@ -44,14 +44,14 @@ def _single_run_problems(recipe: Recipe) -> list[str]:
 
 
 def form_of(recipe: Recipe) -> Form | None:
-    """Return the facts about rows (`Form`) of the recipe's `problem_type`, or None if the data decides the type."""
+    """Return the `Form` (facts about the rows) of the recipe's `problem_type`, or None if the data decides the type."""
     kind = recipe.data.problem_type
     return FORMS[kind] if kind != "auto" and kind in FACTS[recipe.task].types else None
 
 
 def excluded_combinations(recipe: Recipe, form: Form | None) -> list[str]:
-    """List error messages for combinations of settings that `excluded.toml` forbids. `form` holds facts about the rows,
-    or is None."""
+    """List error messages for combinations of settings that `excluded.toml` forbids. `form` is None if the problem type
+    is unknown."""
     problems = []
     for setting, values, other, other_values, reason in _load_table("excluded")["excluded"]:
         block, _, field = setting.partition(".")
@@ -88,7 +88,7 @@ def _setting_value(recipe: Recipe, method: ComparedMethod, form: Form | None, na
 
 
 def wrong_metric(wanted: str, kind: str, possible: Iterable[str]) -> str:
-    return f"evaluate.metric: '{wanted}' cannot select a checkpoint for {kind}; expected one of {', '.join(possible)}"
+    return f"evaluate.metric: '{wanted}' is not available for {kind}; expected one of {', '.join(possible)}"
 
 
 def named_methods(recipe: Recipe) -> list[tuple[str, ComparedMethod]]:

@@ -32,7 +32,7 @@ class TrainBlock(Block):
     """Number of optimizer steps, instead of `num_train_epochs`."""
     global_batch_size: int | None = Field(default=None, ge=1)
     """Number of rows per optimizer step over all devices, which determines the gradient accumulation. Default: 32, or
-    16 for language models, and fewer for small data."""
+    16 for language models, and fewer for small data sets."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Number of rows per device in one pass; it must divide the global batch size. Lower values save memory with the
     same result. Default: the fastest that fits into memory. If training runs out of memory, the micro batch size is
@@ -97,10 +97,10 @@ class TrainBlock(Block):
     model's head allows chunks."""
     torch_compile: bool | None = None
     """Compile the model's repeated blocks with `torch.compile`. Compiling takes a minute or more, which pays off in
-    long runs. Default: off, but `fulltune plan --measure` tries it. Compiled models were never run on a GPU."""
+    long runs. Default: off, but `fulltune plan --measure` tries it. Compiled models have not been tested on a GPU."""
     use_liger_kernel: bool = False
     """Save memory with Liger's Triton kernels for norms, feed-forward layers and rotary positions (`pip install
-    'fulltune[liger]'`). The kernels need a GPU, and fulltune was never run with them."""
+    'fulltune[liger]'`). The kernels need a GPU and have not been tested with fulltune."""
     memory_limit: Annotated[str, validated_by(parse_bytes)] | None = None
     """Maximum memory per training process, such as `6GiB`: GPU memory, or without a GPU host memory (about 0.7 GiB of
     it for Python and libraries). The plan stays below the limit, and exceeding it counts as running out of memory.
@@ -140,7 +140,7 @@ class TrainBlock(Block):
     num_processes: int = Field(default=1, ge=1)
     """Total number of training processes on all machines: one per GPU, or several on a CPU (gloo)."""
     num_machines: int = Field(default=1, ge=1)
-    """Number of machines, which need equally many processes and a shared folder (docs/guides/scale.md)."""
+    """Number of machines. All machines run equally many processes and need a shared folder (docs/guides/scale.md)."""
     placement: Placement = "auto"
     """How weights, gradients and optimizer state are laid out. `single` is one process, `ddp` replicates everything,
     `fsdp2` (PyTorch) shards everything, `zero2` (DeepSpeed) shards gradients and optimizer state, and `zero3` also
@@ -161,7 +161,8 @@ class TrainBlock(Block):
         return self.extra.get("deepspeed")
 
     def with_engine_settings(self, settings: str | PlainSettings | None) -> TrainBlock:
-        """Return a copy of the block with other DeepSpeed settings, or without any if None."""
+        """Return a copy of the block with these DeepSpeed settings (a JSON file or its content), or without any if
+        None."""
         others = {name: value for name, value in self.extra.items() if name != "deepspeed"}
         return self.model_copy(update={"extra": others if settings is None else {**others, "deepspeed": settings}})
 
@@ -172,7 +173,7 @@ class TrainBlock(Block):
 
     @property
     def zero_enabled_by(self) -> str | None:
-        """The setting that turns DeepSpeed on, such as `train.placement: zero3`, or None if none does."""
+        """The setting that turns DeepSpeed on, such as `train.placement: zero3`, or None if DeepSpeed is off."""
         if self.engine_settings is not None:
             return ENGINE_SETTINGS
         return f"train.placement: {self.placement}" if self.placement in ("zero2", "zero3") else None
@@ -183,7 +184,7 @@ class TrainBlock(Block):
 
     @property
     def sharded_by(self) -> str | None:
-        """The setting that shards the model, such as `train.placement: fsdp2`, or None if none does."""
+        """The setting that shards the model, such as `train.placement: fsdp2`, or None if the model is not sharded."""
         return self.zero_enabled_by or (f"train.placement: {self.placement}" if self.placement == "fsdp2" else None)
 
     @model_validator(mode="after")
@@ -191,7 +192,7 @@ class TrainBlock(Block):
         """Raise `ValueError` if settings of this block contradict each other."""
         factors = {"micro_batch_size": self.micro_batch_size or 1, "num_processes": self.num_processes}
         factor_words = " x ".join(f"{name} {value}" for name, value in factors.items() if value > 1)
-        has_floor = bool({"min_lr", "min_lr_rate"} & set(self.lr_scheduler_kwargs))
+        has_minimum = bool({"min_lr", "min_lr_rate"} & set(self.lr_scheduler_kwargs))
         pairs = {
             "max_steps and num_train_epochs are both set; remove one": (
                 self.max_steps is not None and self.num_train_epochs is not None
@@ -202,11 +203,11 @@ class TrainBlock(Block):
             "eval_strategy is 'steps' but eval_steps is missing; add for example 'eval_steps: 100'": (
                 self.eval_strategy == "steps" and self.eval_steps is None
             ),
-            "eval_steps is given but eval_strategy is 'epoch'; set 'eval_strategy: steps'": (
+            "eval_steps is set but eval_strategy is 'epoch'; set 'eval_strategy: steps'": (
                 self.eval_strategy == "epoch" and self.eval_steps is not None
             ),
             "lr_scheduler_kwargs: cosine_with_min_lr needs a minimum; add for example {min_lr_rate: 0.1}": (
-                self.lr_scheduler_type == "cosine_with_min_lr" and not has_floor
+                self.lr_scheduler_type == "cosine_with_min_lr" and not has_minimum
             ),
             f"global_batch_size: {self.global_batch_size} is not a multiple of {factor_words}": (
                 self.global_batch_size and self.global_batch_size % math.prod(factors.values())

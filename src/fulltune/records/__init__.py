@@ -1,1 +1,1 @@
-"""The records that runs and comparisons write to disk, from which alone reports are made."""
+"""Records that runs and comparisons write to disk. Reports read nothing else."""

@@ -67,9 +67,8 @@ class LabelErrors(Record):
     agreement: float
     suspects: int
     doubtful: int
-    """Number of rows for which another label is clearly more likely, found with unknown precision."""
+    """Number of rows for which another label is clearly more likely. The precision of this number is unknown."""
     planted: int
-    """Number of labels flipped on purpose."""
     recall: float
     """Share of flipped labels that the check found."""
     precision: float

@@ -27,7 +27,7 @@ class Trial(Record):
     share: float = 1.0
     """Share of a whole run's steps."""
     searches: bool = False
-    """True for a short trial of a learning rate search, whose model is not kept."""
+    """True for a short trial of a learning rate search, whose model is not saved."""
 
 
 class TrialResult(Record):
@@ -157,12 +157,12 @@ class Difference(Record):
     adjusted_equivalence_p: float
     """Larger p-value of the two one-sided tests against the margin."""
     equivalent: bool
-    """True if the difference certainly lies within the margin."""
+    """True if the difference is shown to lie within the margin."""
     not_worse: bool
-    """True if the method certainly loses less than the margin."""
+    """True if the method is shown to lose less than the margin."""
     full_better: bool
     other_better: bool
-    """True if the method is certainly better by at least the margin."""
+    """True if the method is shown to be better by at least the margin."""
     seeds_known: bool
     detectable: float
     """Smallest true difference that is detected with a probability of 80 %, at least the margin."""

@@ -10,7 +10,7 @@ from fulltune.records.base import Record
 
 
 class Segment(Record):
-    """Part of a decoded row, with a loss if `trained`."""
+    """Part of a decoded row, which contributes to the loss if `trained`."""
 
     text: str
     trained: bool
@@ -34,7 +34,7 @@ class SplitSummary(Record):
     rows: int
     tokens: int
     trained_tokens: int
-    """Number of tokens with a loss, or of rows for classifiers."""
+    """Number of tokens that contribute to the loss, or of rows for classifiers."""
     truncated_rows: int
     dropped_rows: int
     length_percentiles: dict[str, int]

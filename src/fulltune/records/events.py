@@ -128,7 +128,7 @@ class Steered(Event):
 
 
 class Certified(Event):
-    """Sent when weights within the drift budget were chosen and measured on unused texts."""
+    """Sent when weights within the drift budget were chosen and measured on held-out texts."""
 
     kind = "certified"
     result: BudgetResult
@@ -150,7 +150,7 @@ class Message(Event):
 
 
 class JournalEntry(Record):
-    """A rare event, stored as one line of `journal.jsonl` for readers."""
+    """A rare event, stored as one line of `journal.jsonl`."""
 
     model_config = ConfigDict(extra="ignore")
     time: str = "-"

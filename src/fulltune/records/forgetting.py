@@ -54,12 +54,12 @@ class BudgetResult(Record):
     points: tuple[InterpolationPoint, ...]
     choice: InterpolationPoint
     sealed: Drift | None
-    """Drift of the chosen weights on texts unused before, or None if the pretrained model was kept."""
+    """Drift of the chosen weights on held-out texts, or None if the pretrained model was saved."""
     weights_digest: str
     weak_texts_reason: str | None = None
     """Why the texts are a poor measure of the pretrained model's abilities, or None."""
     opening_times: tuple[str, ...]
-    """Times (ISO 8601) at which the sealed texts were read, one per training."""
+    """Times (ISO 8601) at which the held-out texts were read, one per training."""
 
     @property
     def start(self) -> InterpolationPoint:
@@ -75,14 +75,14 @@ class BudgetResult(Record):
 
     @property
     def weights_reason(self) -> str | None:
-        """Why the chosen weights are not the trained weights, or None if they are."""
+        """Why the chosen weights differ from the trained weights, or None if they do not."""
         if self.choice.share == 1:
             return None
         if not self.is_feasible:
             return (
                 "the pretrained model, because no better weights are within the budget for forgetting (preserve.budget)"
             )
-        return f"moved back to {self.choice.share:.0%} of the way from the pretrained weights, within preserve.budget"
+        return f"interpolated to {self.choice.share:.0%} of the way from the pretrained weights, within preserve.budget"
 
     @property
     def is_feasible(self) -> bool:

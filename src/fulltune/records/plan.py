@@ -26,7 +26,7 @@ class MemoryNeed(Record):
     """The device memory that a training process needs, without Python and libraries."""
 
     kinds: dict[MemoryKind, int]
-    """Bytes in use at the peak of a step, by what they hold."""
+    """Bytes in use at the peak of a step, by kind of content."""
     phases: dict[Phase, int]
     host: int = 0
     """Bytes that a process offloads to host memory."""
@@ -65,7 +65,6 @@ class TimeNeed(Record):
     eval_seconds: float
     save_seconds: float
     tokens: int
-    """Number of tokens in all steps, including padding."""
     tokens_per_second: float
     source: str
     stop_seconds: float = 0.0
@@ -168,7 +167,7 @@ class Plan(MemorySettings):
     greater_is_better: bool
     num_parameters: int
     state: dict[MemoryKind, int]
-    """Bytes in use between two steps, by what they hold."""
+    """Bytes in use between two steps, by kind of content."""
     rollbacks: tuple[int, ...] = ()
     """Steps that the run has returned to, oldest first, where 0 is the start.
 

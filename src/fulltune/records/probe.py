@@ -24,8 +24,8 @@ def items_per_row(problem_type: str, words: float, num_choices: int) -> float:
 
 
 def max_probe_rows(problem_type: str, num_items_per_row: float, width: int, max_rows: int = MOST_ROWS) -> int:
-    """Return how many rows' features fit into `MOST_FEATURE_BYTES`, at most `most`. Each row has `per_row` items of
-    `width` features."""
+    """Return how many rows' features fit into `MOST_FEATURE_BYTES`, at most `max_rows`. `width` is the number of
+    features per item."""
     kinds = 2 if problem_type == "tags" else 3  # a tagger's head has no dense layer
     return max(1, min(max_rows, int(MOST_FEATURE_BYTES / (kinds * 4 * max(1, width) * num_items_per_row))))
 

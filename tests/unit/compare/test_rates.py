@@ -113,7 +113,7 @@ def test_finished_takes_the_best_rate() -> None:
     assert (near.chosen, near.on_edge) == (1e-4, False)  # as good as its neighbour: nothing says that it gets better
     default = finished(tried(r1e_4=2.0, r3e_4=2.01, r1e_3=math.nan), LOSS, 3e-4)
     assert (default.chosen, default.on_edge) == (3e-4, False)
-    reason = "the default rate, because no other rate led by more than 1 % in short runs of 6% of the steps"
+    reason = "the default rate, because no other rate was better by more than 1 % in short runs of 6% of the steps"
     assert default.reason == reason
 
 
@@ -213,5 +213,5 @@ def test_after_whole_the_better_run_counts(
     result = rates.search_after_whole_runs(search, dict(zip((6e-4, 2e-4), metrics, strict=True)), scale)
     assert (result.chosen, result.on_edge) == (expected_rate, on_edge)
     assert list(result.whole) == [6e-4, 2e-4]
-    default = "the default rate, because no other rate led by more than the error of the eval rows in whole runs"
+    default = "the default rate, because no other rate was better by more than the error of the eval rows in whole runs"
     assert result.reason == (default if metrics == (0.925, 0.919) else "the best of 2 whole runs")
