@@ -51,7 +51,7 @@ class Target:
     """Role to column name, for example `{"text": "sentence", "label": "intent"}`."""
     labels: tuple[str, ...] = ()
     joint: str = ""
-    """Text between prompt and completion, or a prefix of each seq2seq source."""
+    """Text between prompt and completion, or the prefix of each seq2seq source."""
     num_choices: int = 0
     stride: int | None = None
     """Overlap of a long context's windows in tokens; None means a third of a window."""
@@ -102,7 +102,7 @@ class Example:
     trained_tokens: int
     truncated: bool = False
     refused: Refused | None = None
-    """Reason to drop the row that tokenising revealed."""
+    """Reason to drop the row, found while tokenising."""
     longest: int | None = None
     """Length of the longest sequence that the model reads, if it differs from the number of `input_ids`."""
 
@@ -127,8 +127,8 @@ class Task(Protocol):
         """
 
     def find_target(self, rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, file: str) -> Target:
-        """Derive problem type and labels from the train rows, which are only iterated; raise `DataError` if nothing can
-        be learned."""
+        """Derive the problem type and labels from the train rows, read once; raise `DataError` if nothing can be
+        learned."""
 
     def refuse(self, row: Row, target: Target) -> Refused | None:
         """Return the reason to drop a row, or None."""
@@ -170,7 +170,6 @@ class Task(Protocol):
         Args:
             logits: [batch, ...], or of trained tokens only [trained, vocabulary].
             labels: The labels of `collate` [batch, ...], or the trained tokens' ids [trained].
-            target: What the model predicts.
             smoothing: Label smoothing.
             class_weights: Weights in the order of the labels.
         """
@@ -187,7 +186,8 @@ class Task(Protocol):
         """Compute the task's metrics from all rows' output of `reduce`."""
 
     def sums(self, target: Target, metric: str) -> Mapping[str, tuple[RowTerms, FromSums]]:
-        """Return, by name, the metrics that are functions of sums over rows, so that resampling is fast."""
+        """Return, by metric, a function for its row terms and one for its value from their sums, so that resampling is
+        fast."""
 
     # ---- prediction -----------------------------------------------------------------------------------------------
 
@@ -207,7 +207,7 @@ class Task(Protocol):
         target: Target,
         temperature: float,
     ) -> list[RowAnswer]:
-        """Return the answers that `fulltune predict` writes, one per row; `temperature` scales probabilities."""
+        """Return one answer per row, as `fulltune predict` writes them; `temperature` divides the logits."""
 
     def display_text(self, row: Row, target: Target) -> str:
         """Return a row as one line for lists of mistakes."""
@@ -236,6 +236,6 @@ class Task(Protocol):
 
 
 def task_named(name: TaskName) -> Task:
-    """Import a task's module."""
+    """Import and return a task's module."""
     module = import_module(f"fulltune.tasks.{name.replace('-', '_')}")
     return cast(Task, module)

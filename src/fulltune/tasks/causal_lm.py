@@ -27,14 +27,14 @@ from fulltune.tasks import (
 )
 from fulltune.tasks.columns import (
     as_text,
-    column_of,
+    find_column,
+    find_required_column,
+    find_usual_column,
     is_blank,
-    needed_column,
     normalised,
     parse_cell,
     refuse_blank,
     refuse_list,
-    usual_column,
 )
 from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.labels import row_labels as labels_of_row
@@ -63,20 +63,22 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
     form = named_forms[0] if named_forms else None
     if form in (None, "data.prompt/completion") and data.completion is None:
         refuse_preferences(columns, sample, file)
-    messages = column_of("messages", data.messages, columns, file) if form in (None, "data.messages") else None
+    messages = find_column("messages", data.messages, columns, file) if form in (None, "data.messages") else None
     if messages is not None:
-        tools = column_of("tools", data.tools, columns, file)
+        tools = find_column("tools", data.tools, columns, file)
         return {"messages": messages} | ({"tools": tools} if tools else {})
     # Raw text: a `text` column without columns that could be a prompt and its completion.
-    prompt = column_of("prompt", None, columns, file) if form is None and "text" in columns else None
+    prompt = find_column("prompt", None, columns, file) if form is None and "text" in columns else None
     rest = [column for column in columns if column != prompt]
-    has_pairs = "text" not in columns or (prompt is not None and column_of("completion", None, rest, file) is not None)
+    has_pairs = "text" not in columns or (
+        prompt is not None and find_column("completion", None, rest, file) is not None
+    )
     if form == "data.text" or (form is None and not has_pairs):
-        return {"text": needed_column("text", data.text or "text", columns, file)}
+        return {"text": find_required_column("text", data.text or "text", columns, file)}
     pair = columns_of_roles(("prompt", "completion"), columns, sample, data, file)
     if data.input is not None or (data.prompt is None and pair["prompt"].lower().strip() == "instruction"):
         rest = [column for column in columns if column not in pair.values()]
-        if (about := column_of("input", data.input, rest, file)) is not None:
+        if (about := find_column("input", data.input, rest, file)) is not None:
             return {"prompt": pair["prompt"], "input": about, "completion": pair["completion"]}
     return pair
 
@@ -85,7 +87,7 @@ def refuse_preferences(columns: Sequence[str], sample: Sequence[Row], file: str)
     """Raise `DataError` for preference data (DPO, KTO), because training would ignore the preferences."""
 
     def column_named(name: str) -> str | None:
-        return usual_column((name,), columns, file)
+        return find_usual_column((name,), columns, file)
 
     chosen, rejected = column_named("chosen"), column_named("rejected")
     if chosen and rejected:
@@ -105,7 +107,8 @@ def refuse_preferences(columns: Sequence[str], sample: Sequence[Row], file: str)
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, file: str) -> Target:
-    """Return the target for chat, raw text or pairs. A line break joins pairs that have no white space between them."""
+    """Return the target for chat, raw text or pairs. Pairs are joined by a line break, unless white space separates
+    them."""
     glued = False
     for number, row in enumerate(rows):
         if "prompt" in columns and not glued and number < 200:
@@ -139,7 +142,7 @@ def as_question(row: Row, target: Target) -> Row:
 
 
 def refuse_question(row: Row, target: Target) -> Refused | None:
-    """Return the reason to drop a row without a prompt, else None."""
+    """Return the reason why the model cannot answer a row, such as a missing prompt, or None."""
     if "messages" not in target.columns:
         return refuse(row, target)
     try:
@@ -172,7 +175,7 @@ def answer_text(row: Row, target: Target) -> str:
 
 
 def _messages_before_answer(row: Row, target: Target) -> list[dict[str, Any]]:
-    """Return the messages before the last trained one, or all without one."""
+    """Return the messages before the last trained one, or all messages if none is trained."""
     messages = chat.clean_messages(row[target.columns["messages"]])
     last = max((i for i, message in enumerate(messages) if chat.is_trained(message)), default=len(messages))
     return messages[:last]
@@ -182,7 +185,8 @@ def _messages_before_answer(row: Row, target: Target) -> list[dict[str, Any]]:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-    """Tokenise conversations, pairs or raw texts. Except in raw texts, only answers are trained."""
+    """Return each row's tokenised examples. Raw texts are trained whole, conversations and pairs only on their
+    answers."""
     if "messages" in target.columns and not tokenizer.chat_template:
         raise SetupError(
             "the tokenizer has no chat template; use an instruct model, or set data.chat_template to a Jinja file"
@@ -212,7 +216,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
 
 
 def _encode_texts(texts: list[str], tokenizer: Tokenizer, max_length: int) -> list[list[Example]]:
-    """Tokenise raw texts with end tokens, and split long ones into examples."""
+    """Tokenise raw texts with end tokens, and split each into examples of at most `max_length` tokens."""
     end = tokenizer.eos_token_id
     encoded = []
     is_long = any(len(text) > PART_CHARACTERS for text in texts)
@@ -240,7 +244,8 @@ def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def with_prompt_template(tokenizer: Tokenizer, target: Target) -> Tokenizer:
-    """Return the tokenizer to save with a finished model. For pairs, its template writes prompts as in training."""
+    """Return the tokenizer to save with the finished model. For pairs, its chat template formats prompts as in
+    training."""
     if "completion" not in target.columns:  # a chat model trained on raw text stays one
         return tokenizer
     tokenizer = copy.copy(tokenizer)
@@ -249,7 +254,7 @@ def with_prompt_template(tokenizer: Tokenizer, target: Target) -> Tokenizer:
 
 
 def _make_prompt_template(target: Target, tokenizer: Tokenizer) -> str | None:
-    """Make a chat template that writes prompts as in training, or return None if tokens would differ."""
+    """Return a chat template that formats prompts as in training, or None if the tokens would differ."""
     opening = tokenizer.bos_token if prompt_ids("a", tokenizer)[:1] == [tokenizer.bos_token_id] else ""
     turn = "{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}"
     each = f"{turn}{{{{ {json.dumps(target.joint)} }}}}{{% endif %}}"
@@ -274,7 +279,7 @@ def generation_ids(row: Row, target: Target, tokenizer: Tokenizer, max_length: i
 
 
 def _masked_example(ids: list[int], trained: list[bool], max_length: int) -> Example:
-    """Make an example with label -100 for untrained tokens."""
+    """Make an example of at most `max_length` tokens, in which untrained tokens have label -100."""
     labels = [token if is_trained else IGNORED for token, is_trained in zip(ids, trained, strict=True)]
     # The first token is never predicted: its label would not enter the loss.
     labels[:1] = [IGNORED] * len(labels[:1])
@@ -289,7 +294,7 @@ def end_token(features: RowFeatures) -> int | None:
 
 
 def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
-    """Decode an example to alternating trained and untrained segments."""
+    """Decode an example into alternating trained and untrained segments."""
     segments: list[Segment] = []
     ids, labels = features["input_ids"], features["labels"]
     start = 0
@@ -305,7 +310,7 @@ def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Prev
 
 
 def collate(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Tensor]:
-    """Pad a batch. Packed rows get `position_ids` instead of an attention mask."""
+    """Pad examples to a batch. Packed examples get `position_ids` instead of an attention mask."""
     batch = pad_features(features, pad_token_id, ("position_ids",), label_per_token=True)
     if "position_ids" not in features[0]:
         return batch

@@ -1,5 +1,3 @@
-"""Tokenise chat messages, with a mask of the assistant's tokens."""
-
 from __future__ import annotations
 
 import os
@@ -22,7 +20,8 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assist
 
 
 def clean_messages(messages: Any) -> list[dict[str, Any]]:
-    """Return messages, also ShareGPT's, with `role` and `content`; raise `DataError` for invalid ones."""
+    """Convert chat messages, including ShareGPT's, to dictionaries with `role` and `content`; raise `DataError` for
+    invalid ones."""
     messages = parse_cell(messages)
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
         raise DataError(f"expected a list of messages {{role, content}}, found {str(messages)[:60]!r}")
@@ -45,7 +44,7 @@ def clean_messages(messages: Any) -> list[dict[str, Any]]:
 
 
 def _normalised_content_and_calls(message: ChatMessage) -> dict[str, Any]:
-    """Return only the fields that change: content as text, and tool calls as a list."""
+    """Return replacements for fields in other formats: `content` as text, `tool_calls` as a list."""
     changed: dict[str, Any] = {}
     content = message.get("content", "")
     if isinstance(content, (list, tuple)):
@@ -75,8 +74,8 @@ def is_trained(message: ChatMessage) -> bool:
 def tokenise_conversation(
     tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools = None, max_tokens: int = _ALL
 ) -> list[MaskedIds]:
-    """Tokenise a conversation with a mask of trained tokens. If the template rewrites earlier turns, return one
-    sequence per answer.
+    """Tokenise a conversation with a mask of trained tokens, one sequence per answer if the template rewrites earlier
+    turns.
 
     Answers beyond `max_tokens` may stay untrained.
     """
@@ -102,7 +101,7 @@ def tokenise_conversation(
 
 
 def _turn_span(tokenizer: Tokenizer, messages: Sequence[ChatMessage], turn: int, tools: Tools) -> tuple[int, str]:
-    """Return where message `turn` starts in the rendered text, and the text up to its end."""
+    """Return the character at which message `turn` starts in the rendered text, and the text up to its end."""
     after = render(tokenizer, messages[: turn + 1], tools)
     if turn == 0:
         start = _first_turn_start(tokenizer, after)
@@ -116,7 +115,7 @@ def _turn_span(tokenizer: Tokenizer, messages: Sequence[ChatMessage], turn: int,
 
 
 def _first_turn_start(tokenizer: Tokenizer, text: str) -> int:
-    """Return where the assistant's message starts if a conversation begins with it."""
+    """Return the character at which the assistant's opening message starts in a rendered conversation."""
     question = [{"role": "user", "content": "?"}]
     prompt = render(tokenizer, question, None)
     opening = render(tokenizer, question, None, add_generation_prompt=True).removeprefix(prompt)

@@ -35,14 +35,14 @@ def numbers(*values: np.ndarray) -> np.ndarray:
 
 
 def stack_arrays(*names: str) -> RowTerms:
-    """Make a function that stacks the predictions' arrays of these names: [rows, names]."""
+    """Return a function that stacks the named arrays of predictions into row terms [rows, names]."""
     return lambda predictions: numbers(
         *(predictions[name] if name else np.ones(len(predictions[names[0]])) for name in names)
     )
 
 
 def terms_of_mean(score: Callable[[Predictions], np.ndarray]) -> RowTerms:
-    """Make a function that returns each row's score and a 1; the ratio of their sums is the mean."""
+    """Return a function that gives each row's score and a 1; the ratio of their sums is the mean."""
 
     def count(predictions: Predictions) -> np.ndarray:
         values = score(predictions)
@@ -190,7 +190,7 @@ def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
 
 
 def label_metrics(true: np.ndarray, predicted: np.ndarray, target: Target) -> dict[str, float]:
-    """Compute scikit-learn's metrics quickly from class ids, 0/1 matrices [rows, labels] or numbers."""
+    """Compute the same metrics as scikit-learn, but faster, from class ids, 0/1 matrices [rows, labels] or numbers."""
     form = target.form
     if form.is_number:
         both = true.astype(np.float64), predicted.astype(np.float64)
@@ -306,7 +306,8 @@ def _is_right(predictions: Predictions, target: Target) -> np.ndarray:
 
 
 def _matches(predictions: Predictions, target: Target) -> np.ndarray:
-    """Return 0 or 1 for each class as true positive, predicted and expected: [rows, classes, 3]."""
+    """Return 0 or 1 for each row and class: whether it is a true positive, predicted, and expected [rows, classes,
+    3]."""
     predicted, true = predict_labels(predictions["logits"], target), predictions["labels"]
     if target.form.several_labels:
         guessed, expected = predicted > 0, true > 0
@@ -327,7 +328,7 @@ def _regression_terms(predictions: Predictions) -> np.ndarray:
 
 
 def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
-    """Return by metric name two functions: one for each row's terms, and one for the metric from their sums."""
+    """Return, by metric, a function for its row terms and one for its value from their sums."""
     loss: dict[str, tuple[RowTerms, FromSums]] = {"loss": (stack_arrays("loss", ROWS), ratio)}
     if target.form.is_number:
         return loss | {"r2": (_regression_terms, r2), "rmse": (_regression_terms, lambda sums: np.sqrt(ratio(sums)))}

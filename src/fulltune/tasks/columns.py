@@ -56,8 +56,8 @@ MOST_NESTED = 100
 """Maximum nesting depth; deeper cells are damaged or malicious."""
 
 
-def defect(value: object) -> str | None:
-    """Return what makes a JSON value unusable, a lone surrogate or deep nesting, or None."""
+def find_defect(value: object) -> str | None:
+    """Return a description of a lone surrogate or too deep nesting in a JSON value, or None."""
     waiting: list[Iterator[object]] = [iter([value])]  # one per level: a list may hold millions
     while waiting:
         for part in waiting[-1]:
@@ -76,8 +76,8 @@ def defect(value: object) -> str | None:
     return None
 
 
-def may_be_faulty(text: str) -> bool:
-    """Return False if a value with this text certainly has no `defect`."""
+def may_have_defect(text: str) -> bool:
+    """Return False only if a value with this text certainly has no defect; this is faster than `find_defect`."""
     has_escape = "\\ud" in text or "\\uD" in text or "\\U" in text
     return has_escape or text.count("[") + text.count("{") > MOST_NESTED
 
@@ -89,13 +89,15 @@ def parse_list_or_object(text: str) -> list[Any] | dict[str, Any] | None:
             value = parse(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        is_wrong = (may_be_faulty(text) and defect(value)) or (parse is not json.loads and _has_adjacent_strings(text))
+        is_wrong = (may_have_defect(text) and find_defect(value)) or (
+            parse is not json.loads and _has_adjacent_strings(text)
+        )
         return value if isinstance(value, (list, dict)) and not is_wrong else None
     return None
 
 
 def parse_cell(value: Any) -> Any:
-    """Parse a cell with a list or object as text; return other cells unchanged."""
+    """Parse a cell whose text is a list or object; return any other cell unchanged."""
     parts = parse_list_or_object(value) if isinstance(value, str) and value.strip()[:1] in ("[", "{") else None
     return value if parts is None else parts
 
@@ -108,8 +110,9 @@ def _has_adjacent_strings(text: str) -> bool:
     return any(one == two == tokenize.STRING for one, two in pairwise(kinds))
 
 
-def usual_column(names: Sequence[str], columns: Sequence[str], file: str) -> str | None:
-    """Return the first column with one of these names in any case, or None. Raise `DataError` if two match."""
+def find_usual_column(names: Sequence[str], columns: Sequence[str], file: str) -> str | None:
+    """Return the first column with one of these lower-case names in any case, or None. Raise `DataError` if two
+    match."""
     for name in names:
         alike = [column for column in columns if column.lower().strip() == name]
         if name in alike or len(alike) == 1:
@@ -123,7 +126,9 @@ def usual_column(names: Sequence[str], columns: Sequence[str], file: str) -> str
     return None
 
 
-def column_of(role: str, name: str | None, columns: Sequence[str], file: str, names: Sequence[str] = ()) -> str | None:
+def find_column(
+    role: str, name: str | None, columns: Sequence[str], file: str, names: Sequence[str] = ()
+) -> str | None:
     """Return a role's column: `name` from the recipe, which must exist, else a column with a usual name, or None."""
     if name is not None:
         # Names from other programs may be in another Unicode normal form.
@@ -132,16 +137,16 @@ def column_of(role: str, name: str | None, columns: Sequence[str], file: str, na
             hint = did_you_mean(name, columns) or f"columns here: {shown(columns)}"
             raise DataError(f"{file}: no column '{name}' (data.{role}); {hint}")
         return name if name in columns else same[0]
-    return usual_column(names or USUAL_NAMES[role], columns, file)
+    return find_usual_column(names or USUAL_NAMES[role], columns, file)
 
 
-def needed_column(
-    role: str, name: str | None, columns: Sequence[str], file: str, besides: Collection[str | None] = ()
+def find_required_column(
+    role: str, name: str | None, columns: Sequence[str], file: str, excluded: Collection[str | None] = ()
 ) -> str:
-    """Return a role's column, or raise `DataError` if there is none outside the columns `besides`."""
+    """Return a role's column; raise `DataError` if it is missing or among the `excluded` columns."""
     if name is None:
-        column = column_of(role, None, [column for column in columns if column not in besides], file)
-    elif (column := column_of(role, name, columns, file)) in besides:
+        column = find_column(role, None, [column for column in columns if column not in excluded], file)
+    elif (column := find_column(role, name, columns, file)) in excluded:
         raise DataError(f"{file}: column '{name}' (data.{role}) already has another role; set the other role, too")
     if column is None:
         raise DataError(missing_column(role, columns, file))
@@ -154,7 +159,7 @@ def find_columns(
     """Map each role to its column; raise `DataError` if a role has no column, or two share one."""
     by_role: dict[str, str] = {}
     for role in roles:
-        by_role[role] = needed_column(role, getattr(data, role), columns, file, by_role.values())
+        by_role[role] = find_required_column(role, getattr(data, role), columns, file, by_role.values())
     return by_role
 
 
@@ -187,7 +192,6 @@ def similar_column(column: str, roles: Mapping[str, str], columns: Iterable[str]
     texts = {name: [cell for row in sample if isinstance(cell := row.get(name), str) and cell] for name in columns}
 
     def is_similar(cells: Sequence[str]) -> bool:
-        """Return True if the cells resemble the texts of `column`."""
         words = sum(sum(map(str.isalpha, cell.split())) for cell in cells)
         is_long = 2 * sum(map(len, cells)) >= sum(map(len, texts.get(column, ())))
         return is_long and words > 2 * len(cells) < 4 * len(set(cells))

@@ -25,7 +25,7 @@ from fulltune.tasks import (
     Tokenizer,
     classes,
 )
-from fulltune.tasks.columns import CHOICE_NAMES, as_text, column_of, missing_column, normalised
+from fulltune.tasks.columns import CHOICE_NAMES, as_text, find_column, missing_column, normalised
 from fulltune.tasks.labels import is_empty, label_name, parse_list
 from fulltune.tasks.labels import row_labels as labels_of_row
 from fulltune.tasks.padding import stack_labels, tokenise_and_cut
@@ -77,7 +77,7 @@ def refuse(row: Row, target: Target) -> Refused | None:
 
 
 def refuse_question(row: Row, target: Target) -> Refused | None:
-    """Return the reason to drop a row with an empty choice or another number of choices, else None."""
+    """Return why the model cannot answer a row (an empty choice, a different number of choices), or None."""
     texts = choice_texts(row, target)
     if len(texts) != target.num_choices:
         return Refused("other number of choices", f"{len(texts)} choices, expected {target.num_choices}")
@@ -178,7 +178,7 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
     by_role: dict[str, str] = {}
     for role in ("choices", "label", "context", "question"):
         rest = [column for column in columns if column not in by_role.values()]
-        column = column_of(role, getattr(data, role), rest, file, CHOICE_NAMES[role])
+        column = find_column(role, getattr(data, role), rest, file, CHOICE_NAMES[role])
         if column is not None:
             by_role[role] = column
         elif role == "choices":
@@ -221,7 +221,7 @@ def choice_texts(row: Row, target: Target) -> list[str]:
 
 
 def _choice_texts_and_names(row: Row, columns: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Return a row's choices and, from ARC's format, their names, such as `A`."""
+    """Return a row's choices and, from ARC's format, their names, such as `A`; other formats have none."""
     if "choices" not in columns:
         roles = sorted((role for role in columns if role.startswith("choice")), key=lambda role: int(role[6:]))
         texts = [as_text(row.get(columns[role])) for role in roles]

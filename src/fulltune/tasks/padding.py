@@ -81,7 +81,7 @@ PART_CHARACTERS = 1_000_000
 
 
 def cut_long_text(text: str, tokenizer: Tokenizer, max_length: int) -> str:
-    """Cut a very long text far beyond `max_length` tokens, to save time, if its first tokens stay the same."""
+    """Cut a very long text well beyond `max_length` tokens, which saves time. Its first tokens stay the same."""
     most = max(_CHARACTERS, _CHARACTERS_PER_TOKEN * max_length)
     if len(text) <= most or getattr(tokenizer, "truncation_side", "right") != "right":
         return text
@@ -93,7 +93,8 @@ def cut_long_text(text: str, tokenizer: Tokenizer, max_length: int) -> str:
 def tokenise_and_cut(
     tokenizer: Tokenizer, texts: Sequence[Sequence[str] | Sequence[list[str]]], max_length: int, **options: bool
 ) -> tuple[BatchEncoding, list[str], list[bool]]:
-    """Tokenise texts, or pairs from two lists. Also return the input names, and True for each text that was cut."""
+    """Tokenise texts, or pairs from two lists. Also return the model's input names, and True for each text that was
+    cut."""
     options |= {"return_attention_mask": False, "verbose": False}
     tokens = tokenizer(*texts, truncation=False, **options)  # to count which are too long
     is_cut = [len(ids) > max_length for ids in tokens["input_ids"]]
@@ -114,7 +115,7 @@ def tokenise_long_text(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def _cut_at_spaces(text: str, dropped: str) -> list[str] | None:
-    """Cut a text before spaces and remove `dropped` at each cut, or return None if spaces are too rare."""
+    """Cut a text before spaces, removing `dropped` at each cut. Return None if spaces are too rare."""
     parts, start = list[str](), 0
     while len(text) - start > PART_CHARACTERS:
         end = start + PART_CHARACTERS
@@ -135,7 +136,7 @@ def _bare_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def _text_to_drop_at_cuts(tokenizer: Tokenizer) -> str | None:
-    """Return what to remove at a cut before a space, nothing or the space, or None if both change the tokens."""
+    """Return the text to drop between separately tokenised parts, "" or a space, or None if both change the tokens."""
     together = _bare_ids("of the rain", tokenizer)
     for seam in ("", " "):
         if together == _bare_ids("of", tokenizer) + _bare_ids(" the rain"[len(seam) :], tokenizer):

@@ -43,7 +43,6 @@ FACTS = recipe_tasks.FACTS["question-answering"]
 find_columns = partial(columns_of_roles, ("context", "question", "answers"))
 row_labels, config_changes, count_items = labels_of_row, classes.config_changes, classes.count_items
 MOST_ANSWER_TOKENS = 30
-"""Maximum length of a predicted answer in tokens."""
 STARTS, ENDS = "starts", "ends"
 """Features that the model does not read: each token's start and end in the context, in characters [tokens], or -1."""
 collate = partial(pad_features, omit=(STARTS, ENDS))
@@ -118,7 +117,7 @@ AnswerSpan = tuple[str, int]
 def parse_answers(cell: Any, context: str) -> list[AnswerSpan]:
     """Return the answers in a cell in SQuAD's format, or find answer texts in the context.
 
-    Raises `DataError` if an answer is not at its `answer_start`, or if no answer is in the context.
+    Raises `DataError` if an answer is not at its `answer_start`, or no answer is in the context.
     """
     parts = list(_texts_and_starts(parse_cell(cell)))
     answers: list[AnswerSpan] = []
@@ -139,7 +138,7 @@ def parse_answers(cell: Any, context: str) -> list[AnswerSpan]:
 
 
 def _texts_and_starts(cell: Any) -> Iterator[tuple[str, int | None]]:
-    """Yield each answer's text and its `answer_start`, or None, from a cell with objects, lists or texts."""
+    """Yield the text and `answer_start` (None if missing) of each answer in a cell with objects, lists or texts."""
     match cell:
         case {"text": texts, **more}:
             texts, starts = _as_list(texts), _as_list(more.get("answer_start"))
@@ -191,7 +190,8 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
 
 
 def _encode_windows(row: Row, target: Target, tokenizer: Tokenizer, max_length: int) -> list[Example]:
-    """Tokenise a row's windows, or return one refused example if question or answer do not fit."""
+    """Tokenise a row into windows. If the question is too long or no window holds the answer, return one refused
+    example."""
     question = question_of(row, target)
     question_ids = tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"]
     # Each window must advance by some tokens, or a long context would give very many windows.
@@ -216,7 +216,7 @@ def _encode_windows(row: Row, target: Target, tokenizer: Tokenizer, max_length: 
         features = {name: cut[name][window] for name in names}
         inside = np.array([part == 1 for part in encoding.sequence_ids])
         # The offsets of all windows at once (`return_offsets_mapping`) would take most of the memory.
-        examples.append(_example(features, np.array(encoding.offsets, np.int32), inside, answer))
+        examples.append(_window_example(features, np.array(encoding.offsets, np.int32), inside, answer))
     # Without a window that holds the whole answer, the row would teach that there is none.
     if answer and all(not window.refused and window.features["labels"][START] == NOWHERE for window in examples):
         reason = f"no window of {max_length} tokens holds the whole answer of {len(answer[0][0])} characters"
@@ -228,8 +228,11 @@ def _refused_example(check: str, reason: str) -> Example:
     return Example({"input_ids": [], "labels": [], STARTS: [], ENDS: []}, 0, refused=Refused(check, reason))
 
 
-def _example(features: RowFeatures, offsets: np.ndarray, inside: np.ndarray, answer: Sequence[AnswerSpan]) -> Example:
-    """Make a window's example from its tokens' character offsets [tokens, 2] and the context's mask `inside`."""
+def _window_example(
+    features: RowFeatures, offsets: np.ndarray, inside: np.ndarray, answer: Sequence[AnswerSpan]
+) -> Example:
+    """Make a window's example from its tokens' character offsets [tokens, 2], the context's mask `inside`, and at most
+    one `answer`."""
     if not inside.any():
         return _refused_example("no context", "the tokenizer produces no tokens for the context")
     first, last = np.flatnonzero(inside)[[0, -1]].tolist()
@@ -317,7 +320,7 @@ def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
 
 
 def window_scores(predictions: Predictions) -> dict[str, np.ndarray]:
-    """Return each window's F1 over tokens, exact match and loss, or scores that `predictions` already holds."""
+    """Return each window's token F1, exact match and loss, unless `predictions` already holds scores."""
     if "f1" in predictions:
         return {name: predictions[name] for name in FACTS.metrics if name in predictions}
     none, truly_none = predictions["nowhere"] > predictions["chance"], predictions["true_first"] == NOWHERE
@@ -332,7 +335,7 @@ def window_scores(predictions: Predictions) -> dict[str, np.ndarray]:
 def best_answers(
     predictions: Predictions, windows: Sequence[RowFeatures], questions: Sequence[Hashable], contexts: Sequence[str]
 ) -> dict[Hashable, RowAnswer]:
-    """Return each question's most probable answer over its windows; `questions` are the windows' keys."""
+    """Return each question's most probable answer over its windows; `questions` holds each window's question key."""
     best: dict[Hashable, RowAnswer] = {}
     nowhere: dict[Hashable, float] = {}
     for number, (key, context) in enumerate(zip(questions, contexts, strict=True)):

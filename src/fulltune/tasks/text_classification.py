@@ -7,7 +7,15 @@ from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
 from fulltune.tasks import Example, Refused, Row, RowExamples, RowFeatures, Target, Tokenizer, classes, labels
-from fulltune.tasks.columns import USUAL_PAIRS, as_text, column_of, needed_column, normalised, refuse_blank, refuse_list
+from fulltune.tasks.columns import (
+    USUAL_PAIRS,
+    as_text,
+    find_column,
+    find_required_column,
+    normalised,
+    refuse_blank,
+    refuse_list,
+)
 from fulltune.tasks.padding import cut_long_text, pad_features, tokenise_and_cut
 
 FACTS = recipe_tasks.FACTS["text-classification"]
@@ -25,7 +33,7 @@ def display_text(row: Row, target: Target) -> str:
 
 def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, file: str) -> dict[str, str]:
     """Map `label`, `text` and, if named or a usual pair, `text_pair` to columns, or raise `DataError`."""
-    label = needed_column("label", data.label, columns, file)
+    label = find_required_column("label", data.label, columns, file)
     rest = [column for column in columns if column != label]
     texts = [column for column in (data.text, data.text_pair) if column is not None]
     if twice := next((column for column in texts if [*texts, label].count(column) > 1), None):
@@ -38,13 +46,13 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
             if text in by_lower and pair in by_lower:
                 return {"text": by_lower[text], "text_pair": by_lower[pair], "label": label}
     text_column = data.text
-    if text_column is None and column_of("text", None, rest, file) is None:
+    if text_column is None and find_column("text", None, rest, file) is None:
         sizes = {name: sum(len(row[name]) for row in sample if isinstance(row.get(name), str)) for name in rest}
         longest = max(rest, key=sizes.__getitem__, default="")
         text_column = longest if sizes.get(longest, 0) >= 10 * max(1, len(sample)) else None
-    by_role = {"text": needed_column("text", text_column, rest, file), "label": label}
+    by_role = {"text": find_required_column("text", text_column, rest, file), "label": label}
     if data.text_pair is not None:
-        by_role["text_pair"] = needed_column("text_pair", data.text_pair, rest, file)
+        by_role["text_pair"] = find_required_column("text_pair", data.text_pair, rest, file)
     return by_role
 
 

@@ -62,7 +62,7 @@ def parse_word_list(value: Any) -> list[str] | None:
 
 
 def _words_and_tags_if_lists(row: Row, columns: Mapping[str, str]) -> tuple[list[str] | None, list[str] | None]:
-    """Return a row's words and tags, each None if unreadable."""
+    """Return a row's words and tags, with None for an unreadable list."""
     tokens, tags = row.get(columns["tokens"]), row.get(columns["tags"])
     # With tags separated by spaces, a sentence such as `[1]` is a word and not a list.
     if isinstance(tokens, str) and isinstance(tags, str) and not tags.lstrip().startswith("["):
@@ -168,7 +168,7 @@ refuse_question, config_changes = refuse, classes.config_changes
 
 
 def as_question(row: Row, target: Target) -> Row:
-    """Return the row's words with only `O` tags, so that `encode` accepts them."""
+    """Return a row with the words and an `O` tag for each, which `encode` accepts."""
     tokens = target.columns["tokens"]
     words = parse_word_list(row.get(tokens))
     return {tokens: row.get(tokens) if words is None else words, target.columns["tags"]: ["O"] * len(words or ())}
@@ -295,8 +295,10 @@ def count_spans(true: Iterable[np.ndarray], predicted: Iterable[np.ndarray], tar
     }
 
 
-def extend_to_all_words(predictions: Predictions, rows: Sequence[RowFeatures], target: Target) -> dict[str, np.ndarray]:
-    """Add words without a token to the predictions, as `O`, and count again."""
+def add_words_without_token(
+    predictions: Predictions, rows: Sequence[RowFeatures], target: Target
+) -> dict[str, np.ndarray]:
+    """Add words without a token to the predictions, as `O`, and recompute `count_spans` with them."""
     gold = object_array([np.asarray(row[TAGS]) for row in rows])
     positions = [words_with_token(row) for row in rows]
     everywhere = {}
@@ -311,7 +313,7 @@ def answers(
     predictions: Predictions, rows: Sequence[Row], examples: RowExamples, target: Target, temperature: float
 ) -> list[RowAnswer]:
     """Return each row's words, tags and entities; an entity has the lowest probability of its words."""
-    predictions = extend_to_all_words(predictions, [example.features for [example] in examples], target)
+    predictions = add_words_without_token(predictions, [example.features for [example] in examples], target)
     row_answers: list[RowAnswer] = []
     for row, labels, chances in zip(rows, predictions["predicted"], predictions["probability"], strict=True):
         words = row[target.columns["tokens"]]
@@ -338,7 +340,7 @@ def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
 
 
 def worst_rows(predictions: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
-    """Yield the `count` rows with the most wrong entities. `predictions` come from `extend_to_all_words`."""
+    """Yield the `count` rows with the most wrong entities. `predictions` come from `add_words_without_token`."""
     right, guessed, expected = np.moveaxis(predictions["entities"].sum(axis=1), -1, 0)
     wrong = guessed + expected - 2 * right
     for row in [row for row in np.lexsort((-predictions["nll"], -wrong)) if wrong[row]][:count]:
@@ -350,7 +352,7 @@ def worst_rows(predictions: Predictions, texts: Sequence[str], target: Target, c
 
 
 def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
-    """Return by metric name two functions: one for each row's terms, and one for the metric from their sums."""
+    """Return, by metric, a function for its row terms and one for its value from their sums."""
     return {
         "f1": (_entity_counts, f1),
         "precision": (_entity_counts, lambda sums: share(sums[..., 0], sums[..., 1])),

@@ -29,7 +29,7 @@ def loss(
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Sum the trained tokens' cross entropy."""
+    """Sum the trained tokens' cross entropy; `target_ids` is the task's function."""
     from fulltune.models import chunked_loss
 
     if labels.dim() == 2:
@@ -44,7 +44,7 @@ def count_items(target_ids: TargetIds, labels: Tensor) -> int:
 
 
 def reduce(target_ids: TargetIds, logits: Logits, labels: Tensor, target: Target) -> dict[str, Tensor]:
-    """Sum loss `nll` in nats, trained `tokens`, and tokens predicted `right` per row: float64 [batch] each."""
+    """Return float64 [batch] sums per row: loss `nll` in nats, trained `tokens`, and `right` predicted tokens."""
     import torch
 
     from fulltune.models.chunked_loss import token_scores
@@ -62,7 +62,7 @@ def reduce(target_ids: TargetIds, logits: Logits, labels: Tensor, target: Target
 
 
 def _select_logits(logits: Logits, is_trained: Tensor) -> Logits:
-    """Select trained tokens' logits by a mask, unless they are selected or chunked already."""
+    """Return the trained tokens' logits; logits that are already selected or chunked stay unchanged."""
     from fulltune.models.chunked_loss import ChunkedLogits
 
     return logits if isinstance(logits, ChunkedLogits) or logits.ndim == 2 else logits[is_trained]
@@ -109,8 +109,8 @@ def score_answers(answers: Sequence[str], expected: Sequence[str]) -> dict[str, 
 
 
 def bleu_counts(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
-    """Count each answer's n-gram matches and totals and both lengths [answers, 10]; without sacrebleu, return no
-    arrays."""
+    """Return each answer's n-gram matches and totals and both lengths [answers, 10], or an empty dictionary without
+    sacrebleu."""
     if not can_score("bleu"):
         return {}
     from sacrebleu.metrics.bleu import BLEU
@@ -122,7 +122,7 @@ def bleu_counts(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np
 
 
 def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
-    """Return by metric name two functions: one for each row's terms, and one for the metric from their sums."""
+    """Return, by metric, a function for its row terms and one for its value from their sums."""
     return {
         "loss": (stack_arrays("nll", "tokens"), ratio),
         "perplexity": (stack_arrays("nll", "tokens"), lambda sums: np.exp(np.minimum(ratio(sums), 700.0))),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fulltune.tasks import Target, causal_lm, classes, text_classification
-from fulltune.tasks.columns import column_of
+from fulltune.tasks.columns import find_column
 
 SINGLE = Target("single_label", {}, ("a", "b", "c"))
 MULTI = Target("multi_label", {}, ("a", "b", "c"))
@@ -136,7 +136,7 @@ def test_multi_label_cell_in_each_form_is_read(value: Any, labels: list[str]) ->
     ],
 )
 def test_column_for_role_is_found(role: str, given: str | None, columns: list[str], found: str | None) -> None:
-    assert column_of(role, given, columns, "f") == found
+    assert find_column(role, given, columns, "f") == found
 
 
 @pytest.mark.parametrize("bos", [None, "<s>"])

@@ -163,7 +163,7 @@ def test_words_cut_off_are_counted_and_predicted_as_o() -> None:
     assert [(example.trained_tokens, example.truncated) for example in examples] == [(2, True), (1, False)]
     features = [example.features for example in examples]
     assert features[0]["input_ids"][-1] == 3
-    kept = task.extend_to_all_words(perfect(features), features, TARGET)
+    kept = task.add_words_without_token(perfect(features), features, TARGET)
     assert kept["words"].tolist() == [4, 1]
     assert kept["seen"].tolist() == [2, 1]
     assert kept["right"].tolist() == [3, 1]  # the word cut off before Rome is O
@@ -175,7 +175,7 @@ def test_word_without_a_token_keeps_the_place_of_those_after_it() -> None:
     odd = row(["Ada", "\u200b", "", "Rome"], ["B-PER", "I-PER", "O", "B-LOC"])
     features = [example.features for example in encoded(word_piece(), odd)]
     assert task.words_with_token(features[0]).tolist() == [0, 3]
-    kept = task.extend_to_all_words(perfect(features), features, TARGET)
+    kept = task.add_words_without_token(perfect(features), features, TARGET)
     assert kept["predicted"][0].tolist() == [2, 0, 0, 1]
     # The expected person has two words, the predicted one: wrong by seqeval.
     assert kept["entities"].sum(axis=0).tolist() == [[1, 1, 1], [0, 1, 1]]

@@ -13,7 +13,7 @@ from typing import Any
 
 from fulltune.errors import DataError
 from fulltune.recipe.data import UTF_8, TextRows
-from fulltune.tasks.columns import USUAL_NAMES, BadCell, defect, may_be_faulty
+from fulltune.tasks.columns import USUAL_NAMES, BadCell, find_defect, may_have_defect
 from fulltune.text import counted
 
 RowOrProblem = dict[str, Any] | str
@@ -106,7 +106,7 @@ def read_json_lines(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, Ro
             except ValueError as error:
                 yield line, f"not valid JSON: {_json_problem(error)}; {expected}"
                 continue
-            yield line, _mark_bad_cells(row, may_be_faulty(text), f"found {type(row).__name__}, {expected}")
+            yield line, _mark_bad_cells(row, may_have_defect(text), f"found {type(row).__name__}, {expected}")
 
 
 def read_json_list(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrProblem]]:
@@ -126,7 +126,7 @@ def read_json_list(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, Row
     expected = "expected a list of objects [{...}, ...]; write one object for each row"
     if not isinstance(value, list):
         raise DataError(f"{file}: found {type(value).__name__}, {expected}")
-    is_doubtful = may_be_faulty(text)
+    is_doubtful = may_have_defect(text)
     for number, row in enumerate(_flatten_squad(value), start=1):
         yield number, _mark_bad_cells(row, is_doubtful, f"found {type(row).__name__} in the list, {expected}")
 
@@ -175,7 +175,7 @@ def _mark_bad_cells(row: object, may_be_bad: bool, not_object_error: str) -> Row
         _replace_surrogates(name): BadCell(reason, _replace_surrogates(value) if isinstance(value, str) else "")
         if reason
         else value
-        for name, value, reason in ((name, value, defect(value)) for name, value in row.items())
+        for name, value, reason in ((name, value, find_defect(value)) for name, value in row.items())
     }
 
 

@@ -13,7 +13,7 @@ from pyarrow import feather, parquet
 from fulltune.data.readers.read import hash_files, locate_data_files
 from fulltune.errors import DataError
 from fulltune.recipe.data import DataBlock, codec_for_encoding
-from fulltune.tasks.columns import column_of
+from fulltune.tasks.columns import find_column
 from tests.unit.data.readers.table import read
 
 ROWS = [{"text": "one, two", "label": "a"}, {"text": "é 😀", "label": "b"}]
@@ -229,4 +229,4 @@ def test_columns_of_parquet_that_are_not_utf8_are_named(tmp_path: Path) -> None:
 
 
 def test_a_column_in_another_normal_form_is_found() -> None:
-    assert column_of("text", "t\u00e9xt", ["te\u0301xt", "label"], "a.csv") == "te\u0301xt"
+    assert find_column("text", "t\u00e9xt", ["te\u0301xt", "label"], "a.csv") == "te\u0301xt"
