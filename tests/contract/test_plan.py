@@ -159,7 +159,7 @@ def test_plan_for_other_hardware_needs_config_tokenizer_and_rows_but_no_weights(
     whole = fulltune("plan", recipe, "--run-folder", tmp_path / "whole", "--for", "1x L4", "--json")
     assert json.loads(planned.out)["num_parameters"] == json.loads(whole.out)["num_parameters"]
     assert fulltune("data", recipe, *there, "--no-labels").code == 0
-    for verb in (("run",), ("plan",), ("data",)):  # the untouched model judges labels
+    for verb in (("run",), ("plan",), ("data",)):  # the pretrained model judges labels
         refused = fulltune(*verb, recipe, *there)
         problems = [
             f"model: {here}: no weights (*.safetensors) beside config.json; only plan --for works without weights"

@@ -59,7 +59,7 @@ def test_difference_in_a_run_rests_on_clusters(tmp_path: Path) -> None:
     for name, kind, right in (("before-training", "untouched", of < 4), ("full-seed42", "trained", of < 8)):
         kept = {"right": right.astype(float)}
         found = run.estimate_metrics(kept, metrics=lambda rows: {"accuracy": float(rows["right"].mean())})
-        scored = run.scores(name, kind, 120, found)  # type: ignore[arg-type]  # of this type
+        scored = run.make_scores(name, kind, 120, found)  # type: ignore[arg-type]  # of this type
         evaluate._load_or_score(tmp_path / "scores" / f"{name}.json", lambda scored=scored: scored)
     mine = Scores.load(tmp_path / "scores" / "full-seed42.json")
     ahead = evaluate.save_differences(tmp_path, mine, partial(paired_difference, span=1.0, confidence=0.95))
@@ -100,7 +100,7 @@ def test_metrics_without_rows_that_stand_in_train_are_those_of_the_others(tmp_pa
     seen = np.arange(120) < 45
     np.save(tmp_path / "test" / IN_TRAIN, seen)
     kept = {"right": np.where(seen, 1.0, np.arange(120) % 2)}
-    scores = run.scores("full-seed42", "trained", 120, run.estimate_metrics(kept, metrics=right))[0]
+    scores = run.make_scores("full-seed42", "trained", 120, run.estimate_metrics(kept, metrics=right))[0]
     found = scores.metric_without_leaks
     assert scores.num_leaks == 45
     assert found is not None
@@ -108,7 +108,7 @@ def test_metrics_without_rows_that_stand_in_train_are_those_of_the_others(tmp_pa
     assert found.value == pytest.approx(38 / 75)
     assert found.low < 38 / 75 < found.high < scores.metrics["accuracy"].value
     whole = bench(tmp_path / "other", [place // 3 for place in range(120)])
-    plain = whole.scores("full-seed42", "trained", 120, whole.estimate_metrics(kept, metrics=right))[0]
+    plain = whole.make_scores("full-seed42", "trained", 120, whole.estimate_metrics(kept, metrics=right))[0]
     assert plain.metrics == scores.metrics, "the scores of all rows stay as they are"
     assert (plain.num_leaks, plain.metric_without_leaks) == (0, None)
 
@@ -117,7 +117,7 @@ def test_metrics_without_rows_that_stand_in_train_are_those_of_the_others(tmp_pa
 def test_hardly_any_row_that_train_does_not_have_gives_no_metric(tmp_path: Path, first_unseen: int) -> None:
     run = bench(tmp_path, TENS)
     np.save(tmp_path / "test" / IN_TRAIN, np.arange(120) < first_unseen)
-    scores = run.scores("x", "trained", 120, run.estimate_metrics({"right": np.ones(120)}, metrics=right))[0]
+    scores = run.make_scores("x", "trained", 120, run.estimate_metrics({"right": np.ones(120)}, metrics=right))[0]
     assert (scores.num_leaks, scores.metric_without_leaks) == (first_unseen, None)
 
 
@@ -135,6 +135,6 @@ def test_texts_of_mistakes_and_answers_are_kept_without_what_is_private() -> Non
     mail = "jane.miller" + "@mail-of-jane.net"
     row = Answer(text=f"write to {mail}", expected="yes", predicted=f"I did: {mail}")
     given: Any = SimpleNamespace(recipe=RECIPE, plan=PLAN)
-    found = Scoring.scores(given, "full", "trained", 1, {}, worst=(row,), answers=(row,))[0]
+    found = Scoring.make_scores(given, "full", "trained", 1, {}, worst=(row,), answers=(row,))[0]
     for one in (*found.worst, *found.answers):
         assert (one.text, one.expected, one.predicted) == ("write to [EMAIL]", "yes", "I did: [EMAIL]")

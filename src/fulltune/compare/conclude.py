@@ -233,5 +233,5 @@ def write_model_cards(seed_runs: SeedRuns) -> None:
         if context.summary.form.is_calibrated:
             calibration = calibrate(eval_outputs["logits"], eval_outputs["labels"], test["logits"], test["labels"])
         num_rows = metrics[context.resamplable_metric.name].num_rows
-        scores, _ = scoring.scores(name, "trained", num_rows, metrics, calibration=calibration)
+        scores, _ = scoring.make_scores(name, "trained", num_rows, metrics, calibration=calibration)
         report.write_model_card(context.folder, folder, scores)

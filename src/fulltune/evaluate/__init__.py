@@ -1,5 +1,3 @@
-"""Score baselines and trained models on the same test rows."""
-
 from __future__ import annotations
 
 import contextlib
@@ -34,8 +32,8 @@ from fulltune.tasks import Predictions, Target, task_named
 from fulltune.tasks.classes import label_as_text, predict_labels
 from fulltune.tasks.labels import class_weights
 
-UNTOUCHED = "before-training"
-LINEAR_PROBE = "linear probe of the untouched model"
+BEFORE_TRAINING = "before-training"
+LINEAR_PROBE = "linear probe of the pretrained model"
 SPLITS: tuple[SplitName, ...] = ("train", "eval")
 SplitLosses = tuple[np.ndarray, Sequence[str | None]]
 """Each example's summed loss and number of items, float64 [examples, 2], and its predicted label as text or None."""
@@ -50,14 +48,14 @@ def make_scoring(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path,
 
 
 def score_baselines(scoring: Scoring) -> list[Scores]:
-    """Score the baselines, such as the majority class or the pretrained model, or load existing scores."""
+    """Score the baselines, such as the majority class or the pretrained model, or load saved scores; return all."""
     scorer, folder = _scorer_of(scoring.recipe.task), scoring.data.parent
 
-    def untouched() -> Scored:
-        scores, main = scorer.score_model(scoring, *scoring.load(None))
+    def score_pretrained() -> Scored:
+        scores, main = scorer.score_model(scoring, *scoring.load_model_and_processor(None))
         return scores.model_copy(update={"name": "before training", "kind": "untouched"}), main
 
-    scorers = {UNTOUCHED: untouched} if scoring.task.FACTS.writes else {}
+    scorers = {BEFORE_TRAINING: score_pretrained} if scoring.task.FACTS.writes else {}
     scorers |= scorer.baseline_scorers(scoring)
     if scoring.task.FACTS.head_is_new:
         with _explain_out_of_memory("the linear probe of the pretrained model"):
@@ -65,12 +63,13 @@ def score_baselines(scoring: Scoring) -> list[Scores]:
     shapes = folder / "plan" / SHAPES
     # A checkpoint that already has a head for the task is also scored untrained. A comparison does so as `base`.
     if not scoring.recipe.methods and shapes.exists() and Shapes.load(shapes).head_is_kept:
-        scorers.setdefault(UNTOUCHED, untouched)
-    return [_load_or_score(folder / "scores" / f"{name}.json", make) for name, make in scorers.items()]
+        scorers.setdefault(BEFORE_TRAINING, score_pretrained)
+    return [_load_or_score(folder / "scores" / f"{name}.json", score) for name, score in scorers.items()]
 
 
 def _probe_baselines(scoring: Scoring, scorer: ModuleType) -> dict[str, Callable[[], Scored]]:
-    """Return scoring functions by file name: for the pretrained model with a linear probe, and for its embeddings."""
+    """Return scoring functions by file name: for the pretrained model with the linear probe as head, and for a
+    classifier on its embeddings."""
     with_head = scoring.plan.head_init is not None
     if not with_head and scoring.target.form.has_windows:
         return {}
@@ -88,12 +87,12 @@ def _probe_baselines(scoring: Scoring, scorer: ModuleType) -> dict[str, Callable
 
 
 def _feature_extractor(scoring: Scoring) -> probe.FeatureExtractor:
-    """Load the pretrained model as a feature extractor. A missing head gets seeded random weights."""
+    """Load the pretrained model as a feature extractor. A missing head gets random weights from a fixed seed."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(probe.SEED)  # weights that the head lacks are drawn at random
-        model, processor = scoring.load(None)
+        model, processor = scoring.load_model_and_processor(None)
     return probe.FeatureExtractor(
         model,
         scoring.recipe.task,
@@ -122,7 +121,7 @@ def _score_frozen_classifier(scoring: Scoring, scorer: ModuleType, fitted: Probe
 
 def _score_probe_head(scoring: Scoring, scorer: ModuleType) -> Scored:
     """Score the pretrained model with the linear probe as its head."""
-    model, processor = scoring.load(None)
+    model, processor = scoring.load_model_and_processor(None)
     probe.initialise_head_from_probe(model, scoring.data.parent)
     scores, main = scorer.score_model(scoring, model, processor)
     changes = {"name": LINEAR_PROBE, "kind": "baseline", "calibration": None, "worst": ()}
@@ -130,7 +129,7 @@ def _score_probe_head(scoring: Scoring, scorer: ModuleType) -> Scored:
 
 
 def score_trained_model(scoring: Scoring, outcome: Outcome) -> Scores:
-    """Score the trained model on the test rows, log the access, and save a classifier's temperature."""
+    """Score the trained model on the test rows, log this access, and save a classifier's temperature."""
     plan, folder = scoring.plan, scoring.data.parent
     if outcome.model_folder is None:
         raise SetupError(f"{folder}: attempt {outcome.attempt} saved no model to evaluate")
@@ -140,8 +139,7 @@ def score_trained_model(scoring: Scoring, outcome: Outcome) -> Scores:
         path.unlink(missing_ok=True)  # existing scores may lack these metrics
 
     def score_and_log() -> Scored:
-        """Score the saved model and log the access."""
-        scores = _scorer_of(scoring.recipe.task).score_model(scoring, *scoring.load(model_folder))
+        scores = _scorer_of(scoring.recipe.task).score_model(scoring, *scoring.load_model_and_processor(model_folder))
         log_test_access(folder, scoring.listener, outcome)
         return scores
 
@@ -158,9 +156,9 @@ def train_and_eval_losses(scoring: Scoring) -> dict[SplitName, SplitLosses]:
     assert measure.counts is not None, "a loss is a mean"
     by_split: dict[SplitName, SplitLosses] = {}
     with _explain_out_of_memory("reading rows with the trained model"):
-        model, processor = scoring.load(scoring.data.parent / scoring.plan.model_folder)
+        model, processor = scoring.load_model_and_processor(scoring.data.parent / scoring.plan.model_folder)
         for split in SPLITS:
-            predictions = scoring.run(model, processor, split)
+            predictions = scoring.predict_split(model, processor, split)
             counts = measure.counts(predictions)
             labels: list[str | None] = [None] * len(counts)
             if "logits" in predictions:
@@ -173,7 +171,8 @@ def train_and_eval_losses(scoring: Scoring) -> dict[SplitName, SplitLosses]:
 def save_differences(
     folder: Path, scores: Scores, difference: Callable[[Resampled, Resampled], Estimate | None]
 ) -> Scores:
-    """Add the `difference` between the trained model and each scored baseline to its scores, and save them."""
+    """Add the `difference` between the trained model and each scored baseline to `scores`, save them, and return
+    them."""
     differences = {}
     path = folder / "scores" / f"{scores.name}.json"
     for other_path in sorted(path.parent.glob("*.json")):
@@ -202,13 +201,13 @@ def _scorer_of(task: TaskName) -> ModuleType:
     return import_module(f"fulltune.evaluate.{FACTS[task].scored_by}")
 
 
-def _load_or_score(path: Path, make: Callable[[], Scored]) -> Scores:
-    """Load the scores at `path`, or call `make` and save its scores and resamples."""
+def _load_or_score(path: Path, score: Callable[[], Scored]) -> Scores:
+    """Load the scores at `path`; if the file is missing, call `score`, and save the scores and resamples."""
     if path.exists():
         return Scores.load(path)
     started = time.monotonic()
     with _explain_out_of_memory(f"scoring {path.stem}"):
-        scores, main = make()
+        scores, main = score()
     path.with_suffix(".npz").unlink(missing_ok=True)
     if main is not None:
         main.save(path.with_suffix(".npz"))
@@ -218,15 +217,15 @@ def _load_or_score(path: Path, make: Callable[[], Scored]) -> Scores:
 
 
 @contextlib.contextmanager
-def _explain_out_of_memory(what: str) -> Iterator[None]:
-    """Replace an out-of-memory error by a message that `what` does not fit, and what to do."""
+def _explain_out_of_memory(activity: str) -> Iterator[None]:
+    """In the block, replace an out-of-memory error by a message that names the `activity` and what to do."""
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         raise out_of_memory_error(
-            what,
+            activity,
             error,
             "the smallest batch failed. The trained model is kept. Free some memory, then run the same command again",
         ) from None

@@ -1,5 +1,3 @@
-"""Score classifiers, regressors and multiple-choice models, and their baselines."""
-
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -28,15 +26,15 @@ def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
 
 def score_model(scoring: Scoring, model: PreTrainedModel, processor: Any) -> Scored:
     """Score a model on test rows, with a temperature fitted on eval rows."""
-    test_rows = scoring.run(model, processor)
+    test_rows = scoring.predict_split(model, processor)
     metrics = scoring.estimate_metrics(test_rows)
     predicted = classes.predict_labels(test_rows["logits"], scoring.target)
     calibration = None
     if scoring.target.form.is_calibrated:
-        eval_rows = scoring.run(model, processor, "eval")
+        eval_rows = scoring.predict_split(model, processor, "eval")
         calibration = calibrate(eval_rows["logits"], eval_rows["labels"], test_rows["logits"], test_rows["labels"])
     texts = [scoring.task.display_text(row, scoring.target) for row in scoring.texts]
-    return scoring.scores(
+    return scoring.make_scores(
         scoring.plan.trial,
         "trained",
         len(predicted),
@@ -54,7 +52,9 @@ def _score_labels(scoring: Scoring, name: str, predicted: np.ndarray) -> Scored:
         {"true": true, "predicted": predicted},
         metrics=lambda rows: classes.label_metrics(rows["true"], rows["predicted"], scoring.target),
     )
-    return scoring.scores(name, "baseline", len(true), metrics=metrics, confusion=_confusions(scoring, true, predicted))
+    return scoring.make_scores(
+        name, "baseline", len(true), metrics=metrics, confusion=_confusions(scoring, true, predicted)
+    )
 
 
 def score_majority_class(scoring: Scoring) -> Scored:
@@ -74,7 +74,7 @@ def _score_longest_choice(scoring: Scoring) -> Scored:
 
 
 def score_frozen_classifier(scoring: Scoring, name: str, predicted: Sequence[tuple[int, np.ndarray]]) -> Scored:
-    """Score a classifier on embeddings. `predicted` holds each row's index and outputs [items, outputs]."""
+    """Score a classifier on embeddings. `predicted` holds pairs of a row's index and its outputs [items, outputs]."""
     outputs = [values for _, values in sorted(predicted, key=lambda row: row[0])]
     if scoring.target.num_choices:
         return _score_labels(scoring, name, np.array([int(values[:, 0].argmax()) for values in outputs]))

@@ -1,5 +1,3 @@
-"""Score language models by their loss and their generated answers."""
-
 from __future__ import annotations
 
 import hashlib
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """Return scoring functions by file name: for a copy of the source, if rows have one."""
+    """Return scoring functions by file name: for a copy of the source, if the rows have a source."""
     if "source" not in scoring.target.columns or not scoring.recipe.evaluate.generate_rows:
         return {}
     return {"baseline-copy": lambda: _score_copied_source(scoring)}
@@ -25,7 +23,7 @@ def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
 
 def score_model(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> Scored:
     """Score a model by its loss and by the answers that it generates."""
-    predictions = scoring.run(model, tokenizer)
+    predictions = scoring.predict_split(model, tokenizer)
     estimates = scoring.estimate_metrics(predictions)
     drawn = rows_to_answer(scoring)
     answers: tuple[Answer, ...] = ()
@@ -40,7 +38,7 @@ def score_model(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) 
         )
     count = len(next(iter(predictions.values())))
     missing = missing_metrics(scoring) if drawn else None
-    return scoring.scores(
+    return scoring.make_scores(
         scoring.plan.trial, "trained", count, metrics=estimates, answers=answers, missing_metrics=missing
     )
 
@@ -51,7 +49,7 @@ def _generate_answers(
     tokenizer: Tokenizer,
     rows: Mapping[int, Row],
 ) -> list[str]:
-    """Generate an answer to each of these test rows, in smaller batches if memory runs out."""
+    """Generate an answer to each of these test rows. If memory runs out, batches become smaller."""
     if "source" in scoring.target.columns:  # one example per row, truncated as in training
         test = scoring.rows("test")
         prompts = [list(map(int, test[position]["input_ids"])) for position in rows]
@@ -71,16 +69,17 @@ def _generate_answers(
 
 
 def _score_copied_source(scoring: Scoring) -> Scored:
-    """Score a copy of the source as the answer, which a model that summarises or corrects has to beat."""
+    """Score a copy of the source as the answer; a model that summarises or corrects has to beat this."""
     drawn = rows_to_answer(scoring)
     sources, expected = _prompts_and_answers(scoring, list(drawn.values()))
     scores = scoring.task.score_answers([source.strip() for source in sources], expected)
     metrics = scoring.estimate_metrics(scores, list(drawn))
-    return scoring.scores("copy of the source", "baseline", len(drawn), metrics=metrics)
+    return scoring.make_scores("copy of the source", "baseline", len(drawn), metrics=metrics)
 
 
 def rows_to_answer(scoring: Scoring) -> dict[int, Row]:
-    """Draw up to `evaluate.generate_rows` test rows with different prompts; return them by position."""
+    """Draw up to `evaluate.generate_rows` test rows with different prompts; return them by their index in the test
+    rows."""
     wanted = scoring.recipe.evaluate.generate_rows
     if not scoring.target.form.writes_answers or not wanted:
         return {}
@@ -95,7 +94,7 @@ def rows_to_answer(scoring: Scoring) -> dict[int, Row]:
 
 
 def missing_metrics(scoring: Scoring) -> str | None:
-    """Return which answer metrics lack their package and how to install it, or None if none does."""
+    """Say which answer metrics lack their package and how to install it, or return None if none does."""
     missing = [name for name in scoring.task.FACTS.other_metrics if not written.can_score(name)]
     return f"not computed: {', '.join(missing)} (to install: pip install 'fulltune[text-metrics]')" if missing else None
 

@@ -1,5 +1,3 @@
-"""Score a model or baseline on a run's test rows, and log each access to them."""
-
 from __future__ import annotations
 
 import hashlib
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
 UserMetrics = Callable[[Any, Any], Mapping[str, float]]
 WORST = 25
 Scored = tuple[Scores, Resampled | None]
-"""Scores, and the main metric on resamples or None if it was not computed."""
+"""Scores, and the main metric on resamples, or None if the main metric was not computed."""
 MIN_UNSEEN = 20
 """Minimum number of test groups absent from train for metrics on those rows alone."""
 
@@ -80,7 +78,6 @@ class Scoring:
         clusters, in_train = (np.load(self.data / "test" / name)[scored] for name in (CLUSTERS, IN_TRAIN))
 
         def resampled(rows: np.ndarray | slice) -> dict[str, Resampled]:
-            """Resample the metrics on a selection of the rows."""
             return resample_metrics(
                 {name: values[rows] for name, values in predictions.items()},
                 metrics or (lambda rows: self.task.metrics(rows, self.target)),
@@ -98,14 +95,14 @@ class Scoring:
     def estimate_user_metrics(
         self, predictions: Any, references: Any, positions: Sequence[int] | None = None
     ) -> dict[str, Resampled]:
-        """Estimate the user's metrics, or none without a function, on lists if `predictions` is a list, otherwise on
+        """Estimate the metrics of the user's function, if set. It receives lists if `predictions` is a list, otherwise
         arrays."""
         if self.user_metrics is None:
             return {}
         call, plain = self.user_metrics, isinstance(predictions, list)
 
         def metrics(rows: Mapping[str, np.ndarray]) -> Mapping[str, float]:
-            """Call the user's function; raise `SetupError` if it fails."""
+            """Call the user's function; raise `SetupError` if the function fails."""
             predicted, true = (list(rows[name]) if plain else rows[name] for name in ("predicted", "true"))
             try:
                 return {str(name): float(value) for name, value in call(predicted, true).items()}
@@ -120,7 +117,7 @@ class Scoring:
         arrays = {name: object_array(values) if plain else values for name, values in both.items()}
         return self.estimate_metrics(arrays, positions, metrics)
 
-    def scores(
+    def make_scores(
         self,
         name: str,
         kind: Literal["baseline", "untouched", "trained"],
@@ -149,8 +146,8 @@ class Scoring:
         )
         return scores, main
 
-    def run(self, model: PreTrainedModel, processor: Any, split: str = "test") -> Predictions:
-        """Run a model over a split; return what the task's `reduce` keeps of each row."""
+    def predict_split(self, model: PreTrainedModel, processor: Any, split: str = "test") -> Predictions:
+        """Run a model over a split, and return the numbers per row that the task's `reduce` makes."""
         rows, pad_token_id = with_decoded_images(self.rows(split), processor), processor.pad_token_id
         head = self.selective_head(model, pad_token_id, rows)
         # Scores do not depend on the batch size.
@@ -170,7 +167,7 @@ class Scoring:
     def selective_head(
         self, model: PreTrainedModel, pad_token_id: int, rows: Sequence[RowFeatures]
     ) -> SelectiveHead | None:
-        """Return a head that skips the logits of prompts, or None if that changes the other logits of a test row."""
+        """Return a head that computes no logits for prompts, or None if it changes the other logits of a test row."""
         if not self.task.FACTS.writes:
             return None
         batch = model_batch(model, self.task, [rows[positions_by_length(rows)[-1]]], pad_token_id)
@@ -178,8 +175,9 @@ class Scoring:
             model, self.task, {name: tensor.to(model.device) for name, tensor in batch.items()}
         )[0]
 
-    def load(self, model_folder: Path | None) -> tuple[PreTrainedModel, Any]:
-        """Load a finished model, or the pretrained one for None, and its tokenizer or image processor."""
+    def load_model_and_processor(self, model_folder: Path | None) -> tuple[PreTrainedModel, Any]:
+        """Load a finished model (the pretrained one if `model_folder` is None), and its tokenizer or image
+        processor."""
         block, head_is_new = self.recipe.model, self.task.FACTS.head_is_new
         if model_folder is None:
             processor = self.base.processor
@@ -224,17 +222,17 @@ def compute_outputs(
     most_tokens: int,
     splits: Sequence[str] = ("eval", "test"),
 ) -> tuple[dict[str, Predictions], float]:
-    """Run a model over the rows of the splits and, except for images, over generic texts.
+    """Run a model over the rows of the splits and, except for images, over generic texts cut at `most_tokens`.
 
     Returns:
         Predictions by split, with those of generic texts under `generic`, and the last split's seconds per row.
     """
-    model, processor = scoring.load(model_folder)
+    model, processor = scoring.load_model_and_processor(model_folder)
     by_split: dict[str, Predictions] = {}
     seconds = 0.0
     for split in splits:
         began = time.monotonic()
-        by_split[split] = scoring.run(model, processor, split)
+        by_split[split] = scoring.predict_split(model, processor, split)
         seconds = (time.monotonic() - began) / max(1, len(scoring.rows(split)))
     if texts and scoring.task.FACTS.reads == "text":
         form, precision = scoring.target.form, scoring.plan.precision

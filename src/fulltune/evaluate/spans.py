@@ -1,5 +1,3 @@
-"""Score models that answer questions from a context, and their baselines."""
-
 from __future__ import annotations
 
 import re
@@ -26,8 +24,8 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """Return scoring functions by file name: for the sentence nearest to the question and, if some question has no
-    answer, for an empty answer."""
+    """Return scoring functions by file name: for the sentence nearest to the question and, if a question has no answer,
+    for an empty answer."""
     scorers = {
         "baseline-sentence": lambda: _score_baseline(scoring, "sentence nearest to the question", nearest_sentence)
     }
@@ -41,7 +39,7 @@ def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
 def score_model(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> Scored:
     """Score a model. The windows of a long context together give one answer."""
     target, windows, texts = scoring.target, scoring.rows("test"), scoring.texts
-    predictions = scoring.run(model, tokenizer)
+    predictions = scoring.predict_split(model, tokenizer)
     locations = [row[PLACE] for row in texts]
     contexts = [context_of(row, target) for row in texts]
     answers = question_answering.best_answers(predictions, windows, locations, contexts)
@@ -66,7 +64,7 @@ def score_model(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) 
         )
         for row in wrong[:WORST]
     ]
-    return scoring.scores(
+    return scoring.make_scores(
         scoring.plan.trial,
         "trained",
         len(questions),
@@ -76,14 +74,14 @@ def score_model(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) 
 
 
 def _score_baseline(scoring: Scoring, name: str, answer: Callable[[str, str], str]) -> Scored:
-    """Score a baseline that answers with a function of the question and the context."""
+    """Score a baseline; `answer` maps a question and a context to an answer."""
     questions = _rows_by_question(scoring)
     predicted = [
         answer(question_of(row, scoring.target), context_of(row, scoring.target)) for row in questions.values()
     ]
     scores = squad_scores(predicted, _accepted_answers(scoring, questions))
     metrics = scoring.estimate_metrics(scores, _first_windows(scoring.texts))
-    return scoring.scores(name, "baseline", len(questions), metrics=metrics)
+    return scoring.make_scores(name, "baseline", len(questions), metrics=metrics)
 
 
 def _rows_by_question(scoring: Scoring) -> dict[str, Row]:
@@ -91,7 +89,6 @@ def _rows_by_question(scoring: Scoring) -> dict[str, Row]:
 
 
 def _accepted_answers(scoring: Scoring, questions: Mapping[str, Row]) -> list[list[str]]:
-    """Return the texts of each question's accepted answers."""
     return [
         [text for text, _ in question_answering.accepted_answers(row, scoring.target)] for row in questions.values()
     ]
@@ -102,7 +99,7 @@ def _first_windows(texts: Sequence[Row]) -> list[int]:
 
 
 def nearest_sentence(question: str, context: str) -> str:
-    """Return the context's first sentence among those that share the most words with the question."""
+    """Return the context's sentence that shares the most words with the question, the first of equals."""
     wanted = set(plain_words(question))
     sentences = [sentence for sentence in _SENTENCE_END.split(context) if sentence.strip()]
     return max(sentences, key=lambda sentence: len(wanted & set(plain_words(sentence))), default="").strip()
@@ -114,7 +111,7 @@ def plain_words(text: str) -> list[str]:
 
 
 def squad_scores(predicted: Sequence[str], accepted: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
-    """Return SQuAD's exact match and F1 (0 to 1) of each answer with its best accepted answer."""
+    """Return SQuAD's exact match and F1 (0 to 1) of each answer, compared with its best accepted answer."""
     pairs = [
         [(plain_words(answer), plain_words(text)) for text in texts or [""]]
         for answer, texts in zip(predicted, accepted, strict=True)

@@ -1,5 +1,3 @@
-"""Score models that tag words, and their baselines."""
-
 from __future__ import annotations
 
 import logging
@@ -34,7 +32,9 @@ def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
 def score_model(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> Scored:
     """Score a model. Words without a token count as `O`."""
     target = scoring.target
-    counts = token_classification.extend_to_all_words(scoring.run(model, tokenizer), scoring.rows("test"), target)
+    counts = token_classification.add_words_without_token(
+        scoring.predict_split(model, tokenizer), scoring.rows("test"), target
+    )
     words = int(counts["words"].sum())
     if lost := words - int(counts["seen"].sum()):
         _log.warning(
@@ -51,7 +51,7 @@ def score_model(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) 
     )
     metrics |= scoring.estimate_user_metrics(predicted, gold)
     worst = token_classification.worst_rows(counts, [" ".join(sentence) for sentence in sentences], target, WORST)
-    return scoring.scores(scoring.plan.trial, "trained", len(sentences), metrics=metrics, worst=tuple(worst))
+    return scoring.make_scores(scoring.plan.trial, "trained", len(sentences), metrics=metrics, worst=tuple(worst))
 
 
 def _words(scoring: Scoring, row: Row) -> list[str]:
@@ -59,10 +59,10 @@ def _words(scoring: Scoring, row: Row) -> list[str]:
 
 
 def _score_tags(scoring: Scoring, name: str, predicted: Sequence[np.ndarray]) -> Scored:
-    """Score a baseline's predicted tags, an array of label ids for each row."""
+    """Score a baseline by its predicted tags, an array of label ids for each row."""
     gold = [np.asarray(row) for row in scoring.rows("test")[TAGS]]
     counts = token_classification.count_spans(gold, predicted, scoring.target)
-    return scoring.scores(name, "baseline", len(gold), metrics=scoring.estimate_metrics(counts))
+    return scoring.make_scores(name, "baseline", len(gold), metrics=scoring.estimate_metrics(counts))
 
 
 def _all_outside_tags(scoring: Scoring) -> list[np.ndarray]:

@@ -80,7 +80,7 @@ def _pairs(count: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", ["Bert", "ModernBert"])
 def test_rival_that_reads_each_text_alone_sees_whether_they_are_alike(name: str, tmp_path: Path) -> None:
-    """Read together, an untouched model that never saw pairs does not."""
+    """Read together, a pretrained model that never saw pairs does not."""
     model, rows = model_of(name, "text-classification", 2), _pairs(400)
     if name != "Bert":
         rows = [{key: value for key, value in row.items() if key != "token_type_ids"} for row in rows]
