@@ -41,7 +41,7 @@ ALPHA = 0.05
 """Probability that any interval is wrong (Bonferroni)."""
 FOLDER = "cleaning"
 LEAST_SHARE, MOST_SHARE = 0.002, 0.5
-"""Smallest and largest share of train rows in a step: fewer show no effect, more make different data."""
+"""Smallest and largest share of train rows in a step: fewer show no effect, more would make it different data."""
 
 
 _IDS, _CLUSTERS = "row_ids", "row_clusters"
@@ -70,7 +70,8 @@ class CleaningStep:
 
 
 def cleaning_steps(issues: Sequence[RowIssue]) -> list[CleaningStep]:
-    """Return up to two steps per check except leaks and high losses: drop its train rows, or apply its remedies."""
+    """Return up to two steps per check, except leaks and high losses: drop the train rows it flagged, or apply its
+    remedies."""
     steps = []
     for check in dict.fromkeys(one.check for one in issues if one.check not in (LEAK, NEAR_LEAK, HIGH_LOSS)):
         # A row with several issues of a check, such as in both texts of a pair, counts with its first one.
@@ -83,7 +84,8 @@ def cleaning_steps(issues: Sequence[RowIssue]) -> list[CleaningStep]:
 
 
 def row_ids(folder: Path, decisions: Decisions | None = None) -> Iterator[str]:
-    """Yield each row's id, numbered if rows are equal; the numbers of rows that `decisions` drop are skipped."""
+    """Yield each row's id, with a number that distinguishes equal rows. Numbers of rows that `decisions` drop are
+    skipped."""
     times = Counter[str]()
     of_train = [line for (source, _), line in (decisions or {}).items() if source == "train"]
     dropped = {line.row for line in of_train if line.remedy.action == "drop"}
@@ -161,7 +163,8 @@ def check_proofs_possible(recipe: Recipe, summary: DataSummary, by_classifiers: 
 
 
 def _steps_to_train(steps: Sequence[CleaningStep], summary: DataSummary, checks: Sequence[str]) -> list[CleaningStep]:
-    """Return the steps of `checks` or, without checks, all with enough rows; raise `RecipeError` if there are none."""
+    """Return the steps of `checks` or, without checks, all that change enough rows. Raise `RecipeError` if there are
+    none."""
     steps = [step for step in steps if _leaves_enough(step, summary)]
     if checks:
         available = {step.check for step in steps}
@@ -181,7 +184,7 @@ def _steps_to_train(steps: Sequence[CleaningStep], summary: DataSummary, checks:
 
 
 def _leaves_enough(step: CleaningStep, summary: DataSummary) -> bool:
-    """Return True if a step leaves at least half of the train rows and some of each label."""
+    """Return True if a step keeps at least half of the train rows and some of each label."""
     if step.action == "replace":
         return True
     labels, counts = Counter(one.label for one in step.issues), summary.splits["train"].label_counts
@@ -219,7 +222,7 @@ def _compare_runs(
     patches: Sequence[str],
     eval_outputs: Sequence[Sequence[Predictions]],
 ) -> tuple[list[Proof], int]:
-    """Return the comparison of runs with and without each cleaning step, and the number of eval rows in all runs."""
+    """Compare runs with and without each cleaning step; return the comparisons and the number of shared eval rows."""
     common = reduce(np.intersect1d, [one[_IDS] for trials in eval_outputs for one in trials])
     if len(common) < 2:
         raise RecipeError("--trainings: the runs have no eval rows in common; give the eval rows in a file (data.eval)")
@@ -245,11 +248,11 @@ def _compare_runs(
     return proofs, len(common)
 
 
-# ---- by linear classifiers on the untouched model ------------------------------------------------------------------
+# ---- by linear classifiers on the pretrained model -----------------------------------------------------------------
 
 
 Change = tuple[CleaningStep, np.ndarray, np.ndarray]
-"""A cleaning step, a mask of the rows that stay, and their new labels."""
+"""A cleaning step, a mask of the rows that it keeps, and their new labels."""
 
 
 def prove_by_classifiers(job: Run, summary: DataSummary) -> None:

@@ -53,7 +53,7 @@ class Log:
 
 
 def read_log(source: Path) -> Log:
-    """Read the log in a run folder, a Trainer's state or a TensorBoard folder; raise `SetupError` without one."""
+    """Read the log in a run folder, a Trainer's state or a TensorBoard folder; raise `SetupError` if there is none."""
     if not source.exists():
         raise SetupError(f"{source}: no such file or folder; expected a run folder, {STATE}, or a TensorBoard folder")
     if source.is_dir() and any((source / name).exists() for name in ("attempts", "plan", "data/summary.json")):
@@ -76,7 +76,7 @@ def read_log(source: Path) -> Log:
 
 
 def _read_run_log(folder: Path) -> Log:
-    """Read the curves, plan and outcome of a fulltune run; raise `SetupError` without a logged step."""
+    """Read the curves, plan and outcome of a fulltune run; raise `SetupError` if no step is logged."""
     view = read_run(folder)
     plan, history = view.plan, view.history
     if plan is None or not (history.train or history.evaluation):
@@ -134,7 +134,7 @@ def _read_tensorboard(folder: Path, files: list[Path]) -> Log:
 
 
 def _log_from_series(source: Path, series: Mapping[str, Mapping[int, float]], best_step: int | None = None) -> Log:
-    """Make the log of another Trainer from values by series name and step; raise `SetupError` without a train loss."""
+    """Return another Trainer's log from values by series name and step; raise `SetupError` without a train loss."""
     points = {name: tuple(sorted(values.items())) for name, values in series.items()}
     if "loss" not in points:
         names = ", ".join(sorted(points)[:6]) or "nothing"
@@ -166,13 +166,13 @@ def summarise_log(log: Log) -> str:
 
 
 def diagnose(log: Log) -> tuple[Diagnosis, ...]:
-    """Return diagnoses (name, evidence, advice), the most serious first; never empty."""
+    """Return one or more diagnoses (name, evidence, advice), the most serious first."""
     # A guard's judgement goes first, because it is based on more than the curves. A diverged loss explains the rest.
     diverged_by_guard = log.outcome is not None and log.outcome.status in ("diverged", "spiked")
     diagnoses = (
-        *_diagnose_end(log),
+        *_diagnose_unfinished_or_failed(log),
         *([] if diverged_by_guard else [*_diagnose_divergence(log)] or [*_diagnose_fit(log)]),
-        *_diagnose_steps(log),
+        *_diagnose_bad_steps(log),
     )
     readings, evaluations = len(log.curves.train_loss), len(log.curves.eval_loss)
     unseen = "" if evaluations >= MIN_EVALUATIONS else ", but so few evaluations cannot show overfitting"
@@ -182,8 +182,8 @@ def diagnose(log: Log) -> tuple[Diagnosis, ...]:
     return diagnoses or (sound,)
 
 
-def _diagnose_end(log: Log) -> Iterator[Diagnosis]:
-    """Yield a diagnosis if a fulltune run is unfinished or failed."""
+def _diagnose_unfinished_or_failed(log: Log) -> Iterator[Diagnosis]:
+    """Yield a diagnosis if a fulltune run is unfinished or failed, else nothing."""
     if log.plan is None:
         return
     if log.outcome is None:
@@ -232,7 +232,7 @@ def _diagnose_fit(log: Log) -> Iterator[Diagnosis]:
         yield judged.kind, evidence, judged.helps or calibrate
 
 
-def _diagnose_steps(log: Log) -> Iterator[Diagnosis]:
+def _diagnose_bad_steps(log: Log) -> Iterator[Diagnosis]:
     """Yield diagnoses for skipped steps, rollbacks, and updates that were lost to rounding."""
     rollbacks = log.plan.rollbacks if log.plan else ()
     if log.skipped or rollbacks:

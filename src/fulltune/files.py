@@ -79,7 +79,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def append_line(path: Path, entry: Mapping[str, Any]) -> None:
-    """Append a JSON line under a file lock, so that lines of concurrent processes do not mix."""
+    """Append `entry` as a JSON line. A file lock keeps lines of concurrent processes apart."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+", buffering=0) as file:
         with suppress(OSError):  # some file systems have no locks

@@ -64,19 +64,19 @@ class Run:
         return Base.from_block(self.recipe.model, self.recipe.task, self.recipe.data.chat_template)
 
     def planned_model(self, summary: DataSummary) -> PlannedModel:
-        """Return the model to trace for a plan, without weights."""
+        """Return the model without weights, which a plan traces."""
         from fulltune.footprint.trace import PlannedModel  # imports torch
 
         return PlannedModel(self.recipe, self.base, summary)
 
     def memory_need(self, summary: DataSummary) -> Callable[[Plan], MemoryNeed]:
-        """Return a function that computes the memory of a changed plan. Its first call traces the model."""
+        """Return a function that computes a changed plan's memory. Its first call traces the model."""
         model = cache(lambda: self.planned_model(summary))
         return lambda changed: plan.memory_need_of_plan(changed, self.recipe, model())
 
     @property
     def machine(self) -> Machine:
-        """The machine that training can count on: the weakest of several."""
+        """The machine that training can count on: the weakest if there are several."""
         return hardware.measure_machine() if self.group is None else self.group.weakest
 
     def phase(self, name: str) -> None:
@@ -125,8 +125,8 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
 
 
 def prepare(job: Run, runs_here: bool = True) -> DataSummary:
-    """Run the data stage, and return the summary of the prepared rows. If `runs_here` is False, dependencies needed
-    only for training may be missing."""
+    """Run the data stage, and return the prepared rows' summary. If `runs_here` is False, packages needed only for
+    training may be missing."""
     job.phase("reading the data")
     path = job.folder / "data" / data.SUMMARY
     before = path.stat().st_mtime_ns if path.exists() else None
@@ -198,7 +198,8 @@ def delete_outdated_plan(run_folder_path: Path, plan_path: Path) -> None:
 
 
 def make_plan(job: Run, summary: DataSummary) -> Plan:
-    """Run the plan stage: choose every setting, with the reason. A resumed run can change only its placement."""
+    """Run the plan stage, which chooses every setting and records the reason. A resumed run can change only its
+    placement."""
     job.phase("planning")
     machine = job.machine
     before = run_folder.load_plan_to_continue(job.plan_path, machine) if job.plan_path.exists() else None
@@ -224,7 +225,7 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
 
 
 def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
-    """Replace settings by the fastest ones measured on this machine, and save and return the plan."""
+    """Replace the plan's settings by the fastest ones measured on this machine; save and return the plan."""
     if job.recipe.train.num_machines > 1:
         raise RecipeError("--measure: needs a single machine; set train.num_machines=1 and fewer processes")
     available, _ = plan.usable_memory(job.recipe, hardware.measure_machine(), trial.device)
@@ -236,7 +237,7 @@ def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
 
 
 def train_trial(job: Run, trial: Plan, summary: DataSummary) -> Outcome:
-    """Run the train stage, with new attempts until one succeeds or nothing is left to try; return the outcome."""
+    """Run the train stage with new attempts until one succeeds or nothing is left to try; return the outcome."""
     if job.recipe.is_searched:
         raise RecipeError("method.learning_rate: the search needs several runs; call fulltune.run, or set a rate")
     return train_in_attempts(_trial_to_train(job, trial, summary), job.start)

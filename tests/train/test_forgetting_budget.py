@@ -115,7 +115,7 @@ def test_no_text_is_in_two_parts(tmp_path: Path) -> None:
     bundled = load_budget_texts(PreserveBlock(budget="1%"))
     sizes = []
     for found in (shared, apart, bundled):
-        three = (found.selection, found.sealed, found.replayed)
+        three = (found.selection, found.held_out, found.replayed)
         sizes.append(tuple(map(len, three)))
         assert len({text for part in three for text in part}) == sum(sizes[-1])
     assert sizes[:2] == [(100, 100, 100), (150, 150, 500)]
@@ -139,7 +139,7 @@ def test_probe_that_is_too_short_for_a_certificate_says_how_much_it_takes(tmp_pa
         match=r"contains 100 texts; a budget needs at least 120 \(40 for selection, 40 for the final measurement",
     ):
         load_budget_texts(PreserveBlock(budget="1%", probe=str(probe)))
-    assert len(load_budget_texts(PreserveBlock(budget="1%", probe=str(probe), replay=None)).sealed) == 50
+    assert len(load_budget_texts(PreserveBlock(budget="1%", probe=str(probe), replay=None)).held_out) == 50
 
 
 def test_replayed_texts_come_once_each_before_any_comes_again() -> None:

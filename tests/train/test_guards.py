@@ -60,9 +60,9 @@ def test_diverged_stops_a_loss_that_fell_and_is_back_for_good(losses: list[float
 def test_loss_that_is_back_where_a_linear_probe_began_is_no_divergence() -> None:
     """By chance 77 classes give 4.34; the losses are those of Banking77."""
     losses = [*[0.55, 0.5, 0.6] * 4, *[0.35, 0.3, 0.4] * 4, *[0.55, 0.5, 0.62] * 8]
-    assert check_divergence(losses, 2e-4, untrained=0.55).action == "stop"
-    assert check_divergence(losses, 2e-4, untrained=4.34).action == "go on"
-    assert check_divergence([*losses, *[4.5, 4.3, 4.6] * 8], 2e-4, untrained=4.34).action == "stop"
+    assert check_divergence(losses, 2e-4, untrained_loss=0.55).action == "stop"
+    assert check_divergence(losses, 2e-4, untrained_loss=4.34).action == "go on"
+    assert check_divergence([*losses, *[4.5, 4.3, 4.6] * 8], 2e-4, untrained_loss=4.34).action == "stop"
 
 
 @pytest.mark.parametrize(

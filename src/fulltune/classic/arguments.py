@@ -22,7 +22,7 @@ _NOT_THE_SCRIPT = ("fulltune", "transformers", "accelerate", "torch", "trl")
 
 
 def issue_notice(text: str) -> None:
-    """Issue a `FulltuneNotice` at the line of the user's script, so that Python shows each text once."""
+    """Issue a `FulltuneNotice` for the line of the user's script, so that Python shows each text once."""
     level, frame = 1, sys._getframe()
     while frame.f_back and str(frame.f_globals.get("__name__")).split(".")[0] in _NOT_THE_SCRIPT:
         level, frame = level + 1, frame.f_back
@@ -92,7 +92,6 @@ class OldNames:
     """
 
     def __init__(self, *positional: Any, **keywords: Any) -> None:
-        """Translate old names, then create the arguments."""
         new_names = [field.name for field in dataclasses.fields(self) if field.init]  # type: ignore[arg-type]  # beside
         for name in keywords:
             if name not in new_names and name not in OLD_NAMES:
@@ -123,7 +122,8 @@ class Seq2SeqTrainingArguments(OldNames, transformers.Seq2SeqTrainingArguments):
 
 
 def _translate_old_name(name: str, value: Any, arguments: dict[str, Any]) -> None:
-    """Set the new argument for an old one in `arguments`, with a notice; raise `ValueError` for contradictions."""
+    """Replace an old argument in `arguments` by the new one with a notice; raise `ValueError` if they contradict each
+    other."""
     if name in IGNORED:
         issue_notice(f"{name} is ignored: {IGNORED[name]}")
         return
@@ -156,7 +156,7 @@ def _translate_old_name(name: str, value: Any, arguments: dict[str, Any]) -> Non
 
 
 def _use_cpu_for_bf16(keywords: dict[str, Any]) -> None:
-    """Set `use_cpu` for bf16 without a GPU, which transformers would refuse."""
+    """Set `use_cpu` for bf16 if there is no GPU; transformers would raise an error."""
     bf16_names = [name for name in ("bf16", "bf16_full_eval") if keywords.get(name)]
     has_gpu = torch.accelerator.is_available() or is_torch_bf16_gpu_available() or is_torch_xla_available()
     if bf16_names and not keywords.get("use_cpu") and not has_gpu:

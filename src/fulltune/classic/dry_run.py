@@ -26,7 +26,7 @@ def dry_run(trainer: transformers.Trainer) -> float | None:
     """Run forward, backward and optimizer on the longest rows at learning rate 0. Return the loss, or None if the rows
     are unknown.
 
-    Random state, buffers and optimizer are restored, but not the generator of a collator or dataset.
+    Restores random state, buffers and optimizer, but not a collator's or dataset's own random generator.
     """
     rows = _positions_for_dry_run(trainer)
     if not rows:
@@ -122,7 +122,7 @@ def _forward_and_backward(trainer: transformers.Trainer, model: torch.nn.Module,
 
 
 def _step_at_rate_zero(trainer: transformers.Trainer) -> None:
-    """Run the optimizer at rate 0, which allocates its memory, and clear its state."""
+    """Run the optimizer once at learning rate 0 to allocate its memory, then clear its state."""
     optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD) or optimizer.state:
         return

@@ -25,7 +25,7 @@ class PaddingCollator:
         self._pad, self._has_warned = pad, False
 
     def __call__(self, features: Sequence[object]) -> dict[str, torch.Tensor]:
-        """Pad rows of unequal length, and return them as a batch of tensors."""
+        """Pad rows of different lengths, and return a batch of tensors."""
         rows = [dict(row if isinstance(row, Mapping) else vars(row)) for row in features]
         if _have_unequal_lengths(rows, "input_ids"):
             if not self._has_warned:
@@ -71,7 +71,7 @@ def with_padding(model: torch.nn.Module, tokenizer: object, collate: DataCollato
 
 
 def _choose_padding_token(config: PretrainedConfig, text: PretrainedConfig) -> tuple[int | None, str]:
-    """Return a token and its source: the tokenizer's padding token, else the model's end token, else (None, "")."""
+    """Return the tokenizer's padding token or else the model's end token, with its source, or (None, "")."""
     name, pad, end = getattr(config, "_name_or_path", ""), None, getattr(text, "eos_token_id", None)
     try:
         if name and get_tokenizer_config(name, local_files_only=True):  # else transformers creates an empty one

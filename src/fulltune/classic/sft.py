@@ -18,7 +18,6 @@ class SFTConfig(OldNames, trl.SFTConfig):
     """`trl.SFTConfig` with `OldNames` and `max_seq_length`, TRL's name before 0.20."""
 
     def __init__(self, *positional: Any, **keywords: Any) -> None:
-        """Translate old names, then create the arguments."""
         if "max_seq_length" in keywords:
             keywords["max_length"] = keywords.pop("max_seq_length")
             issue_notice(f"max_seq_length is now max_length={keywords['max_length']!r}")

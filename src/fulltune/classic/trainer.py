@@ -75,7 +75,7 @@ class Trainer(Guarded, transformers.Trainer):
         self.processing_class = value
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Make a model, and set its padding token if it has none."""
+        """Create a model with the script's `model_init`, and set a padding token if it has none."""
         model = super().call_model_init(trial)
         collate = cast("DataCollator", getattr(self, "data_collator", None))
         with_padding(model, getattr(self, "processing_class", None), collate)
@@ -112,7 +112,7 @@ class Trainer(Guarded, transformers.Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Compute a micro batch's gradients, scaled correctly for models whose loss is a mean."""
+        """Compute a micro batch's gradients, with the right scale for models whose loss is a mean."""
         if num_items_in_batch is not None and not self._loss_scaling_known:
             self._detect_mean_loss(model, inputs, num_items_in_batch)
         return super().training_step(model, inputs, None if self._loss_is_mean else num_items_in_batch)
@@ -126,7 +126,7 @@ class Trainer(Guarded, transformers.Trainer):
             self.args.train_sampling_strategy = strategy
 
     def _accept_old_overrides(self) -> None:
-        """Wrap overridden methods with signatures from before 4.46, which lack an argument."""
+        """Let a script override methods with signatures from before transformers 4.46, which lack an argument."""
         for name, argument in (
             ("compute_loss", "num_items_in_batch"),
             ("training_step", "num_items_in_batch"),
@@ -142,10 +142,10 @@ class Trainer(Guarded, transformers.Trainer):
     def _detect_mean_loss(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int
     ) -> None:
-        """Set `_loss_is_mean` if twice as many `num_items_in_batch` do not halve the loss.
+        """Set `_loss_is_mean` if doubling `num_items_in_batch` does not halve the loss.
 
-        transformers 5.24 does not detect such models, and makes their gradients too large by the number of accumulation
-        steps and processes. Delete this when it does.
+        transformers 5.24 makes such models' gradients too large by the number of accumulation steps and processes.
+        Delete this method once transformers does not.
         """
         self._loss_scaling_known = True
         accumulates = self.args.gradient_accumulation_steps > 1 or self.accelerator.num_processes > 1
@@ -192,7 +192,6 @@ class Trainer(Guarded, transformers.Trainer):
             issue_notice(decision.reason)
 
     def _warn_if_final_loss_high(self) -> None:
-        """Warn if the loss of the last steps is high."""
         # The last steps are used because a script may log none of them. After resuming, nothing is judged.
         if self._ignores_divergence or self.first_loss is None or self._first_step > 0:
             return

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from fulltune.records.forgetting import BudgetResult, Drift, InterpolationPoint
 
 MIN_TEXTS, MAX_TEXTS, MAX_REPLAYED = 40, 600, 1100
-"""Limits on the number of selection texts (and equally many sealed texts) and of replayed texts."""
+"""Limits on the number of selection texts (and equally many held-out texts) and of replayed texts."""
 SELECTION_TOKENS = 12_800
 SHARES = (1.0, 0.75, 0.5, 0.25)
 """Interpolation points that are tried first; 0 is the pretrained model."""
@@ -18,7 +18,7 @@ NUM_POINTS = 1 + len(SHARES) + REFINEMENTS
 MIN_SHARE_STEP = 0.01
 MAX_ROWS = 300
 SAFETY_ERRORS = 1.28
-"""Distance from the limit in standard errors, with which the sealed texts agree in nine of ten cases."""
+"""Distance from the limit, in standard errors, at which the held-out texts confirm the choice in nine of ten cases."""
 
 
 LANGUAGE_WEIGHTS, STATE_WEIGHTS = (0.1, 1.0), (0.005, 0.03)
@@ -32,8 +32,8 @@ MAX_FACTOR = 1.5
 def next_replay_weight(
     weight: float, measured: Drift, limit: float, rate_share: float, bounds: tuple[float, float]
 ) -> float:
-    """Return the replay weight after a drift measurement: higher if the drift exceeds its limit, else lower.
-    `rate_share` is the learning rate divided by its peak, `bounds` are `LANGUAGE_WEIGHTS` or `STATE_WEIGHTS`."""
+    """Return the next replay weight: higher if the measured drift exceeds its limit, else lower. `rate_share` is the
+    learning rate divided by its peak; `bounds` are `LANGUAGE_WEIGHTS` or `STATE_WEIGHTS`."""
     allowed = limit * (1 + MAX_EXCESS * rate_share)
     if not math.isfinite(measured.upper):
         return weight
@@ -43,7 +43,7 @@ def next_replay_weight(
 
 
 def smallest_limit(measured: Drift) -> float:
-    """Return the smallest limit at which a point with this drift may be chosen."""
+    """Return the smallest limit at which an interpolation with this drift may be chosen."""
     return measured.upper + SAFETY_ERRORS * math.sqrt(2) * measured.error
 
 
@@ -55,8 +55,8 @@ MOST_GAIN = 0.9
 
 
 def limit_for_most_gain(result: BudgetResult) -> float | None:
-    """Return the smallest limit that allows `MOST_GAIN` of the trained model's gain, or None if the chosen point has
-    this gain."""
+    """Return the smallest drift limit that allows `MOST_GAIN` of the trained model's gain, or None if the chosen point
+    already has it."""
     most = result.metric_gain(result.end)
     if result.metric_gain(result.choice) >= MOST_GAIN * most:
         return None
@@ -64,7 +64,8 @@ def limit_for_most_gain(result: BudgetResult) -> float | None:
 
 
 def share_at_limit(inside: InterpolationPoint, outside: InterpolationPoint, limit: float) -> float:
-    """Estimate the interpolation share at which drift reaches `limit`, between a point within and a point beyond."""
+    """Estimate the interpolation share at which drift reaches `limit`, between a point within the limit and one
+    beyond."""
     low, high = (smallest_limit(point.drift) - limit for point in (inside, outside))
     fraction = low / (low - high) if math.isfinite(low - high) else 0.5
     return round(inside.share + fraction * (outside.share - inside.share), 3)

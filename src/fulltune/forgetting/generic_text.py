@@ -35,8 +35,8 @@ _EXCLUDED = ("test", "idlelib", "lib2to3", "site-packages", "dist-packages", "tu
 def load_generic_texts(
     file: str | None = None, max_texts: int = NUM_TEXTS, setting: str = "preserve.probe"
 ) -> tuple[list[str], str]:
-    """Return at most `max_texts` texts, in a fixed order, and their source: the file, or docstrings of the standard
-    library if `file` is None. `setting` is named in errors."""
+    """Return at most `max_texts` texts in a fixed order, and their source: the file or, if None, the standard library's
+    docstrings. Errors name `setting`."""
     if file is None:
         return _distinct_in_fixed_order(_docstrings_of_standard_library(max_texts))[:max_texts], BUNDLED
     if file.endswith((".json", ".jsonl", ".csv", ".parquet")):
@@ -68,7 +68,7 @@ class BudgetTexts:
     """Disjoint generic texts of a run with a budget."""
 
     selection: list[str]
-    sealed: list[str]
+    held_out: list[str]
     """Texts that are read only for the final measurement."""
     replayed: list[str]
     source: str
@@ -100,7 +100,7 @@ def load_budget_texts(block: PreserveBlock) -> BudgetTexts:
 
 
 def count_texts_for(texts: Sequence[str], total_tokens: int) -> int:
-    """Return how many of the first texts together contain about this many tokens after truncation."""
+    """Return how many of the first texts are needed for about this many tokens, after truncation."""
     # Scripts without spaces, or with several bytes per letter, have more tokens than words.
     sizes = (max(len(text.split()), len(text.encode()) // _WORD_BYTES) for text in texts)
     words = accumulate(min(size, _READ_WORDS) for size in sizes)
@@ -121,7 +121,7 @@ def _distinct_in_fixed_order(texts: Iterable[str]) -> list[str]:
 
 
 def text_key(text: str, words: int = _KEY_WORDS) -> str:
-    """Return the first words of a text as its key, because a model reads no more of the text."""
+    """Return the first words of a text as its key; a model reads no more of it."""
     return " ".join(normalised(text).split()[:words])
 
 
@@ -164,10 +164,9 @@ NEAR_CHANCE, MAX_UNKNOWN = 0.8, 0.3
 def why_texts_are_weak(
     generic_text: GenericText, losses_or_states: np.ndarray, vocabulary_size: int | None, unknown_id: int | None
 ) -> str | None:
-    """Return the reason why drift on these texts says little about the pretrained model's abilities, or None.
+    """Return why drift on these texts says little about the pretrained model's abilities, or None.
 
-    Args:
-        losses_or_states: Result of `GenericText.measure` for the pretrained model.
+    `losses_or_states` is the pretrained model's result of `GenericText.measure`.
     """
     advice = "so drift on these texts says little; in preserve.probe, name texts that the model knows"
     tokens = [token for ids in generic_text.ids for token in ids]
@@ -188,8 +187,8 @@ def mean_drift(before: np.ndarray, after: np.ndarray) -> Drift:
 
 
 def drift_per_text(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Return each text's drift between two results of `GenericText.measure`: the increase of its loss in nats, or 1 -
-    cosine of its states."""
+    """Return each text's drift from two results of `GenericText.measure`: rise of the loss in nats, or 1 - cosine of
+    the states."""
     if before.ndim == 1:
         return after - before
     # For equal states the product may differ from 1 by rounding.

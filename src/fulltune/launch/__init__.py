@@ -155,7 +155,7 @@ def job_file_path(job: LaunchedJob, launcher: str, output: Path | None) -> Path:
 
 def write_job_file(job: LaunchedJob, launcher: str, path: Path, force: bool) -> list[str]:
     """Write the job file and return the command that submits it. Raise `SetupError` if the file exists without `force`,
-    or is one that the job needs."""
+    or is one of the job's inputs."""
     if os.path.realpath(path) in {os.path.realpath(one) for one in (str(job.file), *local_paths(job.recipe))}:
         raise SetupError(f"--output: {path} is a file that the job needs; choose another file")
     if path.exists() and not force:
@@ -169,7 +169,7 @@ def write_job_file(job: LaunchedJob, launcher: str, path: Path, force: bool) -> 
 
 
 def missing_input_warnings(job: LaunchedJob, launcher: str) -> Iterator[str]:
-    """Yield a warning if inputs are outside the recipe's folder and the launcher copies only that folder."""
+    """Yield a warning if the launcher copies only the recipe's folder and inputs are outside it."""
     folder = Path(os.path.realpath(job.file.parent))
     outside = [path for path in local_paths(job.recipe) if not Path(path).is_relative_to(folder)]
     if outside and launcher in _GET_THE_FOLDER:

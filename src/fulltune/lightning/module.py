@@ -52,7 +52,7 @@ class FineTuningModule:
         rows: Rows,
         eval_rows: Rows,
     ) -> None:
-        """Take the prepared model and rows; without `head`, all logits are computed."""
+        """Store the prepared model and rows. If `head` is None, all logits are computed."""
         super().__init__()
         self.objective, self.plan, self.model = objective, objective.plan, objective.model
         self.tokenizer, self.rows, self.eval_rows = tokenizer, rows, eval_rows
@@ -119,7 +119,7 @@ class FineTuningModule:
         return loss * processes * passes * (passes if trainer.strategy.handles_gradient_accumulation else 1)
 
     def _summed_loss(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Return the micro batch's loss, summed over its items."""
+        """Return the loss summed over the micro batch's rows or trained tokens."""
         labels, trained, head = batch.pop("labels"), batch.pop(TRAINED, None), self.head
         if head is None:
             return self.objective.loss(self.model(**batch), labels)
@@ -128,7 +128,7 @@ class FineTuningModule:
             return self.objective.loss(self.model(**batch), wanted)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Skip a non-finite or suspect step, or raise `Spiked` if skipping does not help."""
+        """Skip a step with a non-finite or outlying loss or gradient; raise `Spiked` if skipping does not help."""
         if not self._is_last:
             return  # DeepSpeed's strategy calls this after each micro batch
         trainer, step = self.trainer, self.trainer.global_step + 1
@@ -195,14 +195,10 @@ class FineTuningModule:
 
 
 class TrainBatches:
-    """Iterates over one process's micro batches. Each contains `ITEMS`, the process's number of items in the whole
-    step.
-
-    It is not a `DataLoader`, because Lightning would replace the sampler.
-    """
+    """Iterates over one process's micro batches. Each contains, as `ITEMS`, the process's number of rows or trained
+    tokens in the whole step. It is not a `DataLoader`, because Lightning would replace the sampler."""
 
     def __init__(self, module: FineTuningModule, trainer: Any) -> None:
-        """Create the sampler of global batches."""
         self.module, self.trainer = module, trainer
         plan = module.plan
         batches = (plan.global_batch_size, plan.micro_batch_size, plan.seed, plan.group_by_length, trainer.world_size)

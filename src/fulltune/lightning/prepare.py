@@ -51,8 +51,8 @@ _NO_EFFECT = {
 
 
 def choose_package(package: str | None) -> str:
-    """Return "lightning" or "pytorch_lightning": `package`, else the imported or installed one. Raise `SetupError`
-    without either."""
+    """Return "lightning" or "pytorch_lightning": `package`, else the imported or the installed one. Raise `SetupError`
+    if neither is installed."""
     names = sorted(_PACKAGES, key=lambda name: name not in sys.modules)
     name = package or next(filter(find_spec, names), _PACKAGES[0])
     if find_spec(name) is None:
@@ -66,7 +66,7 @@ def with_lightning_base(cls: type, base_name: str, package: str) -> Any:
 
 
 def unsupported_settings(recipe: Recipe) -> list[str]:
-    """List an error message for each setting that Lightning does not support."""
+    """Return an error message for each setting that Lightning does not support."""
     changed = recipe.model_dump(exclude_defaults=True)
     changed |= {f"train.{name}": value for name, value in changed.get("train", {}).items()}
     problems = [

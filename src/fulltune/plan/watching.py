@@ -36,7 +36,7 @@ def plan_generic_texts(
     every = math.ceil(total_steps / STEERED)
     share = format_percent(rows * GENERIC_TOKENS / tokens)
     texts = load_budget_texts(block)
-    shared = f"{len(texts.selection):,} texts for selection, {len(texts.sealed):,} for the final measurement"
+    shared = f"{len(texts.selection):,} texts for selection, {len(texts.held_out):,} for the final measurement"
     shared += f", {len(texts.replayed):,} for replay" if texts.replayed else ""
     reasons.add("preserve.budget", block.budget, caveat=f": {shared}")
     if rows:

@@ -83,7 +83,7 @@ class Predictor:
         return [row.answer for row in predicted if row.answer is not None]
 
     def describe_truncation(self) -> str:
-        """Describe how a long row is truncated, as the end of a sentence: "is longer than ... tokens: ..."."""
+        """Return the end of a sentence about a long row: "is longer than ... tokens: the rest is not read"."""
         words = "the remaining words are not read and get the tag O"
         beyond = words if self.target.form.tags_words else "the rest is not read"
         return f"is longer than {self.notes['max_length']} tokens: {beyond}"
@@ -94,7 +94,8 @@ class Predictor:
         max_new_tokens: int = 128,
         report: RowProgress = lambda done, total: None,
     ) -> Iterator[PredictedRow]:
-        """Yield each row's answer, or the reason why there is none, reading only a few rows at a time."""
+        """Yield each row's answer, or the reason why there is none, reading few rows at a time. `report` receives the
+        progress."""
         writes = self.task.FACTS.writes
         # Models that write are slow: their first answers must not wait for two thousand others.
         for window in in_batches(rows, _WINDOW_PROMPTS) if writes else in_batches(rows):
@@ -108,13 +109,13 @@ class Predictor:
             yield from predicted
 
     def _find_refusal(self, row: Row) -> Refused | None:
-        """Return the reason why a row cannot be answered, or None."""
+        """Return the reason why the model cannot answer a row, or None."""
         if reason := why_unreadable(row, self.target.columns):
             return Refused("unreadable", reason)
         return self.task.refuse_question(row, self.target)
 
     def _generate_answers(self, rows: Sequence[Row], max_new_tokens: int, report: RowProgress) -> list[PredictedRow]:
-        """Let the model write an answer to each row that its chat template accepts."""
+        """Generate an answer to each row, or the reason why its chat template refuses the row."""
         prompts = []
         refused: list[Refused | None] = []
         for row in rows:
@@ -135,7 +136,7 @@ class Predictor:
         return [PredictedRow(None, why) if why else PredictedRow({"answer": next(answers)}) for why in refused]
 
     def _classify(self, rows: Sequence[Row], report: RowProgress) -> list[PredictedRow]:
-        """Answer rows in one forward pass each, for tasks in which the model writes no text."""
+        """Answer rows in one forward pass each, for tasks whose model writes no text."""
         if not rows:  # tokenizers take no empty list
             return []
         encoded = self.task.encode(rows, self.target, self.tokenizer, self.notes["max_length"])
@@ -178,8 +179,8 @@ def load_predictor(run: Path, method: str | None = None) -> Predictor:
 
 
 def choose_model_folder(run: Path, method: str | None = None) -> tuple[Path, str]:
-    """Return a model's folder, and the reason if a comparison's verdict chose the model, else an empty string. Raise
-    `SetupError` without a unique model."""
+    """Return a model's folder and, if a comparison's verdict chose the model, the reason, else "". Raise `SetupError`
+    without a unique model."""
     there = model_folders(run)
     names = ", ".join(there)
     if method is not None:
@@ -211,7 +212,8 @@ def model_folders(run: Path) -> dict[str, Path]:
 
 
 def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row with the text in the column that the model reads; raise `DataError` for several columns."""
+    """Return a row with the text in the column that the model reads; raise `DataError` for several. `notes` are the
+    model folder's."""
     columns, read = notes["columns"], columns_read(notes)
     if len(read) > 1:
         raise DataError(f"this model reads several columns; give a file with the columns {', '.join(read)}")

@@ -65,7 +65,7 @@ def write_example(output: Path, chat: bool) -> Path:
 def write_docstring_topics(folder: Path) -> tuple[Path, Path]:
     """Write `train.csv` and `test.csv`: a docstring's first sentences as text, its file's topic as label. Raise
     `DataError` if the installed packages have too few docstrings."""
-    rows = _without_near_copies(_read_docstrings(TOPIC_SOURCES), _first_sentences)
+    rows = _drop_near_copies(_read_docstrings(TOPIC_SOURCES), _first_sentences)
     splits = [_split_by_file([row for row in rows if row[0].topic == topic], *_TOPIC_ROWS) for topic in TOPIC_SOURCES]
     folder.mkdir(parents=True, exist_ok=True)
     files = folder / "train.csv", folder / "test.csv"
@@ -80,7 +80,7 @@ def write_docstring_topics(folder: Path) -> tuple[Path, Path]:
 def write_docstring_chat(folder: Path) -> tuple[Path, Path]:
     """Write `train.jsonl` and `test.jsonl`: questions about functions, answered by their docstrings' first sentences.
     Raise `DataError` if there are too few."""
-    splits = _split_by_file(_without_near_copies(_read_docstrings(CHAT_SOURCES), _one_sentence_answer), *_CHAT_ROWS)
+    splits = _split_by_file(_drop_near_copies(_read_docstrings(CHAT_SOURCES), _one_sentence_answer), *_CHAT_ROWS)
     folder.mkdir(parents=True, exist_ok=True)
     files = folder / "train.jsonl", folder / "test.jsonl"
     for file, rows in zip(files, splits, strict=True):
@@ -172,7 +172,7 @@ def _is_prose(text: str, word_limits: tuple[int, int]) -> bool:
 
 
 def _first_sentences(doc: _Doc) -> str:
-    """Return as many first sentences as fit, or an empty string if they are too short."""
+    """Return as many first sentences as the word limit allows, or "" if they are too short."""
     text = ""
     for sentence in (sentence for paragraph in _paragraphs(doc.docstring) for sentence in paragraph):
         longer = f"{text} {sentence}".strip()
@@ -183,7 +183,7 @@ def _first_sentences(doc: _Doc) -> str:
 
 
 def _one_sentence_answer(doc: _Doc) -> str:
-    """Return the docstring's first sentence if it is a usable answer, else an empty string."""
+    """Return the docstring's first sentence if it is usable as an answer, else ""."""
     if not doc.is_function or not _public_name(doc):
         return ""
     sentences = next(_paragraphs(doc.docstring), [])
@@ -195,7 +195,7 @@ def _one_sentence_answer(doc: _Doc) -> str:
 
 
 def _public_name(doc: _Doc) -> str:
-    """Return the name under which users import a function, or an empty string if the package does not export it.
+    """Return the name under which users import a function, or "" if the package does not export it.
 
     Many packages define `package.area.function` in `package/area/_file.py`, and NumPy defines much in `numpy/lib`.
     """
@@ -218,9 +218,8 @@ def _exported_names(package: tuple[str, ...]) -> frozenset[str]:
 # ---- rows ------------------------------------------------------------------------------------------------------
 
 
-def _without_near_copies(docs: Iterable[_Doc], make_text: Callable[[_Doc], str]) -> list[_Row]:
-    """Return docstrings with their texts; drop texts that differ from an earlier one only in names or in one of six or
-    more words."""
+def _drop_near_copies(docs: Iterable[_Doc], make_text: Callable[[_Doc], str]) -> list[_Row]:
+    """Drop docstrings whose text differs from an earlier one only in names or, with six words or more, in one word."""
     known_masks: set[tuple[str, ...]] = set()
     rows: list[_Row] = []
     for doc, text in ((doc, text) for doc in docs if (text := make_text(doc))):

@@ -57,7 +57,7 @@ ATTENTION_BOUNDS = {"fp32": 1e-4, "bf16": 5e-2}
 
 
 def check_matrix_product(device: str, precision: str) -> CheckOutcome:
-    """Check a matrix product's relative error against float64."""
+    """Check that a matrix product's relative error against float64 is within its bound."""
     draw = torch.Generator().manual_seed(0)
     first, second = (torch.randn(256, 256, generator=draw) for _ in range(2))
     here = [matrix.to(device, TYPES[precision]) for matrix in (first, second)]
@@ -66,7 +66,7 @@ def check_matrix_product(device: str, precision: str) -> CheckOutcome:
 
 
 def measure_bf16_speed(device: str) -> CheckOutcome:
-    """Measure how much faster bf16 is than fp32, by which `precision: auto` decides on a CPU; always passes."""
+    """Measure how much faster bf16 is than fp32; always passes. On a CPU, `precision: auto` uses this ratio."""
     ratio = hardware.bf16_speedup(device)
     precision = "bf16" if ratio >= MIN_BF16_SPEEDUP else "fp32"
     auto = f": precision auto is {precision}" if device == "cpu" else ""
@@ -77,7 +77,7 @@ def measure_bf16_speed(device: str) -> CheckOutcome:
 
 
 def check_sdpa(device: str, backend: str | None) -> CheckOutcome:
-    """Check torch's attention with one of `BACKENDS`, or with the default if None."""
+    """Check torch's scaled-dot-product attention with one of `BACKENDS`, or with torch's choice if None."""
     kernel = contextlib.nullcontext() if backend is None else sdpa_kernel(BACKENDS[backend])
     # On a GPU these two are written for 16-bit types only; on a CPU flash takes fp32 as well.
     half = device == "cuda" and backend in ("flash", "cudnn")
@@ -86,7 +86,7 @@ def check_sdpa(device: str, backend: str | None) -> CheckOutcome:
 
 
 def check_flash_attention_2(device: str) -> CheckOutcome:
-    """Check the attention of the package flash-attn."""
+    """Check the attention of the package flash-attn against eager attention."""
     from transformers import utils
 
     if device != "cuda":
@@ -97,7 +97,7 @@ def check_flash_attention_2(device: str) -> CheckOutcome:
 
 
 def compare_with_eager(device: str, implementation: str, precision: str) -> CheckOutcome:
-    """Compare an attention implementation's logits and gradients with eager fp32 attention, with and without
+    """Check an attention implementation's logits and gradients against eager fp32 attention, with and without
     padding."""
     ids = random_token_ids(device, rows=3)
     mask = torch.ones_like(ids)
@@ -143,7 +143,7 @@ def _logits_and_gradients(
 
 
 def check_planned_bytes(device: str) -> CheckOutcome:
-    """Compare planned and allocated bytes of weights, gradients and AdamW's moments."""
+    """Check the planned bytes of weights, gradients and AdamW state against the allocated ones."""
     if device != "cuda":
         raise NotHere("needs a GPU; on a CPU the dry run before step 1 measures memory")
     # The first product also allocates a workspace that stays.
@@ -202,7 +202,7 @@ def check_all_reduce(device: str) -> CheckOutcome:
 
 
 def sum_over_processes(device: str) -> tuple[float, float] | None:
-    """Sum a tensor over all processes. Return the sum and its expected value on rank 0, and None on other ranks."""
+    """Sum a tensor over all processes. Return the sum and its expected value on rank 0, None elsewhere."""
     import torch.distributed as dist
 
     if device == "cuda":
@@ -286,7 +286,7 @@ class Page(Record):
 
 
 def run_checks(listener: Callable[[str], None] = lambda line: None) -> Page:
-    """Run every check on every device, and tell `listener` before each. A check that raises counts as failed."""
+    """Run every check on every device, telling `listener` before each. A check that raises counts as failed."""
     started = time.monotonic()
     hide_progress_bars()
     findings = []
@@ -302,7 +302,7 @@ def run_checks(listener: Callable[[str], None] = lambda line: None) -> Page:
 
 
 def _run_check(name: str, label: str, function: Callable[[str], CheckOutcome], device: str) -> CheckResult:
-    """Run a check, and return a failed result if the check raises."""
+    """Run a check; if it raises an error, return a failed result."""
     started = time.monotonic()
     status: Literal["pass", "fail", "not here"]
     try:
@@ -317,7 +317,6 @@ def _run_check(name: str, label: str, function: Callable[[str], CheckOutcome], d
 
 
 def page_section(page: Page) -> Section:
-    """Return the page as a report section."""
     rows = tuple(
         (check.ran, check.device, check.status.replace("fail", "FAIL"), check.result, f"{check.seconds:.1f}")
         for check in page.findings

@@ -1,5 +1,3 @@
-"""Compute metrics on bootstrap resamples of clusters of rows."""
-
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +42,7 @@ class ResamplableMetric:
     whole: Callable[[Predictions], float]
     """Computes the metric from all predictions."""
     counts: RowTerms | None
-    """Computes each row's terms, or None if the metric is not a function of sums."""
+    """Computes each row's terms, or None if the metric is not a function of sums over rows."""
     value: FromSums | None
 
     def alone(self, outputs: Predictions) -> dict[str, float]:
@@ -70,7 +68,8 @@ def bounds_of(metric: str) -> tuple[float, float] | None:
 
 
 def find_metric(task_name: TaskName, target: Target, metric: str) -> ResamplableMetric:
-    """Return a task's metric in a form that can be resampled; raise `SetupError` if the task has no such metric."""
+    """Return a task's metric with the functions that resampling needs; raise `SetupError` if the task has no such
+    metric."""
     facts = FACTS[task_name]
     if metric not in facts.metrics:
         raise SetupError(f"{task_name} has no metric '{metric}'; choose one of {', '.join(facts.metrics)}")
@@ -81,7 +80,7 @@ def find_metric(task_name: TaskName, target: Target, metric: str) -> Resamplable
 
 
 def _function_for_metric(task_name: TaskName, target: Target, metric: str) -> Callable[[Predictions], float]:
-    """Return a function that computes only this metric, because computing all of a task's metrics can be slow."""
+    """Return a function that computes only this metric. Computing all of a task's metrics can be slow."""
     if target.form.is_number and metric in NUMBER_METRICS:
         return lambda outputs: NUMBER_METRICS[metric](
             outputs["labels"].astype(np.float64), predict_labels(outputs["logits"], target).astype(np.float64)
@@ -101,7 +100,8 @@ def _draw_cluster_counts(random: np.random.Generator, num_clusters: int, size: i
 
 
 def _cluster_indices(clusters: np.ndarray | None, num_rows: int) -> tuple[np.ndarray, int]:
-    """Return each row's cluster as an index from 0, and the number of clusters. Without `clusters`, each row is one."""
+    """Return each row's cluster as an index from 0, and the number of clusters. Without `clusters`, each row is its
+    own."""
     of_row = np.arange(num_rows) if clusters is None else np.unique(clusters, return_inverse=True)[1]
     return of_row, int(of_row.max(initial=-1)) + 1
 
@@ -156,7 +156,8 @@ def resample_metrics(
     clusters: np.ndarray | None = None,
     seed: int = 0,
 ) -> dict[str, Resampled]:
-    """Compute metrics by name on all rows and on `samples` resamples, the same for all models with equal seeds."""
+    """Compute metrics by name on all rows and on `samples` resamples. Equal seeds give all models the same
+    resamples."""
     value, num_rows = dict(metrics(outputs)), len(next(iter(outputs.values())))
     if clusters is not None and len(clusters) != num_rows:
         raise ValueError(f"expected a cluster for each of {num_rows} rows, found {len(clusters)}")
@@ -172,7 +173,8 @@ def resample_metrics(
 
 
 def paired_improvement(measure: ResamplableMetric, before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
-    """Return how much a metric improved from row terms `before` to `after` [rows, k], and its standard error."""
+    """Return a metric's improvement (positive is better) from row terms `before` to `after` [rows, k], and its standard
+    error."""
     assert measure.value is not None
     both = np.stack([before, after], axis=1)
     difference = np.diff(measure.value(both.sum(axis=0)))[0]
@@ -185,7 +187,7 @@ def paired_improvement(measure: ResamplableMetric, before: np.ndarray, after: np
 
 @dataclass(frozen=True)
 class ResampledTrials:
-    """The metric of each method's trials, on all rows and on resamples that all trials share."""
+    """A metric of each method's trials, on all rows and on resamples that the trials share."""
 
     point: tuple[np.ndarray, ...]
     """Values on all rows, [seeds] for each method."""
@@ -205,7 +207,7 @@ def resample_trials(
     clusters: np.ndarray | None,
     samples: int = SAMPLES,
 ) -> ResampledTrials:
-    """Compute each trial's metric on resamples that all trials share."""
+    """Compute a metric for each method's trials, on all rows and on resamples that the trials share."""
     trials = [outputs for method in methods for outputs in method]
     rows = {len(next(iter(outputs.values()))) for outputs in trials}
     if len(rows) > 1 or (clusters is not None and rows != {len(clusters)}):

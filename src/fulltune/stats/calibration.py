@@ -24,7 +24,7 @@ ALL_RIGHT = "all eval rows are predicted correctly, so the temperature stays 1"
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
-    """Return the best-fitting temperature (0.05 to 20), or None if every row is predicted correctly."""
+    """Return the temperature (0.05 to 20) that fits the labels best, or None if every row is predicted correctly."""
     if (logits.argmax(axis=-1) == labels).all():
         return None
 

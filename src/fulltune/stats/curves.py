@@ -38,7 +38,7 @@ def standard_error_of_share(share: float, count: int) -> float:
 LOSS_WINDOW = 10
 """Number of logged losses to average."""
 _FELL_WELL = 0.75
-"""Largest ratio of the lowest to the first window's mean at which the loss has clearly fallen."""
+"""Largest ratio of the lowest window's mean loss to the first window's at which the loss has clearly fallen."""
 _SURE = 4.0
 """Number of standard errors by which the loss must have fallen."""
 _FAR, _FAR_MORE, _NONE_NEAR = 3.0, 1.0, 1.5
@@ -46,16 +46,22 @@ _ABOVE, _ABOVE_UNEVALUATED, _ABOVE_MORE = 1.25, 2.0, 0.1
 _MIN_AT_END = 4
 
 
-def check_divergence(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
-    """Decide to stop if the loss fell and rose again, or stays high. `untrained` is the untrained model's loss."""
-    decision = check_fell_and_rose(losses, learning_rate, untrained)
-    return decision if decision.action == "stop" else check_stays_high(losses, learning_rate, untrained)
+def check_divergence(
+    losses: Sequence[float], learning_rate: float, untrained_loss: float | None = None
+) -> GuardDecision:
+    """Decide to stop if the loss fell and rose again, or stays high; otherwise go on. `untrained_loss` is from before
+    training."""
+    decision = check_fell_and_rose(losses, learning_rate, untrained_loss)
+    return decision if decision.action == "stop" else check_stays_high(losses, learning_rate, untrained_loss)
 
 
-def check_fell_and_rose(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
-    """Decide to stop if the loss clearly fell, but rose back to its first values and to the untrained model's loss."""
+def check_fell_and_rose(
+    losses: Sequence[float], learning_rate: float, untrained_loss: float | None = None
+) -> GuardDecision:
+    """Decide to stop if the loss clearly fell, but rose back to its first values and to `untrained_loss`; otherwise go
+    on."""
     first, now = statistics.fmean(losses[:LOSS_WINDOW] or [0.0]), statistics.median(losses[-2 * LOSS_WINDOW :] or [0.0])
-    if len(losses) < 4 * LOSS_WINDOW or first <= 0 or now < max(first, untrained or 0.0):
+    if len(losses) < 4 * LOSS_WINDOW or first <= 0 or now < max(first, untrained_loss or 0.0):
         return GO_ON
     windows = (losses[place : place + LOSS_WINDOW] for place in range(len(losses) - LOSS_WINDOW + 1))
     place, low = min(enumerate(windows), key=lambda window: statistics.fmean(window[1]))
@@ -71,22 +77,24 @@ def check_fell_and_rose(losses: Sequence[float], learning_rate: float, untrained
     )
 
 
-def check_stays_high(losses: Sequence[float], learning_rate: float, untrained: float | None = None) -> GuardDecision:
+def check_stays_high(
+    losses: Sequence[float], learning_rate: float, untrained_loss: float | None = None
+) -> GuardDecision:
     """Decide to stop if the last losses' median is over 3 times the start loss, and each is over 1.5 times the start
     loss."""
-    begin, last = _start_loss(losses, untrained), losses[-2 * LOSS_WINDOW :]
+    begin, last = _start_loss(losses, untrained_loss), losses[-2 * LOSS_WINDOW :]
     if len(losses) <= 2 * LOSS_WINDOW or not _is_far_above(begin, last):
         return GO_ON
     return GuardDecision("stop", _divergence_message(begin, last, learning_rate), len(losses) - 2 * LOSS_WINDOW)
 
 
 def judge_final_loss(
-    losses: Sequence[float], eval_losses: Sequence[float], learning_rate: float, untrained: float | None = None
+    losses: Sequence[float], eval_losses: Sequence[float], learning_rate: float, untrained_loss: float | None = None
 ) -> GuardDecision:
     """Decide to stop if a finished run's last losses are far above the start loss, or to warn if slightly above."""
     if len(losses) < _MIN_AT_END:
         return GO_ON
-    begin, last = _start_loss(losses, untrained), losses[-min(2 * LOSS_WINDOW, len(losses) // 2) :]
+    begin, last = _start_loss(losses, untrained_loss), losses[-min(2 * LOSS_WINDOW, len(losses) // 2) :]
     was_better = any(loss < begin for loss in eval_losses)
     if _is_far_above(begin, last):
         is_sure = len(losses) >= 2 * LOSS_WINDOW or (bool(eval_losses) and min(eval_losses) > _NONE_NEAR * begin)
@@ -108,10 +116,11 @@ MAX_BEHIND = 2
 
 
 def check_got_worse(
-    num_worse: int, worse_by: str, losses: Sequence[float], learning_rate: float, untrained: float | None = None
+    num_worse: int, worse_by: str, losses: Sequence[float], learning_rate: float, untrained_loss: float | None = None
 ) -> GuardDecision:
-    """Decide to stop if two evaluations in a row were worse than before step 1 and the train loss has not fallen."""
-    begin, now = _start_loss(losses, untrained), statistics.median(losses[-2 * LOSS_WINDOW :] or [0.0])
+    """Decide to stop if two evaluations in a row were worse than before step 1 and the train loss has not fallen.
+    `worse_by` says how much, as text."""
+    begin, now = _start_loss(losses, untrained_loss), statistics.median(losses[-2 * LOSS_WINDOW :] or [0.0])
     if num_worse < MAX_BEHIND or len(losses) < 2 * LOSS_WINDOW or now < begin:
         return GO_ON
     return GuardDecision(
@@ -122,10 +131,11 @@ def check_got_worse(
 
 
 def judge_got_worse(
-    worse_by: str, losses: Sequence[float], learning_rate: float, untrained: float | None = None
+    worse_by: str, losses: Sequence[float], learning_rate: float, untrained_loss: float | None = None
 ) -> GuardDecision:
-    """Decide about a finished run that is worse than before step 1: stop if its train loss did not fall, else warn."""
-    begin, last = _start_loss(losses, untrained), losses[-min(2 * LOSS_WINDOW, max(1, len(losses) // 2)) :]
+    """Decide about a finished run that made the model worse: stop if the train loss did not fall, else warn. `worse_by`
+    says how much, as text."""
+    begin, last = _start_loss(losses, untrained_loss), losses[-min(2 * LOSS_WINDOW, max(1, len(losses) // 2)) :]
     now, worse = statistics.median(last or [0.0]), f"training made the model worse: {worse_by} than before step 1"
     if len(losses) < _MIN_AT_END or now < begin:
         return GuardDecision("warn", f"{worse}. Try a lower learning rate (here {learning_rate:g}) or fewer epochs")
@@ -133,9 +143,9 @@ def judge_got_worse(
     return GuardDecision("stop", f"{worse}, and {fallen}. {_cause(learning_rate)}")
 
 
-def _start_loss(losses: Sequence[float], untrained: float | None) -> float:
+def _start_loss(losses: Sequence[float], untrained_loss: float | None) -> float:
     """Return the first loss, or the untrained model's loss if higher."""
-    return max([*losses[:1], *([] if untrained is None else [untrained])], default=0.0)
+    return max([*losses[:1], *([] if untrained_loss is None else [untrained_loss])], default=0.0)
 
 
 def _is_far_above(begin: float, last: Sequence[float]) -> bool:
@@ -144,7 +154,7 @@ def _is_far_above(begin: float, last: Sequence[float]) -> bool:
 
 
 def _divergence_message(start_loss: float, last_losses: Sequence[float], learning_rate: float) -> str:
-    """Compare the last losses with the start loss in a message."""
+    """Return a message that compares the last losses with the start loss."""
     return (
         f"the loss diverged: before any update it was at most {start_loss:.3g}, and the last {len(last_losses)} values "
         f"are between {min(last_losses):.3g} and {max(last_losses):.3g}. {_cause(learning_rate)}"
@@ -180,17 +190,17 @@ MIN_EVALUATIONS = 3
 ROSE = 1.1
 """Ratio of the last to the lowest eval loss that counts as a rise."""
 HARDLY_FELL = 0.97
-"""Ratio of the last train loss to an earlier one above which the loss hardly fell."""
+"""Ratio of the last train loss to an earlier one above which the loss counts as hardly fallen."""
 CEILING = 0.995
 ASSUMED_ROWS = 1000
 CHANGED = 0.02
 """Smallest relative change that counts, for metrics that are not shares."""
 NO_GAP = 0.9
-"""Ratio of train to eval loss above which train rows are fitted no better than eval rows."""
+"""Ratio of train to eval loss above which the model fits train rows no better than eval rows."""
 STILL_BETTER = 0.99
-"""Ratio of the last eval loss to the one at half the run below which the loss was still falling."""
+"""The eval loss was still falling if its last value divided by the one at half the run is below this."""
 _STILL_FALLING = 0.05
-"""The train loss is still falling if it fell by more than this fraction in the last quarter."""
+"""The train loss counts as still falling if it fell by more than this fraction in the last quarter."""
 _LEARNED = 0.05
 _FLAT = 0.03
 EATEN = 0.5
@@ -238,8 +248,8 @@ class Curves:
     def is_loss(self) -> bool:
         return self.metric_name in ("loss", "perplexity")
 
-    def chance_gap(self, *values: float) -> float:
-        """Return the largest difference between these values of the metric that can be due to chance."""
+    def largest_chance_difference(self, *values: float) -> float:
+        """Return the largest difference between these metric values that chance alone may cause."""
         if not is_share(self.metric_name):
             return (ROSE - 1 if self.is_loss else CHANGED) * abs(values[0])
         rows = self.eval_rows or ASSUMED_ROWS
@@ -268,8 +278,7 @@ _LOWER = "a lower learning rate"
 
 
 def judge_curves(curves: Curves) -> Fit:
-    """Judge from its curves whether a run overfitted, underfitted, got worse, or is over-confident (only eval loss
-    rose)."""
+    """Judge whether a run overfitted, underfitted, got worse, or became over-confident (only the eval loss rose)."""
     if worse := _worse_than_untrained(curves):
         return Fit("got worse", worse, 0, helps=_LOWER)
     evaluations = [point for point in curves.eval_loss if math.isfinite(point[1])]
@@ -301,7 +310,7 @@ def judge_curves(curves: Curves) -> Fit:
     evidence = f"{evidence}, while the train loss kept falling"
     if fell or not since_best:
         return Fit("over-fitted", evidence, turn_step, details, _FEWER)
-    chance = curves.chance_gap(curves.best[1])
+    chance = curves.largest_chance_difference(curves.best[1])
     chance_in_words = f"{100 * chance:.1f} points" if is_share(curves.metric_name) else format_number(chance)
     rows = f"{curves.eval_rows:,}" if curves.eval_rows else f"{ASSUMED_ROWS:,} (assumed)"
     evidence = f"{evidence}. But {since_best}: with {rows} rows, a difference of up to {chance_in_words} may be chance"
@@ -310,7 +319,7 @@ def judge_curves(curves: Curves) -> Fit:
 
 def _judge_no_decline(curves: Curves, evaluations: Sequence[Point], trained: dict[int, float], details: str) -> Fit:
     """Judge whether a run that never got worse underfitted. `trained` maps each evaluation's step to the mean train
-    loss before it; `details` is a sentence for the result."""
+    loss before it; `details` goes into the result."""
     if curves.is_mixed:
         reason = "no sign of overfitting, but the train loss is not comparable because it includes mixed-in rows"
         return Fit("not known", reason, None, details)
@@ -331,7 +340,7 @@ def _step_and_epoch(curves: Curves, step: int) -> str:
 
 
 def _model_step_sentence(curves: Curves, best: int) -> str:
-    """Return a sentence on whether the saved weights are from before or after step `best`, or "" if unknown."""
+    """Say in a sentence whether the saved weights are from before or after step `best`; return "" if unknown."""
     if curves.kept_step is None:
         return ""
     side = "this step" if curves.kept_step == best else "an earlier step" if curves.kept_step < best else "a later step"
@@ -339,7 +348,7 @@ def _model_step_sentence(curves: Curves, best: int) -> str:
 
 
 def _mean_train_loss_by_evaluation(train: Sequence[Point], steps: Sequence[int]) -> dict[int, float]:
-    """Return the mean train loss since the previous evaluation, by step."""
+    """Return each evaluation's step with the mean train loss since the previous evaluation."""
     means: dict[int, float] = {}
     for before, end in zip([0, *steps], steps, strict=False):
         if values := [value for step, value in train if before < step <= end and math.isfinite(value)]:
@@ -348,16 +357,20 @@ def _mean_train_loss_by_evaluation(train: Sequence[Point], steps: Sequence[int])
 
 
 def _worse_than_untrained(curves: Curves) -> str | None:
-    """Return a sentence if every evaluation is worse than before step 1 by more than chance, else None."""
+    """Return a sentence if every evaluation is worse than before step 1 by more than chance explains, else None."""
     before, best, sign = curves.before, curves.best[1], 1 if curves.greater_is_better else -1
-    if before is None or not math.isfinite(before + best) or sign * (before - best) <= curves.chance_gap(before, best):
+    if (
+        before is None
+        or not math.isfinite(before + best)
+        or sign * (before - best) <= curves.largest_chance_difference(before, best)
+    ):
         return None
     metric_before, metric_best = (format_metric(curves.metric_name, value) for value in (before, best))
     return f"{curves.on_eval} was {metric_before} before step 1 and never better than {metric_best} afterwards"
 
 
 def _decline_since_best(curves: Curves) -> tuple[str, bool]:
-    """Return a sentence on the best and the last evaluation, and True if the decline exceeds chance."""
+    """Return a sentence comparing the best and the last evaluation, and True if the decline exceeds chance."""
     finite = [value for _, value in curves.metric if math.isfinite(value)]
     if curves.is_loss or not finite:
         return "", False
@@ -365,7 +378,7 @@ def _decline_since_best(curves: Curves) -> tuple[str, bool]:
     lost = abs(best - finite[-1])
     before, after = (format_metric(curves.metric_name, value) for value in (best, finite[-1]))
     words = f"{curves.on_eval} was best at {_step_and_epoch(curves, step)} with {before} and ended at {after}"
-    return words, len(finite) >= MIN_EVALUATIONS and lost > curves.chance_gap(best)
+    return words, len(finite) >= MIN_EVALUATIONS and lost > curves.largest_chance_difference(best)
 
 
 def is_flat(losses: Sequence[float]) -> bool:

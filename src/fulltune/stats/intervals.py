@@ -19,7 +19,7 @@ from fulltune.records.scores import Estimate
 from fulltune.stats.bootstrap import Resampled, ResampledTrials
 
 SURPRISES = 2.0
-"""Disagreeing rows to add to those observed, because 0 of 20 do not prove equality (rule of three)."""
+"""Number of disagreeing rows to add to those observed: 0 of 20 do not prove equality (rule of three)."""
 _MIN_CLUSTERS = 2
 
 
@@ -53,8 +53,8 @@ NO_SPREAD = SeedSpread(1, 0.0, 0.0, math.inf)
 
 
 def estimate_seed_spreads(drawn: ResampledTrials, are_untrained: Sequence[bool]) -> list[SeedSpread | None]:
-    """Estimate each method's variance between seeds, 0 for untrained methods. A method with a single seed borrows the
-    others' largest variance, or gets None without others."""
+    """Estimate each method's variance between seeds, 0 for untrained methods. A method with one seed gets the others'
+    largest, or None."""
     spreads = [
         NO_SPREAD if is_fixed else _estimate_spread(point, draws, drawn.num_clusters)
         for point, draws, is_fixed in zip(drawn.point, drawn.draws, are_untrained, strict=True)
@@ -111,7 +111,7 @@ class UncertainValue:
         return self.quantile(alpha / 2), self.quantile(1 - alpha / 2)
 
     def p_value(self, value: float = 0.0) -> float:
-        """Return the two-sided p-value for the true number being `value`."""
+        """Return the two-sided p-value of the hypothesis that the true number is `value`."""
         below = self.below(value)
         return min(1.0, 2 * min(below, 1 - below))
 
@@ -123,7 +123,8 @@ class UncertainValue:
 def mean_of_method(
     drawn: ResampledTrials, method: int, spreads: Sequence[SeedSpread | None], span: float | None
 ) -> UncertainValue:
-    """Return a method's mean metric over its seeds, with its uncertainty. `span` is the largest possible difference."""
+    """Return a method's mean metric over its seeds, with its uncertainty. `span` is the metric's range, None if
+    unbounded."""
     centres = drawn.draws[method].mean(axis=1)
     return _uncertain_value(float(drawn.point[method].mean()), centres, [spreads[method]], drawn.num_clusters, span)
 
@@ -136,9 +137,9 @@ def difference_of_methods(
     sign: float,
     span: float | None,
 ) -> UncertainValue:
-    """Return the first method's mean over its seeds minus the second's, with its uncertainty.
+    """Return the first method's mean metric over its seeds minus the second's, with its uncertainty.
 
-    `sign` is -1 if smaller is better. `span` is the largest possible difference, or None if unbounded.
+    `sign` is -1 if smaller is better. `span` is the metric's range, or None if unbounded.
     """
     centres = sign * (drawn.draws[first].mean(axis=1) - drawn.draws[second].mean(axis=1))
     estimate = sign * float(drawn.point[first].mean() - drawn.point[second].mean())
@@ -148,7 +149,8 @@ def difference_of_methods(
 def _uncertain_value(
     estimate: float, draws: np.ndarray, spreads: Sequence[SeedSpread | None], num_clusters: int, span: float | None
 ) -> UncertainValue:
-    """Build a distribution from bootstrap draws and seed spreads, widened for few clusters or seeds."""
+    """Return the distribution of an estimate from bootstrap draws and seed spreads, widened for few clusters or
+    seeds."""
     estimated = tuple(spread for spread in spreads if spread is not None)
     chance = np.random.default_rng(1)
     # With few clusters, the spread between clusters is uncertain as well.
@@ -171,7 +173,8 @@ def _uncertain_value(
 
 
 def paired_difference(first: Resampled, second: Resampled, span: float | None, confidence: float) -> Estimate | None:
-    """Return the difference of two models' metrics with its interval, or None for too few rows or finite values."""
+    """Return the difference of two models' metrics with its interval, or None if there are too few rows or no finite
+    values."""
     sizes = [(model.num_rows, model.num_clusters, model.draws.shape) for model in (first, second)]
     if sizes[0] != sizes[1] or first.num_clusters < _MIN_CLUSTERS:
         return None
@@ -186,12 +189,12 @@ def paired_difference(first: Resampled, second: Resampled, span: float | None, c
 
 
 def variance_of_mean(spreads: Sequence[SeedSpread], *, by_rows: bool = False) -> float:
-    """Return the variance of the methods' means due to seeds, or with `by_rows` only the part due to rows."""
+    """Return the variance of the methods' means due to seeds, or only the rows' part with `by_rows`."""
     return sum((spread.by_rows if by_rows else spread.variance) / spread.num_seeds for spread in spreads)
 
 
 def degrees_of_freedom(spreads: Sequence[SeedSpread]) -> float:
-    """Return the degrees of freedom of `variance_of_mean` (Welch and Satterthwaite)."""
+    """Return the degrees of freedom of the estimate `variance_of_mean` (Welch and Satterthwaite)."""
     if any(spread.borrowed for spread in spreads):
         return min(spread.degrees for spread in spreads)
     # A variance below the rows' part only shows that the seeds' part is small.

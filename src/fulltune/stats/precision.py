@@ -1,5 +1,3 @@
-"""Compute which differences a comparison can detect, and how many rows or seeds it needs."""
-
 from __future__ import annotations
 
 import functools
@@ -34,7 +32,7 @@ class ComparisonPrecision:
         return cls(max(0.0, uncertain.row_variance - variance_of_mean(uncertain.seeds, by_rows=True)), uncertain.seeds)
 
     def with_rows(self, factor: float) -> ComparisonPrecision:
-        """Return the precision with `factor` times as many rows."""
+        """Return the precision expected with `factor` times as many rows."""
 
         def changed(spread: SeedSpread) -> SeedSpread:
             by_rows = spread.by_rows / factor
@@ -43,11 +41,11 @@ class ComparisonPrecision:
         return ComparisonPrecision(self.shared / factor, tuple(changed(one) for one in self.seeds))
 
     def with_seeds(self, counts: Sequence[int]) -> ComparisonPrecision:
-        """Return the precision for these numbers of seeds. A single seed borrows the other method's variance."""
+        """Return the precision expected with these numbers of seeds per method. A single seed borrows the other
+        method's variance."""
         most = max(counts)
 
         def changed(spread: SeedSpread, count: int) -> SeedSpread:
-            """Return the spread for `count` seeds."""
             if spread.is_none:
                 return spread
             degrees = max(1, (count if count > 1 else most) - 1)
@@ -68,8 +66,8 @@ class ComparisonPrecision:
         return max(0.0, variance_of_mean(self.seeds) - variance_of_mean(self.seeds, by_rows=True))
 
     def half_width(self, alpha: float, ratio: float = 1.0) -> float:
-        """Return half the width of the two-sided interval. `ratio` is the estimated variance between seeds divided by
-        the true one."""
+        """Return half the width of the two-sided interval. `ratio` is the estimated divided by the true variance
+        between seeds."""
         shares, inverse = _inverse_chi_squared_quadrature(self.degrees)
         by_rows = variance_of_mean(self.seeds, by_rows=True)
         # The estimated variance scatters around the true one, which is at least the rows' part.
@@ -92,7 +90,7 @@ class ComparisonPrecision:
         return [float(chndtrix(share, self.degrees, apart)) * scale / most for share in shares]
 
     def detectable_difference(self, margin: float, alpha: float) -> float:
-        """Return the smallest true difference above `margin` that is detected with a power of 80 %."""
+        """Return the smallest true difference above `margin` that is detected with 80 % power."""
         ratios = self.variance_ratios(same_seeds=False)
         bounds = np.array([max(margin, self.half_width(alpha, ratio)) for ratio in ratios])
         error = math.sqrt(self.row_variance + self.seed_variance)
@@ -107,7 +105,7 @@ _NUM_RATIOS = 20
 
 @functools.lru_cache(256)
 def _inverse_chi_squared_quadrature(degrees: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return weights and nodes for integrating over degrees / chi-squared numerically."""
+    """Return weights and nodes that integrate numerically over the distribution of degrees / chi-squared."""
     if math.isinf(degrees):
         return np.ones(1), np.ones(1)
     edges = np.concatenate([[0.0], np.geomspace(1e-7, 1.0, 160)])
@@ -116,8 +114,7 @@ def _inverse_chi_squared_quadrature(degrees: float) -> tuple[np.ndarray, np.ndar
 
 
 def _mixture_quantile(deviations: np.ndarray, shares: np.ndarray, alpha: float) -> float:
-    """Return the value that a mixture of centred normal distributions (weights `shares`) exceeds with probability
-    `alpha`/2."""
+    """Return the value that a mixture of centred normals (weights `shares`) exceeds with probability `alpha`/2."""
     if not deviations.any():
         return 0.0
 
@@ -129,8 +126,8 @@ def _mixture_quantile(deviations: np.ndarray, shares: np.ndarray, alpha: float) 
 
 
 def planned_detectable_difference(num_rows: int, num_seeds: int, seed_sd: float, margin: float, alpha: float) -> float:
-    """Return the smallest difference above `margin` that a planned comparison detects with a power of 80 %. `seed_sd`
-    is the standard deviation between seeds."""
+    """Return the smallest true difference above `margin` that a planned comparison detects with 80 % power. `seed_sd`
+    is the seeds' standard deviation."""
     # Disagreement between runs is assumed to be noise of single runs, which averages out over seeds.
     by_rows = _DISCORDANCE / num_rows / 2
     spread = SeedSpread(num_seeds, by_rows + seed_sd**2, by_rows, max(1, num_seeds - 1))
@@ -140,8 +137,8 @@ def planned_detectable_difference(num_rows: int, num_seeds: int, seed_sd: float,
 def rows_and_seeds_needed(
     uncertain: UncertainValue, num_rows: int, margin: float, alpha: float, equivalence_alpha: float
 ) -> tuple[int | None, int | None]:
-    """Return how many test rows, or how many seeds per method, would decide the comparison if the estimate were exact.
-    Either is None if no number would."""
+    """Return how many test rows, or how many seeds per method, would decide the comparison if the estimate were exact;
+    each is None if no number would."""
     now, size = ComparisonPrecision.of(uncertain), abs(uncertain.estimate)
 
     def decided(precision: ComparisonPrecision) -> bool:

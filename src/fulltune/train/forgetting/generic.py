@@ -59,7 +59,7 @@ class DriftMonitor(TrainingPart):
             # Steering needs a precise drift. Short texts cost less, so more of them are read.
             count = max(num_texts, count_texts_for(texts, num_texts * GENERIC_TOKENS)) if split else len(texts)
             self.text = self.tokenize(texts[:count])
-            all_texts = [*split.selection, *split.sealed, *split.replayed] if split else texts
+            all_texts = [*split.selection, *split.held_out, *split.replayed] if split else texts
             self.digest = hashlib.sha256("\0".join(all_texts).encode()).hexdigest()[:16]
 
     @cached_property

@@ -107,7 +107,7 @@ def _choose_and_certify(
     budget = plan.generic.budget
     assert budget is not None
     texts = load_budget_texts(inputs.recipe.preserve)
-    selection, sealed = monitor.tokenize(texts.selection), monitor.tokenize(texts.sealed)
+    selection, sealed = monitor.tokenize(texts.selection), monitor.tokenize(texts.held_out)
     is_language_model = inputs.summary.form.reads_any_text
     limit = limit_of(budget, is_language_model)
     rows = _sample_eval_rows(inputs, trainer)
