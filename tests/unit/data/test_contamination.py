@@ -261,4 +261,6 @@ def test_text_in_any_column_of_a_task_is_found(tmp_path: Path, case: str) -> Non
     trained = list(read_original_rows(tmp_path / "data" / "train"))
     planted = [row for row in trained if all(row[key] == value for key, value in changed.items())]
     assert planted
-    assert note.startswith(f"{len(planted)} of {len(trained)} train rows contain all or much of one of 4 texts of bench")
+    assert note.startswith(
+        f"{len(planted)} of {len(trained)} train rows contain all or much of one of 4 texts of bench"
+    )
