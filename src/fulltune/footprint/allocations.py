@@ -1,5 +1,3 @@
-"""Log which storages are alive while a model runs on tensors without values."""
-
 from __future__ import annotations
 
 import contextlib
@@ -144,10 +142,11 @@ def tensor_fields(case: TraceCase, shapes: Sequence[tuple[int, ...]]) -> dict[st
 
 @dataclass(frozen=True)
 class ModelTrace:
-    """Bytes and operations of a model at several (rows, length) points; `alive` has shape [points, moments, kinds]."""
+    """Bytes and operations of a model at several (rows, length) points; `alive` has shape [points, allocations,
+    kinds]."""
 
     keys: tuple[tuple[str, int], ...]
-    """Position of each moment in the step, and the number of its allocation at that position."""
+    """Position in the step of each allocation, and its number at that position."""
     alive: np.ndarray
     flops: np.ndarray
     shapes: tuple[tuple[int, ...], ...]
@@ -167,7 +166,7 @@ class AllocationLog(TorchDispatchMode):
         super().__exit__(*failure)
 
     def begin(self, parameters: list[torch.Tensor], num_targets: int) -> None:
-        """Start a new log in which the parameters are already allocated. `num_targets` labels count in the loss."""
+        """Start a new log in which the parameters are already allocated. The loss uses `num_targets` labels."""
         self.num_targets, self.place, self.flops = num_targets, "", 0.0
         self._changes: list[tuple[str, int, int]] = []  # place, block, bytes (negative when freed)
         self._kinds: dict[int, str] = {}  # by block; the others are activations
@@ -180,7 +179,8 @@ class AllocationLog(TorchDispatchMode):
         self._changes.clear()
 
     def timeline(self) -> dict[tuple[str, int], np.ndarray]:
-        """Return bytes per `MemoryKind` after each allocation, keyed by place and count; middle layers are omitted."""
+        """Return the bytes per `MemoryKind` after each allocation, keyed by place and number; middle layers are
+        omitted."""
         alive, counts, after = np.zeros(len(KINDS)), Counter[str](), {}
         for place, block, size in self._changes:
             alive[KINDS.index(self._kinds.get(block, "activations"))] += size
@@ -190,6 +190,7 @@ class AllocationLog(TorchDispatchMode):
         return after
 
     def label_gradients(self, parameters: list[torch.Tensor]) -> None:
+        """Log the storages of these parameters' gradients as gradients."""
         for parameter in parameters:
             if parameter.grad is not None:
                 self._kinds[self._blocks[parameter.grad.untyped_storage()._cdata][0]] = "gradients"

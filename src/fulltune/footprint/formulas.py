@@ -1,5 +1,3 @@
-"""Extrapolate from traces of copies with few layers to the whole model."""
-
 from __future__ import annotations
 
 import itertools
@@ -58,7 +56,7 @@ def trace_model(case: TraceCase, points: Sequence[tuple[int, int]], *, recompute
 def _extrapolate_from_copies(
     case: TraceCase, points: Sequence[tuple[int, int]], *, recomputed: bool, training: bool
 ) -> ModelTrace | None:
-    """Extrapolate from a small copy and copies with one more layer, or return None if this is not exact."""
+    """Extrapolate from a small copy and copies with one more layer, or return None if the result would be inexact."""
     start, growths = _reduced_copies(case)
     base = trace_copy(case, start[0], points, kinds=start[1], recomputed=recomputed, training=training)
     # As many points as terms, and one more as a check.
@@ -133,7 +131,7 @@ def trace_footprint(case: TraceCase) -> Footprint:
     for recomputed in case.checkpointing:
         stepped = trace_model(case, points, recomputed=recomputed, training=True)
         first = _candidate_peaks(stepped, points)
-        later = _moments_of_later_micro_batch(
+        later = _memory_of_later_micro_batches(
             first, stepped.shapes if case.all_trained else stepped.trained, BYTES[case.weights_dtype]
         )
         if not recomputed:
@@ -156,7 +154,7 @@ def _flops_per_token(trace: ModelTrace, points: Sequence[tuple[int, int]], case:
 
 
 def _candidate_peaks(trace: ModelTrace, points: Sequence[tuple[int, int]]) -> tuple[LiveMemory, ...]:
-    """Return the moments that are the peak for some micro batch and length."""
+    """Return the points in a step at which memory peaks for some micro batch and length."""
     solved = _fit_coefficients(trace.alive.reshape(len(points), -1), points)
     solved = np.round(solved.reshape(6, len(trace.keys), len(KINDS)), 6)
     highest = set()
@@ -187,10 +185,10 @@ def _has_lengths(points: Sequence[tuple[int, int]]) -> bool:
     return len({length for _, length in points}) > 1
 
 
-def _moments_of_later_micro_batch(
+def _memory_of_later_micro_batches(
     first_moments: Sequence[LiveMemory], shapes: Sequence[tuple[int, ...]], value_bytes: int
 ) -> tuple[LiveMemory, ...]:
-    """Return the moments of a step's later micro batches, whose gradients are added to earlier ones."""
+    """Return the memory in a step's later micro batches, whose gradients are added to earlier ones."""
     total = value_bytes * sum(map(math.prod, shapes))
     highest = max(moment.coefficients["gradients"][0] for moment in first_moments)
     waiting = max(0.0, highest - total) + value_bytes * max(map(math.prod, shapes))

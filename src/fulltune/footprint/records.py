@@ -12,12 +12,12 @@ Coefficients = tuple[float, float, float, float, float, float]
 
 
 def terms(rows: int, length: int) -> tuple[int, ...]:
-    """Return the terms by which a moment's coefficients are multiplied."""
+    """Return the terms by which `LiveMemory.coefficients` are multiplied."""
     return (1, rows, rows * length, rows * length * length, length, length * length)
 
 
 class LiveMemory(Record):
-    """Memory at one moment of a step, without weights and optimizer state."""
+    """Memory at one point in a step, without weights and optimizer state."""
 
     place: str
     """Position in the step: `backward head`, `forward 0:last` (last layer of the first stack) ..."""
@@ -25,7 +25,7 @@ class LiveMemory(Record):
     """Bytes of each `MemoryKind` per 1, row, token, row x length^2, length and length^2."""
 
     def bytes(self, rows: int, length: int) -> dict[MemoryKind, int]:
-        """Return the bytes per `MemoryKind` for `rows` sequences (rows x choices) of `length` tokens."""
+        """Return the bytes per `MemoryKind` for `rows` sequences of `length` tokens; each choice is a sequence."""
         factors = terms(rows, length)
         return {
             kind: max(0, round(sum(value * factor for value, factor in zip(values, factors, strict=True))))
@@ -34,14 +34,14 @@ class LiveMemory(Record):
 
 
 class Variant(Record):
-    """The moments of a step in one precision, with or without activation checkpointing."""
+    """Memory during a step in one precision, with or without activation checkpointing."""
 
     precision: str
     activation_checkpointing: bool
     first: tuple[LiveMemory, ...]
-    """Moments of a step's first micro batch, which allocates gradients."""
+    """Points in a step's first micro batch, which allocates gradients."""
     later: tuple[LiveMemory, ...]
-    """Moments of the other micro batches, which add to the gradients."""
+    """Points in the other micro batches, which add to the gradients."""
 
 
 class Footprint(Record):
@@ -54,7 +54,7 @@ class Footprint(Record):
     """Number of choices of a row, else 1."""
     variants: tuple[Variant, ...]
     evaluation: dict[str, tuple[LiveMemory, ...]]
-    """Moments of a forward pass without gradients, by precision."""
+    """Points in a forward pass without gradients, by precision."""
     flops_per_token: float
     """Operations of a forward pass per token, or per image, in matrix products."""
     attention_flops_per_pair: float

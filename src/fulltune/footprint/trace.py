@@ -61,26 +61,26 @@ def estimate_footprint(case: TraceCase, why: str) -> Footprint:
                 precision=case.precision,
                 activation_checkpointing=recomputed,
                 first=(
-                    _rough_moment(case, "backward head", 0, size * values, logits, copies),
-                    _rough_moment(case, "backward 0:below", weight * num_trainable, size * layer, 0, copies),
+                    _rough_memory(case, "backward head", 0, size * values, logits, copies),
+                    _rough_memory(case, "backward 0:below", weight * num_trainable, size * layer, 0, copies),
                 ),
-                later=(_rough_moment(case, "backward head", weight * num_trainable, size * values, logits, copies),),
+                later=(_rough_memory(case, "backward head", weight * num_trainable, size * values, logits, copies),),
             )
         )
     return Footprint(
         **tensor_fields(case, shapes),
         variants=tuple(variants),
-        evaluation={case.precision: (_rough_moment(case, "forward loss", 0, 2 * size * layer, logits, copies),)},
+        evaluation={case.precision: (_rough_memory(case, "forward loss", 0, 2 * size * layer, logits, copies),)},
         flops_per_token=2.0 * case.num_parameters * tokens,
         attention_flops_per_pair=0.0,
         rough=why,
     )
 
 
-def _rough_moment(
+def _rough_memory(
     case: TraceCase, place: str, gradients: int, activations: int, logits: int, buffers: int
 ) -> LiveMemory:
-    """Return a moment with constant bytes of gradients and buffers; activations and logits are per token or image."""
+    """Return memory with constant bytes of gradients and buffers; activations and logits are per token or image."""
     each = 2 if has_tokens(case) else 1  # position in `records.terms`
     sizes = {"gradients": (0, gradients), "activations": (each, activations), "logits": (each, logits)}
     coefficients = {
@@ -132,7 +132,7 @@ class PlannedModel:
         return measure_shapes(self.base, self.config_changes, apply)
 
     def footprint(self, recipe: Recipe, device: str, precision: str) -> Footprint:
-        """Return the model's footprint for a recipe that may differ in weight type and attention."""
+        """Return the model's footprint with a recipe's weight type, attention and dropout."""
         pixels, assumed = self.base.image_shape
         attention = recipe.model.attn_implementation
         footprint = trace_or_estimate(

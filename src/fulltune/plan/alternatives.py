@@ -22,7 +22,7 @@ MIN_SHARE = 0.1
 def propose_for_memory(
     basis: Basis, smallest: MemorySettings, placements: Sequence[PlacementOption] = ()
 ) -> tuple[Alternative, ...]:
-    """Propose at most three ways to make a process fit in memory; those that are enough alone come first.
+    """Propose at most three changes that make a process fit in memory; those that are enough alone come first.
 
     The `smallest` settings do not fit; other `placements` are proposed if they fit.
     """
@@ -74,7 +74,7 @@ def make_alternative(
 def _usable_savings(
     recipe: Recipe, now: MemorySettings
 ) -> Iterator[tuple[MemorySaving, MemorySettings, dict[str, Any]]]:
-    """Yield each usable memory saving with the new memory settings and the recipe's changes, the mildest first."""
+    """Yield each usable memory saving with the resulting memory settings and recipe settings, the mildest first."""
     for saving in MEMORY_SAVINGS:
         if saving.is_proposed and not saving.why_unusable(recipe, now):
             changes = saving.apply(recipe, now)[-1]
@@ -82,7 +82,7 @@ def _usable_savings(
 
 
 def _combine_savings(basis: Basis, now: MemorySettings) -> list[Alternative]:
-    """Return a way to fit that combines as few memory savings as are enough, or an empty list."""
+    """Return one alternative that combines as few memory savings as are enough, or an empty list."""
     needed = basis.memory_need(now).peak
     costs: list[str] = []
     named: dict[str, Any] = {}
@@ -106,7 +106,7 @@ def _propose_smaller_model(basis: Basis, settings: MemorySettings) -> Alternativ
 
 
 def format_alternatives(ways: Sequence[Alternative]) -> list[str]:
-    """Format ways to make a run fit as lines of an error message."""
+    """Format alternatives as lines of an error message."""
     lines = []
     for way in ways:
         named = way.hardware or any(name not in way.change for name in way.settings)
@@ -119,7 +119,7 @@ def format_alternatives(ways: Sequence[Alternative]) -> list[str]:
 
 
 def format_flags(way: Alternative) -> str:
-    """Return a way out as command-line flags, quoted for a shell."""
+    """Return an alternative as command-line flags, quoted for a shell."""
     words = ["--for", way.hardware] if way.hardware else []
     for name, value in way.settings.items():
         words += ["--set", f"{name}={to_yaml(value)}"]
@@ -132,7 +132,7 @@ def format_flags(way: Alternative) -> str:
 def check_disk_space(
     recipe: Recipe, num_parameters: int, settings: MemorySettings, free_bytes: int | None, folder: str
 ) -> DiskNeed:
-    """Return the run's disk need; raise `DoesNotFitError` with ways out if it exceeds `free_bytes`."""
+    """Return the run's disk need; raise `DoesNotFitError` with alternatives if the need exceeds `free_bytes`."""
     needed = budget.disk_need(recipe, num_parameters, settings)
     if free_bytes is not None and needed.total > free_bytes:
         lines = format_alternatives(propose_for_disk(recipe, num_parameters, settings, free_bytes, folder))
@@ -143,7 +143,7 @@ def check_disk_space(
 def propose_for_disk(
     recipe: Recipe, num_parameters: int, settings: MemorySettings, free_bytes: int, folder: str = ""
 ) -> tuple[Alternative, ...]:
-    """Propose ways to make the run fit on its disk; those that are enough alone come first."""
+    """Propose changes that make the run fit on its disk; those that are enough alone come first."""
     needed = budget.disk_need(recipe, num_parameters, settings)
     missing = needed.total - free_bytes
     ways: list[Alternative] = []

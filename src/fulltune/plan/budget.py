@@ -65,7 +65,7 @@ def memory_need(
     if layout is not None and layout.engine == "fsdp2":
         return fsdp2.fsdp2_memory_need(shapes, footprint, settings)
     if layout is not None:
-        of_engine = _zero_process_need_on_gpus if settings.device == "cuda" else _zero_process_need_on_cpu
+        of_engine = _zero_need_per_gpu_process if settings.device == "cuda" else _zero_need_per_cpu_process
         return of_engine(shapes, footprint, settings, layout)
     traced = (footprint.weights_dtype, footprint.traced_precision(settings.precision))
     if (settings.weights_dtype, settings.precision) == traced:
@@ -73,9 +73,10 @@ def memory_need(
     return _estimate_untraced_need(shapes, footprint, settings)
 
 
-def _zero_process_need_on_gpus(
+def _zero_need_per_gpu_process(
     shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout: ParallelLayout
 ) -> MemoryNeed:
+    """Compute the memory of one ZeRO process with GPUs."""
     parameters, processes = shapes.num_parameters, settings.num_processes
     state = layout.bytes_on("device", zero_state_bytes(parameters, shapes.num_trainable), processes)
     buffers = 2 * 2 * min(parameters, BUCKET_VALUES) + memory.CUDA_CONTEXT_BYTES
@@ -91,9 +92,10 @@ def _zero_process_need_on_gpus(
     return MemoryNeed(kinds=kinds, phases={"step": sum(kinds.values()), "evaluation": evaluation}, host=host)
 
 
-def _zero_process_need_on_cpu(
+def _zero_need_per_cpu_process(
     shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout: ParallelLayout
 ) -> MemoryNeed:
+    """Compute the memory of one ZeRO process without GPUs."""
     alone = settings.changed(precision=footprint.traced_precision(settings.precision), num_processes=1)
     single = memory.unsharded_need(shapes, footprint, alone)
     kinds = single.kinds | layout.bytes_per_process(
@@ -135,7 +137,7 @@ HOST_BUFFERS = 1.22
 
 
 def zero_state_bytes(num_parameters: int, num_trainable: int | None = None) -> dict[MemoryKind, int]:
-    """Return the bytes of weights, gradients and optimizer state that ZeRO keeps over all processes together."""
+    """Return the total bytes of weights, gradients and optimizer state that ZeRO shards over all processes."""
     weights, gradients, optimizer = IN_ENGINE
     trained = num_parameters if num_trainable is None else num_trainable
     return {"weights": weights * num_parameters, "gradients": gradients * trained, "optimizer": optimizer * trained}
@@ -150,7 +152,7 @@ def offloaded_bytes(
 
 
 def peak_activation_bytes(footprint: Footprint, settings: MemorySettings) -> dict[MemoryKind, int]:
-    """Return the bytes of activations and logits at the moment of a training micro batch when their sum peaks."""
+    """Return the bytes of activations and logits when their sum peaks in a training micro batch."""
     variant = footprint.variant(footprint.traced_precision(settings.precision), settings.activation_checkpointing)
     return _peak_activations_and_logits(variant.first, footprint, settings.micro_batch_size, settings)
 
@@ -193,7 +195,7 @@ def disk_need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> 
 
 
 def disk_full_message(recipe: Recipe, needed: DiskNeed, free_bytes: int, folder: str) -> str:
-    """Return the error message for a full disk; `folder` is empty for the recipe's output."""
+    """Return the error message for a full disk; an empty `folder` stands for the recipe's output."""
     parts = f"{needed.num_checkpoints} x {format_bytes(needed.checkpoint_bytes)} and {format_bytes(needed.model)}"
     return (
         f"{folder or recipe.output}: checkpoints and the model need {format_bytes(needed.total)} on disk ({parts}), "

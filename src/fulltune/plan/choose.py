@@ -1,5 +1,3 @@
-"""Choose the fastest settings that fit in memory, preferably without changing the result."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -16,7 +14,7 @@ from fulltune.records.plan import MemoryNeed, MemorySettings
 from fulltune.text import format_bytes
 
 COMFORTABLE = 0.9
-"""Share of the memory that a plan aims to use."""
+"""Share of the available memory that a plan tries not to exceed."""
 SAME_SPEED = 0.03
 """Relative difference below which two speeds count as equal."""
 PHASE_NAMES = {
@@ -29,25 +27,25 @@ PHASE_NAMES = {
 
 
 @dataclass(frozen=True)
-class Option:
+class SettingsOption:
     settings: MemorySettings
     memory: MemoryNeed
     why_recomputed: str = ""
 
 
-def choose_settings(basis: Basis) -> Option:
-    """Return the fastest settings that fit in memory, preferring those that keep the result.
+def choose_settings(basis: Basis) -> SettingsOption:
+    """Return the fastest settings that fit in memory, preferring those that do not change the training result.
 
-    Raises `DoesNotFitError`, which lists ways to make the run fit, if nothing fits.
+    Raises `DoesNotFitError`, which lists alternatives, if nothing fits.
     """
-    for start in _with_savings(basis.recipe, basis.start, same_result=False):
+    for start in _combine_automatic_savings(basis.recipe, basis.start, same_result=False):
         if option := fastest_fitting_settings(replace(basis, start=start)):
             return option
-    raise _no_fit_error(basis)
+    raise _does_not_fit_error(basis)
 
 
-def fastest_fitting_settings(basis: Basis) -> Option | None:
-    """Return the fastest settings that fit in memory and keep the result, or None if none fit.
+def fastest_fitting_settings(basis: Basis) -> SettingsOption | None:
+    """Return the fastest settings that fit in memory without changing the training result, or None if none fit.
 
     Among equally fast settings, those without checkpointing come first, then larger micro batches.
     """
@@ -62,32 +60,32 @@ def fastest_fitting_settings(basis: Basis) -> Option | None:
     return None
 
 
-def lowest_memory_settings(basis: Basis, same_result: bool = False) -> Option:
-    """Return the settings with the lowest peak memory; `same_result` excludes those that change the result.
-
-    The micro batch is not always the smallest, because accumulated gradients stay allocated.
-    """
+def lowest_memory_settings(basis: Basis, same_result: bool = False) -> SettingsOption:
+    """Return the settings with the lowest peak memory; `same_result` excludes those that change the training result."""
     options = [
         _choose_eval_batch(basis, settings, 0)
-        for start in ([basis.start] if same_result else _with_savings(basis.recipe, basis.start, same_result=False))
+        for start in (
+            [basis.start] if same_result else _combine_automatic_savings(basis.recipe, basis.start, same_result=False)
+        )
         for settings in _candidate_settings(basis, start)
     ]
     return min(options, key=lambda o: (o.memory.peak, o.memory.phases["step"], o.settings.micro_batch_size))
 
 
 def _candidate_settings(basis: Basis, start: MemorySettings) -> list[MemorySettings]:
-    """Combine every allowed micro batch size with every set of memory savings that keeps the result."""
+    """Combine every allowed micro batch size with every set of memory savings that does not change the result."""
     rows, size = basis.rows_per_process, basis.recipe.train.micro_batch_size
     sizes = [size] if size is not None else [divisor for divisor in range(rows, 0, -1) if rows % divisor == 0]
     return [
         settings.changed(micro_batch_size=size, gradient_accumulation_steps=max(1, rows // size))
-        for settings in _with_savings(basis.recipe, start, same_result=True)
+        for settings in _combine_automatic_savings(basis.recipe, start, same_result=True)
         for size in sizes
     ]
 
 
-def _with_savings(recipe: Recipe, start: MemorySettings, same_result: bool) -> list[MemorySettings]:
-    """Return `start` with each combination of automatic memory savings; `same_result` selects which savings."""
+def _combine_automatic_savings(recipe: Recipe, start: MemorySettings, same_result: bool) -> list[MemorySettings]:
+    """Return `start` with each combination of the automatic memory savings that do not change the result, if
+    `same_result`, or else of those that do."""
     combinations = [start]
     for saving in MEMORY_SAVINGS:
         if saving.searched and saving.same_result == same_result and not saving.why_not_automatic(recipe, start):
@@ -95,7 +93,7 @@ def _with_savings(recipe: Recipe, start: MemorySettings, same_result: bool) -> l
     return combinations
 
 
-def _choose_eval_batch(basis: Basis, settings: MemorySettings, limit_bytes: float) -> Option:
+def _choose_eval_batch(basis: Basis, settings: MemorySettings, limit_bytes: float) -> SettingsOption:
     """Return the settings with an eval batch of twice the micro batch, halved until it fits in `limit_bytes`."""
     fixed = basis.recipe.evaluate.batch_size
     size = fixed or 2 * settings.micro_batch_size
@@ -103,11 +101,13 @@ def _choose_eval_batch(basis: Basis, settings: MemorySettings, limit_bytes: floa
         settings = settings.changed(eval_batch_size=size)
         memory = basis.memory_need(settings)
         if memory.phases.get("evaluation", 0) <= max(limit_bytes, memory.phases["step"]) or size == 1 or fixed:
-            return Option(settings, memory)
+            return SettingsOption(settings, memory)
         size //= 2
 
 
-def _explain_checkpointing(basis: Basis, option: Option, options: Sequence[Option], limit_bytes: float) -> str:
+def _explain_checkpointing(
+    basis: Basis, option: SettingsOption, options: Sequence[SettingsOption], limit_bytes: float
+) -> str:
     """Return why `option` was chosen among `options` with or without activation checkpointing."""
     if not option.settings.can_recompute:
         return "this model does not support checkpointing"
@@ -121,7 +121,7 @@ def _explain_checkpointing(basis: Basis, option: Option, options: Sequence[Optio
     return f"without checkpointing, a micro batch of {micro} needs more than {format_bytes(int(limit_bytes))}"
 
 
-def record_choice(basis: Basis, option: Option, own_loss: bool, reasons: Reasons) -> None:
+def record_choice(basis: Basis, option: SettingsOption, own_loss: bool, reasons: Reasons) -> None:
     """Add the chosen batch sizes, checkpointing, chunked loss and optimizer to `reasons`."""
     recipe, train, settings = basis.recipe, basis.recipe.train, option.settings
     fits_whole_batch = settings.micro_batch_size == basis.rows_per_process
@@ -151,7 +151,7 @@ def record_choice(basis: Basis, option: Option, own_loss: bool, reasons: Reasons
     reasons.add("evaluate.batch_size", recipe.evaluate.batch_size, settings.eval_batch_size, why)
 
 
-def _no_fit_error(basis: Basis) -> DoesNotFitError:
+def _does_not_fit_error(basis: Basis) -> DoesNotFitError:
     recipe, least = basis.recipe, lowest_memory_settings(basis)
     settings, need = least.settings, least.memory
     words = [f"micro batch {settings.micro_batch_size}", settings.optim]

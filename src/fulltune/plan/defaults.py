@@ -67,8 +67,8 @@ MAX_LENGTH_EXPLAINED = 0.25
 def should_group_by_length(explained_share: float) -> tuple[bool, str]:
     """Return whether to batch rows of similar length, and the reason.
 
-    `explained_share` of the variance in length is explained by the target. When labels followed the length, F1 was 0.75
-    with grouping and 1.0 without (2026-11-24).
+    `explained_share` is the share of the variance in length that the target explains. When labels followed the length,
+    F1 was 0.75 with grouping and 1.0 without (2026-11-24).
     """
     share = f"the target explains {explained_share:.0%} of the variance in length"
     if explained_share >= MAX_LENGTH_EXPLAINED:

@@ -23,7 +23,8 @@ from fulltune.text import format_bytes, parse_bytes
 def make_plan(workload: Workload, fleet: Fleet, own_loss: bool = False, startup_seconds: float | None = None) -> Plan:
     """Make the plan of a trial, with a reason for each setting; `own_loss` is True if the user passed `compute_loss`.
 
-    Raises `RecipeError` for contradictory settings, and `DoesNotFitError` if memory or disk is too small.
+    `startup_seconds` replaces the assumed start-up time. Raises `RecipeError` for contradictory settings, and
+    `DoesNotFitError` if memory or disk is too small.
     """
     shapes, summary, reasons = workload.shapes, workload.summary, Reasons()
     recipe, why = choose_placement(workload, fleet, own_loss)
@@ -87,8 +88,8 @@ def make_plan(workload: Workload, fleet: Fleet, own_loss: bool = False, startup_
     return with_time_estimate(plan, basis, summary, startup_seconds)
 
 
-def _fitting_option(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[choose.Option, DiskNeed]:
-    """Return the settings that fit in memory and the disk need; raise `DoesNotFitError` if nothing fits."""
+def _fitting_option(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[choose.SettingsOption, DiskNeed]:
+    """Return the settings that fit in memory, and the disk need; raise `DoesNotFitError` if nothing fits."""
     recipe, shapes, fleet = basis.recipe, basis.shapes, basis.fleet
     budget.check_offload_fits(recipe, shapes, fleet.machine)
     option = choose.choose_settings(basis)
@@ -126,7 +127,7 @@ def choose_placement(workload: Workload, fleet: Fleet, own_loss: bool = False) -
     if ddp <= free:
         return with_placement(recipe, "ddp"), "a full copy fits in each process"
     why = f"ddp needs {format_bytes(ddp)} in each process, but only {format_bytes(free)} is free"
-    if against := fsdp2_obstacle(recipe, workload.shapes, fleet.machine):
+    if against := why_not_fsdp2(recipe, workload.shapes, fleet.machine):
         return with_placement(recipe, "ddp"), f"{why}; fsdp2 is not possible: {against}"
     _, fsdp2, _ = memory_with("fsdp2")
     if fsdp2 <= free:
@@ -137,7 +138,7 @@ def choose_placement(workload: Workload, fleet: Fleet, own_loss: bool = False) -
     return with_placement(recipe, "fsdp2" if fsdp2 < ddp_with_others else "ddp"), why
 
 
-def fsdp2_obstacle(recipe: Recipe, shapes: Shapes, machine: Machine) -> str | None:
+def why_not_fsdp2(recipe: Recipe, shapes: Shapes, machine: Machine) -> str | None:
     """Return why FSDP2 cannot be chosen automatically, or None if it can."""
     train = recipe.train
     if train.device == "cpu" and machine.gpus:
@@ -155,7 +156,7 @@ def fsdp2_obstacle(recipe: Recipe, shapes: Shapes, machine: Machine) -> str | No
 
 DISK_BYTES_PER_SECOND = 10**9
 START_SECONDS, LOADS = 20.0, 3
-"""Start-up time of two processes with torch (12 to 25 s on two cores), and how often the model is read."""
+"""Start-up time of two processes with torch (12 to 25 s on two cores), and how many times the model is read."""
 CHECKS_SECONDS, SCORING_SECONDS, BASELINE_LINES = 0.5, 0.4, 3
 """Seconds that the checks and each score row take, and the number of baseline rows."""
 LONGEST_PASSES = 2
@@ -191,7 +192,7 @@ def _num_rows(summary: DataSummary, split: str) -> int:
 def _stage_seconds(
     plan: Plan, basis: Basis, summary: DataSummary, train_seconds: float, flops: float, startup_seconds: float | None
 ) -> Iterator[tuple[str, float]]:
-    """Yield the name and estimated seconds of each stage before and after training; `flops` is per second."""
+    """Yield the name and estimated seconds of each stage before and after training; `flops` is a device's FLOP/s."""
     work, recipe, gpu = basis.work, basis.recipe, basis.fleet.gpu_model
     # Minimum time of a forward pass: calling the layers, or launching their kernels on a GPU.
     pass_seconds = time.LAUNCH_SECONDS / 3 * basis.shapes.num_layers

@@ -16,13 +16,13 @@ WHOLE_FILE_BYTES = 2**28
 """Size of the finished model's files, gathered in host memory."""
 TENSORS_OF_BLOCK = 3
 """Ratio of a block's size to its largest tensor, as in BERT."""
-SENT = {"cpu": 2, "cuda": 1}
-"""Number of buffers for gradients being sent; gloo needs a copy."""
+NUM_SEND_BUFFERS = {"cpu": 2, "cuda": 1}
+"""Number of buffers that hold sent gradients; gloo needs a copy."""
 
 AT_HEAD = ("backward head", "forward loss")
 """Positions at which all blocks' activations are alive."""
 NORM_VALUES = 6
-"""fp32 values per token and hidden unit that a block's first norm needs backward (transformers' RMSNorm)."""
+"""fp32 values per token and hidden unit that a block's first norm (RMSNorm) needs in the backward pass."""
 
 
 def fsdp_units(shapes: Shapes) -> Units:
@@ -35,19 +35,16 @@ def fsdp_units(shapes: Shapes) -> Units:
 
 
 @dataclass(frozen=True)
-class _Moment:
-    """Bytes of one process at a moment of a step, without its shards of the state."""
+class _Point:
+    """Bytes of one process at a point in a step, without its shards of the state; one value per unit or buffer."""
 
-    passing: dict[MemoryKind, int]
-    """Bytes per `MemoryKind` in a single process, without gradients."""
-    reduced: float
+    live: dict[MemoryKind, int]
+    """Bytes per `MemoryKind` traced in a single process, without gradients."""
+    reduced_share: float
     """Share of the gradients already reduced to shards."""
-    tensors: tuple[int, ...] = ()
-    """Bytes of each unit whose weights are gathered."""
-    gradients: tuple[int, ...] = ()
-    """Bytes of each unit whose gradients are whole."""
-    flat: tuple[int, ...] = ()
-    """Bytes of each communication buffer."""
+    gathered_weights: tuple[int, ...] = ()
+    whole_gradients: tuple[int, ...] = ()
+    buffers: tuple[int, ...] = ()
 
 
 def fsdp2_memory_need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> MemoryNeed:
@@ -59,8 +56,8 @@ def fsdp2_memory_need(shapes: Shapes, footprint: Footprint, settings: MemorySett
     value = BYTES[settings.weights_dtype]
     units = Units(**{kind: value * count for kind, count in fsdp_units(shapes).model_dump().items()})  # in bytes
     largest = value * footprint.largest_tensor
-    moments = _possible_peaks(shapes, footprint, settings, units)
-    kinds = max((_moment_bytes_by_kind(one, *parts) for one in moments), key=lambda bytes_of: sum(bytes_of.values()))
+    moments = _possible_peak_points(shapes, footprint, settings, units)
+    kinds = max((_bytes_with_shards(one, *parts) for one in moments), key=lambda bytes_of: sum(bytes_of.values()))
     lasting, heap = parts[0] + parts[1], 0.0
     around = round(memory.STATE_SHARE * lasting) if on_cpu else 0
     base = memory.FIRST_CALLS_BYTES if on_cpu else memory.CUDA_CONTEXT_BYTES
@@ -102,11 +99,11 @@ def fsdp2_memory_need(shapes: Shapes, footprint: Footprint, settings: MemorySett
 # ---- the moments of a step ---------------------------------------------------------------------------------------
 
 
-def _possible_peaks(shapes: Shapes, footprint: Footprint, settings: MemorySettings, units: Units) -> list[_Moment]:
-    """Return the moments of a step at which memory may peak, including those in which gradients are sent."""
+def _possible_peak_points(shapes: Shapes, footprint: Footprint, settings: MemorySettings, units: Units) -> list[_Point]:
+    """Return the points in an FSDP2 process's step at which memory may peak."""
     rows, value = memory.train_sequences(footprint, settings), BYTES[settings.weights_dtype]
     before = float(settings.gradient_accumulation_steps > 1)  # gradient shards of earlier micro batches
-    copies, length = SENT[settings.device], settings.longest_tokens
+    copies, length = NUM_SEND_BUFFERS[settings.device], settings.longest_tokens
     everything, recomputed = value * shapes.num_parameters, settings.activation_checkpointing
     traced = [
         (moment.place, memory.with_chunked_loss(moment.bytes(rows, length), shapes, settings, rows * length, 0))
@@ -122,7 +119,7 @@ def _possible_peaks(shapes: Shapes, footprint: Footprint, settings: MemorySettin
     # weights' type.
     summed = 4 * shapes.vocab_size * shapes.hidden_size if settings.chunked_loss else 0
     block_gradients, freed = _block_estimators(traced, units, shapes.num_layers, units.persistent + left, recomputed)
-    moments: list[_Moment] = []
+    moments: list[_Point] = []
     for place, passing in traced:
         # With checkpointing, only the copies that autograd saves stay alive.
         if recomputed and not place.endswith("below"):
@@ -135,10 +132,10 @@ def _possible_peaks(shapes: Shapes, footprint: Footprint, settings: MemorySettin
         ended = no_logits | {name: max(0, no_logits[name] - size) for name, size in freed(place).items()}
         ended["activations"] += NORM_VALUES * 4 * rows * length * shapes.hidden_size
         if place.startswith("forward"):
-            moments.append(_Moment(no_logits if summed else without, before, *_forward_tensor_bytes(units, place)))
+            moments.append(_Point(no_logits if summed else without, before, *_forward_tensor_bytes(units, place)))
         elif place.endswith("below"):
             embeddings, share = (units.root, units.apart), 1 - (units.root + units.apart) / everything
-            moments.append(_Moment(without, max(before, share), embeddings, (*embeddings, tied), (units.block,)))
+            moments.append(_Point(without, max(before, share), embeddings, (*embeddings, tied), (units.block,)))
         elif place == "backward head":
             gradients: tuple[int, ...] = (passing["gradients"],)
             if summed:
@@ -148,30 +145,30 @@ def _possible_peaks(shapes: Shapes, footprint: Footprint, settings: MemorySettin
             # The next unit is gathered when the head's backward pass begins, after that of the loss.
             gathered = (units.block,) if any(gradients) else ()
             alive = no_logits if summed else without
-            moments.append(_Moment(alive, before, (units.root, units.persistent), gradients, gathered))
+            moments.append(_Point(alive, before, (units.root, units.persistent), gradients, gathered))
         else:
             flat = (units.block, max(units.block, units.apart) if place.endswith(":first") else units.block)
-            moments += _block_moments((without, ended), reduced, units, (left, now), copies, flat)
+            moments += _points_of_block((without, ended), reduced, units, (left, now), copies, flat)
         if place in AT_HEAD:
             if summed:
-                moments.append(_Moment(without, before, (units.root, units.persistent), (summed,)))
+                moments.append(_Point(without, before, (units.root, units.persistent), (summed,)))
             # Next comes the last block, with all its activations and the gradient of its first tensor.
             first = (left, units.block // TENSORS_OF_BLOCK)
             flat = (units.persistent or units.block, units.block)
-            moments += _block_moments((no_logits, ended), before, units, first, copies, flat)
+            moments += _points_of_block((no_logits, ended), before, units, first, copies, flat)
             sent = (*(units.persistent,) * copies, units.block)
-            moments.append(_Moment(no_logits, before, (units.root,), (units.persistent,), sent))
+            moments.append(_Point(no_logits, before, (units.root,), (units.persistent,), sent))
     nothing: dict[MemoryKind, int] = {"gradients": 0, "activations": 0, "logits": 0, "buffers": 0}
     # The first block ends with nearly all gradients reduced and the embeddings already gathered.
     lowest = max(before, 1 - (units.root + units.apart + units.block) / everything)
     flat = (units.block, max(units.block, units.apart))
-    moments += _block_moments((nothing, nothing), lowest, units, (left, units.block), copies, flat)
+    moments += _points_of_block((nothing, nothing), lowest, units, (left, units.block), copies, flat)
     # Embeddings, whose input has no gradient, are reduced at the very end: the root first, then unit by unit.
     last = [units.root, units.apart]
     while last:
-        moments.append(_Moment(nothing, 1.0, tuple(last[1:]), tuple(last), (last.pop(0),) * copies))
+        moments.append(_Point(nothing, 1.0, tuple(last[1:]), tuple(last), (last.pop(0),) * copies))
     part = -(-footprint.largest_tensor // settings.num_processes)
-    return [*moments, _Moment(nothing | {"buffers": memory.optimizer_scratch_bytes(part, settings)}, 1.0)]  # the update
+    return [*moments, _Point(nothing | {"buffers": memory.optimizer_scratch_bytes(part, settings)}, 1.0)]  # the update
 
 
 def _forward_tensor_bytes(units: Units, position: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -189,7 +186,7 @@ def _forward_tensor_bytes(units: Units, position: str) -> tuple[tuple[int, ...],
 def _block_estimators(
     traced: Sequence[tuple[str, dict[MemoryKind, int]]], units: Units, num_layers: int, head: int, recomputed: bool
 ) -> tuple[Callable[[dict[MemoryKind, int]], int], Callable[[str], dict[MemoryKind, int]]]:
-    """Return two functions: the current block's gradient bytes at a moment, and the bytes freed when it ends."""
+    """Return two functions that estimate a block's gradient bytes so far, and the bytes freed at its end."""
     waiting = max((one["activations"] for place, one in traced if place in AT_HEAD), default=0)
     most = max((one["activations"] for place, one in traced if place.startswith("backward ")), default=0)
     of_blocks = units.freed - units.apart
@@ -201,7 +198,7 @@ def _block_estimators(
     passes = max(0, most - waiting) if waiting else 0  # recomputed and temporary activations
 
     def current_block_gradients(passing: dict[MemoryKind, int]) -> int:
-        # The gradients show how far a block is only if all blocks are equal.
+        """Return the gradient bytes, which show how far a block is only if all blocks are equal."""
         are_equal = units.block and of_blocks % units.block == 0
         return (passing["gradients"] - head) % units.block if are_equal else units.block
 
@@ -211,47 +208,47 @@ def _block_estimators(
     return current_block_gradients, freed
 
 
-def _block_moments(
+def _points_of_block(
     alive_during_and_after: tuple[dict[MemoryKind, int], dict[MemoryKind, int]],
     reduced_share: float,
     units: Units,
     root_and_block_gradients: tuple[int, int],
     num_send_buffers: int,
     neighbour_buffers: tuple[int, int],
-) -> Iterator[_Moment]:
-    """Yield three moments of a block: its backward pass, the end of the pass, and the sending of its gradients."""
+) -> Iterator[_Point]:
+    """Yield three points of a block: its backward pass, the end of this pass, and the sending of its gradients."""
     (passing, ended), root, block = alive_during_and_after, (units.root,), units.block
     all_gradients = (root_and_block_gradients[0], block)
-    yield _Moment(passing, reduced_share, (*root, block), root_and_block_gradients, neighbour_buffers)
-    yield _Moment(ended, reduced_share, (*root, block), all_gradients, neighbour_buffers)
-    yield _Moment(ended, reduced_share, root, all_gradients, (*(block,) * num_send_buffers, neighbour_buffers[1]))
+    yield _Point(passing, reduced_share, (*root, block), root_and_block_gradients, neighbour_buffers)
+    yield _Point(ended, reduced_share, (*root, block), all_gradients, neighbour_buffers)
+    yield _Point(ended, reduced_share, root, all_gradients, (*(block,) * num_send_buffers, neighbour_buffers[1]))
 
 
-def _moment_bytes_by_kind(moment: _Moment, weights: int, optimizer: int, gradients: int) -> dict[MemoryKind, int]:
-    """Add this process's shards of weights, optimizer state and gradients to a moment's bytes."""
+def _bytes_with_shards(point: _Point, weights: int, optimizer: int, gradients: int) -> dict[MemoryKind, int]:
+    """Add this process's shards of weights, optimizer state and gradients to a point's bytes."""
     return {
         "weights": weights,
-        "gradients": round(moment.reduced * gradients) + sum(moment.gradients),
+        "gradients": round(point.reduced_share * gradients) + sum(point.whole_gradients),
         "optimizer": optimizer,
-        "activations": moment.passing["activations"],
-        "logits": moment.passing["logits"],
-        "buffers": moment.passing["buffers"] + sum(moment.tensors) + sum(moment.flat),
+        "activations": point.live["activations"],
+        "logits": point.live["logits"],
+        "buffers": point.live["buffers"] + sum(point.gathered_weights) + sum(point.buffers),
     }
 
 
 def _split_for_heap(
-    moment: _Moment, gradient_shard: int, units: Units, footprint: Footprint, shapes: Shapes, settings: MemorySettings
+    point: _Point, gradient_shard: int, units: Units, footprint: Footprint, shapes: Shapes, settings: MemorySettings
 ) -> tuple[float, int, int]:
-    """Split a moment's bytes for `memory.peak_heap_bytes`: small blocks with gaps, large logits, other large blocks."""
-    logits, most = moment.passing["logits"], BYTES[settings.weights_dtype] * footprint.largest_tensor
+    """Split a point's bytes for `memory.peak_heap_bytes`: small blocks with gaps, large logits, other large blocks."""
+    logits, most = point.live["logits"], BYTES[settings.weights_dtype] * footprint.largest_tensor
     logits_are_large = (
         4 * memory.num_logit_tokens(footprint, settings) * shapes.vocab_size >= memory.SMALL_OF_PARTS_BYTES
     )
-    pieces = [(round(moment.reduced * gradient_shard), units.block // settings.num_processes)]
-    pieces += [(size, size) for size in moment.flat]
-    for size in (*moment.tensors, *moment.gradients):
+    pieces = [(round(point.reduced_share * gradient_shard), units.block // settings.num_processes)]
+    pieces += [(size, size) for size in point.buffers]
+    for size in (*point.gathered_weights, *point.whole_gradients):
         pieces.append((size, size // TENSORS_OF_BLOCK if size == units.block else min(size, most)))
     large = sum(size for size, block in pieces if block >= memory.SMALL_OF_PARTS_BYTES)
     small = sum(size for size, block in pieces if block < memory.SMALL_OF_PARTS_BYTES)
-    small += moment.passing["activations"] + moment.passing["buffers"] + (0 if logits_are_large else logits)
+    small += point.live["activations"] + point.live["buffers"] + (0 if logits_are_large else logits)
     return (1 + memory.GAP_SHARE) * small, logits if logits_are_large else 0, large

@@ -1,5 +1,3 @@
-"""Look up GPUs by name, and parse hardware such as `--for "8x A100-80GB, 1TB host"`."""
-
 from __future__ import annotations
 
 import re

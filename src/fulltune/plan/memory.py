@@ -15,7 +15,7 @@ FIRST_CALLS_BYTES = 50 * 2**20
 GAP_SHARE = 0.24
 """Gaps between small blocks that the C library cannot reuse, relative to the blocks."""
 STATE_SHARE = 0.08
-"""Gaps around weights and optimizer state, relative to both."""
+"""Gaps around weights and optimizer state, relative to their size."""
 SMALL_BYTES = 32 * 2**20
 """Size below which freed blocks stay on the C library's heap."""
 SMALL_OF_PARTS_BYTES = 4 * 2**20
@@ -27,7 +27,7 @@ CHUNK_TOKENS = {"cpu": 256, "cuda": 1024}
 
 
 def unsharded_need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> MemoryNeed:
-    """Compute the memory of one process that holds the whole training state, in a traced precision."""
+    """Compute the memory of one process that holds the whole training state, if its precision was traced."""
     state, on_cpu = state_bytes(shapes.num_parameters, settings), settings.device == "cpu"
     moments = _possible_peaks(shapes, footprint, settings, state)
     kinds = max(moments, key=lambda alive: sum(alive.values())).copy()
@@ -100,8 +100,8 @@ def _overhead_bytes(
 def peak_heap_bytes(moments: Sequence[tuple[float, int, int]], block_bytes: int) -> tuple[float, float]:
     """Return the peak heap bytes and the peak total bytes of temporary tensors on a CPU.
 
-    Each of `moments` is (bytes in small blocks with their gaps, in large blocks, in large blocks that may reuse free
-    heap in blocks of up to `block_bytes`).
+    Each of `moments` holds the bytes of small blocks with their gaps, of large blocks, and of large blocks that may
+    reuse free heap in blocks of up to `block_bytes`.
     """
     heap = max(small for small, _, _ in moments)
 
@@ -115,7 +115,7 @@ def peak_heap_bytes(moments: Sequence[tuple[float, int, int]], block_bytes: int)
 def _possible_peaks(
     shapes: Shapes, footprint: Footprint, settings: MemorySettings, state: dict[MemoryKind, int]
 ) -> list[dict[MemoryKind, int]]:
-    """Return the bytes per `MemoryKind` at each moment of a step that may be the peak."""
+    """Return the bytes per `MemoryKind` at each point in a step that may be the peak."""
     variant = footprint.variant(settings.precision, settings.activation_checkpointing)
     rows, length = train_sequences(footprint, settings), settings.longest_tokens
     update: dict[MemoryKind, int] = {"activations": 0, "logits": 0}
@@ -129,29 +129,33 @@ def _possible_peaks(
 
 
 def with_chunked_loss(
-    kinds: dict[MemoryKind, int], shapes: Shapes, settings: MemorySettings, tokens: int, gradients_before: int | None
+    live: dict[MemoryKind, int],
+    shapes: Shapes,
+    settings: MemorySettings,
+    num_tokens: int,
+    earlier_gradients: int | None,
 ) -> dict[MemoryKind, int]:
-    """Return the bytes per `MemoryKind` with a chunked loss: one chunk's logits, but the head's whole gradient.
+    """Return the `live` bytes with one chunk's logits instead of all, or unchanged without a chunked loss.
 
-    `tokens` is the number of tokens with logits; `gradients_before` are earlier gradients' bytes, or None without a
-    backward pass.
+    The head's whole gradient is added. `num_tokens` have logits; `earlier_gradients` are the bytes from earlier micro
+    batches, or None without a backward pass.
     """
     if not settings.chunked_loss:
-        return kinds
+        return live
     halves = 2 if settings.precision != "fp32" else 0
     head = shapes.vocab_size * shapes.hidden_size
-    has_gradient = gradients_before is not None and settings.num_trainable is None  # else the head is frozen
-    logits, gradients = 0, kinds["gradients"]
-    if kinds["logits"]:
-        logits = min(tokens, CHUNK_TOKENS[settings.device]) * shapes.vocab_size * (4 + halves)
+    has_gradient = earlier_gradients is not None and settings.num_trainable is None  # else the head is frozen
+    logits, gradients = 0, live["gradients"]
+    if live["logits"]:
+        logits = min(num_tokens, CHUNK_TOKENS[settings.device]) * shapes.vocab_size * (4 + halves)
         if settings.weights_dtype == "fp32":  # the head's 16-bit copy, in addition to autocast's
             logits += halves * head
         if has_gradient and settings.device == "cuda":  # a chunk's part of the head's gradient; small on a CPU
             logits += halves * head
-        gradients = max(gradients, (gradients_before or 0) + 4 * head * has_gradient)
+        gradients = max(gradients, (earlier_gradients or 0) + 4 * head * has_gradient)
     # Unlike with all logits, a tied embedding's gradient is added to the head's in place.
     most = BYTES[settings.weights_dtype] * num_trainable(shapes.num_parameters, settings) + 4 * head * has_gradient
-    return {**kinds, "logits": logits, "gradients": min(gradients, most)}
+    return {**live, "logits": logits, "gradients": min(gradients, most)}
 
 
 def optimizer_scratch_bytes(values: int, settings: MemorySettings) -> int:
@@ -187,7 +191,7 @@ _AS_WEIGHTS = {
     "stable_adamw": 2,
     "ademamix": 3,
 }
-"""Values of optimizer state per parameter, in the weights' type."""
+"""Number of optimizer values per parameter, stored in the weights' type."""
 
 
 def has_known_state(optim: str) -> bool:

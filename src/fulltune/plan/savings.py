@@ -26,7 +26,6 @@ SETTING_OF = {
     "longest_tokens": "data.max_length",
     "torch_compile": "train.torch_compile",
 }
-"""Recipe setting by field of a plan."""
 MIN_LENGTH = 128
 ANYWHERE: tuple[Phase, ...] = ("loading", "step", "evaluation", "saving", "resuming")
 
@@ -40,18 +39,18 @@ class MemorySaving:
     costs: str
     changes: Changes = field(default_factory=dict)
     options: Callable[[Recipe, MemorySettings], list[Changes]] | None = None
-    """Computes the possible changes, the mildest first, instead of `changes`."""
+    """Computes the possible changes, used instead of `changes`; the mildest comes first."""
     unless: Callable[[Recipe, MemorySettings], str | None] = lambda recipe, now: None
     """Returns why this setting is ruled out, or None."""
     done: str = ""
-    """Message after the change, a template for the new values and `now`, the plan before."""
+    """Message after the change: a template for the new values and for `now`, the previous plan."""
     same_result: bool = True
     searched: bool = False
     """True if a plan may use this setting automatically."""
     is_proposed: bool = False
     """True if this setting is proposed when nothing fits."""
     fallback: tuple[Phase, ...] = ()
-    """Phases after which this setting is changed if memory ran out."""
+    """Phases in which a run changes this setting after running out of memory."""
     measured: str = ""
     also: str = ""
     """A second setting that changes as well."""
@@ -139,6 +138,7 @@ def _half_length(recipe: Recipe, now: MemorySettings) -> list[Changes]:
 
 
 def _why_no_offloading(recipe: Recipe, now: MemorySettings) -> str:
+    """Return why a plan never turns on offloading."""
     if now.device == "cpu":
         return "without a GPU, everything is already in host memory"
     if recipe.train.zero_enabled_by:
@@ -255,7 +255,7 @@ MEMORY_SAVINGS = (
 
 
 def suggest_memory_savings(recipe: Recipe, now: MemorySettings, phase: Phase) -> list[str]:
-    """Return the settings that would save memory in a phase, each as `name: value`."""
+    """List the settings that would save memory in a phase, each as `name: value`."""
     settings: dict[str, str] = {}
     for saving in MEMORY_SAVINGS:
         if saving.is_proposed and phase in (saving.fallback or ANYWHERE) and not saving.why_unusable(recipe, now):

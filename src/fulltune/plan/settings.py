@@ -55,6 +55,5 @@ class Reasons:
         return value
 
     def replace(self, name: str, value: Any, reason: str) -> None:
-        """Replace the value and reason of a recorded setting."""
         place = next(i for i, setting in enumerate(self.settings) if setting.name == name)
         self.settings[place] = Setting(name=name, value=value, reason=reason, is_automatic=True)

@@ -39,7 +39,8 @@ def survey_placements(
 ) -> tuple[Survey, Plan | None]:
     """Compare the placements possible on some hardware; also return a plan, or None if nothing fits.
 
-    `existing_plan` replaces planning; `with_method` returns the workload with another method, for the advice.
+    `existing_plan` is used instead of a new one. `with_method` returns the workload with another method, to advise on
+    methods.
     """
     basis, kind = make_basis(workload, fleet), workload.recipe.method.kind
     table = placements.placement_table(basis)
@@ -113,7 +114,7 @@ def _survey_without_plan(
 def _plan_or_error(
     workload: Workload, fleet: Fleet, table: Sequence[PlacementOption]
 ) -> PlannedSettings | DoesNotFitError:
-    """Return the recipe's plan, or with `--for` perhaps a better placement's; return the error if nothing fits."""
+    """Return the recipe's plan, or with `--for` the plan of a better placement; return the error if nothing fits."""
     try:
         own = _plan_for_recipe(workload, workload.recipe, fleet)
     except DoesNotFitError as error:
@@ -176,7 +177,8 @@ def _with_reason_for_settings(plan: Plan, names: set[str], reason: str) -> Plan:
 
 
 def _plan_or_none(workload: Workload | None, fleet: Fleet, any_placement: bool = False) -> PlannedSettings | None:
-    """Return the plan, or None if nothing fits; `any_placement` allows placements that are never automatic."""
+    """Return the plan, or None without a workload or if nothing fits; `any_placement` also tries placements that are
+    never automatic."""
     if workload is None:
         return None
     table = placements.placement_table(make_basis(workload, fleet))
@@ -190,9 +192,9 @@ def _plan_or_none(workload: Workload | None, fleet: Fleet, any_placement: bool =
 
 
 def _propose_alternatives(
-    workload: Workload, basis: Basis, table: Sequence[PlacementOption], problem: str, lora_plan: PlannedSettings | None
+    workload: Workload, basis: Basis, table: Sequence[PlacementOption], problem: str, lora: PlannedSettings | None
 ) -> tuple[str, tuple[Alternative, ...]]:
-    """Return the problem and ways to solve it: for the disk if only the disk is too small, else for memory."""
+    """Return the problem and alternatives: for the disk if only the disk is too small, else for memory."""
     fleet = basis.fleet
     outcome = _plan_or_error(workload, fleet.model_copy(update={"disk_bytes": None}), table)
     where: Literal["device", "disk"] = "device"
@@ -200,7 +202,7 @@ def _propose_alternatives(
         least = choose.lowest_memory_settings(basis)
         now = least.memory.peak
         ways = [
-            *_larger_hardware(workload, fleet, now),
+            *_propose_larger_hardware(workload, fleet, now),
             *alternatives.propose_for_memory(basis, least.settings, table),
         ]
         ways = [_check_alternative(workload, fleet, way) for way in ways[: alternatives.MAX_ALTERNATIVES]]
@@ -211,8 +213,8 @@ def _propose_alternatives(
         now = needed.total
         problem = budget.disk_full_message(recipe, needed, fleet.disk_bytes, fleet.disk_at)
         ways = [*alternatives.propose_for_disk(recipe, plan.num_parameters, plan, fleet.disk_bytes, fleet.disk_at)]
-    if lora_plan is not None:
-        plan, settings = lora_plan
+    if lora is not None:
+        plan, settings = lora
         need_of_lora = plan.disk.total if where == "disk" and plan.disk else plan.memory.peak if plan.memory else 0
         share = plan.num_trainable_parameters / (plan.num_trainable_parameters + plan.num_frozen_parameters)
         costs = f"another method, which trains {100 * share:.2g} % of the parameters"
@@ -225,7 +227,7 @@ def _propose_alternatives(
     return problem, tuple(sorted(ways, key=lambda way: not way.enough))
 
 
-def _larger_hardware(workload: Workload, fleet: Fleet, peak_now: int) -> Iterator[Alternative]:
+def _propose_larger_hardware(workload: Workload, fleet: Fleet, peak_now: int) -> Iterator[Alternative]:
     """Yield the smallest increase of devices or machines, and of host memory, that makes the run fit."""
     named = fleet.named
     if named.gpu is None or fleet.here:
@@ -261,7 +263,7 @@ def _plan_on_hardware(workload: Workload, fleet: Fleet) -> PlannedSettings | Non
 
 
 def _check_alternative(workload: Workload, fleet: Fleet, way: Alternative) -> Alternative:
-    """Plan with the proposed change, and mark the change as not `enough` if that fails."""
+    """Return the alternative, marked as not `enough` if its settings cannot be planned."""
     if not way.enough or not way.settings or "data.max_length" in way.settings:
         return way
     if _plan_or_none(replace(workload, recipe=with_settings(workload.recipe, way.settings)), fleet) is not None:
@@ -275,7 +277,8 @@ def _check_alternative(workload: Workload, fleet: Fleet, way: Alternative) -> Al
 def advise_on_methods(
     train_rows: int, shapes: Shapes, full_fits: bool, lora_fits: bool | None, device_bytes: int
 ) -> tuple[Advice, ...]:
-    """Rate each method for this model and data, the best first; docs/evidence.md has the sources."""
+    """Rate each method for this model and data, the best first; `lora_fits` is None if unknown (sources:
+    docs/evidence.md)."""
     few, small = train_rows < FEW_ROWS, not shapes.is_decoder and shapes.num_parameters < SMALL_ENCODER
     size, where = 2 * shapes.num_parameters / 2**30, " on one device" if full_fits else " either"
     unsure = "" if lora_fits else ", if the activations fit as well"

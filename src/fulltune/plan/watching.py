@@ -17,7 +17,7 @@ SHARE, SHARE_STEERED = 0.01, 0.05
 """Shares of the training time for generic texts, without and with a budget."""
 MIN_TEXTS, MAX_TEXTS = 8, 64
 STEERED = 20
-"""How often a run sets the replay weight."""
+"""Number of times that a run adjusts the replay weight."""
 REPLAYED, MIN_REPLAYED = 0.125, 4
 """Replayed share of a step's tokens, and the number of texts below which the gradient is noisy."""
 
@@ -58,7 +58,8 @@ def plan_generic_texts(
 def _texts_per_evaluation(
     recipe: Recipe, summary: DataSummary, global_batch_size: int, steps: Steps, reasons: Reasons
 ) -> int:
-    """Return how many generic texts each evaluation reads in `SHARE` of the training time, or 0 if drift is off."""
+    """Return how many generic texts each evaluation can read within `SHARE` of the training time, or 0 if drift is
+    off."""
     name, against = (
         "preserve.drift",
         "drift is measured on text, but this task reads images" if FACTS[recipe.task].reads != "text" else "",

@@ -35,7 +35,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Basis:
-    """A workload and its hardware, with the memory and speed that settings would give."""
+    """A workload, its hardware and all choices that do not depend on memory."""
 
     recipe: Recipe
     shapes: Shapes
@@ -74,7 +74,7 @@ class Basis:
 
 
 def make_basis(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, own_loss: bool = False) -> Basis:
-    """Choose all settings that do not depend on memory; `own_loss` is True if the user passed a loss."""
+    """Choose all settings that do not depend on memory; `own_loss` is True if the user passed `compute_loss`."""
     recipe, shapes, summary = workload.recipe, workload.shapes, workload.summary
     train, reasons = recipe.train, reasons or Reasons()
     if train.activation_checkpointing and not shapes.can_recompute:
@@ -143,7 +143,7 @@ def make_basis(workload: Workload, fleet: Fleet, reasons: Reasons | None = None,
 
 
 def is_loss_chunked(recipe: Recipe, plain_logits: bool) -> bool:
-    """Return whether the loss is computed in chunks, by default wherever possible."""
+    """Return the recipe's `train.chunked_loss`, or if unset, whether a chunked loss is possible."""
     wanted = recipe.train.chunked_loss
     return why_loss_not_chunked(recipe, plain_logits) is None if wanted is None else wanted
 

@@ -70,7 +70,7 @@ class Machine(Record):
     """Free bytes in /dev/shm, through which processes pass tensors."""
     load_average: float = 0.0
     differs: str = ""
-    """How the machines that this record summarises differ, such as `16 to 64 cores`."""
+    """Differences between the machines that this record combines, such as `16 to 64 cores`."""
 
     @property
     def busy_warning(self) -> str:
@@ -162,14 +162,14 @@ def bf16_speedup(device: str) -> float:
 
 @cache
 def cpu_rates() -> tuple[float, float, float]:
-    """Measure the FLOP/s of fp32 matrix products, the bytes per second of a copy, and first the load average."""
+    """Return the FLOP/s of fp32 matrix products, a copy's bytes per second, and the load average before measuring."""
     # The load is that of the whole computer, but a container or CPU set may have only some of its cores.
     load = os.getloadavg()[0] * num_cores() / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
     return (*_measure_cpu_rates(), load)
 
 
 def _measure_cpu_rates(rows: int = 256, width: int = 512, megabytes: int = 64) -> tuple[float, float]:
-    """Measure the FLOP/s of fp32 matrix products, and the bytes per second of a memory copy."""
+    """Measure FLOP/s in fp32 and copied bytes per second."""
     import torch
 
     draw = torch.Generator().manual_seed(0)

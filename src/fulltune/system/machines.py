@@ -68,7 +68,8 @@ class MachineAddress:
 
 
 def parse_machine_address(recipe: Recipe, rank: int | None, rendezvous: str | None, wait: str) -> MachineAddress | None:
-    """Parse this machine's command-line options, or return None if the recipe uses one machine."""
+    """Parse this machine's command-line options, or return None if the recipe uses one machine; raise `RecipeError` if
+    they are invalid."""
     machines = recipe.train.num_machines
     if machines == 1:
         if rank is None and rendezvous is None:
@@ -305,8 +306,7 @@ class Peer:
         self._since, self._looked = time.monotonic(), -math.inf
 
     def read(self) -> Member | None:
-        """Return the machine's newest record, or None before the first; the file is read twice per heartbeat at
-        most."""
+        """Return the machine's newest record, or None before the first; the file is read at most every second."""
         if time.monotonic() - self._looked < HEARTBEAT_SECONDS / 2:
             return self.member
         member = self.member
@@ -330,7 +330,7 @@ class Peer:
 
 @contextlib.contextmanager
 def send_heartbeats(path: Path, record: Member, noticed: Callable[[], bool] = lambda: True) -> Iterator[Heartbeat]:
-    """Write heartbeats during the block, then its outcome; then wait a while for `noticed` to return True."""
+    """Write heartbeats during the block and the outcome at its end; then wait a while for `noticed` to return True."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         try:

@@ -49,7 +49,6 @@ class Meter:
         self.base_bytes = self.bytes_in_use()
 
     def bytes_in_use(self) -> int:
-        """Return the memory in use now."""
         if self.on_gpu:
             import torch
 
@@ -182,7 +181,7 @@ def run_with_smaller_batches(activity: str, batch_size: int, run: Callable[[int]
 
 
 def out_of_memory_error(activity: str, error: BaseException, alternatives: str) -> DoesNotFitError:
-    """Return the error for when even the smallest batch does not fit."""
+    """Return the error for when even the smallest batch does not fit; the message ends with `alternatives`."""
     return DoesNotFitError(
         f"{activity}: memory ran out: {' '.join(str(error).split())[:300] or 'MemoryError'}; {alternatives}"
     )

@@ -100,7 +100,7 @@ def load_trained_plan(recipe: Recipe, folder: Path, machine: Machine) -> Plan:
 
 
 def save_plan(folder: Path, recipe: Recipe, plan: Plan) -> None:
-    """Write ZeRO's settings, if the run uses ZeRO, and then the plan."""
+    """Save the plan, after ZeRO's settings if the run uses ZeRO."""
     settings = (folder / plan.file).with_suffix(parallel_layout.SETTINGS_FILE)
     if recipe.train.zero_enabled_by:
         write_json(settings, parallel_layout.resolve_settings(recipe, plan))
@@ -150,7 +150,7 @@ def finished_at(folder: Path) -> datetime:
 
 
 def record_duration(folder: Path, began: float) -> None:
-    """Record how long the command took, if it made the whole run from plan to report. `began` is its start time."""
+    """Record how long the command took since `began` (Unix time), if it made the whole run from plan to report."""
     files = [path for part in ("plan", "attempts/*", "scores") for path in folder.glob(f"{part}/*.json")]
     is_scored = any(folder.glob("scores/*-seed*.json"))
     if is_scored and all(path.stat().st_mtime >= began for path in files):
@@ -175,7 +175,7 @@ def missing_weight_file(model_folder: Path) -> Path | None:
 
 
 def _is_resumable_comparison(folder: Path) -> bool:
-    """Return whether the folder has a finished comparison that can be resumed."""
+    """Return whether the folder has an undecided comparison that can be resumed."""
     try:
         comparison = load_comparison(folder)
     except SetupError:  # written by another version
@@ -184,7 +184,10 @@ def _is_resumable_comparison(folder: Path) -> bool:
 
 
 def _claim_folder(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> bool:
-    """Make a new or empty folder this recipe's, or raise `SetupError`; return True if the folder already was."""
+    """Write the recipe into a new or empty folder; return True if the folder was already this recipe's.
+
+    Raises `SetupError` if anything else is there.
+    """
     identity = folder / IDENTITY
     if identity.exists():
         if _stored_fingerprint(identity) != fingerprint:
@@ -225,11 +228,11 @@ def _differing_settings(folder: Path, recipe: Recipe) -> str:
     return f" ({first_few(names)})" if names else ""
 
 
-def _stored_fingerprint(identity: Path) -> str | None:
+def _stored_fingerprint(identity_file: Path) -> str | None:
     """Return the fingerprint of the stored recipe and the user's functions, or None if unreadable."""
     try:
-        stored = str(json.loads(identity.read_text(encoding="utf-8"))["fingerprint"])
-        fingerprint = load_run_recipe(identity.parent).fingerprint()
+        stored = str(json.loads(identity_file.read_text(encoding="utf-8"))["fingerprint"])
+        fingerprint = load_run_recipe(identity_file.parent).fingerprint()
     except (ValueError, KeyError, TypeError, OSError, SetupError):
         return None
     return fingerprint + stored[len(fingerprint) :]
@@ -253,7 +256,7 @@ def is_comparison(folder: Path) -> bool:
 
 
 def load_comparison(folder: Path) -> Comparison | None:
-    """Return the record of a finished comparison, or None if there is none."""
+    """Return the record of a finished comparison, or None."""
     record = next((folder / name for name in COMPARISONS if (folder / name).exists()), None)
     return None if record is None else Comparison.load(record)
 
@@ -276,7 +279,7 @@ def raise_if_started_with_functions(folder: Path, recipe: Recipe) -> None:
 
 @contextlib.contextmanager
 def explain_os_errors(folder: Path) -> Iterator[None]:
-    """Replace errors while writing to the folder by `SetupError`, or `DoesNotFitError` if the disk is full."""
+    """Turn errors from writing to the folder into `SetupError`, or into `DoesNotFitError` if the disk is full."""
     try:
         yield
     except Exception as error:
@@ -320,7 +323,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def remove_new_run_on_error(folder: Path, *except_for: type[FulltuneError]) -> Iterator[None]:
-    """Remove a new run's files if the block raises an error before any work, unless `except_for` has its type."""
+    """Remove a new run's files if the block raises an error before any work, unless its type is in `except_for`."""
     began = (folder / "data" / "summary.json").exists()
     try:
         yield

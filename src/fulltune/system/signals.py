@@ -37,7 +37,7 @@ def restore_handlers(handlers: Handlers) -> None:
 
 @contextlib.contextmanager
 def temporary_handlers(handler: Handler, numbers: Sequence[int] = STOPPING) -> Iterator[Handlers]:
-    """Make these signals call `handler` during the block, which gets the previous handlers (main thread only)."""
+    """Make these signals call `handler` during the block; yield the previous handlers (main thread only)."""
     try:
         before: Handlers = set_handlers(handler, numbers)
     except ValueError:

@@ -8,7 +8,7 @@ import pytest
 
 from fulltune.errors import DoesNotFitError
 from fulltune.plan import gpus
-from fulltune.plan.fit import fsdp2_obstacle, make_plan
+from fulltune.plan.fit import make_plan, why_not_fsdp2
 from fulltune.records.plan import Plan
 from tests.unit.plan import sizes
 
@@ -54,8 +54,8 @@ def test_where_neither_fits_both_needs_are_named() -> None:
 
 def test_a_model_without_blocks_or_of_a_method_that_trains_little_is_not_shared_out() -> None:
     task, machine = sizes.llama(), gpus.parse_hardware("2x A100-80GB").machine
-    assert "blocks" in str(fsdp2_obstacle(task.recipe, task.shapes.model_copy(update={"units": None}), machine))
-    assert "full" in str(fsdp2_obstacle(task.recipe, task.shapes.model_copy(update={"num_trainable": 1}), machine))
+    assert "blocks" in str(why_not_fsdp2(task.recipe, task.shapes.model_copy(update={"units": None}), machine))
+    assert "full" in str(why_not_fsdp2(task.recipe, task.shapes.model_copy(update={"num_trainable": 1}), machine))
 
 
 @pytest.mark.parametrize(
@@ -63,5 +63,5 @@ def test_a_model_without_blocks_or_of_a_method_that_trains_little_is_not_shared_
 )
 def test_what_fsdp2_cannot_have_keeps_it_from_being_chosen(train: dict[str, Any], said: str) -> None:
     task, machine = sizes.llama(train=train), gpus.parse_hardware("2x A100-80GB").machine
-    assert said in (fsdp2_obstacle(task.recipe, task.shapes, machine) or "")
-    assert bool(said) == bool(fsdp2_obstacle(task.recipe, task.shapes, machine))
+    assert said in (why_not_fsdp2(task.recipe, task.shapes, machine) or "")
+    assert bool(said) == bool(why_not_fsdp2(task.recipe, task.shapes, machine))
