@@ -106,7 +106,7 @@ def number(value: float, unit: str) -> str:
 
 def _shown(value: float, unit: str) -> str:
     if unit == "share":
-        return f"{100 * value:.4g} %"
+        return f"{100 * value:.4g}%"
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.3g}"
 
 
