@@ -270,7 +270,7 @@ def write_report(job: Run) -> Path:
     job.phase("writing the report")
     if job.began is not None:
         run_folder.record_duration(job.folder, job.began)
-    path = report.write(job.folder)
+    path = report.write_run_report(job.folder)
     if (model_folder := job.folder / "models" / job.recipe.method.label).exists():
         report.write_model_card(job.folder, model_folder)
     return path

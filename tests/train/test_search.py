@@ -76,7 +76,7 @@ def test_run_at_the_best_rate_goes_on_as_if_it_had_been_trained_alone(
 
 def test_folder_of_a_searched_run_is_a_run_folder(searched: RunResult) -> None:
     before = (searched.folder / "report.md").read_text(encoding="utf-8")
-    report.write(searched.folder)
+    report.write_run_report(searched.folder)
     assert (searched.folder / "report.md").read_text(encoding="utf-8") == before
     assert predict.load_predictor(searched.folder).predict([{"text": ROWS[0]["text"]}])
     for until in ("train", "evaluate"):

@@ -37,6 +37,6 @@ def test_updates_that_rounding_eats_are_said_once(rounding: str | None, is_eaten
     warned = [event.text for event in seen if isinstance(event, Message) and "sampled values changed" in event.text]
     assert len(warned) == is_eaten
     assert all(0 < event.changed_share <= 1 for event in measured)
-    report.write(found.folder)
+    report.write_run_report(found.folder)
     said = (found.folder / "report.md").read_text(encoding="utf-8")
     assert "sampled values that changed in step 30" in said

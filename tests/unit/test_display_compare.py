@@ -25,7 +25,7 @@ def printed(parts: Iterable[Headline | Section | Element]) -> str:
 
 
 def shown(comparison: Comparison) -> str:
-    return printed(content.comparison_for_terminal(comparison))
+    return printed(content.build_comparison_terminal_report(comparison))
 
 
 def expected(comparison: Comparison, metric: str, **changes: object) -> str:

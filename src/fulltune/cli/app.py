@@ -91,7 +91,7 @@ def run(
     from fulltune import report
     from fulltune.report.format import pages
     from fulltune.report.format.blocks import Headline
-    from fulltune.report.run.about_data import form_of_rows
+    from fulltune.report.run.about_data import choose_row_form
 
     began = time.time()
     overrides = [*(set_ or []), *["method.learning_rate=search"] * search]
@@ -99,15 +99,15 @@ def run(
     with stages.machine_group(target, overrides, machine_rank, rendezvous, wait_for_machines) as group:
         recipe, folder = stages.open_run(target, overrides, run_folder, fresh, "report")
         reached = stages.load_if_finished(recipe, folder)
-        reached = reached or stages.run_to(recipe, folder, "report", details=True, began=began, group=group)
+        reached = reached or stages.run_until(recipe, folder, "report", details=True, began=began, group=group)
     if as_json:
         stages.print_json([entry.model_dump(mode="json") for entry in reached.scores])
         return
-    parts = report.run_for_terminal(folder)
+    parts = report.build_run_terminal_report(folder)
     pages.print_parts(out, parts)
     out.print(f"report:  {escape(str(reached.report))}", soft_wrap=True)
     if not any(isinstance(part, Headline) and part.kind == "worse" for part in parts):
-        question = form_of_rows(reached.summary).question
+        question = choose_row_form(reached.summary).question
         out.print(f"try it:  fulltune predict {escape(str(folder))} {question}", soft_wrap=True)
 
 
@@ -168,7 +168,7 @@ def plan(
         recipe, folder = stages.open_run(target, set_, run_folder, fresh, "plan")
         planned = None
         try:
-            planned = stages.run_to(recipe, folder, "data" if hardware else "plan", details=False, measure=measure).plan
+            planned = stages.run_until(recipe, folder, "data" if hardware else "plan", False, measure).plan
         except DoesNotFitError:  # shown below, with the alternatives
             if measure or not (folder / "data" / "summary.json").exists():
                 raise
@@ -181,7 +181,7 @@ def plan(
         if measured is not None:
             pages.print_parts(out, [display_plan.build_measured_table(measured)])
     if planned is None:
-        raise cli_plan.does_not_fit_error(survey, ways_shown=not as_json)
+        raise cli_plan.does_not_fit_error(survey, alternatives_shown=not as_json)
 
 
 @app.command()
@@ -200,7 +200,7 @@ def train(
 
     with stages.machine_group(target, set_, machine_rank, rendezvous, wait_for_machines) as group:
         recipe, folder = stages.open_run(target, set_, run_folder, fresh, "train")
-        reached = stages.run_to(recipe, folder, "train", details=True, group=group)
+        reached = stages.run_until(recipe, folder, "train", details=True, group=group)
     outcome = reached.outcome
     assert outcome is not None
     if as_json:
@@ -225,11 +225,11 @@ def evaluate(
     from fulltune.report.format import pages
 
     recipe, folder = stages.open_run(target, set_, run_folder, fresh, "evaluate")
-    reached = stages.run_to(recipe, folder, "evaluate", details=True)
+    reached = stages.run_until(recipe, folder, "evaluate", details=True)
     if as_json:
         stages.print_json([entry.model_dump(mode="json") for entry in reached.scores])
         return
-    pages.print_parts(out, report.run_for_terminal(folder))
+    pages.print_parts(out, report.build_run_terminal_report(folder))
 
 
 @app.command()
@@ -266,21 +266,20 @@ def report(
     run_folder: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)],
 ) -> None:
     """Rewrite a run's report.md and report.html (card.md and card.html for a comparison) from its files."""
-    from fulltune import pipeline
-    from fulltune.pipeline import Run
-    from fulltune.report import write_comparison
+    from fulltune.pipeline import Run, write_report
+    from fulltune.report import write_comparison_report
     from fulltune.system.run_folder import explain_os_errors, load_run_recipe, lock_folder
 
     recipe = load_run_recipe(run_folder)
     with explain_os_errors(run_folder), lock_folder(run_folder):
-        written = write_comparison(run_folder) if recipe.methods else (pipeline.write_report(Run(recipe, run_folder)),)
-    for path in written:
+        paths = write_comparison_report(run_folder) if recipe.methods else (write_report(Run(recipe, run_folder)),)
+    for path in paths:
         out.print(escape(str(path)), soft_wrap=True)
 
 
 @app.command()
 def doctor(
-    place: Annotated[
+    path: Annotated[
         Path,
         typer.Argument(help="A run folder, a Trainer's trainer_state.json or checkpoints, or a TensorBoard folder."),
     ],
@@ -291,7 +290,7 @@ def doctor(
     from fulltune.report.format import pages
     from fulltune.report.format.blocks import Facts
 
-    log = read_log(place)
+    log = read_log(path)
     diagnoses = diagnose(log)
     if as_json:
         stages.print_json([dict(zip(("name", "evidence", "advice"), one, strict=True)) for one in diagnoses])

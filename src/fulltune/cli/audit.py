@@ -58,7 +58,7 @@ def run_audit(recipe: Recipe, folder: Path, request: AuditRequest) -> None:
     from fulltune.report import write_data_page
     from fulltune.system import run_folder
 
-    summary = stages.run_to(recipe, folder, "data", details=False).summary
+    summary = stages.run_until(recipe, folder, "data", details=False).summary
     check_proofs_possible(recipe, summary, request.prove, request.trainings > 0)
     with (
         run_folder.explain_os_errors(folder),
@@ -79,7 +79,7 @@ def run_audit(recipe: Recipe, folder: Path, request: AuditRequest) -> None:
 def print_audit(target: Path, folder: Path, as_json: bool) -> None:
     """Print the data and the audit's findings, or their records as JSON."""
     from fulltune.report.format import pages
-    from fulltune.report.run.about_data import data_for_terminal
+    from fulltune.report.run.about_data import build_data_terminal_report
     from fulltune.report.run.data_page import audit_for_terminal
 
     summary, audit = DataSummary.of_run(folder), Audit.load(folder / "data" / AUDIT)
@@ -92,7 +92,7 @@ def print_audit(target: Path, folder: Path, as_json: bool) -> None:
         }
         stages.print_json(summary.model_dump(mode="json") | more)
         return
-    pages.print_parts(out, [*data_for_terminal(summary), *audit_for_terminal(audit, proofs)])
+    pages.print_parts(out, [*build_data_terminal_report(summary), *audit_for_terminal(audit, proofs)])
     out.print(f"report:  {escape(str(folder / 'data.html'))}", soft_wrap=True)
     if audit.checks:
         out.print(f"review:  fulltune data {escape(str(target))} --review", soft_wrap=True)

@@ -44,7 +44,7 @@ def compare(
     if as_json:
         typer.echo(comparison.model_dump_json(indent=2))
     else:
-        _print_results(content.comparison_for_terminal(comparison), cards)
+        _print_results(content.build_comparison_terminal_report(comparison), cards)
 
 
 def _compare_recipes(
@@ -53,8 +53,8 @@ def _compare_recipes(
     if folder is not None and (folder / run_folder.IDENTITY).exists():
         what = "another comparison" if run_folder.is_comparison(folder) else "a single run"
         raise SetupError(
-            f"{folder}: belongs to {what}, but several recipes need a folder with a subfolder for each; choose another "
-            "--run-folder, or omit the option"
+            f"{folder}: already belongs to {what}. When several recipes are compared, each gets a subfolder: choose "
+            "another --run-folder, or omit the option"
         )
     recipes = _load_tasks(targets, overrides)
     # The same names give the same folder, so that the same command resumes.
@@ -67,7 +67,7 @@ def _compare_recipes(
         comparisons[name], cards = _run_comparison(recipe, run, budget, began)
         if not as_json:
             out.print(f"\n[bold]{escape(name)}[/bold]", soft_wrap=True)
-            _print_results(content.comparison_for_terminal(comparisons[name]), cards)
+            _print_results(content.build_comparison_terminal_report(comparisons[name]), cards)
     together = combine_tasks(comparisons)
     with run_folder.explain_os_errors(parent):
         files = report.write_tasks_report(parent, together)

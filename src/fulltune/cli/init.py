@@ -215,12 +215,12 @@ def infer_task(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
 
 
 def _possible_tasks(
-    columns: Sequence[str], wanted: TaskName | None, roles: Mapping[str, str]
+    columns: Sequence[str], requested_task: TaskName | None, roles: Mapping[str, str]
 ) -> Iterator[tuple[TaskName, str]]:
     """Yield each possible task with the column role that identifies it."""
     is_pair = {"source", "target"} <= {name.lower() for name in columns}
     for task, role in sorted(FORMS, key=lambda form: is_pair and form[0] != "seq2seq"):
-        if wanted in (None, task) and all(task in READ_BY[named] for named in roles):
+        if requested_task in (None, task) and all(task in READ_BY[named] for named in roles):
             yield task, role
 
 

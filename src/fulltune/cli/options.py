@@ -27,7 +27,7 @@ JudgeLabels = Annotated[
     bool,
     typer.Option(
         "--labels/--no-labels",
-        help="Judge labels and find outliers by the pretrained model, or skip these checks.",
+        help="Judge labels and find outliers with the pretrained model, or skip these checks.",
     ),
 ]
 Prove = Annotated[
@@ -62,7 +62,7 @@ PatchFile = Annotated[
     Path | None,
     typer.Option("--patch", help="File for decisions. Default: NAME.patch.jsonl beside the recipe, or in the RUN."),
 ]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew even if an unfinished run of this recipe exists.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start a new run even if this recipe has an unfinished one.")]
 SearchRate = Annotated[
     bool, typer.Option("--search", help="Search the learning rate first: short for --set method.learning_rate=search.")
 ]
@@ -78,11 +78,11 @@ CompareBudget = Annotated[
 ]
 MethodName = Annotated[
     str | None,
-    typer.Option("--method", help="Which of the run's models. Default: the method that the comparison recommends."),
+    typer.Option("--method", help="Method whose model is used. Default: the method that the comparison recommends."),
 ]
 MachineRank = Annotated[
     int | None,
-    typer.Option("--machine-rank", help="Rank of this machine among several, from 0 (docs/guides/scale.md)."),
+    typer.Option("--machine-rank", help="Rank of this machine among several, starting at 0 (docs/guides/scale.md)."),
 ]
 Rendezvous = Annotated[
     str | None,

@@ -38,15 +38,17 @@ def parse_plan_options(hardware: str | None, rows: int | None, tokens: int | Non
     """Parse the options into hardware and price, or raise a `RecipeError`."""
     problems: list[str] = []
 
-    def parse_or_note(parse: Callable[[str], Any], text: str | None) -> Any:
-        """Parse an option, or note its problems and return None."""
+    def parse_or_note_problem(parse: Callable[[str], Any], text: str | None) -> Any:
         try:
             return None if text is None else parse(text)
         except RecipeError as error:
             problems.extend(error.problems)
             return None
 
-    fleet, hourly = parse_or_note(gpus.parse_hardware, hardware), parse_or_note(time.parse_price, price)
+    fleet, hourly = (
+        parse_or_note_problem(gpus.parse_hardware, hardware),
+        parse_or_note_problem(time.parse_price, price),
+    )
     for name, value, what in (("rows", rows, "train rows"), ("tokens", tokens, "tokens per row")):
         if value is not None and value < 1:
             problems.append(f"--{name}: found {value}, but the number of {what} must be at least 1")
@@ -69,7 +71,8 @@ def raise_if_measure_conflicts(hardware: str | None, rows: int | None, tokens: i
 def plan_without_data(
     target: Path, overrides: list[str], rows: int | None, tokens: int | None, hardware: str | None, price: str | None
 ) -> tuple[Survey, Plan | None]:
-    """Make a survey and a plan from the recipe, the model's config, and numbers of rows and tokens."""
+    """Make a survey and a plan (None if nothing fits) from the recipe, the model's config, and numbers of rows and
+    tokens."""
     problems: list[str] = []
     recipe, checked = None, None
     try:
@@ -85,16 +88,21 @@ def plan_without_data(
     if recipe is None or checked is None or rows is None or tokens is None:
         raise RecipeError(problems)
     survey, plan = _survey_and_plan(
-        recipe, _make_assumed_summary(recipe, rows, tokens), checked, None, Path(recipe.output), by_config=True
+        recipe, _make_assumed_summary(recipe, rows, tokens), checked, None, Path(recipe.output), config_only=True
     )
     return _add_commands(survey, target, overrides, recipe), plan
 
 
 def plan_with_data(
-    target: Path, overrides: list[str], recipe: Recipe, folder: Path, wanted: FleetAndPrice, plan: Plan | None
+    target: Path,
+    overrides: list[str],
+    recipe: Recipe,
+    folder: Path,
+    fleet_and_price: FleetAndPrice,
+    local_plan: Plan | None,
 ) -> tuple[Survey, Plan | None]:
-    """Make a survey and a plan from prepared rows, and save the survey."""
-    survey, planned = _survey_and_plan(recipe, DataSummary.of_run(folder), wanted, plan, folder)
+    """Make a survey and a plan (None if nothing fits) from prepared rows, and save the survey."""
+    survey, planned = _survey_and_plan(recipe, DataSummary.of_run(folder), fleet_and_price, local_plan, folder)
     survey = survey if target.is_dir() else _add_commands(survey, target, overrides, recipe)
     survey.save(folder / "plan" / SURVEY)
     return survey, planned
@@ -121,22 +129,27 @@ def _add_commands(survey: Survey, target: Path, overrides: list[str], recipe: Re
 
 
 def _survey_and_plan(
-    recipe: Recipe, data: DataSummary, wanted: FleetAndPrice, plan: Plan | None, folder: Path, by_config: bool = False
+    recipe: Recipe,
+    data: DataSummary,
+    fleet_and_price: FleetAndPrice,
+    local_plan: Plan | None,
+    folder: Path,
+    config_only: bool = False,
 ) -> tuple[Survey, Plan | None]:
     from fulltune.footprint.trace import PlannedModel
     from fulltune.models.base import Base
     from fulltune.models.shapes import Shapes
 
-    fleet, price = wanted
+    fleet, price = fleet_and_price
     fleet = fleet or gpus.local_hardware(
         hardware.measure_machine(), hardware.disk_free_bytes(folder), recipe.train.num_machines, str(folder)
     )
     spread, followed = workload.set_one_process_per_device(recipe, fleet)
-    base = cache(lambda: Base.from_block(recipe.model, recipe.task, recipe.data.chat_template, not by_config))
+    base = cache(lambda: Base.from_block(recipe.model, recipe.task, recipe.data.chat_template, not config_only))
 
     def make_workload(changed: Recipe) -> workload.Workload:
-        if by_config:
-            _raise_if_model_or_length_unfit(changed, base(), data, fleet.here)
+        if config_only:
+            _raise_if_recipe_or_tokens_invalid(changed, base(), data, fleet.here)
         model = PlannedModel(changed, base(), data)
 
         def traced(weights_dtype: str) -> records.Footprint:
@@ -150,13 +163,13 @@ def _survey_and_plan(
         return None if changed is None else make_workload(changed)
 
     files = [folder / "plan" / name for name in (records.SHAPES, records.FOOTPRINT)]
-    if fleet.here and plan is not None and all(file.exists() for file in files):
+    if fleet.here and local_plan is not None and all(file.exists() for file in files):
         # This machine's plan was made from these files; a plan of an earlier version lacks them.
         shapes, footprint = Shapes.load(files[0]), records.Footprint.load(files[1])
         load = workload.Workload(spread, shapes, lambda weights_dtype: footprint, data, followed)
     else:
         load = make_workload(spread)
-    return survey_placements(load, fleet, price, plan, workload_with_method)
+    return survey_placements(load, fleet, price, local_plan, workload_with_method)
 
 
 def _recipe_with_method(recipe: Recipe, kind: str, base: Base) -> Recipe | None:
@@ -172,7 +185,7 @@ def _recipe_with_method(recipe: Recipe, kind: str, base: Base) -> Recipe | None:
     return changed
 
 
-def _raise_if_model_or_length_unfit(recipe: Recipe, base: Base, summary: DataSummary, runs_here: bool) -> None:
+def _raise_if_recipe_or_tokens_invalid(recipe: Recipe, base: Base, summary: DataSummary, runs_here: bool) -> None:
     from fulltune.models.shapes import position_limit
     from fulltune.pipeline import check_recipe
 
@@ -226,7 +239,7 @@ def plan_as_json(survey: Survey, plan: Plan | None, measured: Measurements | Non
     return {**fields, "survey": survey.model_dump(mode="json"), **rows}
 
 
-def does_not_fit_error(survey: Survey, ways_shown: bool) -> FulltuneError:
-    """Return the error for a plan that does not fit, with remedies unless they were already shown."""
-    ways = [] if ways_shown else format_alternatives(survey.ways_out)
+def does_not_fit_error(survey: Survey, alternatives_shown: bool) -> FulltuneError:
+    """Return the error for a plan that does not fit, with alternatives unless these were shown."""
+    ways = [] if alternatives_shown else format_alternatives(survey.ways_out)
     return DoesNotFitError([*survey.notes, *ways])

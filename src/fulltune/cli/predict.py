@@ -57,7 +57,7 @@ class PredictInput:
     total: int | None = None
     table: Path | None = None
     """Path to a table file or to a folder of them, or None if the input is lines of text."""
-    images_in: Path | None = None
+    image_root: Path | None = None
     """Base folder of relative image paths, or None for the current folder."""
 
     def model_rows(self, model_notes: Row, user_rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
@@ -67,7 +67,7 @@ class PredictInput:
             if self.table is None:
                 yield predict.row_from_text(row["text"], model_notes)
             else:
-                yield resolve_image_paths(row, self.images_in, image) if image and self.images_in else row
+                yield (resolve_image_paths(row, self.image_root, image) if image and self.image_root else row)
 
     def parquet_types(self) -> dict[str, Any]:
         """Return the types of a parquet table's columns, or nothing for other input."""
@@ -79,7 +79,8 @@ class PredictInput:
 
 
 def read_input(texts: Sequence[str], file: Path | None, model_notes: Row) -> PredictInput:
-    """Return the input: texts, a table, lines of a file, or stdin. A table is read once to find broken rows."""
+    """Return the input: texts, a table, a file's lines or stdin. A table is read once to find broken rows.
+    `model_notes` holds the model's `fulltune.json`."""
     if list(texts) == [STDIN] or str(file) == STDIN or (file is None and not texts):
         if file is None and not texts and sys.stdin.isatty():
             raise SetupError("predict: give a text, --file, or '-' for texts on stdin, one per line")
@@ -109,8 +110,8 @@ def _read_table(file: Path, model_notes: Row) -> PredictInput:
         raise DataError(problems)
     if missing := [column for column in predict.columns_read(model_notes) if column not in columns]:
         raise DataError(f"{file}: no column '{missing[0]}', which the model reads (columns here: {shown(columns)})")
-    images_in = source.files[0].parent if source.image_folder is None else None
-    return PredictInput(str(file), source.rows, tuple(columns), total, file, images_in)
+    image_root = source.files[0].parent if source.image_folder is None else None
+    return PredictInput(str(file), source.rows, tuple(columns), total, file, image_root)
 
 
 def _missing_header(source: DataFiles, model_notes: Row) -> tuple[str, ...] | None:
@@ -133,8 +134,8 @@ def _missing_header(source: DataFiles, model_notes: Row) -> tuple[str, ...] | No
     return read if len(first) == len(read) else names
 
 
-def _number_texts(texts: Iterable[str], place: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    return ((f"{place}{number}", {"text": text}) for number, text in enumerate(texts, start=1))
+def _number_texts(texts: Iterable[str], location: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    return ((f"{location}{number}", {"text": text}) for number, text in enumerate(texts, start=1))
 
 
 def _read_lines(file: Path | None) -> Iterator[str]:
@@ -154,9 +155,9 @@ def _read_lines(file: Path | None) -> Iterator[str]:
 def print_answers(predictor: predict.Predictor, inputs: PredictInput, max_new_tokens: int, as_json: bool) -> None:
     """Print each row's answer as text, or as JSON with the row's location."""
 
-    def print_answer(place: str, row: Row, answer: Row | None, reason: str | None) -> None:
+    def print_answer(location: str, row: Row, answer: Row | None, reason: str | None) -> None:
         if as_json:
-            typer.echo(json.dumps({"place": place, **(answer or {"error": reason})}, ensure_ascii=False))
+            typer.echo(json.dumps({"place": location, **(answer or {"error": reason})}, ensure_ascii=False))
         else:
             typer.echo("" if answer is None else _format_answer(answer))
 
@@ -180,7 +181,7 @@ def write_answers(
             counts = _answer_rows(
                 predictor,
                 inputs,
-                lambda place, row, answer, reason: put(row, added_cells(new, answer, reason)),
+                lambda location, row, answer, reason: put(row, added_cells(new, answer, reason)),
                 f"their new columns are empty, and '{reason_column}' gives the reason",
                 max_new_tokens,
                 on_progress,
@@ -194,7 +195,7 @@ def _answer_rows(
     predictor: predict.Predictor,
     inputs: PredictInput,
     use_answer: Callable[[str, Row, Row | None, str | None], None],
-    replacement: str,
+    replacement_note: str,
     max_new_tokens: int,
     on_progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> dict[str, int]:
@@ -204,7 +205,7 @@ def _answer_rows(
     first: list[str] = []
     model_rows = inputs.model_rows(predictor.notes, (row for _, row in again))
     answers = predictor.answer_each(model_rows, max_new_tokens, lambda done, _: on_progress(rows + done, inputs.total))
-    for (place, row), answered in zip(placed, answers, strict=True):
+    for (location, row), answered in zip(placed, answers, strict=True):
         rows += 1
         cut += answered.is_cut
         reason = None
@@ -214,8 +215,8 @@ def _answer_rows(
             )  # a line of text has no column that the reason could name
             without += 1
             if without <= _LISTED:
-                first.append(f"{place}: {reason}")
-        use_answer(place, row, answered.answer, reason)
+                first.append(f"{location}: {reason}")
+        use_answer(location, row, answered.answer, reason)
     if without > _LISTED:
         first.append(f"... and {without - _LISTED:,} more")
     for line in first:
@@ -223,7 +224,7 @@ def _answer_rows(
     if rows and without == rows:
         raise DataError(f"{inputs.where}: no row could be answered ({counted(rows, 'row')})")
     if without:
-        _warn(f"without an answer: {without:,} of {counted(rows, 'row')}; {replacement}")
+        _warn(f"without an answer: {without:,} of {counted(rows, 'row')}; {replacement_note}")
     if cut:
         _warn(f"truncated: {cut:,} of {counted(rows, 'row')}; each {predictor.describe_truncation()}")
     return {"rows": rows, "without_answer": without, "cut": cut}
@@ -287,20 +288,19 @@ def open_output(output: Path, own_columns: Sequence[str], added: Columns, parque
     form = output.suffix.lower()
     with explain_os_errors(output), replace_atomically(output) as part:
         if form == ".parquet":
-            with _write_parquet(part, own_columns, added, parquet_types) as write:
+            with _open_parquet_writer(part, own_columns, added, parquet_types) as write:
                 yield write
             return
         with part.open("w", newline="", **_ENCODING) as stream:  # both writers end their own lines
             if _WRITTEN[form]:
-                yield _write_separated(stream, _WRITTEN[form], [*own_columns, *added])
+                yield _open_delimited_writer(stream, _WRITTEN[form], [*own_columns, *added])
             else:
                 yield lambda row, answer: stream.write(
                     json.dumps({**row, **answer}, ensure_ascii=False, default=to_json_value) + "\n"
                 )
 
 
-def _write_separated(stream: Any, delimiter: str, names: Sequence[str]) -> RowWriter:
-    """Write the header, and return a function that writes one row."""
+def _open_delimited_writer(stream: Any, delimiter: str, names: Sequence[str]) -> RowWriter:
     # The writer quotes a lone \r only if lines end with one, so lines are written with \r\n and then end with \n.
     writer = csv.writer(SimpleNamespace(write=lambda line: stream.write(f"{line[:-2]}\n")), delimiter=delimiter)
     writer.writerow(names)
@@ -321,8 +321,9 @@ def _plain_value(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _write_parquet(part: Path, own_columns: Sequence[str], added: Columns, parquet_types: Row) -> Iterator[RowWriter]:
-    """Yield a function that writes one row to a parquet file."""
+def _open_parquet_writer(
+    part: Path, own_columns: Sequence[str], added: Columns, parquet_types: Row
+) -> Iterator[RowWriter]:
     kinds = {"list": pa.list_(pa.string()), "json": pa.string(), "string": pa.string()}
     kinds |= {"double": pa.float64(), "int64": pa.int64()}
     fields = {name: parquet_types.get(name, pa.string()) for name in own_columns}

@@ -49,8 +49,7 @@ def end_on_signal(number: int, frame: object) -> None:
 def machine_group(
     target: Path, overrides: list[str] | None, machine_rank: int | None, rendezvous: str | None, max_wait: str
 ) -> Iterator[MachineGroup | None]:
-    """On machine 0, lead the other machines during the block. On others, follow machine 0 and exit. Yield None for a
-    run on one machine."""
+    """Lead the other machines during the block, or follow machine 0 and exit. Yield None for a run on one machine."""
     from fulltune.recipe.file import load_recipe
     from fulltune.system import run_folder
     from fulltune.system.machines import parse_machine_address
@@ -114,7 +113,7 @@ def open_run_folder(target: Path, recipe: Recipe, overrides: list[str], folder: 
 
 
 def load_if_finished(recipe: Recipe, folder: Path) -> RunResult | None:
-    """Return the results of a run if it is complete, else None."""
+    """Return a complete run's results, else None."""
     from fulltune.system import run_folder
 
     reached = run_folder.load_finished_run(recipe, folder)
@@ -123,17 +122,17 @@ def load_if_finished(recipe: Recipe, folder: Path) -> RunResult | None:
     return reached
 
 
-def run_to(
-    recipe: Recipe, folder: Path, until: Until, details: bool, measure: bool = False, **settings: Any
+def run_until(
+    recipe: Recipe, folder: Path, until: Until, details: bool, measure: bool = False, **run_fields: Any
 ) -> RunResult:
-    """Run the pipeline up to a stage and show progress. `details` prints tables, `measure` times settings, `settings`
-    are fields of `Run`."""
-    settings = {"began": time.time(), **settings}
+    """Run the pipeline up to a stage and show progress. `details` prints tables, `measure` times candidate settings,
+    and `run_fields` go to `Run`."""
+    run_fields = {"began": time.time(), **run_fields}
     with progress_display(details) as display:
         from fulltune.compare.rate_search import run_recipe
         from fulltune.pipeline import Run
 
-        return run_recipe(Run(recipe, folder, listener=display, **settings), until, measure)
+        return run_recipe(Run(recipe, folder, listener=display, **run_fields), until, measure)
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def run_comparison(job: Run, command: str, budget: str | None = None) -> Compare
         if finished is not None and (why := why_not_resumable(finished, seconds)):
             # Its models and its table belong together, so nothing is changed.
             job.listener(Message(text=why))
-            return finished, report.write_comparison(job.folder)
+            return finished, report.write_comparison_report(job.folder)
         openings = finished.openings if finished else ()
         with fork_server() as start:
             with run_folder.remove_new_run_on_error(job.folder):
@@ -55,7 +55,7 @@ def run_comparison(job: Run, command: str, budget: str | None = None) -> Compare
                 SeedRuns(context, search_all_rates(context, expectation), expectation).train_until_clear()
             )
             with context.log_duration("report"):
-                return comparison, report.write_comparison(job.folder)
+                return comparison, report.write_comparison_report(job.folder)
 
 
 def comparison_recipe(recipe: Recipe) -> Recipe:

@@ -20,28 +20,28 @@ from fulltune.report.run.model_card import build_merged_card, build_model_card
 from fulltune.report.run.read import read_run
 
 __all__ = [
-    "run_for_terminal",
-    "write",
-    "write_comparison",
+    "build_run_terminal_report",
+    "write_comparison_report",
     "write_data_page",
     "write_merged_card",
     "write_model_card",
+    "write_run_report",
     "write_tasks_report",
 ]
 
 RECORD, PROOF = "compare/comparison.json", "proof.json"
 
 
-def write(folder: Path) -> Path:
+def write_run_report(folder: Path) -> Path:
     """Write `report.md` and `report.html` into a run folder and return the path of `report.html`."""
     return write_pages(Path(folder) / "report", build_run_report(read_run(folder)))
 
 
-def run_for_terminal(folder: Path) -> list[Headline | Section | Element]:
-    return content.run_for_terminal(read_run(Path(folder)))
+def build_run_terminal_report(folder: Path) -> list[Headline | Section | Element]:
+    return content.build_run_terminal_report(read_run(Path(folder)))
 
 
-def write_comparison(folder: Path) -> tuple[Path, ...]:
+def write_comparison_report(folder: Path) -> tuple[Path, ...]:
     """Write a finished comparison's pages, plot and `proof.json`, and return their paths."""
     source = _comparison_record_path(Path(folder))
     comparison = Comparison.load(source)
@@ -49,7 +49,7 @@ def write_comparison(folder: Path) -> tuple[Path, ...]:
     card, picture, proof = (target / name for name in ("card.md", "card.png", PROOF))
     if plots := about_comparison.build_cost_plots(comparison):
         subtitle = f"{comparison.name}: {comparison.decision.headline}"
-        write_cost_picture(about_comparison.verdict_label(comparison.decision), subtitle, plots, picture)
+        write_cost_picture(about_comparison.format_verdict(comparison.decision), subtitle, plots, picture)
     else:
         picture.unlink(missing_ok=True)  # an earlier comparison's picture would contradict the report
     report = about_comparison.build_comparison_report(comparison, picture.name)
@@ -59,7 +59,7 @@ def write_comparison(folder: Path) -> tuple[Path, ...]:
 
 
 def _comparison_record_path(folder: Path) -> Path:
-    """Return the path of the comparison's record, or raise a `SetupError` if there is none."""
+    """Return the path of the comparison's record, or raise `SetupError` without one."""
     if folder.is_file():
         return folder
     source = next((folder / name for name in (RECORD, PROOF) if (folder / name).is_file()), None)

@@ -38,4 +38,4 @@ def test_goes_on_with_more_time_where_a_part_of_the_chance_of_a_wrong_answer_is_
 def test_card_promises_more_time_only_where_it_would_go_on(left: float, promised: bool) -> None:
     comparison = ended(left)
     assert comparison.can_resume is promised
-    assert ("larger --budget" in str(content.comparison_for_terminal(comparison))) is promised
+    assert ("larger --budget" in str(content.build_comparison_terminal_report(comparison))) is promised

@@ -19,7 +19,7 @@ from tests.unit.report.test_write import Page
 def cards(folder: Path, comparison: Comparison) -> tuple[str, str]:
     """Write the card; return Markdown and HTML."""
     comparison.save(folder / "compare" / "comparison.json")
-    report.write_comparison(folder)
+    report.write_comparison_report(folder)
     return (folder / "card.md").read_text(encoding="utf-8"), (folder / "card.html").read_text(encoding="utf-8")
 
 
@@ -134,7 +134,7 @@ def test_write_comparison_from_its_json_alone_gives_the_same_card(tmp_path: Path
     cards(first, comparisons.comparison())
     again.mkdir()
     (again / "proof.json").write_bytes((first / "proof.json").read_bytes())
-    files = report.write_comparison(again / "proof.json")
+    files = report.write_comparison_report(again / "proof.json")
     assert {path.name for path in files} >= {"card.md", "card.html", "proof.json"}
     for path in files:
         assert path.parent == again
@@ -143,7 +143,7 @@ def test_write_comparison_from_its_json_alone_gives_the_same_card(tmp_path: Path
 
 def test_write_comparison_without_a_comparison_says_so(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="contains no finished comparison"):
-        report.write_comparison(tmp_path)
+        report.write_comparison_report(tmp_path)
 
 
 def test_write_comparison_draws_a_picture_that_markdown_shows(tmp_path: Path) -> None:

@@ -117,7 +117,11 @@ MAX_STEPS, MAX_ROWS = ("train.max_steps", 400), ("data.max_rows", 200)
             ],
             ["--set"],
         ),
-        (but(metric=((6, 0.99), (12, 0.996)), bar="centroid"), ["99.6%", "Keep centroid, which"], ["--set", "unless"]),
+        (
+            but(metric=((6, 0.99), (12, 0.996)), best_untrained_name="centroid"),
+            ["99.6%", "Keep centroid, which"],
+            ["--set", "unless"],
+        ),
         (
             but(**FEW, metric=((6, 0.99), (12, 0.99))),
             ["run had only 12 steps", "num_train_epochs=18"],

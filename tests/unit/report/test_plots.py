@@ -51,7 +51,7 @@ def test_curve_value_not_finite_breaks_the_line_and_is_said() -> None:
 
 
 def test_curve_one_point_is_a_dot_on_an_axis_that_ends_at_all() -> None:
-    drawing = learning_curve("accuracy", [(100, 1.0)], "accuracy", kept_step=100)
+    drawing = learning_curve("accuracy", [(100, 1.0)], "accuracy", saved_step=100)
     assert drawing.count("<use ") == 2, "the point and the ring around it"
     assert "101%" not in drawing
     assert "100%" in [text.text for text in texts(drawing)]
@@ -86,7 +86,7 @@ def test_plots_hostile_names_stay_text() -> None:
 
 
 def test_plots_have_the_page_s_colours_and_fonts_and_load_nothing() -> None:
-    drawing = learning_curve("loss", [(1, 2.0), (2, 1.0)], "loss", kept_step=2) + cost_plot(dot("full", 1, 0.9))
+    drawing = learning_curve("loss", [(1, 2.0), (2, 1.0)], "loss", saved_step=2) + cost_plot(dot("full", 1, 0.9))
     assert not re.search(r"#[0-9a-f]{6}|font-family|url\(|http|<style|<g id", drawing)
     assert {"var(--blue)", "var(--quiet)", "var(--grid)", "var(--amber)"} <= set(re.findall(r"var\([\w-]+\)", drawing))
 

@@ -82,7 +82,7 @@ def test_missing_only_a_recipe_names_every_part(tmp_path: Path) -> None:
     what = " ".join(what for what, _ in read_run(tmp_path).missing)
     for part in ("environment", "data summary", "plan", "learning curves", "test scores", "baselines"):
         assert part in what
-    assert "no trial was planned or started" in report.write(tmp_path).read_text(encoding="utf-8")
+    assert "no trial was planned or started" in report.write_run_report(tmp_path).read_text(encoding="utf-8")
 
 
 def test_missing_complete_run_is_empty(classification: Path) -> None:

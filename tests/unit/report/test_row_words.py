@@ -13,7 +13,7 @@ import pytest
 from fulltune import report
 from fulltune.records.data import DataSummary, Preview, Segment
 from fulltune.records.scores import Answer
-from fulltune.report.run.about_data import form_of_rows
+from fulltune.report.run.about_data import choose_row_form
 from fulltune.report.run.model_card import build_loading_code
 
 
@@ -23,7 +23,7 @@ def rewritten(folder: Path, labels: tuple[str, ...] = (), counts: Any = None, **
     summary = DataSummary.load(path)
     splits = {name: split.model_copy(update={"label_counts": counts or {}}) for name, split in summary.splits.items()}
     summary.model_copy(update={"labels": labels, "splits": splits, **changes}).save(path)
-    html = report.write(folder)
+    html = report.write_run_report(folder)
     return (folder / "report.md").read_text(encoding="utf-8"), html.read_text(encoding="utf-8")
 
 
@@ -120,4 +120,4 @@ def test_question_fits_what_the_model_reads(
     classification: Path, kind: str, columns: dict[str, str], expected: str
 ) -> None:
     summary = DataSummary.load(classification / "data" / "summary.json")
-    assert form_of_rows(summary.model_copy(update={"problem_type": kind, "columns": columns})).question == expected
+    assert choose_row_form(summary.model_copy(update={"problem_type": kind, "columns": columns})).question == expected

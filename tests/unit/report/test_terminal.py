@@ -66,15 +66,17 @@ def test_long_command_can_be_copied() -> None:
 def test_end_of_a_run_has_scores_verdict_and_what_to_try(classification: Path, kit: SimpleNamespace) -> None:
     ahead = {"nearest centroid (frozen)": Estimate(value=-0.1, low=-0.15, high=-0.05)}
     kit.save_scores(classification, kit.scores("full-seed42", "trained", 0.712, differences=ahead))
-    lines = printed(*report.run_for_terminal(classification))
+    lines = printed(*report.build_run_terminal_report(classification))
     text = " ".join(" ".join(lines).split())
     assert max(map(cell_len, lines)) <= 80
     places = [text.index(said) for said in ("Each metric on the test rows", "Worse than without training.", "--set ")]
     assert places == sorted(places)
-    markdown = " ".join(report.write(classification).with_name("report.md").read_text(encoding="utf-8").split())
+    markdown = " ".join(
+        report.write_run_report(classification).with_name("report.md").read_text(encoding="utf-8").split()
+    )
     assert text[places[1] :].partition(". ")[2].partition(" Run the same")[0][:200] in markdown.replace("\\", "")
 
 
 def test_end_of_a_run_with_answers_shows_what_was_said_before_and_after(causal_lm: Path) -> None:
-    text = " ".join(" ".join(printed(*report.run_for_terminal(causal_lm))).split())
+    text = " ".join(" ".join(printed(*report.build_run_terminal_report(causal_lm))).split())
     assert re.search(r"expected .* before training untouched says .* after training trained says", text)

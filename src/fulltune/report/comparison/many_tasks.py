@@ -8,7 +8,7 @@ from pathlib import Path
 from fulltune.errors import RecipeError
 from fulltune.records.comparison import Comparison, ManyTasks, MethodOverTasks
 from fulltune.records.scores import Estimate
-from fulltune.report.comparison.content import verdict_label
+from fulltune.report.comparison.content import format_verdict
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Element, Paragraph, Section, Table, TableRow, untrusted
 from fulltune.report.format.pages import render_section
@@ -20,7 +20,7 @@ _MARGIN = 0.01
 
 
 def combine_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
-    """Combine comparisons of one pretrained model by task name. Raise `RecipeError` without a common method."""
+    """Combine comparisons of one pretrained model by task name, or raise `RecipeError` if they share only full."""
     rows = {task: {row.method: row for row in one.rows} for task, one in comparisons.items()}
     first = next(iter(comparisons.values()))
     full = next(row.method for row in first.rows if row.kind == "full")
@@ -56,8 +56,8 @@ def combine_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
 
 
 def _mean_lead_of_full(method: str, comparisons: Sequence[Comparison]) -> Estimate | None:
-    """Return full fine-tuning's mean lead over `method`, or None unless every metric is a share of rows and has several
-    seeds."""
+    """Return full fine-tuning's mean lead over `method`, or None if metrics are no shares of rows or a task has one
+    seed."""
     gaps = [one.decision.difference(method) for one in comparisons]
     if not all(is_share(one.decision.metric) for one in comparisons) or not all(gap.seeds_known for gap in gaps):
         return None
@@ -94,13 +94,13 @@ def build_tasks_section(record: ManyTasks) -> Section:
         totals.append((untrusted(method.method), *costs, apart))
     for task, decision in record.tasks.items():
         name, metric = untrusted(task), MetricFormatter(decision.metric, _MARGIN)
-        tasks.append((name, untrusted(verdict_label(decision)), metric.name))
+        tasks.append((name, untrusted(format_verdict(decision)), metric.name))
         scores.append((name, *(metric.estimate(method.scores[task]) for method in record.methods)))
     cost = ("method", "stored", "each further task", "training", "full is better by [points], averaged over tasks")
     header = ("task", *(method.method for method in record.methods))
     blocks: tuple[Element, ...] = (
         Paragraph(words.file_name(record.model)),
-        *map(Paragraph, _compare_stored_sizes(record)),
+        *map(Paragraph, _describe_stored_sizes(record)),
         Table("Totals over all tasks, by method", cost, tuple(totals), frozenset(range(1, len(cost)))),
         Table("Tasks", ("task", "verdict", "metric"), tuple(tasks)),
         Table("Scores on each task's test rows", header, tuple(scores), frozenset(range(1, len(header)))),
@@ -108,7 +108,8 @@ def build_tasks_section(record: ManyTasks) -> Section:
     return Section("tasks", f"{counted(len(record.tasks), 'task')} with one pretrained model", blocks)
 
 
-def _compare_stored_sizes(record: ManyTasks) -> list[str]:
+def _describe_stored_sizes(record: ManyTasks) -> list[str]:
+    """Return sentences that compare full models' disk space with the smallest other method's."""
     full, *others = record.methods
     # A head alone decides nothing; the others count unless they are known to be worse.
     on_base = [method for method in others if method.kind != "variant"]

@@ -87,17 +87,17 @@ def escape_markdown(text: str) -> str:
 
 
 def _format_markdown_table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], numeric_columns: frozenset[int] = frozenset()
+    header: Sequence[str], rows: Sequence[Sequence[str]], right_aligned: frozenset[int] = frozenset()
 ) -> str:
     cells = [[escape_markdown(text) for text in row] for row in (header, *rows)]
     widths = [max(3, *(cell_len(row[index]) for row in cells)) for index in range(len(header))]
-    rule = ["-" * (width - 1) + (":" if index in numeric_columns else "-") for index, width in enumerate(widths)]
+    rule = ["-" * (width - 1) + (":" if index in right_aligned else "-") for index, width in enumerate(widths)]
     lines = []
     for row in (cells[0], rule, *cells[1:]):
         padded = []
         for index, text in enumerate(row):
             space = " " * (widths[index] - cell_len(text))
-            padded.append(space + text if index in numeric_columns else text + space)
+            padded.append(space + text if index in right_aligned else text + space)
         lines.append(f"| {' | '.join(padded)} |")
     return "\n".join(lines)
 
@@ -110,7 +110,7 @@ def _fence_code(text: str, language: str = "") -> str:
 
 
 def _markdown_lines(block: Element) -> Iterator[str]:
-    """Yield a block's Markdown, paragraph by paragraph."""
+    """Yield the lines of a block's Markdown."""
     match block:
         case Paragraph():
             yield from (escape_markdown(block.text), "")

@@ -98,7 +98,6 @@ def _new_figure(height: int, columns: int = 1) -> Iterator[tuple[Figure, list[Ax
 
 
 def _style_axes(axes: Axes, metric: str, metric_axis: Literal["x", "y"]) -> None:
-    """Remove frame and ticks, and format the axis that shows the metric."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_frame_on(False)
@@ -167,13 +166,13 @@ def draw_learning_curve(
     title: str,
     points: Sequence[Point],
     metric: str,
-    kept_step: int | None = None,
+    saved_step: int | None = None,
     restarts: Sequence[int] = (),
     skipped: Sequence[int] = (),
 ) -> blocks.Figure:
     """Draw one metric over the optimizer steps.
 
-    A ring marks `kept_step`, whose weights were saved. Ticks mark restarts and skipped updates.
+    A ring marks `saved_step`, whose weights were saved. Ticks mark restarts and skipped updates.
     """
     steps, values = [step for step, _ in points], [value if math.isfinite(value) else math.nan for _, value in points]
     with _new_figure(CURVE_HEIGHT) as (figure, [axes]):
@@ -185,14 +184,13 @@ def draw_learning_curve(
                 for step in (one for one in marked if steps[0] <= one <= steps[-1]):
                     axes.axvline(step, low, high, color=color, linewidth=2)
             for step, value in zip(steps, values, strict=True):
-                if step == kept_step and not math.isnan(value):
+                if step == saved_step and not math.isnan(value):
                     axes.axvline(step, **_LIMIT)
                     axes.plot(step, value, "o", markersize=12, color=AMBER, markerfacecolor="none", mew=2)
-        return _to_svg_figure(figure, title, _describe_curve(points, metric, kept_step))
+        return _to_svg_figure(figure, title, _describe_curve(points, metric, saved_step))
 
 
 def _draw_curve(axes: Axes, steps: list[int], values: list[float], metric: str) -> None:
-    """Draw a curve, on a log scale if its values span over two decades."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     marker = "o" if len(values) <= _MOST_DOTS else "None"
@@ -210,13 +208,13 @@ def _draw_curve(axes: Axes, steps: list[int], values: list[float], metric: str) 
     axes.set_xlabel("optimizer step" + (" (value on a log scale)" if logarithmic else ""))
 
 
-def _describe_curve(points: Sequence[Point], metric: str, kept_step: int | None) -> str:
+def _describe_curve(points: Sequence[Point], metric: str, saved_step: int | None) -> str:
     finite = [(step, format_metric(metric, value)) for step, value in points if math.isfinite(value)]
     if not finite:
         return "no finite value was logged."
     (first, start), (last, end) = finite[0], finite[-1]
     text = f"from {start} at step {first:,} to {end} at step {last:,}"
-    text += "".join(f"; kept: step {step:,} with {value}" for step, value in finite if step == kept_step)
+    text += "".join(f"; saved: step {step:,} with {value}" for step, value in finite if step == saved_step)
     lost = [step for step, value in points if not math.isfinite(value)]
     return text + (f"; {counted(len(lost), 'value')} not finite, first at step {lost[0]:,}." if lost else ".")
 

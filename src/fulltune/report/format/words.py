@@ -47,7 +47,7 @@ def describe_traffic(plan: Plan) -> str | None:
         return None
     each, passes = "", plan.gradient_accumulation_steps
     if passes > 1 and plan.sent_bytes_per_micro_batch:
-        each = f", {format_bytes(plan.sent_bytes_per_micro_batch)} of which for each of {passes} micro batches"
+        each = f", of which {format_bytes(plan.sent_bytes_per_micro_batch)} for each of {passes} micro batches"
     several = f"; each of {plan.num_machines} machines sends as much to the others" if plan.num_machines > 1 else ""
     sends = f"{plan.num_processes} processes sends {format_bytes(plan.sent_bytes)} per step{several}"
     return f"each of {sends} ({plan.placement}{each})"
@@ -56,9 +56,9 @@ def describe_traffic(plan: Plan) -> str | None:
 def describe_memory_peak(peak_bytes_by_kind: Mapping[MemoryKind, int]) -> str:
     """Say whether a step's memory peaks before, in or after the backward pass."""
     after = "in the backward pass" if peak_bytes_by_kind.get("activations") else "in the optimizer's update"
-    moment = after if peak_bytes_by_kind.get("gradients") else "before the first gradient"
-    # A kind without bytes at the peak can be large at another moment.
-    return f"The memory of a step peaks {moment}"
+    when = after if peak_bytes_by_kind.get("gradients") else "before the first gradient"
+    # A kind without bytes at the peak can be large at another point in time.
+    return f"The memory of a step peaks {when}"
 
 
 def format_setting(value: Any) -> str:
@@ -83,7 +83,7 @@ def one_line(text: str) -> str:
 
 
 def write_sanitized(path: Path, text: str, private: bool = False) -> None:
-    """Write a sanitized file, as every file of a report must be."""
+    """Write a text file without unsafe characters."""
     write_text(path, sanitized(text), private)
 
 
@@ -113,14 +113,14 @@ def text_or_empty(text: str) -> str:
 
 
 def describe_weights(share: float) -> str:
-    """Name the weights at a share (0 to 1) of the way from the pretrained to the trained model."""
+    """Describe weights interpolated between the pretrained (`share` 0) and the trained model (1)."""
     if share in (0, 1):
         return "the trained model" if share else "the pretrained model"
     return f"{format_percent(share)} of the way from the pretrained to the trained model"
 
 
 def format_drift(drift: float, in_nats: bool) -> str:
-    """Format a drift as a percentage. Set `in_nats` for a language model's drift."""
+    """Format a drift as a percentage. Only a language model's drift is measured in nats."""
     share = 100 * (-math.expm1(-drift) if in_nats else drift)
     if 0.001 <= abs(share) < 0.095:
         return f"{share:.2g}%"

@@ -25,8 +25,8 @@ from fulltune.report.run.read import RunView
 from fulltune.text import counted, format_number, format_percent
 
 
-def form_of_rows(summary: DataSummary | None) -> Form:
-    """Return the `Form` that describes a run's rows, by default that of rows with one label."""
+def choose_row_form(summary: DataSummary | None) -> Form:
+    """Return the wording for a run's kind of rows, by default for rows with one label."""
     form = summary.form if summary else FORMS["single_label"]
     if summary and has_images(summary):
         return replace(form, kind="images", question="IMAGE.png")
@@ -41,7 +41,7 @@ def has_images(summary: DataSummary) -> bool:
 def describe_mixed_sources(
     summary: DataSummary, epochs: float | None = None, trained_token_shares: Sequence[float] = ()
 ) -> list[str]:
-    """Return one line per source mixed into the train rows. It says how often rows are read in `epochs` (default 1)."""
+    """Describe each source mixed into the train rows, and how often its rows are read in `epochs` (default 1)."""
     lines = []
     for number, source in enumerate(summary.mixed):
         often = source.times_read(1 if epochs is None else epochs)
@@ -70,13 +70,13 @@ _CELL_LIMIT = 300
 
 
 def build_data_section(view: RunView) -> Section | None:
-    """Build the data section, or None if no data are prepared."""
+    """Build the data section, or None if the data was not prepared."""
     summary = view.summary
     if summary is None:
         return None
-    facts = [("kind of rows", form_of_rows(summary).kind)]
+    facts = [("kind of rows", choose_row_form(summary).kind)]
     facts += [(f"column for {role.replace('_', ' ')}", column) for role, column in summary.columns.items()]
-    facts += _longest_row_fact(summary)
+    facts += _row_length_fact(summary)
     if summary.scale is not None:
         mean, spread = map(format_number, summary.scale)
         facts.append(("train targets", f"mean {mean}, standard deviation {spread}"))
@@ -88,32 +88,32 @@ def build_data_section(view: RunView) -> Section | None:
     return Section("data", "Data", tuple(blocks))
 
 
-def data_for_terminal(summary: DataSummary) -> list[Element]:
+def build_data_terminal_report(summary: DataSummary) -> list[Element]:
     """Return the elements that are printed once the rows are prepared."""
-    kind = f"{form_of_rows(summary).kind}{f', {len(summary.labels)} labels' if summary.labels else ''}"
-    facts = [("kind of rows", kind), *_longest_row_fact(summary)]
+    kind = f"{choose_row_form(summary).kind}{f', {len(summary.labels)} labels' if summary.labels else ''}"
+    facts = [("kind of rows", kind), *_row_length_fact(summary)]
     blocks: list[Element] = [build_split_table(summary), Facts(tuple(facts)), *_build_previews(summary)]
     if notes := [*(f"mixed in: {line}" for line in describe_mixed_sources(summary)), *summary.notes]:
         blocks.append(Bullets(tuple(notes)))
     return blocks
 
 
-def _longest_row_fact(summary: DataSummary) -> list[NameAndValue]:
-    """Return the length limit of a row in tokens with its reason, or nothing for images."""
+def _row_length_fact(summary: DataSummary) -> list[NameAndValue]:
+    """Return the maximum row length in tokens and its reason, or nothing for images."""
     if has_images(summary):
         return []
-    return [(form_of_rows(summary).longest, f"{counted(summary.max_length, 'token')}: {summary.max_length_reason}")]
+    return [(choose_row_form(summary).longest, f"{counted(summary.max_length, 'token')}: {summary.max_length_reason}")]
 
 
 def build_split_table(summary: DataSummary) -> Table:
-    lengths = _token_cells(summary, next(iter(summary.splits.values())))
-    row = form_of_rows(summary).row
+    lengths = _format_token_counts(summary, next(iter(summary.splits.values())))
+    row = choose_row_form(summary).row
     header = ("split", f"{row}s", *lengths, "dropped", "source")
     rows: tuple[TableRow, ...] = tuple(
         (
             split,
             f"{counts.rows:,}",
-            *_token_cells(summary, counts).values(),
+            *_format_token_counts(summary, counts).values(),
             f"{counts.dropped_rows:,}",
             Cell(source, untrusted=True),
         )
@@ -138,7 +138,7 @@ def _build_mixed_sources(view: RunView, summary: DataSummary) -> list[Element]:
     return [Paragraph(lead), Bullets(tuple(words.cut_text(line, _TEXT_LIMIT) for line in lines))]
 
 
-def _token_cells(summary: DataSummary, split: SplitSummary) -> dict[str, str]:
+def _format_token_counts(summary: DataSummary, split: SplitSummary) -> dict[str, str]:
     """Return a split's token counts as text by column name, or nothing for images."""
     if has_images(summary):
         return {}
@@ -197,7 +197,7 @@ def _build_previews(summary: DataSummary) -> list[Element]:
         return []
     origin = "" if has_images(summary) else ", decoded from its tokens"
     of_mixed = " (rows of mixed-in sources come last)" if summary.mixed else ""
-    return [Paragraph(f"What the model sees{origin}{of_mixed}:"), Previews(items, form_of_rows(summary).target)]
+    return [Paragraph(f"What the model sees{origin}{of_mixed}:"), Previews(items, choose_row_form(summary).target)]
 
 
 def _shorten_preview(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:

@@ -27,24 +27,24 @@ def build_forgetting_section(view: RunView) -> Section | None:
     points, errors = (view.history.evaluation.get(name, ()) for name in ("drift", "drift_error"))
     if not points or plan is None or view.summary is None:
         return None
-    writes, kept_step = view.summary.form.reads_any_text, view.outcome.best_step if view.outcome else None
+    writes, saved_step = view.summary.form.reads_any_text, view.outcome.best_step if view.outcome else None
     title = "rise of the loss on generic text" if writes else "change of the hidden states on generic text"
-    figures = [draw_learning_curve(title, points, "drift", kept_step)]
+    figures = [draw_learning_curve(title, points, "drift", saved_step)]
     source = next((one.value for one in plan.settings if one.name == "preserve.probe"), BUNDLED)
     texts = (
         f"{plan.generic.texts_per_evaluation} generic texts"
         if plan.generic.budget is None
         else "a part of the selection texts"
     )
-    drift_words = describe_drift(points, dict(errors), kept_step, writes)
+    drift_words = describe_drift(points, dict(errors), saved_step, writes)
     drift = Paragraph(f"During training: {drift_words} Drift was measured on {texts} (preserve.probe: {source}).")
     if result is None:
         return Section("forgetting", "Forgetting", (drift, Figures(tuple(figures))))
     title = f"{words.metric_name(result.metric)} by drift on generic text"
     tried = PointSeries("tried", tuple((point.drift.mean, point.metric) for point in result.points))
-    kept_at = PointSeries("kept", ((result.choice.drift.mean, result.choice.metric),), filled=True)
+    saved_at = PointSeries("saved", ((result.choice.drift.mean, result.choice.metric),), filled=True)
     across = "drift on generic text (dashed: the budget)"
-    figures.append(draw_points(title, (tried, kept_at), result.metric, across, result.limit, "see the table below."))
+    figures.append(draw_points(title, (tried, saved_at), result.metric, across, result.limit, "see the table below."))
     evidence, helps = budget_advice(result)
     advice = f" {helps[0].upper()}{helps[1:]}." if evidence else ""
     folded = Folded("all points between the pretrained and the trained model", (_build_interpolation_table(result),))
@@ -52,13 +52,13 @@ def build_forgetting_section(view: RunView) -> Section | None:
     return Section("forgetting", "Forgetting", blocks)
 
 
-def describe_drift(points: Sequence[Point], errors: Mapping[int, float], kept_step: int | None, in_nats: bool) -> str:
-    """Describe the drift at `kept_step` (else the last), and when half of it was reached. `errors` are standard
-    errors."""
+def describe_drift(points: Sequence[Point], errors: Mapping[int, float], saved_step: int | None, in_nats: bool) -> str:
+    """Describe the drift at `saved_step` (by default the last) and when half of it was reached. `errors` holds standard
+    errors by step."""
     finite = [(step, value) for step, value in points if math.isfinite(value)]
     if not finite:
         return "The drift on generic text is unknown, because none of its values is finite."
-    step, value = next((point for point in finite if point[0] == kept_step), finite[-1])
+    step, value = next((point for point in finite if point[0] == saved_step), finite[-1])
     error = errors.get(step, 0.0)
     size = _format_drift_with_error(value, error, in_nats)
     if abs(value) <= BEYOND_CHANCE * error:
@@ -81,7 +81,7 @@ def _format_drift_with_error(value: float, error: float, in_nats: bool) -> str:
 
 
 def describe_budget_result(result: BudgetResult) -> str:
-    """Describe whether the budget was met on the sealed texts, and which weights were kept."""
+    """Describe whether the held-out texts met the budget, and which weights were saved."""
     budget = format_percent(result.budget) if result.budget >= 0.001 else f"{100 * result.budget:.2g}%"
     sealed, trained, name = result.sealed, result.end, words.metric_name(result.metric)
     lead = f"Forgetting (budget {budget}): "
@@ -100,13 +100,13 @@ def describe_budget_result(result: BudgetResult) -> str:
         most = f"{'least' if sealed.upper < 0 else 'most'} {_change_of_likelihood(sealed.upper)}"
         what = f"a token of generic text became {_change_of_likelihood(sealed.mean)} (with 95% confidence at {most})"
     if len(result.opening_times) > 1:
-        lead += f" (the sealed texts were read {len(result.opening_times)} times, because the model was trained again)"
+        lead += f" (the held-out texts were read {len(result.opening_times)} times, because training was repeated)"
     gain, whole = result.metric_gain(result.choice), result.metric_gain(trained)
     share = f", {format_percent(gain / whole)} of the trained model's gain" if whole > 0 and gain < whole else ""
     score = f"{name} {format_metric(result.metric, result.choice.metric)} on the eval rows{share}"
     more = f" But {result.weak_texts_reason}." if result.weak_texts_reason else ""
     return (
-        f"{lead}: {what}, on {counted(sealed.texts, 'sealed text')}. "
+        f"{lead}: {what}, on {counted(sealed.texts, 'held-out text')}. "
         f"Saved weights: {words.describe_weights(result.choice.share)} ({score}).{more}"
     )
 

@@ -24,7 +24,7 @@ from fulltune.report.format.blocks import (
     untrusted,
 )
 from fulltune.report.format.plots import Mark, draw_intervals
-from fulltune.report.run.about_data import form_of_rows
+from fulltune.report.run.about_data import choose_row_form
 from fulltune.report.run.read import RunView, trained_row
 from fulltune.text import counted, format_metric, format_number, format_percent, listed
 
@@ -233,7 +233,7 @@ def build_mistakes_section(view: RunView) -> Section | None:
     worst = view.trained.worst if view.trained else ()
     if not worst:
         return None
-    blocks: list[Element] = [_build_mistake_table(form_of_rows(view.summary).worst, worst[:_MISTAKES_OPEN])]
+    blocks: list[Element] = [_build_mistake_table(choose_row_form(view.summary).worst, worst[:_MISTAKES_OPEN])]
     if rest := worst[_MISTAKES_OPEN:]:
         blocks.append(Folded(f"{len(rest)} more", (_build_mistake_table("Further mistakes", rest),)))
     return Section("worst-mistakes", "Worst mistakes", tuple(blocks))

@@ -61,7 +61,7 @@ def build_curves_section(view: RunView) -> Section | None:
     if not series:
         return None
     blocks: list[Element] = []
-    if (judged := judge_fit(view)).evidence:
+    if (judged := judge_fit_from_curves(view)).evidence:
         helps = f" What helps: {judged.helps}." if judged.helps else ""
         blocks.append(Paragraph(f"{judged.sentence} {judged.details}{helps}"))
     blocks.append(Figures(tuple(draw_learning_curve(*drawn, history.restarts, history.skipped) for drawn in series)))
@@ -76,8 +76,8 @@ def build_curves_section(view: RunView) -> Section | None:
     return Section("learning-curves", "Learning curves", (*blocks, *_build_evaluation_table(history.evaluation, plan)))
 
 
-def judge_fit(view: RunView) -> Fit:
-    """Judge from a run's curves whether the model over- or underfits."""
+def judge_fit_from_curves(view: RunView) -> Fit:
+    """Judge whether the model over- or underfits, or return `not known` if curves are missing."""
     if view.plan is None or view.outcome is None or view.summary is None or "eval" not in view.summary.splits:
         return Fit("not known")
     return judge_curves(collect_curves(view, view.plan))
@@ -161,7 +161,7 @@ def training_facts(plan: Plan | None, outcome: Outcome) -> list[NameAndValue]:
         if plan and outcome.best_metric is not None:
             value = format_metric(plan.metric, outcome.best_metric)
             best += f", {words.metric_name(plan.metric)} {value} on the eval rows"
-        facts.append(("weights kept from", f"{best}; {outcome.weights_reason}" if outcome.weights_reason else best))
+        facts.append(("weights saved from", f"{best}; {outcome.weights_reason}" if outcome.weights_reason else best))
     if changes:
         values = f"{changes.num_values_changed:,} of {changes.num_values_with_gradient:,} that received a gradient"
         facts.append(("parameter values changed", f"{format_share(changes.share)} ({values})"))
@@ -284,18 +284,18 @@ def _compare_with_plan(view: RunView, plan: Plan) -> list[Element]:
     if plan.memory or outcome.memory_growth_bytes:
         planned = plan.memory.peak if plan.memory else 0
         actual = max((outcome.memory_growth_bytes, *outcome.memory_growth_per_process))
-        rows.append(_planned_and_actual_row(_MEMORY, planned, outcome.dry_run_growth_bytes, actual, format_bytes))
+        rows.append(_build_plan_error_row(_MEMORY, planned, outcome.dry_run_growth_bytes, actual, format_bytes))
     if outcome.forecast or time:
         planned_seconds, forecast = (one.total_seconds if one else 0.0 for one in (time, outcome.forecast))
         # From the first step to the last; 0 if training did not get that far.
         trained = phases.get("saving the model", 0.0) - phases["training"] if "training" in phases else 0.0
-        rows.append(_planned_and_actual_row(_TIME, planned_seconds, forecast, max(0.0, trained), format_seconds))
+        rows.append(_build_plan_error_row(_TIME, planned_seconds, forecast, max(0.0, trained), format_seconds))
     seconds = view.environment.seconds if view.environment else None
     if time is not None and time.overhead_seconds and seconds and not view.searched:  # a search takes several runs
-        rows.append(_planned_and_actual_row("the whole command", time.whole_seconds, 0, seconds, format_seconds))
+        rows.append(_build_plan_error_row("the whole command", time.whole_seconds, 0, seconds, format_seconds))
     if plan.disk or outcome.disk_bytes:
         rows.append(
-            _planned_and_actual_row("disk", plan.disk.total if plan.disk else 0, 0, outcome.disk_bytes, format_bytes)
+            _build_plan_error_row("disk", plan.disk.total if plan.disk else 0, 0, outcome.disk_bytes, format_bytes)
         )
     if not rows:
         return []
@@ -307,9 +307,10 @@ def _compare_with_plan(view: RunView, plan: Plan) -> list[Element]:
     return blocks
 
 
-def _planned_and_actual_row(
+def _build_plan_error_row(
     quantity: str, planned: float, after_dry_run: float, actual: float, format_value: Callable[[Any], str]
 ) -> TableRow:
+    """Build a row of planned, forecast and actual values (0 if unknown) and of both forecasts' errors."""
 
     def error(value: float) -> str:
         return f"{round(value / actual - 1, 2) or 0:+.0%}" if value and actual else "-"

@@ -22,7 +22,7 @@ from fulltune.report.format.blocks import (
 )
 from fulltune.report.format.plots import LEARNING_RATE, PointSeries, draw_points
 from fulltune.report.run import about_data, about_forgetting, about_scores, about_training
-from fulltune.report.run.about_data import form_of_rows
+from fulltune.report.run.about_data import choose_row_form
 from fulltune.report.run.model_card import build_loading_blocks
 from fulltune.report.run.read import RunView
 from fulltune.report.run.verdict import NOT_MEASURED, collect_facts, judge_scores, suggest_next_steps
@@ -34,7 +34,7 @@ _SECOND_METRICS = ("f1 macro", "rougeL", "token accuracy", "r2", "exact match", 
 def build_run_report(view: RunView) -> Report:
     headline, steps = judge_run(view)
     sections = (
-        _build_missing_section(view),
+        _build_unavailable_parts_section(view),
         about_scores.build_results_section(view),
         build_search_section(view),
         about_training.build_curves_section(view),
@@ -48,13 +48,13 @@ def build_run_report(view: RunView) -> Report:
         about_training.build_resources_section(view),
         about_training.build_settings_section(view),
         about_training.build_environment_section(view),
-        Section("next", "What to do next", (*_steps_to_try(steps), *_build_usage_blocks(view, headline))),
+        Section("next", "What to do next", (*_steps_to_try(steps), *_build_how_to_use_blocks(view, headline))),
     )
     return Report(
         title=view.name,
         subtitle=f"{words.file_name(view.model)} · {view.task}",
         headline=headline,
-        key_figures=tuple(_key_figures(view)),
+        key_figures=tuple(_list_key_figures(view)),
         sections=tuple(section for section in sections if section is not None),
     )
 
@@ -74,7 +74,7 @@ def judge_run(view: RunView) -> tuple[Headline, tuple[str, ...]]:
     return headline, suggest_next_steps(facts) if facts else ()
 
 
-def run_for_terminal(view: RunView) -> list[Headline | Section | Element]:
+def build_run_terminal_report(view: RunView) -> list[Headline | Section | Element]:
     """Return the elements that are printed at the end of a run."""
     headline, steps = judge_run(view)
     parts: list[Headline | Section | Element] = []
@@ -84,12 +84,12 @@ def run_for_terminal(view: RunView) -> list[Headline | Section | Element]:
         answers = about_scores.build_answers_section(view)
         parts += [table.keep_columns((table.header[1], second)), *about_scores.score_notes(view)]
         parts += answers.blocks if answers else ()
-    fit = about_training.judge_fit(view)
+    fit = about_training.judge_fit_from_curves(view)
     unfit = [Paragraph(fit.sentence)] if view.trained and fit.kind not in ("sound", "not known") else []
     return [*parts, headline, *unfit, *_steps_to_try(steps)]
 
 
-def _key_figures(view: RunView) -> list[NameAndValue]:
+def _list_key_figures(view: RunView) -> list[NameAndValue]:
     figures = []
     if outcomes := [attempt.outcome for attempt in view.attempts if attempt.outcome]:
         figures += [
@@ -98,7 +98,7 @@ def _key_figures(view: RunView) -> list[NameAndValue]:
             ("time of the training process", format_seconds(sum(outcome.train_seconds for outcome in outcomes))),
         ]
         if view.budget is not None and view.budget.choice.is_start:
-            figures.append(("weights kept", "the pretrained model's"))
+            figures.append(("saved weights", "the pretrained model's"))
         elif changes := outcomes[-1].parameter_changes:
             figures.append(("values changed", format_share(changes.share)))
     if view.summary and "train" in view.summary.splits:
@@ -108,7 +108,7 @@ def _key_figures(view: RunView) -> list[NameAndValue]:
     return figures
 
 
-def _build_missing_section(view: RunView) -> Section | None:
+def _build_unavailable_parts_section(view: RunView) -> Section | None:
     lead = Paragraph("Some files of the run are missing or damaged, so these parts cannot be shown:")
     items = Bullets(tuple(f"{what}: {why}" for what, why in view.missing))
     return Section("missing", "What is missing", (lead, items)) if view.missing else None
@@ -118,8 +118,8 @@ def _steps_to_try(steps: tuple[str, ...]) -> list[Element]:
     return [Paragraph("Run the same recipe again with one change at a time:"), Bullets(steps)] if steps else []
 
 
-def _build_usage_blocks(view: RunView, headline: Headline) -> tuple[Element, ...]:
-    folder, question = view.model_folder, form_of_rows(view.summary).question
+def _build_how_to_use_blocks(view: RunView, headline: Headline) -> tuple[Element, ...]:
+    folder, question = view.model_folder, choose_row_form(view.summary).question
     if folder is None:
         blocks: tuple[Element, ...] = (Paragraph(_how_to_get_model(view.outcome.status if view.outcome else None)),)
     else:

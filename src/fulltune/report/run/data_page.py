@@ -53,7 +53,7 @@ def write_data_page(folder: Path) -> Path:
         *audit_for_terminal(audit, load_proofs(folder, audit)),
         *(_build_check_section(audit, check) for check in audit.checks),
     ]
-    sections += [*filter(None, [build_data_section(view)]), _build_next_section(view, audit)]
+    sections += [*filter(None, [build_data_section(view)]), _build_next_steps_section(view, audit)]
     report = Report(view.name, f"The data · {view.task}", headline, tuple(figures), tuple(sections))
     return write_pages(folder / "data", report)
 
@@ -96,7 +96,7 @@ def _describe_languages(column: str, rows_by_language: Mapping[str, int], num_ro
 
 
 def describe_label_errors(errors: LabelErrors, num_train_rows: int) -> str:
-    """Describe how many suspected label errors are real, estimated by planting errors."""
+    """Describe how many suspected label errors are real, estimated with labels changed on purpose."""
     some = "" if errors.judged_rows == num_train_rows else f" (a random sample of {num_train_rows:,})"
     text = (
         f"Linear classifiers on the pretrained model judged the labels of {errors.judged_rows:,} train rows{some}. "
@@ -127,11 +127,11 @@ def describe_label_errors(errors: LabelErrors, num_train_rows: int) -> str:
 
 
 def _build_cleaning_section(all_proofs: Sequence[Proofs]) -> Section | None:
-    blocks = [block for proofs in all_proofs for block in _build_proof_blocks(proofs)]
+    blocks = [block for proofs in all_proofs for block in _build_cleaning_trial_blocks(proofs)]
     return Section("cleaning", "Would cleaning help?", tuple(blocks)) if blocks else None
 
 
-def _build_proof_blocks(proofs: Proofs) -> list[Element]:
+def _build_cleaning_trial_blocks(proofs: Proofs) -> list[Element]:
     """Build the blocks that show whether each cleaning step improved the scores."""
     if not proofs.proofs:
         return [Paragraph(f"No cleaning step could be compared by {proofs.source}.")]
@@ -170,7 +170,7 @@ def _cleaning_advice(proofs: Proofs) -> str:
         return "No step helps measurably. Keep the rows unchanged, or read some of them first."
     if proofs.source == "trainings":
         patches = listed([one.patch for one in helping])
-        return f"To apply the steps that helped, name their patches as data.patch: {patches}."
+        return f"To apply the steps that helped, set data.patch to their patches: {patches}."
     checks = listed(list(dict.fromkeys(one.check for one in helping)))
     return f"Test these by training (--trainings 3): {checks}. What helps classifiers may not help a trained model."
 
@@ -197,7 +197,7 @@ def describe_remedy(remedy: Remedy) -> str:
     return f"{remedy.column}: {value}"
 
 
-def _build_next_section(view: RunView, audit: Audit) -> Section:
+def _build_next_steps_section(view: RunView, audit: Audit) -> Section:
     folder = shlex.quote(str(view.folder))
     blocks: list[Element] = []
     if audit.checks:
@@ -205,7 +205,7 @@ def _build_next_section(view: RunView, audit: Audit) -> Section:
             Paragraph("Review these rows, the most certain findings first, and keep, drop or change each one."),
             Code(f"fulltune data {folder} --review", "sh"),
             Paragraph(
-                "Your decisions are written to a patch file. Name the file as data.patch in the recipe. It is then "
+                "Your decisions are written to a patch file. Set data.patch to this file in the recipe. It is then "
                 "applied whenever the data is read, so that every run uses the same rows."
             ),
         ]

@@ -15,7 +15,7 @@ from fulltune.report.format import words
 from fulltune.report.format.blocks import Code, Element, Facts, Paragraph, Section
 from fulltune.report.format.pages import LOADING, TEMPLATES, escape_markdown, render_section
 from fulltune.report.run import about_training
-from fulltune.report.run.about_data import build_split_table, describe_mixed_sources, form_of_rows, has_images
+from fulltune.report.run.about_data import build_split_table, choose_row_form, describe_mixed_sources, has_images
 from fulltune.report.run.about_scores import build_calibration_blocks, build_score_table, score_notes
 from fulltune.report.run.read import RunView
 from fulltune.report.run.verdict import judge_scores
@@ -95,7 +95,7 @@ def _build_data_section(summary: DataSummary | None) -> Section | None:
     blocks: list[Element] = [build_split_table(summary.model_copy(update={"sources": places}))]
     blocks += [Paragraph(f"Mixed in: {_without_folders(line)}.") for line in describe_mixed_sources(summary)]
     if not has_images(summary):
-        longest = form_of_rows(summary).longest.capitalize()
+        longest = choose_row_form(summary).longest.capitalize()
         blocks.append(Paragraph(f"{longest}: {counted(summary.max_length, 'token')}."))
     if summary.labels:
         labels = words.cut_text(", ".join(words.text_or_empty(label) for label in summary.labels), 2000)
@@ -163,11 +163,13 @@ def build_loading_blocks(folder: str, view: RunView) -> tuple[Element, ...]:
     return tuple(blocks)
 
 
-def build_loading_code(folder: str, task: str, summary: DataSummary | None, base: str = "") -> str:
-    """Return Python code that loads a model. If `base` is set, PEFT adds the weights to that pretrained model."""
+def build_loading_code(folder: str, task: str, summary: DataSummary | None, base_model: str = "") -> str:
+    """Return Python code that loads a model. If `base_model` is set, PEFT adds the weights to that model."""
     facts = FACTS.get(task, FACTS["text-classification"])
-    package, _, inner = base.removeprefix("package:").partition("/") if base.startswith("package:") else ("", "", "")
-    pretrained = json.dumps(words.file_name(base), ensure_ascii=False) if base else ""
+    package, _, inner = (
+        base_model.removeprefix("package:").partition("/") if base_model.startswith("package:") else ("", "", "")
+    )
+    pretrained = json.dumps(words.file_name(base_model), ensure_ascii=False) if base_model else ""
     return TEMPLATES.get_template(LOADING).render(
         task=task,
         auto_class=facts.auto_class,

@@ -70,12 +70,12 @@ class AttemptFiles:
     outcome: Outcome | None
     events: tuple[Event, ...]
     first_step: int | None
-    """Step of the checkpoint that the attempt resumed, or None if unreadable."""
+    """Step of the checkpoint that the attempt resumed from, or None if unreadable."""
     journal: tuple[JournalEntry, ...]
 
     @property
     def steps(self) -> int:
-        """Number of completed steps, from the outcome or, if there is none, from the log."""
+        """Number of completed steps, from the outcome or else from the log."""
         logged = [event.step for event in self.events if isinstance(event, StepLogged | Evaluated)]
         return (self.outcome.steps if self.outcome else 0) or max(logged, default=0)
 
@@ -167,7 +167,7 @@ class RunView:
 
     @property
     def model_folder(self) -> str | None:
-        """Path of the trained model in the run folder, or None if there is none."""
+        """Path of the trained model, or None if there is none."""
         named = (self.outcome.model_folder if self.outcome else None) or (
             self.plan.model_folder if self.plan else "models/full"
         )
@@ -179,9 +179,9 @@ def trained_row(scores: Sequence[Scores]) -> Scores | None:
 
 
 def read_run(folder: Path, scores: Scores | None = None) -> RunView:
-    """Read the folder of a run or comparison, any of whose files may be missing.
+    """Read a run's or comparison's folder, in which files may be missing, or raise `SetupError` for another folder.
 
-    `scores` are those of a comparison's trial, which has no file of its own. Raises `SetupError` for any other folder.
+    Pass `scores` to read one trial of a comparison, whose scores have no file of their own.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -189,7 +189,7 @@ def read_run(folder: Path, scores: Scores | None = None) -> RunView:
     if not any((folder / mark).exists() for mark in _MARKS_OF_A_RUN):
         raise SetupError(f"{folder}: is not a run folder, because it contains none of {', '.join(_MARKS_OF_A_RUN)}")
 
-    files = _Files(folder)
+    files = _RunFolderReader(folder)
     plans = files.read_records(Plan, filter(_may_be_a_plan, folder.glob("plan/*.json")))
     attempts = list(files.read_attempts())
     rows = files.read_records(Scores, folder.glob("scores/*.json"))
@@ -202,10 +202,10 @@ def read_run(folder: Path, scores: Scores | None = None) -> RunView:
     summary = files.read_record(DataSummary, folder / "data" / "summary.json")
     recipe = folder / "recipe.yaml"
     recipe_text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None
-    task = (summary and summary.task) or settings.get("task") or _recipe_value(recipe_text, "task")
+    task = (summary and summary.task) or settings.get("task") or _read_recipe_setting(recipe_text, "task")
     view = RunView(
         folder=folder,
-        model=str(settings.get("model.name") or _recipe_value(recipe_text, "model") or "unknown model"),
+        model=str(settings.get("model.name") or _read_recipe_setting(recipe_text, "model") or "unknown model"),
         task=str(task or "unknown task"),
         trial=trial,
         recipe_text=recipe_text,
@@ -222,10 +222,10 @@ def read_run(folder: Path, scores: Scores | None = None) -> RunView:
         accesses=files.read_accesses(),
     )
     cut = [(f"line {first_few(lines)} of {name}", _CUT) for name, lines in files.unreadable.items()]
-    return replace(view, missing=(*files.damaged, *cut, *_missing_parts(view)))
+    return replace(view, missing=(*files.damaged, *cut, *_unavailable_parts(view)))
 
 
-def _missing_parts(view: RunView) -> Iterator[tuple[str, str]]:
+def _unavailable_parts(view: RunView) -> Iterator[tuple[str, str]]:
     """Yield (part, reason) for each part of the report that cannot be shown."""
     outcome, row = view.outcome, f"the test scores of {view.trial or 'a trained model'}"
     for present, what, why in (
@@ -265,7 +265,7 @@ def _why_unscored(view: RunView) -> str:
     return f"training ended as '{words.readable_status(view.outcome.status)}': {view.outcome.reason.rstrip('.')}."
 
 
-class _Files:
+class _RunFolderReader:
     """Reads a run folder's files and notes unreadable ones."""
 
     def __init__(self, folder: Path) -> None:
@@ -315,12 +315,12 @@ class _Files:
             outcome = self.read_record(Outcome, path / "outcome.json")
             events = tuple(filter(None, map(parse_event, self.read_lines(path / "metrics.jsonl"))))
             journal = tuple(map(JournalEntry.model_validate, self.read_lines(path / "journal.jsonl")))
-            first_step = _first_checkpoint_step(path / "request.json")
+            first_step = _resumed_checkpoint_step(path / "request.json")
             yield AttemptFiles(path.name, trial, outcome, events, first_step, journal)
 
 
-def _first_checkpoint_step(path: Path) -> int | None:
-    """Return the step of the checkpoint that an attempt resumed (0 without one), or None if unreadable."""
+def _resumed_checkpoint_step(path: Path) -> int | None:
+    """Return the step of the checkpoint that an attempt resumed from (0 for none), or None if unreadable."""
     try:
         checkpoint = json.loads(path.read_text(encoding="utf-8"))["checkpoint"]
         return 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
@@ -337,8 +337,8 @@ def _may_be_a_plan(path: Path) -> bool:
     return isinstance(entry, dict) and {"trial", "settings"} <= entry.keys()
 
 
-def _recipe_value(text: str | None, key: str) -> Any:
-    """Return a recipe's entry (its `name` if it is a block), or None."""
+def _read_recipe_setting(text: str | None, key: str) -> Any:
+    """Return a recipe's top-level value (its `name` if it is a block), or None if missing."""
     import yaml
 
     try:

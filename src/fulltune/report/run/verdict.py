@@ -11,7 +11,7 @@ from fulltune.records.training import Outcome
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Headline
 from fulltune.report.run.about_forgetting import budget_advice
-from fulltune.report.run.about_training import collect_curves, judge_fit
+from fulltune.report.run.about_training import collect_curves, judge_fit_from_curves
 from fulltune.report.run.read import RunView, trained_row
 from fulltune.stats.curves import Curves, Fit, final_loss_if_falling, judge_final_loss, without_cause
 from fulltune.text import counted, format_metric, format_number, is_share, listed
@@ -77,7 +77,7 @@ def judge_scores(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
     if (ahead.value > 0) != row.greater_is_better:
         why = "training made it worse" if bar.kind == "untouched" else "the baseline needs no training"
         return _build_headline("worse", f"{note}, and {why}.")
-    answers = _warn_of_poor_answers(row, scores)
+    answers = _poor_answers_warning(row, scores)
     return _build_headline("contested" if answers else "better", f"{note}.{answers}")
 
 
@@ -85,7 +85,7 @@ def _build_headline(kind: str, sentence: str) -> Headline:
     return Headline(kind, _LABELS[kind], sentence)
 
 
-def _warn_of_poor_answers(row: Scores, scores: Sequence[Scores]) -> str:
+def _poor_answers_warning(row: Scores, scores: Sequence[Scores]) -> str:
     """Return a sentence if generated answers are empty or no better than without training, else an empty string."""
     name = next((name for name in words.OF_ANSWERS if name in row.metrics and row.answers), "")
     bar = find_best_untrained(scores, name, greater_is_better=True)
@@ -117,9 +117,9 @@ _FEW_STEPS = 100
 _MOST_TIMES = 10
 _FEW_ROWS_OF_A_LABEL = 10
 _ONE_CLASS = 0.98
-"""Minimum share of rows predicted as one label for a model to count as blind."""
+"""Minimum share of rows predicted as one label to warn about it."""
 _UNEVEN = 2.0
-"""How many times as many rows as the other labels' mean the most frequent label must have."""
+"""Minimum ratio of the dominant label's rows to the other labels' mean."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class RunFacts:
     labels: int = 0
     """Number of labels if each row has one, else 0."""
     rate_searched: bool = False
-    bar: str = "the baseline"
+    best_untrained_name: str = "the baseline"
     """Name of the baseline or model to beat."""
     blind: str = ""
     """Sentence saying that all predictions are the same, or an empty string."""
@@ -154,7 +154,7 @@ def collect_facts(view: RunView, headline: Headline) -> RunFacts | None:
         return None
     summary = view.summary
     train = summary.splits.get("train") if summary else None
-    label, is_usual = _dominant_label(row.confusion) if row.confusion else ("", False)
+    label, is_usual = _find_dominant_label(row.confusion) if row.confusion else ("", False)
     entities = [row.metrics[name].value for name in ("precision", "recall") if name in row.metrics]
     blind = "The model finds no entity in the test rows" if entities and not any(entities) else ""
     if label:
@@ -165,19 +165,19 @@ def collect_facts(view: RunView, headline: Headline) -> RunFacts | None:
         plan=plan,
         outcome=outcome,
         curves=collect_curves(view, plan),
-        fit=judge_fit(view),
+        fit=judge_fit_from_curves(view),
         train_rows=train.rows if train else 0,
         labels=len(summary.labels) if summary and summary.form.is_calibrated else 0,
         rate_searched=view.searched is not None,
-        bar="the pretrained model" if bar is None or bar.kind == "untouched" else bar.name,
+        best_untrained_name="the pretrained model" if bar is None or bar.kind == "untouched" else bar.name,
         blind=blind,
         predicts_majority=is_usual,
         budget_advice=budget_advice(view.budget),
     )
 
 
-def _dominant_label(confusion: Confusion) -> tuple[str, bool]:
-    """Return the label of nearly all predictions (empty if none) and whether most rows have it."""
+def _find_dominant_label(confusion: Confusion) -> tuple[str, bool]:
+    """Return the label of nearly all predictions (or an empty string) and whether most rows have it."""
     predicted = [sum(counts) for counts in zip(*confusion.counts, strict=True)]
     expected = [sum(counts) for counts in confusion.counts]
     most, index = max(((count, index) for index, count in enumerate(predicted)), default=(0, 0))
@@ -195,18 +195,19 @@ def suggest_next_steps(run: RunFacts) -> tuple[str, ...]:
     evidence, helps = run.budget_advice
     if evidence:  # the curves belong to a model that was not kept
         return (f"{_capitalised(evidence)}. {_capitalised(helps)}.",)
-    narrower = (
-        ["More test rows narrow the interval: four times as many halve it"] if run.verdict == "unresolved" else []
-    )
+    more_rows = "More test rows narrow the interval (four times as many rows halve it)"
+    narrower = [more_rows] if run.verdict == "unresolved" else []
     if run.curves.is_at_ceiling and not run.blind:
         value = format_metric(run.curves.metric_name, run.curves.metric[-1][1])
         unless = ", unless harder or more test rows show a difference" if narrower else ""
-        advice = f"Keep {run.bar}, which needs no training{unless}"
+        advice = f"Keep {run.best_untrained_name}, which needs no training{unless}"
         return (f"{_capitalised(run.curves.on_eval)} is {value}, so there is nothing left to gain. {advice}.",)
     steps = [*_suggest_more_rows(run), *_suggest_settings(run)]
     if not steps:
         others = (
-            f"other rates ({_rate_setting(run, 1 / 3)} or {_rate_setting(run, 3)}) or " if not run.rate_searched else ""
+            f"other rates ({_format_rate_option(run, 1 / 3)} or {_format_rate_option(run, 3)}) or "
+            if not run.rate_searched
+            else ""
         )
         steps.append(f"The curves do not show why. Try {others}more than the {run.train_rows:,} train rows")
     return tuple(f"{one}." for one in [*steps, *narrower])
@@ -233,20 +234,20 @@ def _suggest_settings(run: RunFacts) -> Iterator[str]:
     rate, length = "", ""
     if run.fit.kind == "got worse":
         what = "The eval score was best before step 1" if run.fit.turn == 0 else _capitalised(run.fit.evidence)
-        rate = f"{what}. Try a lower rate: {_rate_setting(run, 1 / 10 if run.fit.turn == 0 else 1 / 3)}"
+        rate = f"{what}. Try a lower rate: {_format_rate_option(run, 1 / 10 if run.fit.turn == 0 else 1 / 3)}"
     elif high.action != "go on":
-        rate = f"{_capitalised(without_cause(high.reason))}. Try a lower rate: {_rate_setting(run, 1 / 3)}"
+        rate = f"{_capitalised(without_cause(high.reason))}. Try a lower rate: {_format_rate_option(run, 1 / 3)}"
     elif run.fit.kind in ("over-fitted", "over-confident") and run.fit.turn is not None:
         length = (
             f"The model is {run.fit.kind} from step {run.fit.turn:,} on (see 'Learning curves'). "
-            f"Stop there: {_length_setting(run, run.fit.turn / run.plan.total_steps)}"
+            f"Stop there: {_format_length_option(run, run.fit.turn / run.plan.total_steps)}"
         )
     elif longer := _reasons_to_train_longer(run):
         times = min(_MOST_TIMES, max(2, math.ceil(_FEW_STEPS / max(1, run.plan.total_steps))))
-        length = f"{_capitalised(listed(longer))}. Train for longer: {_length_setting(run, times)}"
+        length = f"{_capitalised(listed(longer))}. Train for longer: {_format_length_option(run, times)}"
     changes = [one for one in ("" if run.rate_searched else rate, length) if one]
     if run.blind and not weights_may_help:
-        rates = f"Try a lower rate, {_rate_setting(run, 1 / 3)}, or a higher one, {_rate_setting(run, 3)}"
+        rates = f"Try a lower rate, {_format_rate_option(run, 1 / 3)}, or a higher one, {_format_rate_option(run, 3)}"
         changes[:1] = [f"{run.blind}. {changes[0] if changes else rates if not run.rate_searched else 'Use more rows'}"]
     yield from changes
 
@@ -272,14 +273,14 @@ def _capitalised(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _length_setting(run: RunFacts, factor: float) -> str:
+def _format_length_option(run: RunFacts, factor: float) -> str:
     """Return the `--set` option for a run that is `factor` times as long."""
     if "train.max_steps" in run.recipe_settings:
         return f"--set train.max_steps={round(factor * run.plan.total_steps)}"
     return f"--set train.num_train_epochs={float(f'{factor * run.plan.num_train_epochs:.2g}'):g}"
 
 
-def _rate_setting(run: RunFacts, factor: float) -> str:
+def _format_rate_option(run: RunFacts, factor: float) -> str:
     """Return the `--set` option for `factor` times the learning rate."""
     has_method = any(name.startswith("method.") for name in run.recipe_settings)
     kind = "" if has_method else "--set method.kind=full "
