@@ -177,7 +177,7 @@ def _steps_to_train(steps: Sequence[CleaningStep], summary: DataSummary, checks:
     least = LEAST_SHARE * summary.splits["train"].rows
     if not (worth := [step for step in steps if len(step.issues) >= least]):
         raise RecipeError(
-            f"--trainings: no check found {LEAST_SHARE:.1%} of the train rows, and a few trainings "
+            f"--trainings: no check flagged at least {LEAST_SHARE:.1%} of the train rows, and a few trainings "
             "cannot show the effect of fewer; name a check with --check to try anyway"
         )
     return worth

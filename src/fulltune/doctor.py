@@ -224,11 +224,9 @@ def _diagnose_fit(log: Log) -> Iterator[Diagnosis]:
         yield judged.kind, evidence, f"{judged.helps}: {_rate_setting(log, 1 / 10 if judged.turn == 0 else 1 / 3)}"
     elif is_flat(losses):
         stayed = f"the train loss stayed at about {format_number(statistics.median(losses))} from start to end"
-        yield "plateau", stayed, f"try a higher rate: {_rate_setting(log, 3)}; check that the labels belong to the rows"
+        yield "plateau", stayed, f"try a higher rate: {_rate_setting(log, 3)}; check that the labels match the rows"
     elif judged.kind not in ("sound", "not known"):
-        calibrate = (
-            "'fulltune run' calibrates the probabilities; more eval rows show more exactly how good the answers are"
-        )
+        calibrate = "'fulltune run' calibrates the probabilities; more eval rows measure the metric more precisely"
         yield judged.kind, evidence, judged.helps or calibrate
 
 

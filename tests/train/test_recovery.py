@@ -277,8 +277,8 @@ def test_evaluation_that_does_not_fit_at_all_keeps_the_model(
         runs.run(tmp_path, model, ROWS, until="evaluate", **BLOCKS)
 
     assert str(caught.value) == (
-        "scoring baseline-probe: memory ran out: CUDA out of memory. Tried to allocate 2.00 GiB.; the smallest batch "
-        "failed; the trained model is kept: free some memory, then run the same command again"
+        "scoring baseline-probe: memory ran out: CUDA out of memory. Tried to allocate 2.00 GiB.; even the smallest "
+        "batch failed; free memory and run the same command again. The trained model is saved"
     )
     monkeypatch.undo()
     assert len(runs.run(tmp_path, model, ROWS, until="evaluate", **BLOCKS).scores) == 4

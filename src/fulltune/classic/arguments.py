@@ -58,7 +58,7 @@ INSIDE = {
 }
 IGNORED = {
     "fp16_backend": "PyTorch's mixed precision is always used",
-    "fp16_opt_level": "PyTorch's mixed precision is always used, no longer apex",
+    "fp16_opt_level": "PyTorch's mixed precision is used instead of apex",
     "half_precision_backend": "PyTorch's mixed precision is always used",
     "jit_mode_eval": "evaluation no longer traces the model; use torch_compile=True to compile it",
     "logging_dir": "report_to='tensorboard' writes to the folder that TENSORBOARD_LOGGING_DIR names",

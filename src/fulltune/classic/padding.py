@@ -29,7 +29,9 @@ class PaddingCollator:
         rows = [dict(row if isinstance(row, Mapping) else vars(row)) for row in features]
         if _have_unequal_lengths(rows, "input_ids"):
             if not self._has_warned:
-                issue_notice(f"rows of unequal length are padded with token {self._pad}: no tokenizer or collator pads")
+                issue_notice(
+                    f"no tokenizer or collator pads rows to one length, so token {self._pad} is used to pad them"
+                )
             self._has_warned = True
             rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows]
         fills = {"input_ids": self._pad, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}

@@ -227,5 +227,5 @@ def _explain_out_of_memory(activity: str) -> Iterator[None]:
         raise out_of_memory_error(
             activity,
             error,
-            "the smallest batch failed. The trained model is kept. Free some memory, then run the same command again",
+            "even the smallest batch failed; free memory and run the same command again. The trained model is saved",
         ) from None

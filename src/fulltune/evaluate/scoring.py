@@ -110,7 +110,7 @@ class Scoring:
                 raise SetupError(
                     f"metrics: your function failed on {len(predicted)} rows ({type(error).__name__}: {error}). It "
                     "must return a dictionary of names and numbers for any selection of the test rows. Correct the "
-                    "function and call again; the trained model is kept"
+                    "function and call again; the trained model is saved"
                 ) from error
 
         both = {"predicted": predictions, "true": references}

@@ -95,7 +95,9 @@ def load_budget_texts(block: PreserveBlock) -> BudgetTexts:
         candidates = load_generic_texts(block.replay, MAX_REPLAYED, "preserve.replay")[0] if block.replay else []
         replayed = [text for text in candidates if text_key(text) not in probe_keys]
         if block.replay and not replayed:
-            raise DataError(f"preserve.replay: {block.replay}: all texts are also in preserve.probe; name other texts")
+            raise DataError(
+                f"preserve.replay: {block.replay}: all texts are also in preserve.probe; choose other texts"
+            )
     return BudgetTexts(texts[:each], texts[each : 2 * each], replayed, source)
 
 
@@ -168,7 +170,7 @@ def why_texts_are_weak(
 
     `losses_or_states` is the pretrained model's result of `GenericText.measure`.
     """
-    advice = "so drift on these texts says little; in preserve.probe, name texts that the model knows"
+    advice = "so drift on these texts says little; set preserve.probe to texts that the model was pretrained on"
     tokens = [token for ids in generic_text.ids for token in ids]
     unknown = sum(token == unknown_id for token in tokens) / max(1, len(tokens))
     if unknown_id is not None and unknown > MAX_UNKNOWN:

@@ -133,7 +133,7 @@ def refuse(row: Row, target: Target) -> Refused | None:
         return Refused("no conversation", str(error))
     answers = [message for message in messages if chat.is_trained(message)]
     if not any(not is_blank(message["content"]) or message.get("tool_calls") for message in answers):
-        return Refused("no answer", "no assistant message has content or tool calls and a weight other than 0")
+        return Refused("no answer", "every assistant message is empty or has weight 0")
     return None
 
 

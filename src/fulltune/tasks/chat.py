@@ -135,7 +135,9 @@ def _apply_chat_template(tokenizer: Tokenizer, messages: Sequence[ChatMessage], 
     except jinja2.TemplateSyntaxError as error:
         raise SetupError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
     except NotImplementedError:
-        raise SetupError("chat needs a fast tokenizer, which knows where each token is in the text") from None
+        raise SetupError(
+            "chat needs the positions of tokens in the text, which only a fast tokenizer returns"
+        ) from None
     except (jinja2.TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(" ".join(str(error).split())[:200]) from None
 

@@ -147,7 +147,9 @@ def find_required_column(
     if name is None:
         column = find_column(role, None, [column for column in columns if column not in excluded], file)
     elif (column := find_column(role, name, columns, file)) in excluded:
-        raise DataError(f"{file}: column '{name}' (data.{role}) already has another role; set the other role, too")
+        raise DataError(
+            f"{file}: column '{name}' (data.{role}) already has another role; set that role in the recipe, too"
+        )
     if column is None:
         raise DataError(missing_column(role, columns, file))
     return column

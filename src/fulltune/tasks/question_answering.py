@@ -143,7 +143,7 @@ def _texts_and_starts(cell: Any) -> Iterator[tuple[str, int | None]]:
         case {"text": texts, **more}:
             texts, starts = _as_list(texts), _as_list(more.get("answer_start"))
             if starts and len(starts) != len(texts):
-                raise DataError(f"{len(texts)} answers have {len(starts)} values of answer_start")
+                raise DataError(f"found {len(texts)} answers, but {len(starts)} values of answer_start")
             for text, start in zip(texts, starts or [None] * len(texts), strict=True):
                 if str(text).strip():
                     yield str(text), None if start is None else _parse_answer_start(start)
@@ -183,7 +183,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
     """
     if not tokenizer.is_fast:
         raise SetupError(
-            "question-answering needs a fast tokenizer, which knows the positions of tokens in the text, but "
+            "question-answering needs the positions of tokens in the text from a fast tokenizer, but "
             f"{type(tokenizer).__name__} is slow (no tokenizer.json): use another model, or convert its tokenizer"
         )
     return [_encode_windows(row, target, tokenizer, max_length) for row in rows]

@@ -189,7 +189,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
     """
     if not tokenizer.is_fast:
         raise SetupError(
-            "token-classification needs a fast tokenizer, which knows the word of each token, but "
+            "token-classification needs the word of each token from a fast tokenizer, but "
             f"{type(tokenizer).__name__} is slow (no tokenizer.json): use another model, or convert its tokenizer"
         )
     parsed = [words_and_tags(row, target.columns) for row in rows]

@@ -118,7 +118,7 @@ def test_answers_of_weight_0_are_read_and_not_trained(template: str) -> None:
     assert trained(template, told) == [["it is 42<|im_end|>"]]
     row, target = {"m": [{**TALK[1]}, {**TALK[2], "weight": 0}]}, Target("chat", {"messages": "m"})
     assert (refused := causal_lm.refuse(row, target)) is not None
-    assert (refused.check, "weight other than 0" in refused.reason) == ("no answer", True)
+    assert (refused.check, "has weight 0" in refused.reason) == ("no answer", True)
 
 
 def test_answer_without_width_is_none() -> None:

@@ -53,7 +53,7 @@ def test_cell_with_answers_in_each_form_is_read(cell: Any, found: list[tuple[str
         (["moon", "mars"], "the answer 'moon' is not in the context"),
         ({"text": ["sun"], "answer_start": [5]}, "the context has 'un ' at character 5, expected the answer 'sun'"),
         ({"text": ["sun"], "answer_start": [999]}, "the context has '' at character 999, expected the answer 'sun'"),
-        ({"text": ["sun"], "answer_start": [4, 5]}, "1 answers have 2 values of answer_start"),
+        ({"text": ["sun"], "answer_start": [4, 5]}, "found 1 answers, but 2 values of answer_start"),
         ({"answer": "sun"}, "expected an object with 'text' and 'answer_start', found ['answer']"),
     ],
 )

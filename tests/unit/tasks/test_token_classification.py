@@ -204,7 +204,7 @@ def test_slow_tokenizer_is_refused() -> None:
     from transformers import CanineTokenizer
 
     with pytest.raises(
-        SetupError, match="needs a fast tokenizer, which knows the word of each token, but CanineTokenizer is slow"
+        SetupError, match="needs the word of each token from a fast tokenizer, but CanineTokenizer is slow"
     ):
         encoded(CanineTokenizer(), SENTENCE)
 
