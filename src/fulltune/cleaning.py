@@ -16,7 +16,7 @@ from scipy.stats import norm
 from fulltune import evaluate, pipeline
 from fulltune.audit.rows import LEAK, NEAR_LEAK
 from fulltune.audit.stage import load_issues
-from fulltune.data.patch import Decisions, load_patch, numbered, save_patch
+from fulltune.data.patch import Decisions, load_patch, numbered_row_hash, save_patch
 from fulltune.errors import RecipeError, SetupError
 from fulltune.evaluate.scoring import compute_outputs, load_outputs, save_outputs
 from fulltune.inference.store import CLUSTERS, read_original_rows, row_id
@@ -92,9 +92,9 @@ def row_ids(folder: Path, decisions: Decisions | None = None) -> Iterator[str]:
     for row in read_original_rows(folder):
         name = row_id(row)
         times[name] += 1
-        while numbered(name, times[name]) in dropped:
+        while numbered_row_hash(name, times[name]) in dropped:
             times[name] += 1
-        yield numbered(name, times[name])
+        yield numbered_row_hash(name, times[name])
 
 
 # ---- by whole runs -------------------------------------------------------------------------------------------------

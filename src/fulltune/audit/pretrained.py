@@ -119,7 +119,7 @@ NOT_SEPARABLE = "the pretrained model's features do not distinguish the classes"
 
 @dataclass(frozen=True)
 class JudgedLabels:
-    """The margin of each label, and how far the labels can be trusted."""
+    """Judgements of labels, and their estimated reliability."""
 
     margins: np.ndarray
     """Margin of each label: float64 [rows]. A low margin suggests a wrong label."""
@@ -188,7 +188,7 @@ def choose_suspect_margin(margins: np.ndarray, planted_margins: np.ndarray) -> t
 
 
 def _estimate_min_errors(margins: np.ndarray, planted_margins: np.ndarray, quantile: float) -> float:
-    """Estimate the errors from the margins below a quantile of planted ones, and subtract one standard error."""
+    """Estimate the number of errors from the margins below a quantile of planted ones, minus one standard error."""
     num_below = int(np.searchsorted(margins, np.quantile(planted_margins, quantile)))
     # Relative standard error of a count of rows, and of a share of the planted errors.
     error = math.sqrt(1 / max(1, num_below) + (1 - quantile) / (quantile * len(planted_margins)))

@@ -16,8 +16,8 @@ from fulltune.audit.languages import OTHER_LANGUAGE, ColumnLanguages, add_langua
 from fulltune.audit.texts import PARTS, find_flaws, iterate_texts, join_texts_by_column, masked_text, select_checks
 from fulltune.audit.texts.content import group_similar_names
 from fulltune.audit.texts.flaw import Flaw
-from fulltune.data.groups import character_5grams, draw, jaccard_similarity, join_near_duplicates, minhash
-from fulltune.data.patch import Decisions, PatchedRows, load_patch, numbered
+from fulltune.data.groups import character_5grams, hash_to_number, jaccard_similarity, join_near_duplicates, minhash
+from fulltune.data.patch import Decisions, PatchedRows, load_patch, numbered_row_hash
 from fulltune.data.sources import find_source_files, read_source_rows
 from fulltune.inference.store import read_original_rows, row_id
 from fulltune.recipe.fields import Recipe
@@ -58,7 +58,7 @@ class AuditedRows:
         for _, examples in groupby(read_original_rows(self.folder / split), key=itemgetter(PLACE)):
             yield next(examples)
 
-    def all(self) -> Iterator[tuple[SplitName, Row]]:
+    def all_rows(self) -> Iterator[tuple[SplitName, Row]]:
         for split in SPLITS:
             yield from ((split, row) for row in self.read(split))
 
@@ -132,7 +132,7 @@ def scan_rows(rows: AuditedRows, expected_rows: int, listener: Listener) -> RowS
             keys.append(key if rows.has_texts else "")
             labels = tuple(rows.task.row_labels(row, rows.target))
             scan.ids.append(int(row_id(row), 16))
-            scan.keys.append(draw(0, key))
+            scan.keys.append(hash_to_number(0, key))
             scan.content_hashes.append(hash(rows.content_text(row, key)))
             scan.labels.append(scan.names.setdefault(labels, len(scan.names)) if labels else -1)
             for part, names in checks.items():
@@ -157,7 +157,7 @@ def scan_rows(rows: AuditedRows, expected_rows: int, listener: Listener) -> RowS
 
 
 def number_equal_rows(rows: AuditedRows, scan: RowScan, issues: list[RowIssue], decisions: Decisions) -> list[RowIssue]:
-    """Return the issues with numbered hashes where rows are equal, also equal to rows that `decisions` drop."""
+    """Return the issues with hashes of equal rows numbered. Rows that `decisions` drop count as well."""
     values, counts = np.unique(np.array(scan.ids, np.uint64), return_counts=True)
     several = {f"{value:016x}" for value in values[counts > 1].tolist()}
     several |= {row.partition("-")[0] for _, row in decisions}
@@ -172,15 +172,17 @@ def identify_rows(
 ) -> Iterator[tuple[SplitName, Row, str]]:
     """Yield split, row and hash of each row, or of rows in `only_hashes`. Hashes of equal rows are numbered."""
     times = Counter[tuple[str, str]]()
-    for split, row in rows.all():
+    for split, row in rows.all_rows():
         key = rows.source_of(split), row_id(row)
         if only_hashes is not None and key[1] not in only_hashes:
             continue
         times[key] += 1
         # Rows that a patch dropped count as well.
-        while (decision := decisions.get((key[0], numbered(key[1], times[key])))) and decision.remedy.action == "drop":
+        while (
+            decision := decisions.get((key[0], numbered_row_hash(key[1], times[key])))
+        ) and decision.remedy.action == "drop":
             times[key] += 1
-        yield split, row, numbered(key[1], times[key])
+        yield split, row, numbered_row_hash(key[1], times[key])
 
 
 def _flaw_to_issue(rows: AuditedRows, split: SplitName, row: Row, column: str, flaw: Flaw) -> RowIssue:
@@ -198,7 +200,7 @@ def find_misspelt_classes(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
         counts.update(dict.fromkeys(names, of_number[number]))
     instead = {name: names[0] for names in group_similar_names(counts) for name in names[1:]}
     issues, column = list[RowIssue](), rows.target.columns.get("label", "")
-    for split, row in rows.all() if instead else ():
+    for split, row in rows.all_rows() if instead else ():
         labels = rows.task.row_labels(row, rows.target)
         if column in row and (doubtful := [label for label in labels if label in instead]):
             new = list(dict.fromkeys(instead.get(label, label) for label in labels))
@@ -214,7 +216,7 @@ def find_foreign_language_rows(rows: AuditedRows, scan: RowScan) -> list[RowIssu
     issues = list[RowIssue]()
     suspects = {column: languages.suspects() for column, languages in scan.languages.items()}
     main = {column: languages.main_languages() for column, languages in scan.languages.items()}
-    for position, (split, row) in enumerate(rows.all() if any(suspects.values()) else ()):
+    for position, (split, row) in enumerate(rows.all_rows() if any(suspects.values()) else ()):
         for column, text in join_texts_by_column(row, rows.target.columns).items():
             foreign = detect_foreign_language(text, main[column]) if position in suspects.get(column, ()) else None
             if foreign is not None:
@@ -236,8 +238,7 @@ _MAX_READ = 10
 
 
 def find_repeated_rows(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
-    """Return issues for train rows that occur earlier, also occur in held-out splits, or have different labels
-    elsewhere."""
+    """Return issues for train rows that occur earlier, in held-out splits, or elsewhere with other labels."""
     keys, contents, labels = (np.frombuffer(one, np.int64) for one in (scan.keys, scan.content_hashes, scan.labels))
     train = np.arange(len(keys)) < scan.counts["train"]
     repeats = mark_repeated_train_rows(contents, train)
@@ -316,7 +317,7 @@ def _find_similar_held_out_rows(
 
 
 def _read_held_out(rows: AuditedRows, scan: RowScan, positions: set[int]) -> dict[int, tuple[str, str]]:
-    """Return the text of each held-out row in `positions`, and its location with a quotation."""
+    """Return, by position, the text of held-out rows, and their locations with a quotation."""
     held_out = chain(rows.read("eval"), rows.read("test")) if positions else ()
     return {
         position: (rows.task.group_key(row, rows.target), f"{row[PLACE]}: '{rows.masked_start(row, _MAX_QUOTED)}'")

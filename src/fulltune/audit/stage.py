@@ -63,8 +63,8 @@ def checks_that_need_model(summary: DataSummary) -> set[str]:
 
 
 def audit_rows(reader: RowReader, uses_model: bool) -> Audit:
-    """Check all prepared rows, and write `issues.jsonl` and `audit.json`. Only if `uses_model`, run checks that need
-    the model."""
+    """Check all prepared rows, with the pretrained model only if `uses_model`, and write `issues.jsonl` and
+    `audit.json`."""
     recipe, folder, summary = reader.recipe, reader.folder, reader.summary
     wanted = checks_that_need_model(summary) if uses_model else set[str]()
     if (earlier := _load_complete_audit(folder, summary, wanted)) is not None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from fulltune.audit.texts import masked_text
 from fulltune.audit.texts.content import note_similar_names
-from fulltune.audit.texts.flaw import RE, masked
+from fulltune.audit.texts.flaw import RE, mask_secret
 from fulltune.data.contamination import ForbiddenTexts
 from fulltune.data.encode import NEW_LABEL, DropKind, DroppedRow, EncodedSource
 from fulltune.data.groups import format_time, group_and_time_problems
@@ -23,8 +23,7 @@ from fulltune.records.data import SplitName
 from fulltune.tasks import Target
 from fulltune.text import counted, first_few
 
-MAX_DROPPED = 0.05
-"""Largest accepted share of unusable rows."""
+MAX_UNUSABLE_SHARE = 0.05
 UNDECODABLE_IMAGE = "undecodable image"
 FEW_EVAL_ROWS = 50
 _FEW_OF_A_CLASS = 5
@@ -34,7 +33,7 @@ _FEW_OF_A_CLASS = 5
 def refuse_secrets_in_names(target: Target, file_name: str) -> None:
     """Raise `DataError` if a column or label name contains a secret."""
     names = [("column", name) for name in target.columns.values()] + [("label", name) for name in target.labels]
-    secret = [f"{kind} {masked(name)}" for kind, name in names if RE["never_a_name"].search(masked_text(name))]
+    secret = [f"{kind} {mask_secret(name)}" for kind, name in names if RE["never_a_name"].search(masked_text(name))]
     if secret:
         raise DataError(
             f"{file_name}: label and column names appear in reports and in the model's config.json, but some contain "
@@ -73,12 +72,12 @@ def refuse_unusable_rows(recipe: Recipe, encoded: Mapping[SourceName, EncodedSou
 def _too_many_dropped_problem(
     source: EncodedSource, kind: DropKind, allowed_checks: Collection[str], num_checked: int
 ) -> list[str]:
-    """Return a list with an error message if more rows than accepted failed checks outside `allowed_checks`, else an
-    empty list."""
+    """Return a list with one error message if too many rows failed checks outside `allowed_checks`, else an empty
+    list."""
     counts = Counter({check: count for check, count in source.tally.of(kind).items() if check not in allowed_checks})
     total = counts.total()
     # A single row is never too many, even in a file of ten.
-    if total <= max(1, MAX_DROPPED * num_checked) and (total < num_checked or not total):
+    if total <= max(1, MAX_UNUSABLE_SHARE * num_checked) and (total < num_checked or not total):
         return []
     check = next(iter(counts))
     place, reason = source.tally.first[kind, check][0]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fulltune.data.groups import draw, rehash
-from fulltune.data.readers.files import convert_os_errors, is_data, list_data_files
+from fulltune.data.groups import hash_to_number, rehash
+from fulltune.data.readers.files import convert_os_errors, has_data_suffix, list_data_files
 from fulltune.data.readers.read import DataFiles, LocatedRow
 from fulltune.data.readers.text_files import has_blank_lines
 from fulltune.errors import DataError
@@ -22,7 +22,7 @@ NUM_WORDS = 8
 MAX_TEXTS = 100
 """8-grams in more texts than this come from templates and are ignored."""
 _BASE = np.uint64(0x9E3779B97F4A7C15)
-_hash_word = lru_cache(maxsize=50_000)(partial(draw, 0))
+_hash_word = lru_cache(maxsize=50_000)(partial(hash_to_number, 0))
 _NOT_COMPARED = ("label", "tags", "tools", "context")
 """Prefixes of column roles that are not compared, such as labels and passages that many questions share."""
 _ANSWERS = ("completion", "target", "answers", "choice", "messages")
@@ -48,7 +48,7 @@ class ForbiddenTexts:
         Texts under 8 words are compared only if `is_input`, because short answers are often equal by chance.
         """
         words = text.split()
-        if ((is_input and words) or len(words) >= NUM_WORDS) and draw(0, text) in self.whole:
+        if ((is_input and words) or len(words) >= NUM_WORDS) and hash_to_number(0, text) in self.whole:
             return True
         ngrams = _hash_word_ngrams(words)
         starts, ends = (np.searchsorted(self.ngrams, ngrams, side) for side in ("left", "right"))
@@ -90,7 +90,7 @@ def _list_text_files(setting: str, path: str) -> Sequence[Path]:
             files = sorted(
                 file
                 for file in Path(path).rglob("*")
-                if is_data(file)
+                if has_data_suffix(file)
                 and not any(part.startswith(".") for part in file.relative_to(path).parts)
                 and file.is_file()
             )
@@ -105,7 +105,7 @@ def _list_text_files(setting: str, path: str) -> Sequence[Path]:
 
 
 def hash_forbidden_texts(path_of_setting: Mapping[str, str], files: Iterable[Path]) -> ForbiddenTexts:
-    """Hash all texts in `files`. Raises `DataError`, naming the settings, if a file is broken or all are without
+    """Hash all texts in `files`. Raises `DataError`, naming the settings, if a file is broken or no file contains
     text."""
     whole: set[int] = set()
     ngrams, num_ngrams, problems = [np.empty(0, np.uint64)], list[int](), list[str]()
@@ -114,7 +114,7 @@ def hash_forbidden_texts(path_of_setting: Mapping[str, str], files: Iterable[Pat
         rows = DataFiles((file,), str(file), "paragraph" if kind == ".txt" and has_blank_lines(file) else "line")
         for _, row in rows.rows(problems):
             for text in filter(None, map(normalised, texts_in_cell(row))):
-                if (number := draw(0, text)) not in whole:
+                if (number := hash_to_number(0, text)) not in whole:
                     whole.add(number)
                     ngrams.append(_hash_word_ngrams(text.split()))
                     num_ngrams.append(len(ngrams[-1]))
@@ -165,6 +165,7 @@ def mark_rows_with_forbidden_text(
     columns = {role: column for role, column in target.columns.items() if not role.startswith(_NOT_COMPARED)}
 
     def contains_forbidden_text(group_key: str, row: Row) -> bool:
+        """Return whether a row's input or a compared cell contains a forbidden text."""
         return ("context" not in target.columns and forbidden.occur_in(group_key, is_input=True)) or any(
             forbidden.occur_in(text, is_input=not role.startswith(_ANSWERS))
             for role, column in columns.items()

@@ -15,7 +15,14 @@ import numpy as np
 
 from fulltune.audit.texts import CHEAP, MAX_CHECKED, found_by, iterate_texts, masked_cells, select_checks
 from fulltune.data.contamination import ForbiddenTexts, mark_rows_with_forbidden_text
-from fulltune.data.groups import RowCounts, draw, join_by_value, join_near_duplicates, minhash, parse_groups_and_times
+from fulltune.data.groups import (
+    RowCounts,
+    hash_to_number,
+    join_by_value,
+    join_near_duplicates,
+    minhash,
+    parse_groups_and_times,
+)
 from fulltune.data.readers.read import LocatedRow
 from fulltune.errors import SetupError
 from fulltune.inference.store import make_record_batch, row_as_json, write_rows
@@ -97,7 +104,6 @@ class EncodedSource:
     """Index of each row's labels in `label_sets`: int64 [rows]."""
     label_sets: tuple[tuple[str, ...], ...]
     tally: RowCounts
-    """Counts of dropped rows, text flaws and bad cells."""
     longest: int
     folder: Path = Path()
 
@@ -198,7 +204,7 @@ def encode_chunk(job: Job, chunk: list[LocatedRow]) -> Chunk:
     sets: dict[tuple[str, ...], int] = {}
     labels = [sets.setdefault(tuple(task.row_labels(row, job.target)), len(sets)) for _, row in rows]
     _add_text_flaws_to_tally(job, (row for _, row in rows), tally)
-    groups = np.array([draw(block.split_seed, key) for key in keys], np.uint64)
+    groups = np.array([hash_to_number(block.split_seed, key) for key in keys], np.uint64)
     numbers = EncodedSource(
         where=job.where,
         target=job.target,
@@ -274,6 +280,7 @@ def encode_source(
     parts = list[EncodedSource]()
 
     def encoded_batches() -> Iterator[pa.RecordBatch]:
+        """Yield the examples of each chunk, and collect its other results."""
         for part, batch, dropped in _encode_chunks(job, rows, num_rows):
             for item in dropped:
                 record_dropped(item)

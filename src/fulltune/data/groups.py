@@ -172,14 +172,16 @@ def join_by_value(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
     return np.asarray(drawn[component][of_value], np.uint64)
 
 
-def draw(seed: int, key: str) -> int:
+def hash_to_number(seed: int, key: str) -> int:
     """Return a pseudo-random number below 2^64 that depends only on `seed` and `key`."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{key}".encode()).digest()[:8], "big")
 
 
 def sample_by_label(row_labels: Sequence[Sequence[str]], max_rows: int, seed: int) -> list[int]:
     """Return the sorted positions of `max_rows` random rows, with at least three of each label if possible."""
-    drawn = np.fromiter((draw(seed, str(position)) for position in range(len(row_labels))), np.uint64, len(row_labels))
+    drawn = np.fromiter(
+        (hash_to_number(seed, str(position)) for position in range(len(row_labels))), np.uint64, len(row_labels)
+    )
     of_each = min(3, max_rows // max(1, len({label for of_row in row_labels for label in of_row})))
     counts, wanted, others = Counter[str](), list[int](), list[int]()
     for position in np.argsort(drawn, kind="stable").tolist():
@@ -231,7 +233,7 @@ def parse_groups_and_times(
     for number, (place, row) in enumerate(rows):
         if group_column:
             try:
-                values[number] = draw(seed, parse_group(row.get(group_column)))
+                values[number] = hash_to_number(seed, parse_group(row.get(group_column)))
             except ValueError as error:
                 tally.add("group", str(error), place)
         if time_column:

@@ -29,7 +29,6 @@ class Limits:
     max_positions: int | None = None
     """Longest sequence in tokens, or None if unlimited."""
     model_fingerprint: str = ""
-    """Fingerprint of everything in the model that changes prepared rows."""
     packing_obstacle: Callable[[], str | None] = lambda: "it was not checked"
     """Returns why packed texts would attend to each other, or None if they cannot."""
     num_virtual_tokens: int = 0

@@ -93,7 +93,7 @@ class PatchedRows:
         """Return the row after its decisions, or None if it is dropped."""
         while (row_hash := row_id(row)) in self.hashes:
             self._copies[row_hash] += 1
-            decision = self.decisions.get((self.source, numbered(row_hash, self._copies[row_hash])))
+            decision = self.decisions.get((self.source, numbered_row_hash(row_hash, self._copies[row_hash])))
             if decision is None:
                 break
             self.matched.add(decision.key)
@@ -113,7 +113,7 @@ class PatchedRows:
         return row
 
 
-def numbered(row: str, number: int) -> str:
+def numbered_row_hash(row: str, number: int) -> str:
     """Return a row's hash; from the second equal row on, its number is appended."""
     return row if number == 1 else f"{row}-{number}"
 

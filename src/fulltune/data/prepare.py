@@ -263,7 +263,7 @@ def _encode_sources(
 
 
 def _describe_split_origin(block: DataBlock, split: Split) -> str:
-    """Return the report's text about which file a split comes from."""
+    """Describe for the report which file a split comes from."""
     if split.has_own_file:
         return f"file {split.source.where}"
     column = block.time or block.group

@@ -175,7 +175,7 @@ def split_by_time(
 
 
 def _choose_split_time(oldest: np.ndarray, wanted: int) -> float:
-    """Return the time since which to hold out groups with about `wanted` rows, or infinity if all start together.
+    """Return the time from which groups with about `wanted` rows start, or infinity if all groups start together.
 
     `oldest` is the first time of each row's group.
     """

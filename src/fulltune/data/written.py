@@ -191,6 +191,7 @@ def write_mixed_in_rows(
     drawn = _rows_per_epoch(recipe, len(Rows(folder / "train")))
 
     def batches_of_all_sources() -> Iterator[pa.RecordBatch]:
+        """Yield the examples of one source after another."""
         for split in mixed.values():
             ends.append(ends[-1])
             parts = iterate_examples(split, task)
@@ -234,7 +235,7 @@ def _rows_per_epoch(recipe: Recipe, num_train_rows: int) -> dict[SourceName, int
 
 
 def target_mean_and_std(targets: np.ndarray, file_name: str, column: str) -> tuple[float, float]:
-    """Return the targets' mean and standard deviation. Raises `DataError` if they are equal in fp32."""
+    """Return the targets' mean and standard deviation. Raises `DataError` if all targets are equal in fp32."""
     mean, spread = float(targets.mean()), float(targets.std())
     rows = f"{file_name}: all {len(targets):,} train rows have"
     if targets.min() == targets.max():

@@ -262,8 +262,8 @@ class GenericText:
     def measure(
         self, model: Any, head: SelectiveHead | None = None, between_batches: Callable[[], None] = lambda: None
     ) -> np.ndarray:
-        """Return each text's loss in nats per token [texts], or for other than language models its normalised mean
-        hidden state [texts, hidden]."""
+        """Return each text's loss in nats per token [texts] or, without a language model, its normalised mean hidden
+        state [texts, hidden]."""
         if not self.writes:
             return self._measure_states(model, between_batches)
         rows = [{"input_ids": ids, "labels": [IGNORED, *ids[1:]], LENGTH: len(ids)} for ids in self.ids]

@@ -99,8 +99,8 @@ def _cut_to_few_tokens(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def verify_selective_head(
     model: PreTrainedModel, task: Task, batch: Mapping[str, Tensor]
 ) -> tuple[SelectiveHead | None, str]:
-    """Return a selective head and "yes ..." or, if it gives other logits than the whole model on a few tokens, None and
-    the reason.
+    """Return a selective head and a note, or None and the reason if it gives other logits than the whole model on a few
+    tokens.
 
     `batch` is collated and on the model's device.
     """

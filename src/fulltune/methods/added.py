@@ -41,7 +41,6 @@ class Bottleneck(nn.Module):
     """Bottleneck adapter with a residual connection (Houlsby et al. 2019, arXiv 1902.00751), which PEFT lacks."""
 
     def __init__(self, hidden_size: int, bottleneck_size: int, non_linearity: str) -> None:
-        """Create the layers with small random weights."""
         super().__init__()
         self.down = nn.Linear(hidden_size, bottleneck_size)
         self.up = nn.Linear(bottleneck_size, hidden_size)
@@ -197,8 +196,8 @@ class Prompt(nn.Module):
         """True if the current pass starts with virtual tokens instead of a cache."""
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Replace the first positions of `embeddings[rows, tokens, size]` by virtual tokens. A module call, so ZeRO
-        gathers the weight."""
+        """Replace the first positions of `embeddings[rows, tokens, size]` by virtual tokens. Being a module call, this
+        makes ZeRO gather the weight."""
         ahead = self.weight.to(embeddings.dtype).expand(len(embeddings), -1, -1)
         return torch.cat((ahead, embeddings[:, self.size :]), dim=1)
 

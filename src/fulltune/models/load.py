@@ -52,8 +52,6 @@ def load_model(
     """Load a model with the task's head, in `weights_dtype` and evaluation mode.
 
     Args:
-        base: The pretrained model.
-        config_changes: Values to set on the config.
         head_is_new: Initialise a head that the checkpoint lacks or has with other labels; if False, raise instead.
         before_weights: Called before the weights take memory.
         on_head: Called with the head's origin if `head_is_new`.

@@ -232,7 +232,7 @@ def unsharded_while_copied(model: nn.Module, modules: Sequence[str]) -> Iterator
 
 
 def full_tensor(values: torch.Tensor) -> torch.Tensor:
-    """Gather a sharded tensor, which all ranks must do together; return others unchanged."""
+    """Gather a sharded tensor, which all ranks must do together; return other tensors unchanged."""
     return values.full_tensor() if hasattr(values, "full_tensor") else values
 
 

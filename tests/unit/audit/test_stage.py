@@ -15,7 +15,7 @@ from fulltune import data
 from fulltune.audit import stage
 from fulltune.audit.pretrained import JudgedLabels, RowReader
 from fulltune.audit.stage import load_issues
-from fulltune.data.patch import load_patch, numbered, save_patch
+from fulltune.data.patch import load_patch, numbered_row_hash, save_patch
 from fulltune.errors import DataError, SetupError
 from fulltune.inference.store import read_original_rows, row_id
 from fulltune.probe.linear import NoProbe
@@ -239,7 +239,7 @@ def test_texts_that_share_a_row_are_all_looked_at(tmp_path: Path) -> None:
 
 def decide(row: Mapping[str, Any], action: str, number: int = 1, source: str = "train", **more: Any) -> RowDecision:
     return RowDecision(
-        row=numbered(row_id(row), number),
+        row=numbered_row_hash(row_id(row), number),
         source=source,
         remedy=Remedy.model_validate({"action": action, **more}),
         check="duplicate",
@@ -280,7 +280,7 @@ def test_what_was_looked_at_and_kept_is_not_listed_again(tmp_path: Path) -> None
     assert len(issues["duplicate"]) == 2
     save_patch(tmp_path / "p.jsonl", [decide(CLEAN[0], "keep", 2)])
     _, issues = audited(tmp_path, prepared(tmp_path, rows, patch=str(tmp_path / "p.jsonl")))
-    assert [one.row for one in issues["duplicate"]] == [numbered(row_id(CLEAN[1]), 2)]
+    assert [one.row for one in issues["duplicate"]] == [numbered_row_hash(row_id(CLEAN[1]), 2)]
 
 
 def test_patch_changes_what_is_prepared_only_by_its_content(tmp_path: Path) -> None:

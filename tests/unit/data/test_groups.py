@@ -15,8 +15,8 @@ import pytest
 
 from fulltune.data.groups import (
     RowCounts,
-    draw,
     format_time,
+    hash_to_number,
     join_by_value,
     parse_group,
     parse_groups_and_times,
@@ -30,7 +30,7 @@ from tests.unit.data.stage import of_splits, prepare
 
 
 def drawn(names: list[str], seed: int = 0) -> np.ndarray:
-    return np.array([draw(seed, name) for name in names], np.uint64)
+    return np.array([hash_to_number(seed, name) for name in names], np.uint64)
 
 
 def components(texts: str, values: str) -> list[int]:
@@ -77,7 +77,7 @@ def test_side_counts_for_its_rarest_class_whatever_the_order_of_its_rows() -> No
         by_side = dict(
             zip(sides[order].tolist(), rarest_class_in_group(strata[order], sides[order]).tolist(), strict=True)
         )
-        assert [by_side[draw(0, side)] for side in "abcd"] == ["xyz".index(label) for label in "zyyz"]
+        assert [by_side[hash_to_number(0, side)] for side in "abcd"] == ["xyz".index(label) for label in "zyyz"]
     assert rarest_class_in_group(np.full(3, -1), drawn(list("aab"))).tolist() == [-1, -1, -1]
 
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from fulltune.data import split
-from fulltune.data.groups import draw, sample_by_label
+from fulltune.data.groups import hash_to_number, sample_by_label
 from fulltune.data.split import MAX_HELD_OUT_ROWS
 
 
 def split_off(groups: list[str], strata: list[str], fraction: float, seed: int) -> list[bool]:
     """By names instead of numbers."""
-    drawn = np.array([draw(seed, group) for group in groups], np.uint64)
+    drawn = np.array([hash_to_number(seed, group) for group in groups], np.uint64)
     numbers = np.unique(strata, return_inverse=True)[1]
     return split.hold_out_groups(drawn, numbers, fraction).tolist()
 

@@ -45,12 +45,12 @@ def redact_hits(check: str, text: str, hits: Iterable[tuple[int, int, str, str]]
         # A token used as a password matches twice.
         if start >= place:
             pieces += [text[place:start], instead]
-            named.append(f"{what} {masked(text[start:end])} at character {start + 1:,}")
+            named.append(f"{what} {mask_secret(text[start:end])} at character {start + 1:,}")
             place = end
     return Flaw(check, first_few(named), "".join(pieces) + text[place:]) if named else None
 
 
-def masked(value: str) -> str:
+def mask_secret(value: str) -> str:
     """Return at most the first four characters of a secret: `'AKIA…'`, `'jo…'`."""
     return f"'{value[: min(4, len(value) // 6)]}…'"
 

@@ -31,7 +31,7 @@ def list_data_files(path: Path) -> list[Path]:
     _refuse_special_file(path, status)
     if path.suffix.lower() in _PACKED:
         raise DataError(_archive_problem(path))
-    if not is_data(path):
+    if not has_data_suffix(path):
         raise DataError(f"{path}: unknown file type '{path.suffix}'; expected {_KINDS}: save it as one of them")
     if status.st_size == 0:
         raise DataError(f"{path}: the file is empty, expected rows; name another file, or write it again")
@@ -39,6 +39,7 @@ def list_data_files(path: Path) -> list[Path]:
 
 
 def _missing_file_error(path: Path) -> str:
+    """Return an error message that suggests similar file names."""
     if path.is_symlink():
         return f"{path}: is a broken link, expected a file; repair it, or name the file itself"
     parent = path.parent
@@ -66,7 +67,7 @@ def _list_data_files_in_folder(folder: Path) -> list[Path]:
         listed = [file for file in listed if file.suffix.lower() != ".json"]
     files = [file for file in listed if file.suffix.lower() in SUFFIXES]
     # The rows of an ignored archive would be missing without a message.
-    packed = [file for file in listed if file.suffix.lower() in _PACKED and is_data(Path(file.stem))]
+    packed = [file for file in listed if file.suffix.lower() in _PACKED and has_data_suffix(Path(file.stem))]
     if not files and not packed:
         raise DataError(
             f"{folder}: no data file in this folder; expected {_KINDS}: name another folder, or single files, which "
@@ -83,8 +84,7 @@ def _list_data_files_in_folder(folder: Path) -> list[Path]:
     return files
 
 
-def is_data(file: Path) -> bool:
-    """Return whether a file has the suffix of a data file."""
+def has_data_suffix(file: Path) -> bool:
     return file.suffix.lower() in (*SUFFIXES, *ONLY_BY_NAME)
 
 
@@ -268,7 +268,7 @@ def find_held_out_files_beside(train: Path) -> dict[SplitName, list[Path]]:
     own, splits = _parse_split_from_name(train), dict[SplitName, list[Path]]()
     for file in sorted(train.parent.iterdir()) if own[0] == "train" and train.parent.is_dir() else ():
         split, rest = _parse_split_from_name(file)
-        if is_data(file) and rest == own[1] and split in ("eval", "test"):
+        if has_data_suffix(file) and rest == own[1] and split in ("eval", "test"):
             splits.setdefault(split, []).append(file)
     return splits
 

@@ -53,8 +53,8 @@ class DataFiles:
     notes: dict[str, None] = field(default_factory=dict, compare=False)
 
     def rows(self, problems: list[str] | None = None) -> Iterator[LocatedRow]:
-        """Yield each row with its location, such as `train.csv:17`. Errors in files are added to `problems`, or raised
-        as `DataError` if it is None."""
+        """Yield each row with its location, such as `train.csv:17`. Errors in files are appended to `problems` or, if
+        that is None, raised as `DataError`."""
         if self.image_folder is not None:
             for path in self.files:
                 name = printable(path.name)

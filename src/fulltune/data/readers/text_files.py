@@ -149,7 +149,7 @@ def _parse_json(text: str) -> object:
 
 
 def _without_repeated_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a dictionary. Raises `ValueError` for repeated names, of which JSON parsers silently keep the last."""
+    """Build a dictionary. Raises `ValueError` for repeated names."""
     values = dict(pairs)
     if len(values) < len(pairs):
         repeated = _repeated([name for name, _ in pairs])
@@ -234,10 +234,7 @@ _SPACES = re.compile(r"[ \t]+")  # not \s: a no-break space can be a word
 
 def read_conll_sentences(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrProblem]]:
     """Yield `(first line number, row or error message)` for CoNLL sentences: words in the first column, tags in the
-    last.
-
-    Columns are separated by tabs if the first line has one, else by spaces.
-    """
+    last."""
     sentence: dict[str, Any] = {"tokens": [], "tags": []}
     separator, expected, first = _SPACES, 0, 0
     with file.open(encoding=encoding) as stream:
