@@ -23,7 +23,7 @@ FEW_TRAIN_ROWS = 10_000
 """Train rows below which five seeds are planned instead of three (Bouthillier et al. 2021; Mosbach et al. 2020)."""
 LEAST_SEEDS = 2
 GOOD_SEEDS = 3
-"""Seeds that a tight budget keeps by dropping methods first, because two say little about their spread."""
+"""Number of seeds below which a tight budget first drops methods, because two seeds show little of the spread."""
 RESERVE = 0.2
 """Share of the time left unplanned, because forecasts err."""
 FORECAST_AGAIN = 1.15

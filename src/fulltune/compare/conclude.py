@@ -10,7 +10,7 @@ from datetime import datetime
 import numpy as np
 
 from fulltune import evaluate, report
-from fulltune.compare.context import BASE, GENERIC, OPEN, OPENINGS, RECORD, SEALED, Context, settings_of
+from fulltune.compare.context import BASE, EVAL_OUTPUTS, GENERIC, RECORD, TEST_LOG, TEST_OUTPUTS, Context, settings_of
 from fulltune.compare.lint import lint_comparison, rows_in_train
 from fulltune.compare.seeds import SeedRuns, load_method_outputs
 from fulltune.compare.sequential import alpha_left
@@ -42,9 +42,9 @@ def judge_on_test_rows(seed_runs: SeedRuns) -> Comparison:
         trials = [one.trial.name for runs in seed_runs.results.values() for one in runs]
         openings = log_use_of_test_rows(context, trials, alpha, later)
         baselines = score_baselines(context)
-        compared = load_method_outputs(context, seed_runs.results, SEALED, seed_runs.waiting)
-        if (context.folder / SEALED / f"{BASE}.npz").exists():
-            base = load_outputs(context.folder / SEALED / f"{BASE}.npz")
+        compared = load_method_outputs(context, seed_runs.results, TEST_OUTPUTS, seed_runs.waiting)
+        if (context.folder / TEST_OUTPUTS / f"{BASE}.npz").exists():
+            base = load_outputs(context.folder / TEST_OUTPUTS / f"{BASE}.npz")
             compared.append(MethodOutputs(name=BASE, kind="base", trials=[base], cost=0.0))
         clusters = np.load(context.folder / "data" / "test" / CLUSTERS)
         decision = _verdict_on_rows(context, compared, clusters, alpha)
@@ -103,14 +103,14 @@ def log_use_of_test_rows(
         alpha=alpha,
         left=later_alpha,
     )
-    append_line(context.folder / OPENINGS, opening.model_dump(mode="json"))
-    return tuple(TestRowsUse.model_validate(entry) for entry in read_json_lines(context.folder / OPENINGS))
+    append_line(context.folder / TEST_LOG, opening.model_dump(mode="json"))
+    return tuple(TestRowsUse.model_validate(entry) for entry in read_json_lines(context.folder / TEST_LOG))
 
 
 def score_baselines(context: Context) -> tuple[Scores, ...]:
     """Score the baselines, starting with the pretrained model or the most frequent answer."""
     folder, writes = context.folder, FACTS[context.recipe.task].writes
-    of_rows, of_texts = folder / SEALED / f"{BASE}.npz", folder / GENERIC / f"{BASE}.npz"
+    of_rows, of_texts = folder / TEST_OUTPUTS / f"{BASE}.npz", folder / GENERIC / f"{BASE}.npz"
     if not (of_rows if writes else of_texts).exists():
         splits = ("eval", "test") if writes else ()
         predictions, _ = compute_outputs(context.scoring, None, context.texts[0], context.most_tokens, splits)
@@ -227,7 +227,9 @@ def write_model_cards(seed_runs: SeedRuns) -> None:
             context.say(f"{method}: no model card was written, because models/{method} no longer exists")
             continue
         name = best_seed(context, runs).trial.name
-        eval_outputs, test = (load_outputs(context.folder / place / f"{name}.npz") for place in (OPEN, SEALED))
+        eval_outputs, test = (
+            load_outputs(context.folder / place / f"{name}.npz") for place in (EVAL_OUTPUTS, TEST_OUTPUTS)
+        )
         metrics = scoring.estimate_metrics(test, metrics=context.resamplable_metric.alone)
         calibration = None
         if context.summary.form.is_calibrated:

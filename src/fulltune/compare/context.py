@@ -34,8 +34,8 @@ from fulltune.text import is_share
 from fulltune.train.parent.spawn import Starter, start_in_new_process
 
 FOLDER = "compare"
-SEALED, OPEN, GENERIC = "predictions/sealed", "predictions/eval", "predictions/generic"
-OPENINGS = f"{FOLDER}/test-openings.jsonl"
+TEST_OUTPUTS, EVAL_OUTPUTS, GENERIC = "predictions/sealed", "predictions/eval", "predictions/generic"
+TEST_LOG = f"{FOLDER}/test-openings.jsonl"
 CLOCK = f"{FOLDER}/clock.jsonl"
 RECORD = f"{FOLDER}/comparison.json"
 BASE = "base"

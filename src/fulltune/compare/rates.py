@@ -14,7 +14,7 @@ MOST_EXTENSIONS = 2
 LEAST_STEPS = 10
 """Minimum length of a short trial, because after fewer steps all rates look alike."""
 CLEARLY = 2
-"""Standard errors by which a whole run must lead to be clearly better."""
+"""Number of standard errors by which a whole run must lead to be clearly better."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from fulltune import pipeline, report
 from fulltune.compare.budget import EXPECTATION, load_or_plan_design, why_not_resumable
 from fulltune.compare.conclude import judge_on_test_rows
-from fulltune.compare.context import OPENINGS, RECORD, Context
+from fulltune.compare.context import RECORD, TEST_LOG, Context
 from fulltune.compare.seeds import SeedRuns, search_all_rates
 from fulltune.errors import RecipeError
 from fulltune.files import read_json_lines
@@ -48,7 +48,7 @@ def run_comparison(job: Run, command: str, budget: str | None = None) -> Compare
             if busy := context.method_setup(context.full.label).plan.busy:
                 context.say(busy)
             expectation = load_or_plan_design(context)
-            if len(read_json_lines(job.folder / OPENINGS)) > len(openings):
+            if len(read_json_lines(job.folder / TEST_LOG)) > len(openings):
                 context.say("the test rows were already scored, so no more runs are trained")
                 context.budget_seconds = 0.0
             comparison = judge_on_test_rows(

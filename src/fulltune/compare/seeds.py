@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fulltune.compare import budget, rates
-from fulltune.compare.context import OPEN, Context
+from fulltune.compare.context import EVAL_OUTPUTS, Context
 from fulltune.compare.sequential import SAMPLES, WAITING_SHARE, plan_next_seeds
 from fulltune.compare.trials import delete_trial_files, is_done, keep_best_model, run_trial
 from fulltune.compare.verdict import MethodOutputs, Terms
@@ -137,7 +137,7 @@ class SeedRuns:
         return self.results[method][0]
 
     def _train_seeds(self, wanted: Mapping[str, int]) -> bool:
-        """Train until each method has its number of seeds. Return False if time runs out first."""
+        """Train until each method has the number of seeds in `wanted`. Return False if time runs out first."""
         while lacking := {name: len(runs) for name, runs in self.results.items() if len(runs) < wanted.get(name, 0)}:
             methods = [name for name, count in lacking.items() if count == min(lacking.values())]
             method = methods[0]
@@ -188,7 +188,7 @@ class SeedRuns:
         context, again = self.context, self._is_second_look(self.looks)
         full = self.results[context.full.label]
         behind = [method for method, runs in self.results.items() if len(runs) < len(full)]
-        compared = load_method_outputs(context, self.results, OPEN, behind)
+        compared = load_method_outputs(context, self.results, EVAL_OUTPUTS, behind)
         clusters = np.load(context.folder / "data" / "eval" / CLUSTERS)
         drawn = resample_trials(context.resamplable_metric, [one.trials for one in compared], clusters, SAMPLES)
         terms = Terms(context.resamplable_metric, context.recipe.compare.margin, alpha=context.alpha)

@@ -92,8 +92,8 @@ def plan_next_seeds(
     *,
     again: bool = False,
 ) -> Look:
-    """Judge each rival on resamples of the eval rows, and return how many seeds each method needs. `again` marks a
-    second look after the same seeds."""
+    """Judge each rival on resamples (`drawn`) of the eval rows, and return how many seeds each method needs. `again`
+    marks a second look after the same seeds."""
     (full,) = (index for index, method in enumerate(methods) if method.kind == "full")
     counts, measure = [len(method.trials) for method in methods], terms.measure
     now, spreads = counts[full], estimate_seed_spreads(drawn, [method.kind == "base" for method in methods])

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from fulltune import evaluate
-from fulltune.compare.context import GENERIC, OPEN, SEALED, Context
+from fulltune.compare.context import EVAL_OUTPUTS, GENERIC, TEST_OUTPUTS, Context
 from fulltune.errors import Diverged
 from fulltune.evaluate.scoring import compute_outputs, save_outputs
 from fulltune.records.comparison import Trial, TrialResult
@@ -102,7 +102,7 @@ def save_run_outputs(context: Context, trial: Trial, planned: Plan, outcome: Out
 
 def save_outputs_by_split(context: Context, name: str, predictions: Mapping[str, Predictions]) -> None:
     """Save a model's outputs by split. Only the verdict reads the outputs on test rows."""
-    for part, subfolder in (("eval", OPEN), ("test", SEALED), ("generic", GENERIC)):
+    for part, subfolder in (("eval", EVAL_OUTPUTS), ("test", TEST_OUTPUTS), ("generic", GENERIC)):
         if part in predictions:
             save_outputs(context.folder / subfolder / f"{name}.npz", predictions[part])
 

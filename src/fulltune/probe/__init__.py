@@ -165,7 +165,7 @@ def fit_probe(
     """Fit the head and the baseline on features of `rows`, selected on `eval_rows` or by cross-validation.
 
     Returns:
-        The record, the values of the head, the last layer's values for the start of training (if they differ), and the
+        The record, the head's weights, the last layer's weights for the start of training (if they differ), and the
         baseline's classifier (or None).
     """
     layers, failure = None, None
@@ -236,7 +236,7 @@ def _fit_head(
     """Fit the head's last linear layer and the dense layer before it.
 
     Returns:
-        The record, all values of the head, and the last layer's values for the start of training.
+        The record, all weights of the head, and the last layer's weights for the start of training.
     """
     parameters = dict(extractor.model.named_parameters())
     last_layer, dense_layer = layers

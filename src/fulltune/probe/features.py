@@ -240,7 +240,7 @@ def _word_embeddings(hidden: torch.Tensor, rows: EncodedRows) -> torch.Tensor:
 
 
 def _choose_tokens(labels: np.ndarray, positions: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
-    """Choose random tokens of each window and those where its answer begins and ends.
+    """Choose random tokens of each window and the tokens where its answer begins and ends.
 
     Returns:
         Window and position of each token, and 1 where the answer begins and ends [tokens, 2].

@@ -109,7 +109,7 @@ class DataBlock(Block):
     tools: str | None = None
     """Column with the tool definitions for `messages`."""
     problem_type: Literal["auto", "single_label", "multi_label", "regression"] = "auto"
-    """Type of label. With `auto`, lists are `multi_label`, fractional numbers `regression`, and all else
+    """Type of label. With `auto`, lists are `multi_label`, fractional numbers `regression`, and anything else
     `single_label`."""
     chat_template: str | None = None
     """Jinja file with a chat template, for tokenizers without one."""
@@ -117,8 +117,9 @@ class DataBlock(Block):
     """Maximum length of a row in tokens. Lower values save memory. Default: the longest row's length, up to the model's
     limit and at most 512 (classification), 2048 (causal-lm) or 1024 (raw text)."""
     text_rows: TextRows = "auto"
-    """How a .txt file is split into rows: by line, by paragraph (up to a blank line), or by sections of paragraphs with
-    about 4,000 characters (for books). `auto` means sections if blank lines separate paragraphs, otherwise lines."""
+    """How a .txt file is split into rows: by line, by paragraph (up to a blank line), or by sections of whole
+    paragraphs with about 4,000 characters (for books). `auto` means sections if blank lines separate paragraphs,
+    otherwise lines."""
     packing: bool | None = None
     """Pack several short texts into one sequence of `max_length` tokens, without attention between them (causal-lm on
     raw text). Default: on if a check shows that the model keeps texts separate."""
@@ -137,8 +138,8 @@ class DataBlock(Block):
     split_seed: int = Field(default=42, ge=0)
     """Random seed of the split. It is separate from `train.seed`, so that runs with other seeds use the same rows."""
     near_duplicates: float = Field(default=1.0, gt=0, le=1)
-    """Similarity (Jaccard index of 5-character sequences) from which two rows are put into the same split. 1 matches
-    only equal texts; 0.8 also matches texts that differ in a word or two."""
+    """Minimum similarity (Jaccard index of 5-character sequences) at which two rows are put into the same split. 1
+    matches only equal texts; 0.8 also matches texts that differ in a word or two."""
     group: str | None = None
     """Column that identifies a row's customer, patient or document. Rows of one group are never divided between splits.
     Every row of the task needs a value. Groups that eval or test files share with train are reported. Mixed-in rows
@@ -149,7 +150,7 @@ class DataBlock(Block):
     is dropped and listed if its text or `group` occurs in an earlier split. Only train files are split."""
     contamination: str | None = Field(default=None, coerce_numbers_to_str=True)
     """File or folder of texts that must not be trained on, such as benchmarks (txt: one text per line or paragraph;
-    tables: every text column). Train rows with an equal text, or with half of the shorter text's 8-word sequences,
+    tables: every text column). Train rows with the same text, or with half of the shorter text's 8-word sequences,
     are reported but not dropped. Case, white space, answers under 8 words and sequences in over 100 texts are
     ignored. Images are not supported."""
     patch: str | None = Field(default=None, coerce_numbers_to_str=True)

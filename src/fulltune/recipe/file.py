@@ -1,4 +1,4 @@
-"""Read a recipe file (YAML with `${NAME}` variables and `--set` overrides) and report all problems at once."""
+"""Read a recipe file (YAML, `${NAME}` variables, `--set` overrides) and report all problems at once."""
 
 from __future__ import annotations
 
@@ -114,10 +114,14 @@ def check_recipe(values: PlainSettings, path: Path, lines: Lines | None = None) 
         try:
             recipe = Recipe.model_validate(remaining)
         except ValidationError as error:
-            texts = [text for item in error.errors() for text in _describe_error(item, values)]
+            texts = [text for field_error in error.errors() for text in _describe_error(field_error, values)]
             problems += [text for text in _without_removed(texts, removed) if text not in problems]
-            others = [item for item in error.errors() if not _correct_kind(item, remaining)]
-            names = [(name, item["type"]) for item in others for name in _remove_settings(item, remaining)]
+            others = [field_error for field_error in error.errors() if not _correct_kind(field_error, remaining)]
+            names = [
+                (name, field_error["type"])
+                for field_error in others
+                for name in _remove_settings(field_error, remaining)
+            ]
             if len(others) < error.error_count():
                 removed.add("kind")
             elif not names:  # a setting is missing
@@ -131,7 +135,7 @@ def check_recipe(values: PlainSettings, path: Path, lines: Lines | None = None) 
 
 
 def _with_location(problem: str, path: Path, lines: Lines) -> str:
-    """Prefix a problem with its file and line, or its `--set` option."""
+    """Return a problem prefixed with its file and line, or with its `--set` option."""
     named = [name for name in lines if re.match(rf"{re.escape(name)}(?![\w-])", problem)]
     line = lines[max(named, key=len)] if named else ""
     return f"{f'{path}:{line}' if isinstance(line, int) else line or path}  {problem}"
@@ -141,27 +145,27 @@ def _without_removed(problems: Iterable[str], removed: set[str]) -> list[str]:
     return [problem for problem in problems if not removed & {*re.findall(r"\w+\b(?!\.\w)", problem)}]
 
 
-def _correct_kind(item: FieldError, values: PlainSettings) -> bool:
+def _correct_kind(field_error: FieldError, values: PlainSettings) -> bool:
     """Correct a misspelt method kind in `values`, so that its other settings can be checked. Return True if
     corrected."""
-    if item["type"] != "union_tag_invalid":
+    if field_error["type"] != "union_tag_invalid":
         return False
-    near = near_names(item["ctx"]["tag"], _quoted_names(item["ctx"]["expected_tags"]))
+    near = near_names(field_error["ctx"]["tag"], _quoted_names(field_error["ctx"]["expected_tags"]))
     if near:
-        *blocks, last = _location_in_file(item)
+        *blocks, last = _location_in_file(field_error)
         block = reduce(getitem, blocks, values)
         block[last] = {**block[last], "kind": near[0]} if isinstance(block[last], dict) else near[0]
     return bool(near)
 
 
-def _remove_settings(item: FieldError, values: PlainSettings) -> Iterable[str]:
+def _remove_settings(field_error: FieldError, values: PlainSettings) -> Iterable[str]:
     """Remove the settings that caused a pydantic error from `values`, and yield their names."""
-    block, location = values, _location_in_file(item)
+    block, location = values, _location_in_file(field_error)
     if len(location) > 1 and isinstance(values.get(location[0]), dict):
         block, location = values[location[0]], location[1:]
     inner, names = block.get(location[0]) if location else block, location[:1]
-    if item["type"] == "value_error" and isinstance(inner, dict):
-        named = tuple(name for name in inner if re.search(rf"\b{re.escape(str(name))}\b", item["msg"]))
+    if field_error["type"] == "value_error" and isinstance(inner, dict):
+        named = tuple(name for name in inner if re.search(rf"\b{re.escape(str(name))}\b", field_error["msg"]))
         block, names = (inner, named) if named else (block, names)
     for name in names:
         if name in block:
@@ -169,33 +173,33 @@ def _remove_settings(item: FieldError, values: PlainSettings) -> Iterable[str]:
             yield str(name)
 
 
-def _describe_error(item: FieldError, values: PlainSettings) -> Iterable[str]:
+def _describe_error(field_error: FieldError, values: PlainSettings) -> Iterable[str]:
     """Yield error messages for a pydantic error, each starting with the setting's name."""
-    location, value = _location_in_file(item), item.get("input")
+    location, value = _location_in_file(field_error), field_error.get("input")
     name = ".".join(map(str, location))
-    match item["type"]:
+    match field_error["type"]:
         case "extra_forbidden":
             yield f"{name}: unknown setting; {_suggest_setting(location, values)}"
         case "missing":
             yield f"{name}: missing; {_describe_setting(location, values)}"
         case "value_error":
-            for text in str(item["ctx"]["error"]).splitlines():
+            for text in str(field_error["ctx"]["error"]).splitlines():
                 # A block's message begins with the setting's name, a single setting's does not.
                 joint = ": " if text.startswith("expected ") else "."
                 yield f"{name}{joint}{text}" if location else text
         case "literal_error":
-            yield f"{name}: {_expected_and_found(item['ctx']['expected'], value)}"
+            yield f"{name}: {_expected_and_found(field_error['ctx']['expected'], value)}"
         case "union_tag_invalid":
-            yield f"{name}.kind: {_expected_and_found(item['ctx']['expected_tags'], item['ctx']['tag'])}"
+            yield f"{name}.kind: {_expected_and_found(field_error['ctx']['expected_tags'], field_error['ctx']['tag'])}"
         case "union_tag_not_found":
             yield f"{name}.kind: missing; expected one of {', '.join(_METHOD_BLOCKS)}"
         case "invalid_key":
             yield f"{name}: unknown setting; names of settings must be text"
         case "tuple_type":
             # Within a union, the other branch has already reported it.
-            if not str(item["loc"][-1]).startswith("tuple["):
+            if not str(field_error["loc"][-1]).startswith("tuple["):
                 yield f"{name}: expected a list, found {value!r}; write [{value}]"
-        case "string_pattern_mismatch" if item["ctx"]["pattern"] == NAME:
+        case "string_pattern_mismatch" if field_error["ctx"]["pattern"] == NAME:
             allowed = "letters, digits, '.', '_' and '-', with a letter or a digit first"
             yield f"{name}: expected {allowed}, found {value!r}"
         case "too_short" | "string_too_short":
@@ -203,7 +207,7 @@ def _describe_error(item: FieldError, values: PlainSettings) -> Iterable[str]:
         case "model_type" | "dict_type":
             yield f"{name}: expected settings (a block), found {_type_in_words(value)}"
         case _:
-            message = item["msg"][0].lower() + item["msg"][1:]
+            message = field_error["msg"][0].lower() + field_error["msg"][1:]
             message = re.split(", (?:unable|got)", message.removeprefix("input should be ").removeprefix("a valid "))[0]
             expected, shown = _TYPE_NAMES.get(message, message), "nothing" if value is None else repr(value)
             is_percentage = re.fullmatch(r"\d+(\.\d+)? *%", str(value))
@@ -277,12 +281,12 @@ _METHOD_BLOCKS: dict[str, type[Block]] = {
 }
 
 
-def _location_in_file(item: FieldError) -> tuple[Any, ...]:
+def _location_in_file(field_error: FieldError) -> tuple[Any, ...]:
     """Return the path of keys to an error's setting, without the names that pydantic inserts."""
-    location = item["loc"]
+    location = field_error["loc"]
     kind_at = {"method": 1, "methods": 2}.get(str(location[0]) if location else "")
     parts = [part for number, part in enumerate(location) if not (number == kind_at and part in _METHOD_BLOCKS)]
-    user_name_at = len(parts) - 1 if item["type"] == "extra_forbidden" else None  # kept whatever it looks like
+    user_name_at = len(parts) - 1 if field_error["type"] == "extra_forbidden" else None  # kept whatever it looks like
     names = [part for number, part in enumerate(parts) if number == user_name_at or re.fullmatch(r"\w+", str(part))]
     return tuple(names[:-1] if len(names) > 1 and names[-1] in ("str", "tuple", "int", "float") else names)
 

@@ -77,14 +77,14 @@ ShareText = Annotated[str | float, validated_by(parse_share)]
 
 
 class PreserveBlock(Block):
-    """Settings for measuring and limiting forgetting: full fine-tuning changes every weight, so it can damage other
+    """Settings for measuring and limiting forgetting. Full fine-tuning changes every weight, so it can damage other
     abilities."""
 
     drift: bool = True
-    """Measure at each evaluation how far outputs on generic text drift, by the rise of the loss (language models) or
+    """Measure at each evaluation how far outputs on generic text drift, as the rise of the loss (language models) or
     the change of the hidden states. Measuring takes about 1 % of the training time, more in very short runs."""
     probe: str | None = None
-    """Text file, one text per line or paragraph, of what the model should still be able to do. Default: docstrings of
+    """File with texts that the model should still handle well, one text per line or paragraph. Default: docstrings of
     Python's standard library."""
     budget: ShareText | None = None
     """Maximum drift on generic text, such as `1%`: how much less likely a token may become (language models), or 1 -

@@ -1,4 +1,4 @@
-"""Check rules that involve several settings: settings without effect, unknown names, and excluded combinations."""
+"""Check rules that involve several settings."""
 
 from __future__ import annotations
 

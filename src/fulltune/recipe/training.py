@@ -55,8 +55,8 @@ class TrainBlock(Block):
     weights, `adamw_bf16` for bf16 weights, `adamw_8bit` if nothing else fits into memory."""
     bf16_rounding: Literal["stochastic", "kahan", "nearest"] | None = None
     """How bf16 weights are rounded if an update is smaller than their precision. `stochastic` (the default) rounds up
-    or down at random, so that the average is right. `kahan` stores the remainder in 2 more bytes per parameter.
-    `nearest` loses most of these updates at usual learning rates."""
+    or down at random, without bias on average. `kahan` stores the remainder in 2 more bytes per parameter. `nearest`
+    loses most of these updates at usual learning rates."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay rate of AdamW's running mean of gradients."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
@@ -88,7 +88,7 @@ class TrainBlock(Block):
     precision: Precision = "auto"
     """Data type of the computations. On a GPU, `auto` means bf16 from compute capability 8.0 (Ampere), fp16 with loss
     scaling from 7.0 (Volta, Turing), otherwise fp32; on a CPU, the faster of bf16 and fp32. With several GPUs, the
-    oldest decides. fp16 needs a GPU."""
+    oldest GPU decides. fp16 needs a GPU."""
     activation_checkpointing: bool | None = None
     """Recompute activations in the backward pass, which needs far less memory but about a third more compute. Default:
     on if the run would not fit otherwise, or if larger micro batches make it faster."""
@@ -151,7 +151,7 @@ class TrainBlock(Block):
     """What to keep in host memory: `optimizer` state (with zero2 or zero3), or `all` (with zero3: weights too).
     Offloading has no effect on a CPU."""
     oversubscribe: bool = False
-    """Allow more processes than CPU cores to try out a placement, which is slow."""
+    """Allow more processes than CPU cores, to try out a placement. Training is then slow."""
     extra: PlainSettings = Field(default_factory=dict)
     """Any other field of `transformers.TrainingArguments`, except those that fulltune sets itself. `deepspeed` is a
     JSON file, relative to the recipe's folder, or its content."""

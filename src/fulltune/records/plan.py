@@ -278,5 +278,5 @@ class Survey(Record):
     advice: tuple[Advice, ...] = ()
     command: str = ""
     comparison: str = ""
-    """Command that starts a comparison to settle the advice."""
+    """Command that starts a comparison to verify the advice."""
     notes: tuple[str, ...] = ()
