@@ -95,5 +95,5 @@ def test_machines_that_differ_are_refused_on_all_before_step_1(tmp_path: Path) -
     finally:
         job.end()
     for rank in (0, 1):
-        assert "uses another recipe: train.max_steps is 49 (machine 0: 50)" in job.said(rank)
+        assert "uses a different recipe: train.max_steps is 49 (machine 0: 50)" in job.said(rank)
     assert not (tmp_path / "run").exists()

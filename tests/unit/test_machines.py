@@ -114,9 +114,9 @@ def test_machines_must_have_versions_settings_and_files_in_common(tmp_path: Path
     changed = member(recipe.model_copy(update={"seed_of": 1, "output": "/elsewhere"}), 2)
     rows.write_text("text,label\na,c\n")
     lines = describe_differences(first, [other, changed, member(recipe, 3)])
-    assert lines[0].startswith("machine 1 (host1) has other package versions: torch 0.1 (machine 0: ")
-    assert lines[1].startswith('machine 2 (host2) uses another recipe: output is "/elsewhere" (machine 0: "runs")')
-    assert lines[2].startswith(f"machine 3 (host3) sees other files: {rows}: 15 bytes, ")
+    assert lines[0].startswith("machine 1 (host1) has different package versions: torch 0.1 (machine 0: ")
+    assert lines[1].startswith('machine 2 (host2) uses a different recipe: output is "/elsewhere" (machine 0: "runs")')
+    assert lines[2].startswith(f"machine 3 (host3) sees different files: {rows}: 15 bytes, ")
     assert len(lines) == 3
 
 
@@ -226,13 +226,13 @@ def test_machines_that_differ_are_refused_and_told_so(
     recipe = several(tmp_path)
     answering["facts"] = {**member(recipe, 1).facts, "versions": {}}
     with (
-        pytest.raises(SetupError, match=r"machine 1 \(host1\) has other package versions: Python none"),
+        pytest.raises(SetupError, match=r"machine 1 \(host1\) has different package versions: Python none"),
         led(place, recipe),
     ):
         raise AssertionError("it began")
     record = Member.load(place.file_of(recipe, 0))
     assert record.exit_code == 2
-    assert "has other package versions" in record.problems[0]
+    assert "has different package versions" in record.problems[0]
 
 
 @pytest.mark.usefixtures("quick")

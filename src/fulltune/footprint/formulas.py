@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 ROWS = (2, 3)
 """Numbers of rows to trace; several rows need copies where one row allows a view."""
 _LENGTHS = (16, 24, 40)
-"""Multiples of eight, so that no storage is rounded up."""
+"""Row lengths to trace: multiples of eight, so that no storage is rounded up."""
 
 FAILURES = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError),
@@ -111,7 +111,7 @@ def _reduced_copies(case: TraceCase) -> tuple[_Copy, list[tuple[dict[str, int], 
 
 
 def _layer_terms(rows: int, length: int) -> tuple[int, ...]:
-    """Return the terms of a layer's memory: weights, tokens, pairs in each row, pairs for all rows."""
+    """Return the terms of a layer's memory: constant, tokens, token pairs of all rows, and of one row."""
     return (1, rows * length, rows * length * length, length * length)
 
 
@@ -173,7 +173,7 @@ def _candidate_peaks(trace: ModelTrace, points: Sequence[tuple[int, int]]) -> tu
 
 
 def _fit_coefficients(values: np.ndarray, points: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Fit coefficients [6, n] to values [points, n]; images, which have one size, use only the first two."""
+    """Fit coefficients [6, n] to values [points, n]; for images, which have one size, fit only the first two."""
     matrix = np.array([terms(*point) for point in points], float)
     used = 6 if _has_lengths(points) else 2
     coefficients = np.zeros((6, values.shape[1]))

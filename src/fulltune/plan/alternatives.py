@@ -101,7 +101,7 @@ def _propose_smaller_model(basis: Basis, settings: MemorySettings) -> Alternativ
     parameters = need.kinds["weights"] / BYTES[settings.weights_dtype] * basis.available_bytes / need.peak
     size = f"{parameters / 1e9:,.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:,.0f} M"
     return make_alternative(
-        {}, need.peak - basis.available_bytes, True, "another model", f"a model of at most about {size} parameters"
+        {}, need.peak - basis.available_bytes, True, "another model", f"a model with at most about {size} parameters"
     )
 
 

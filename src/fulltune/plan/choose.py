@@ -94,7 +94,8 @@ def _combine_automatic_savings(recipe: Recipe, start: MemorySettings, same_resul
 
 
 def _choose_eval_batch(basis: Basis, settings: MemorySettings, limit_bytes: float) -> SettingsOption:
-    """Return the settings with an eval batch of twice the micro batch, halved until it fits in `limit_bytes`."""
+    """Return the settings with the recipe's eval batch, or twice the micro batch, halved until it fits in
+    `limit_bytes`."""
     fixed = basis.recipe.evaluate.batch_size
     size = fixed or 2 * settings.micro_batch_size
     while True:

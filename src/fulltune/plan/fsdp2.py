@@ -198,7 +198,7 @@ def _block_estimators(
     passes = max(0, most - waiting) if waiting else 0  # recomputed and temporary activations
 
     def current_block_gradients(passing: dict[MemoryKind, int]) -> int:
-        """Return the gradient bytes, which show how far a block is only if all blocks are equal."""
+        """Return the current block's gradient bytes; if blocks differ in size, assume a whole block."""
         are_equal = units.block and of_blocks % units.block == 0
         return (passing["gradients"] - head) % units.block if are_equal else units.block
 

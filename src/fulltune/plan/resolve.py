@@ -221,7 +221,7 @@ def choose_steps(recipe: Recipe, summary: DataSummary, global_batch: int, reason
 
 
 def choose_learning_rate(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> float:
-    """Choose the learning rate, and record a new head's own rate as well."""
+    """Choose the learning rate; also record a new head's own rate."""
     method = recipe.method
     rate, why = defaults.default_learning_rate(method, shapes.num_parameters, shapes.is_decoder)
     why = f"middle of the searched rates: {why}" if method.is_searched else why

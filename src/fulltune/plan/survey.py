@@ -20,7 +20,7 @@ from fulltune.system import parallel_layout
 from fulltune.system.parallel_layout import ParallelLayout
 
 MUCH_FASTER = 1.25
-"""Minimum speed-up for ZeRO, which must be installed, to replace a placement that fits."""
+"""Minimum speed-up at which ZeRO, which must be installed, replaces a placement that fits."""
 FEW_ROWS, MANY_ROWS = 10_000, 100_000
 SMALL_ENCODER, LARGE = 500_000_000, 10**10
 MORE, HOSTS = (2, 4, 8), (64, 128, 192, 256, 384, 512, 768, 1024, 2048)
@@ -304,10 +304,10 @@ def advise_on_methods(
                 f"fits where full fine-tuning does not{unsure}: {size:,.1f} GiB of weights stay frozen",
             ),
             (shapes.is_decoder and few, "take", "fewer than 10,000 rows"),
-            (True, "try", "cheaper on all layers with a tuned rate: two thirds of the operations, and far less state"),
+            (True, "try", "two thirds of the operations, far less state; adapt all layers and tune the rate"),
         ),
         "adapters": (
-            (True, "leave", "worthwhile for five tasks or more, which share a model and need one small file each"),
+            (True, "leave", "worthwhile if five tasks or more share a model, because each needs only a small file"),
         ),
         "prompt tuning": (
             (shapes.num_parameters >= LARGE, "try", "as good as full fine-tuning at about 11 B parameters"),

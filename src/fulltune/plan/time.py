@@ -18,7 +18,7 @@ from fulltune.system.parallel_layout import ParallelLayout
 
 CPU_UTILISATION = {"bf16": 0.57, "fp32": 0.75}
 GPU_UTILISATION = ((2048, 0.5), (1024, 0.3), (0, 0.15))
-"""Lowest hidden size, and the share of the data sheet's FLOP/s reached from there on."""
+"""Minimum hidden sizes, each with the share of the data sheet's FLOP/s that is reached."""
 GPU_FP32_SHARE = 1 / 8
 """Speed of fp32 without TF32 relative to 16-bit: 1/16 (A100), 1/8 (V100), 1/2 (RTX 4090)."""
 LINK_SHARE = 0.8
@@ -193,7 +193,7 @@ def linear_probe_cost(summary: DataSummary, hidden_size: int) -> tuple[int, int,
 
 
 def count_interval_steps(total_steps: int, *intervals: int, after: int = -1) -> int:
-    """Count how often a run evaluates or saves after step `after`, at these intervals and at the end."""
+    """Count the steps after `after` at which a run evaluates or saves: at these intervals and at the end."""
     at = {step for every in intervals if every for step in range(every, total_steps + 1, every)}
     return sum(step > after for step in at | {total_steps})
 

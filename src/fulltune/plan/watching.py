@@ -41,7 +41,9 @@ def plan_generic_texts(
     reasons.add("preserve.budget", block.budget, caveat=f": {shared}")
     if rows:
         often = f"every {every} steps" if every > 1 else "at every step"
-        why = f"{rows} generic texts replayed in each step ({share} of its tokens); the replay weight is set {often}"
+        why = (
+            f"{rows} generic texts are replayed in each step ({share} of its tokens); the replay weight is set {often}"
+        )
         reasons.add("preserve.replay", None, block.replay, why)
     # Selection texts are read at each point, sealed ones twice.
     at_end = (NUM_POINTS + 2) * (SELECTION_TOKENS // GENERIC_TOKENS)

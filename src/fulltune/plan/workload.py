@@ -191,6 +191,6 @@ def _raise_if_machines_contradict(recipe: Recipe, fleet: Fleet) -> None:
     processes = recipe.train.num_processes
     if recipe_value(recipe, NUM_PROCESSES) is not None and processes % fleet.num_machines:
         raise RecipeError(
-            f"{NUM_PROCESSES}: {processes} cannot be spread evenly over the {named} of --for; remove it (for a process "
-            f"on each of {fleet.num_devices} devices), or set a multiple of {fleet.num_machines}"
+            f"{NUM_PROCESSES}: {processes} cannot be spread evenly over the {named} of --for; remove it (each of the "
+            f"{fleet.num_devices} devices then gets one process), or set a multiple of {fleet.num_machines}"
         )

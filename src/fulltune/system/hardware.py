@@ -103,7 +103,7 @@ def measure_machine() -> Machine:
 
 
 def weakest_machine(machines: Sequence[Machine]) -> Machine:
-    """Return a record with the lowest value of each property over several machines."""
+    """Combine machines into one record with the lowest value of each property."""
     shared = [one.shared_memory_bytes for one in machines if one.shared_memory_bytes is not None]
     return Machine(
         cpu=" / ".join(dict.fromkeys(one.cpu for one in machines)),

@@ -230,10 +230,10 @@ def _content_digest(path: Path) -> str:
 
 
 _COMPARED = (
-    ("versions", "has other package versions", " ", "install the same versions on all machines"),
-    ("settings", "uses another recipe", " is ", "give all machines the same recipe and the same --set"),
-    ("files", "sees other files", ": ", "give all machines the same files, in a shared folder"),
-    ("devices", "has other devices", ": ", "run nvidia-smi there, or set train.device: cpu"),
+    ("versions", "has different package versions", " ", "install the same versions on all machines"),
+    ("settings", "uses a different recipe", " is ", "give all machines the same recipe and the same --set"),
+    ("files", "sees different files", ": ", "give all machines the same files, in a shared folder"),
+    ("devices", "has different devices", ": ", "run nvidia-smi there, or set train.device: cpu"),
 )
 
 
@@ -258,7 +258,7 @@ def describe_differences(first: Member, others: Sequence[Member]) -> list[str]:
 
 
 class Heartbeat:
-    """Writes this machine's heartbeat file every two seconds until `end`."""
+    """Writes this machine's heartbeat file every two seconds until `end` is called."""
 
     def __init__(self, path: Path, record: Member) -> None:
         self.path, self.record = path, record
@@ -302,7 +302,7 @@ class Peer:
         self.path = path
         self.member: Member | None = None
         self.is_alive = False
-        """True once the file changed while being watched, unlike an earlier job's."""
+        """True once the file has changed while being watched; an earlier job's file does not change."""
         self._since, self._looked = time.monotonic(), -math.inf
 
     def read(self) -> Member | None:

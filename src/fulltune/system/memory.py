@@ -37,7 +37,7 @@ def process_memory_limit() -> int | None:
 
 
 class Meter:
-    """Measures how a process's memory, or a GPU's, grows after `begin`."""
+    """Measures the growth of a process's or a GPU's memory after `begin`."""
 
     def __init__(self, device: str) -> None:
         self.on_gpu = device == "cuda"
@@ -139,7 +139,7 @@ def memory_is_limited() -> bool:
 
 
 def requested_bytes(text: str) -> int:
-    """Return the size of the failed allocation from an error's text, or 0 if the text does not state it."""
+    """Return the failed allocation's size in bytes from an error's text, or 0 if the text does not state it."""
     match = _ALLOCATION_SIZE.search(text)
     if match is None:
         return 0
@@ -164,7 +164,7 @@ def count_oom_kills() -> int:
 
 
 def run_with_smaller_batches(activity: str, batch_size: int, run: Callable[[int], T]) -> T:
-    """Call `run` with the batch size, halved each time memory runs out; raise the error at one row."""
+    """Return `run(batch_size)`, halving the size each time memory runs out; re-raise the error at one row."""
     while True:
         try:
             return run(batch_size)

@@ -63,7 +63,7 @@ SETTINGS_FILE = ".deepspeed.json"
 """Suffix of the file with DeepSpeed's settings, beside the plan."""
 AUTO = "auto"
 _LEFT_TO_THE_RECIPE = {
-    "optimizer": "set by train.optim, method.learning_rate and train.weight_decay, which spares norms and biases",
+    "optimizer": "set by train.optim, method.learning_rate and train.weight_decay, which excludes norms and biases",
     "scheduler": "set by train.lr_scheduler_type and train.warmup_steps",
     "tensor_parallel": "fulltune splits rows over processes, but not tensors",
     "autotuning": "the plan chooses the batch sizes",

@@ -137,7 +137,7 @@ def find_unfinished_runs(output: Path, fingerprint: str) -> list[Path]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Return whether a run has a report newer than its scores, or a comparison has ended and cannot be resumed."""
+    """Return whether a run's report is newer than its scores, or a comparison has ended and cannot be resumed."""
     if (folder / CARD).exists():
         return not _is_resumable_comparison(folder)
     scored = [path.stat().st_mtime for path in (folder / "scores").glob("*-seed*.json")]
@@ -303,7 +303,7 @@ def explain_os_errors(folder: Path) -> Iterator[None]:
 
 
 def _concerns_folder(error: OSError, folder: Path) -> bool:
-    """Return whether the error's file is in, beside or above the folder, or unknown."""
+    """Return whether the error's file is unknown, or in, beside or above the folder."""
     if not isinstance(error.filename, str):
         return True
     file, folder = Path.cwd() / error.filename, Path.cwd() / folder

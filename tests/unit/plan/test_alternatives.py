@@ -70,7 +70,7 @@ def test_what_frees_next_to_nothing_of_what_is_short_is_left_out(budget: float, 
             [
                 ("model.weights_dtype: bf16", 8, True),
                 ("model.weights_dtype: bf16 with train.optim: adamw_8bit", 10, True),
-                ("a model of at most about 767 M parameters", 8, True),
+                ("a model with at most about 767 M parameters", 8, True),
             ],
         ),
         (
@@ -97,7 +97,7 @@ def test_ways_that_are_not_enough_alone_are_put_together() -> None:
         "model.weights_dtype: bf16"
     )
     assert proposed[0][2]
-    assert proposed[1][0].startswith("a model of at most about")
+    assert proposed[1][0].startswith("a model with at most about")
 
 
 def test_nothing_that_frees_nothing_is_named() -> None:
@@ -105,7 +105,7 @@ def test_nothing_that_frees_nothing_is_named() -> None:
         micro_batch_size=1, activation_checkpointing=True, weights_dtype="bf16", optim="adamw_8bit"
     )
     names = [words for words, _, _ in ways(1, least.changed(chunked_loss=True, longest_tokens=64))]
-    assert names == ["a model of at most about 179 M parameters"]
+    assert names == ["a model with at most about 179 M parameters"]
 
 
 def test_other_placements_that_fit_are_alternatives() -> None:

@@ -223,8 +223,8 @@ def test_too_few_devices_have_more_machines_as_an_alternative_that_fits() -> Non
         (
             "4x 8x L4",
             {"num_processes": 6, "global_batch_size": 12},
-            "num_processes: 6 cannot be spread evenly over the 4 machines of --for; remove it (for a process on "
-            "each of 32 devices), or set a multiple of 4",
+            "num_processes: 6 cannot be spread evenly over the 4 machines of --for; remove it (each of the 32 "
+            "devices then gets one process), or set a multiple of 4",
         ),
     ],
 )
