@@ -103,8 +103,8 @@ def test_data_file_misnamed_shows_what_is_there(case: Case) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("train.csv", "", ": the file is empty, expected rows; name another file, or write it again"),
-        ("train.csv", "text,label\n", ": no rows; add rows, or name another file"),
+        ("train.csv", "", ": the file is empty, expected rows; choose another file, or write it again"),
+        ("train.csv", "text,label\n", ": no rows; add rows, or choose another file"),
         (
             "train.csv",
             "text,text\na,b\n",
@@ -244,7 +244,7 @@ def test_rows_empty_many_are_refused(case: Case, column: str, check: str) -> Non
         case.data(rows),
         DATA,
         f"train.csv: 10 of 40 rows cannot be used (10 x {check}); first: train.csv:2, column '{column}' is empty. "
-        "Remove or repair these rows, or name another column in the recipe",
+        "Remove or repair these rows, or choose another column in the recipe",
     )
 
 
@@ -253,7 +253,7 @@ def test_two_rows_are_too_few(case: Case) -> None:
         case.data("text,label\na,x\nb,y\n"),
         DATA,
         "train.csv: 2 rows of 2 labels: too few for three splits of at least 2 rows (eval has 0, test has "
-        "0); add rows, at least 3 different ones of each label, or name files for eval and test",
+        "0); add rows, at least 3 different ones of each label, or set data.eval and data.test",
     )
 
 
@@ -305,7 +305,7 @@ def test_messages_without_content_are_refused(chat_case: Callable[..., Result]) 
         chat_case([{"messages": [{"role": "user"}, ANSWER]}] * 20),
         DATA,
         "train.jsonl: 20 of 20 rows cannot be used (20 x no conversation); first: train.jsonl:1, a message with role "
-        "'user' has neither 'content' nor 'tool_calls'. Remove or repair these rows, or name another column in the "
+        "'user' has neither 'content' nor 'tool_calls'. Remove or repair these rows, or choose another column in the "
         "recipe",
     )
 

@@ -38,7 +38,7 @@ def test_run_without_a_model_or_with_several_says_what_to_write(tmp_path: Path) 
     with pytest.raises(SetupError, match=f"this run has no finished model; finish it with 'fulltune run {run}'"):
         base.find_model_path(ModelBlock(name=str(run)))
     _run(run, "full", "lora")
-    with pytest.raises(SetupError, match=f"several models; name one of them: {run}/models/full, {run}/models/lora"):
+    with pytest.raises(SetupError, match=f"several models; choose one of them: {run}/models/full, {run}/models/lora"):
         base.find_model_path(ModelBlock(name=str(run)))
 
 

@@ -84,7 +84,7 @@ def _too_many_dropped_problem(
     remedy = (
         "Raise data.max_length, shorten these rows, or drop them with data.truncation_strategy: drop"
         if check == "answer cut off"
-        else "Remove or repair these rows, or name another column in the recipe"
+        else "Remove or repair these rows, or choose another column in the recipe"
     )
     by_check = ", ".join(f"{count} x {check}" for check, count in counts.most_common())
     return [

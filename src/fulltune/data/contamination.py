@@ -99,7 +99,7 @@ def _list_text_files(setting: str, path: str) -> Sequence[Path]:
     if not files:
         raise DataError(
             f"{setting}: {path}: no text file or table in this folder; expected txt, csv, jsonl or similar: "
-            "name another folder, or a file"
+            "choose another folder, or a file"
         )
     return files
 
@@ -121,7 +121,7 @@ def hash_forbidden_texts(path_of_setting: Mapping[str, str], files: Iterable[Pat
     if problems:
         raise DataError([f"{' and '.join(path_of_setting)}: {problem}" for problem in problems])
     if not whole:
-        raise DataError(f"{' and '.join(path_of_setting)}: found no text; name a file or folder that contains texts")
+        raise DataError(f"{' and '.join(path_of_setting)}: found no text; choose a file or folder that contains texts")
     sources = [f"{os.path.basename(path)} ({setting})" for setting, path in path_of_setting.items()]  # noqa: PTH119  # as written
     hashes = np.concatenate(ngrams)
     order = np.argsort(hashes, kind="stable")

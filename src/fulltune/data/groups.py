@@ -315,7 +315,7 @@ def group_and_time_problems(block: DataBlock, tally: RowCounts, num_rows: int, f
     if len(kinds) > 1:
         problems.append(
             f"{file_name}: column '{block.time}' (data.time) mixes kinds of times that cannot be ordered: "
-            f"{listed(kinds)}; write all of them in one form"
+            f"{listed(kinds)}; write all of them in one format"
         )
     return problems
 

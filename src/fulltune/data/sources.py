@@ -172,7 +172,7 @@ def find_target_and_count_rows(
         except DataError:
             if not faults or faults.total() < counts["train"]:
                 raise
-            problem = f"{train.where}: no row can be used: {next(iter(faults))}; name another column or file"
+            problem = f"{train.where}: no row can be used: {next(iter(faults))}; choose another column or file"
             raise DataError(problem) from None
 
     description = None

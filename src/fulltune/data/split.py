@@ -211,7 +211,7 @@ def _refuse_small_splits(recipe: Recipe, splits: Mapping[SplitName, Split], num_
         f"{train.where}: {counted(train.num_read, 'row')}{of_labels} form {groups} that are never separated, by "
         f"{' and '.join(by)}, and the largest has {largest:,}, which is too few for three splits of at least 2 rows "
         f"({', '.join(small) or f'{num_held_out:,} are to be held out'}); add rows{each if train.names else ''}, raise "
-        f"data.eval_fraction and data.test_fraction, or name files for eval and test{sections}"
+        f"data.eval_fraction and data.test_fraction, or set data.eval and data.test{sections}"
     )
 
 

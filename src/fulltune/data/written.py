@@ -241,7 +241,7 @@ def target_mean_and_std(targets: np.ndarray, file_name: str, column: str) -> tup
     if targets.min() == targets.max():
         raise DataError(
             f"{rows} the same target {targets[0]:g} in column '{column}'; there is nothing to learn: add rows with "
-            "other targets (data.train), or name another column (data.label)"
+            "other targets (data.train), or choose another column (data.label)"
         )
     apart = float(np.spacing(np.float32(abs(mean))))
     if spread < apart:

@@ -214,7 +214,7 @@ def find_model_path(block: ModelBlock) -> Path | None:
             raise SetupError(f"model: {name}: this run has no finished model; finish it with 'fulltune run {path}'")
         if len(trained) > 1:
             raise SetupError(
-                f"model: {name}: this run has several models; name one of them: {', '.join(map(str, trained))}"
+                f"model: {name}: this run has several models; choose one of them: {', '.join(map(str, trained))}"
             )
         path = trained[0]
     if path.is_file():
@@ -228,7 +228,7 @@ def find_model_path(block: ModelBlock) -> Path | None:
         ggufs = [file for file in files if file.endswith(".gguf")]
         if ggufs:
             raise SetupError(
-                f"model: {name}: this folder contains GGUF files; name one of them: {path.name}/{ggufs[0]}"
+                f"model: {name}: this folder contains GGUF files; choose one of them: {path.name}/{ggufs[0]}"
             )
         content = ", ".join(files[:5]) or "nothing"
         raise SetupError(f"model: {name}: is not a model folder: config.json is missing (found: {content})")

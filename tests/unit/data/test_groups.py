@@ -266,7 +266,7 @@ def test_rows_that_nearly_all_hang_together_are_refused_with_numbers(
     assert (
         f"that are never separated, by 'user' (data.group) and their texts, and the largest has {largest}, " in problem
     )
-    assert "files for eval and test" in problem
+    assert "data.eval and data.test" in problem
 
 
 def test_few_users_are_refused_or_noted(tmp_path: Path, encoder_tokenizer: Any) -> None:

@@ -30,7 +30,7 @@ def read_columnar_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             titles, classes = batch.schema.names, read_class_names(batch.schema.metadata)
             if repeated := [title for title, count in Counter(titles).items() if count > 1]:
                 raise DataError(
-                    f"{file}: column '{repeated[0]}' appears twice, expected each name once; rename or remove one"
+                    f"{file}: column '{repeated[0]}' appears twice, expected unique names; rename or remove one"
                 )
             at_once = _rows_at_once(len(batch), batch.nbytes)
             for start in range(0, len(batch), at_once):

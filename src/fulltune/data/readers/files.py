@@ -34,19 +34,19 @@ def list_data_files(path: Path) -> list[Path]:
     if not has_data_suffix(path):
         raise DataError(f"{path}: unknown file type '{path.suffix}'; expected {_KINDS}: save it as one of them")
     if status.st_size == 0:
-        raise DataError(f"{path}: the file is empty, expected rows; name another file, or write it again")
+        raise DataError(f"{path}: the file is empty, expected rows; choose another file, or write it again")
     return [path]
 
 
 def _missing_file_error(path: Path) -> str:
     """Return an error message that suggests similar file names."""
     if path.is_symlink():
-        return f"{path}: is a broken link, expected a file; repair it, or name the file itself"
+        return f"{path}: is a broken link, expected a file; repair it, or use the path of the file itself"
     parent = path.parent
     if len(path.parts) == 2 and not path.suffix and not parent.exists():
         return (
             f"{path}: no such file; data sets are not loaded from the Hub by name, so run 'hf download {path} "
-            f"--repo-type dataset --local-dir {path.name}' and name the downloaded file"
+            f"--repo-type dataset --local-dir {path.name}' and use the path of the downloaded file"
         )
     names = [file.name for file in parent.iterdir() if file.suffix in SUFFIXES] if parent.is_dir() else []
     near = near_names(path.name, names, cutoff=0.5) or sorted(names)[:4]
@@ -60,7 +60,7 @@ def _list_data_files_in_folder(folder: Path) -> list[Path]:
     names = {file.name for file in listed}
     if "dataset_dict.json" in names:  # what DatasetDict.save_to_disk writes
         raise DataError(
-            f"{folder}: contains several data sets, expected one; name each of them, for example data.train: "
+            f"{folder}: contains several data sets, expected one; set the path of each split, for example data.train: "
             f"{folder / 'train'}"
         )
     if names >= _METADATA_FILES:  # what Dataset.save_to_disk writes: the other files describe the rows
@@ -70,8 +70,8 @@ def _list_data_files_in_folder(folder: Path) -> list[Path]:
     packed = [file for file in listed if file.suffix.lower() in _PACKED and has_data_suffix(Path(file.stem))]
     if not files and not packed:
         raise DataError(
-            f"{folder}: no data file in this folder; expected {_KINDS}: name another folder, or single files, which "
-            f"may be in subfolders or end in {', '.join(ONLY_BY_NAME)}"
+            f"{folder}: no data file in this folder; expected {_KINDS}: choose another folder, or list single files, "
+            f"which may be in subfolders or end in {', '.join(ONLY_BY_NAME)}"
         )
     problems = [_archive_problem(file) for file in packed]
     for file in files:
@@ -89,7 +89,7 @@ def has_data_suffix(file: Path) -> bool:
 
 
 def _archive_problem(file: Path) -> str:
-    return f"{printable(file)}: is an archive ('{file.suffix}'), expected {_KINDS}; unpack it and name its contents"
+    return f"{printable(file)}: is an archive ('{file.suffix}'), expected {_KINDS}; unpack it and use its contents"
 
 
 def _stat_utf8_path(path: Path) -> os.stat_result:
@@ -108,7 +108,7 @@ def _refuse_special_file(file: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise DataError(
             f"{file}: is a folder, pipe, socket or device, expected a file; rename it, or save its output in a file "
-            "and name that file"
+            "and use that file"
         )
 
 
@@ -120,7 +120,7 @@ def convert_os_errors(file: Path) -> Iterator[None]:
     except OSError as error:
         raise DataError(
             f"{printable(file)[:300]}: cannot be read ({error.strerror or error}), expected a readable file; "
-            "change its permissions, restore it, or name a copy"
+            "change its permissions, restore it, or use a copy"
         ) from None
 
 

@@ -74,7 +74,7 @@ class DataFiles:
                         else:
                             yield f"{name}:{line}", self._resolve_paths_and_bytes(row, file.parent)
                 if is_empty:
-                    broken = [f"{file}: no rows; add rows, or name another file"]
+                    broken = [f"{file}: no rows; add rows, or choose another file"]
             except UnicodeError:
                 broken = [f"{file}:{_describe_encoding_error(file, self.encoding)}"]
             except DataError as error:
@@ -201,7 +201,7 @@ def _refuse_non_data_file(file: Path) -> None:
     elif 0 in start or isinstance(_decode_bytes(start[: start.rfind(b"\n") + 1] or start), bytes):
         kind = next((kind for sign, kind in _FILE_SIGNATURES.items() if start.startswith(sign)), None)
     if kind:
-        to_do = "unpack it, download the real file, or save its rows as csv in UTF-8, and name that file"
+        to_do = "unpack it, download the real file, or save its rows as csv in UTF-8, and use that file"
         raise DataError(f"{file}: is {kind}, expected rows; {to_do}")
 
 
