@@ -46,18 +46,18 @@ def search_all_rates(context: Context, expectation: Expectation) -> dict[str, Se
     return searches
 
 
-def search_rate(context: Context, method: Method, share: float, reserved_seconds: float = 0.0) -> Search:
+def search_rate(context: Context, method: Method, search_share: float, reserved_seconds: float = 0.0) -> Search:
     """Load a method's finished search, or run and save it, leaving `reserved_seconds` for whole runs."""
     path = context.search_path(method.label)
     if path.exists() and not (result := Search.load(path)).time_was_up:
         return result
-    result = _run_short_trials(context, method, share, reserved_seconds)
+    result = _run_short_trials(context, method, search_share, reserved_seconds)
     result.save(path)
     return result
 
 
 def _run_short_trials(context: Context, method: Method, search_share: float, reserved_seconds: float) -> Search:
-    """Try the grid's rates in short trials, then rates beyond its edge while the edge leads."""
+    """Try the grid's rates in short trials, then rates beyond its edge while the edge leads, and return the search."""
     label, grid, seed = method.label, budget.method_rates(context, method), context.recipe.train.seed
     if len(grid) == 1:
         return Search(method=label, chosen=grid[0], reason="the only rate in the recipe, so no search was needed")

@@ -126,12 +126,12 @@ def plan_next_seeds(
 
 
 def _choose_next_seeds(
-    full: str, rivals: Sequence[Outlook], now: int, max_seeds: int, *, again: bool
+    full: str, rivals: Sequence[Outlook], num_seeds: int, max_seeds: int, *, again: bool
 ) -> tuple[dict[str, int], str]:
     """Return the number of seeds that each method needs (empty if no more are needed) and the reason."""
-    if now == max_seeds == 1:
+    if num_seeds == max_seeds == 1:
         return {}, "all planned seeds are finished"
-    if now == 1:
+    if num_seeds == 1:
         leader = max(rivals, key=lambda rival: (rival.score, -rival.cost)).name
         best = f"the best method other than {full} is {leader}; " if len(rivals) > 1 else ""
         return {full: 2, leader: 2}, f"{best}one seed does not show the spread between seeds"
@@ -143,33 +143,34 @@ def _choose_next_seeds(
     if beaten and not late:
         return {}, _CLEAR
     if beaten and not again:
-        return dict.fromkeys(late, now), f"{full} beats the best other method; {', '.join(late)} must catch up"
-    if now >= max_seeds and not again and late and all(one.chances[0] >= _LIKELY for one in leading):
+        return dict.fromkeys(late, num_seeds), f"{full} beats the best other method; {', '.join(late)} must catch up"
+    if num_seeds >= max_seeds and not again and late and all(one.chances[0] >= _LIKELY for one in leading):
         # Nothing else is left to do, and without this the answer could not be FULL.
-        return dict.fromkeys(late, now), f"{full} seems to beat the best other method; {', '.join(late)} must catch up"
-    if now >= max_seeds:
+        reason = f"{full} seems to beat the best other method; {', '.join(late)} must catch up"
+        return dict.fromkeys(late, num_seeds), reason
+    if num_seeds >= max_seeds:
         return {}, "all planned seeds are finished"
     # Two seeds say too little about their spread to give up because of it.
-    if now > 2 and not beaten and all(max(one.with_all, one.clear) < _HOPELESS for one in leading):
+    if num_seeds > 2 and not beaten and all(max(one.with_all, one.clear) < _HOPELESS for one in leading):
         return {}, "more seeds are unlikely to decide"
     open_ones = late if beaten else [one.name for one in leading if one.clear < _SURE]
-    more = dict.fromkeys([full, *(one.name for one in leading), *(late if beaten else [])], now + 1)
+    more = dict.fromkeys([full, *(one.name for one in leading), *(late if beaten else [])], num_seeds + 1)
     return more, f"no clear answer yet for {', '.join(open_ones)}"
 
 
 def _answer_probabilities(
-    gap: UncertainValue, margin: float, level: float, test_precision: ComparisonPrecision, seeds: tuple[int, int]
+    difference: UncertainValue, margin: float, level: float, test_precision: ComparisonPrecision, seeds: tuple[int, int]
 ) -> tuple[float, float, float]:
     """Estimate the probabilities that the test rows clearly show full as better, both as equal, or the rival as better.
     `seeds` holds the numbers of seeds of full and rival."""
-    now, test_precision = ComparisonPrecision.of(gap), test_precision.with_seeds(seeds)
+    now, test_precision = ComparisonPrecision.of(difference), test_precision.with_seeds(seeds)
     same_seeds = all(one.num_seeds == count for one, count in zip(now.seeds, seeds, strict=True))
     scatter = math.sqrt(
         now.row_variance + test_precision.row_variance + max(0.0, now.seed_variance - test_precision.seed_variance)
     )
     chances = [
         _normal_probabilities(
-            gap.estimate,
+            difference.estimate,
             scatter,
             test_precision.half_width(level, luck),
             test_precision.half_width(2 * level, luck),

@@ -95,7 +95,7 @@ def decide_verdict(methods: Sequence[MethodOutputs], drawn: ResampledTrials, ter
 def _test_difference(
     full: MethodOutputs,
     method: MethodOutputs,
-    gap: UncertainValue,
+    difference: UncertainValue,
     p_values: Sequence[tuple[float, float]],
     num_rows: int,
     terms: Terms,
@@ -104,18 +104,18 @@ def _test_difference(
     margin, alpha, span = terms.margin, terms.alpha * method.alpha_share, terms.measure.span
     bounds = None if span is None else (-span, span)
     (adjusted_p, level), (equivalence_p, equal_level) = ((p, of_test * method.alpha_share) for p, of_test in p_values)
-    low, high = _clip(gap.interval(1 - terms.confidence), bounds)
-    adjusted_low, adjusted_high = _clip(gap.interval(level), bounds)
-    is_tested = gap.seeds_known
+    low, high = _clip(difference.interval(1 - terms.confidence), bounds)
+    adjusted_low, adjusted_high = _clip(difference.interval(level), bounds)
+    is_tested = difference.seeds_known
     certain = is_tested and adjusted_p <= alpha
-    rows, seeds = rows_and_seeds_needed(gap, num_rows, margin, level, equal_level) if is_tested else (None, None)
+    rows, seeds = rows_and_seeds_needed(difference, num_rows, margin, level, equal_level) if is_tested else (None, None)
     return Difference(
         method=method.name,
         kind=method.kind,
         decides=method.decides,
         cheaper=method.cost < full.cost,
         num_seeds=len(method.trials),
-        estimate=gap.estimate,
+        estimate=difference.estimate,
         low=low,
         high=high,
         adjusted_low=adjusted_low,
@@ -123,11 +123,11 @@ def _test_difference(
         adjusted_p=adjusted_p,
         adjusted_equivalence_p=equivalence_p,
         equivalent=is_tested and equivalence_p <= alpha,
-        not_worse=is_tested and 1 - gap.below(margin) <= level / 2,
-        full_better=certain and gap.estimate >= margin and adjusted_low > 0,
-        other_better=certain and gap.estimate <= -margin and adjusted_high < 0,
+        not_worse=is_tested and 1 - difference.below(margin) <= level / 2,
+        full_better=certain and difference.estimate >= margin and adjusted_low > 0,
+        other_better=certain and difference.estimate <= -margin and adjusted_high < 0,
         seeds_known=is_tested,
-        detectable=ComparisonPrecision.of(gap).detectable_difference(margin, level),
+        detectable=ComparisonPrecision.of(difference).detectable_difference(margin, level),
         rows_needed=rows,
         seeds_needed=seeds,
     )

@@ -316,7 +316,7 @@ def fit_best_baseline(
 
 
 def _pooled_embeddings(features: Features) -> dict[Pooling, np.ndarray]:
-    """Return the embeddings [items, hidden] of each extracted pooling."""
+    """Map each extracted pooling to its embeddings [items, hidden]."""
     embeddings: dict[Pooling, np.ndarray] = {} if features.mean is None else {"mean": features.mean}
     position = features.last if features.dense is None else features.dense
     if position is not None:

@@ -139,7 +139,7 @@ Activation = Callable[[np.ndarray], np.ndarray]
 def recognise_activation(
     model: PreTrainedModel, name: str, dense_inputs: np.ndarray, last_inputs: np.ndarray
 ) -> tuple[float, Activation] | None:
-    """Find which of `ACTIVATIONS` maps the dense layer's outputs to `last_inputs`.
+    """Find which of `ACTIVATIONS` maps the outputs of the dense layer `name` to `last_inputs`.
 
     Returns:
         The input around which the function is nearly linear, and the function, or None if no function fits.
@@ -187,7 +187,7 @@ def _apply_activation(activation: str, norm: torch.nn.Module | None, values: np.
 
 
 def _fit_mean_predictor(dense_inputs: np.ndarray, mean: np.ndarray, has_bias: bool, shift: float) -> LinearClassifier:
-    """Fit a ridge regression from the dense layer's inputs to the mean over tokens."""
+    """Fit a ridge regression from the dense layer's inputs to the mean over tokens, with outputs centred at `shift`."""
     from sklearn.linear_model import RidgeCV
 
     centre, scale = shift_and_scale(dense_inputs, has_bias)

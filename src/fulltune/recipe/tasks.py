@@ -1,7 +1,4 @@
-"""Facts about each task, read from `tasks.toml` without importing torch.
-
-The module of each task has its own entry as `FACTS`.
-"""
+"""Facts about each task, read from `tasks.toml` without importing torch."""
 
 from __future__ import annotations
 

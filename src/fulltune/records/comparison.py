@@ -1,7 +1,5 @@
-"""Records of a comparison of methods, and of a learning rate search.
-
-Differences are *oriented*: positive means that full fine-tuning is better.
-"""
+"""Records of comparisons and learning rate searches. Differences are *oriented*: positive means that full fine-tuning
+is better."""
 
 from __future__ import annotations
 

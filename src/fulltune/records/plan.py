@@ -1,4 +1,4 @@
-"""Records of a trial's plan. Sizes are in bytes, times in seconds."""
+"""Sizes in these records are in bytes, times in seconds."""
 
 from __future__ import annotations
 

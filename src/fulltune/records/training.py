@@ -1,4 +1,4 @@
-"""Records of an attempt's outcome. Sizes are in bytes, times in seconds."""
+"""Sizes in these records are in bytes, times in seconds."""
 
 from __future__ import annotations
 
