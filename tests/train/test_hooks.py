@@ -98,7 +98,7 @@ def test_label_smoothing_is_part_of_the_training_loss_only(tiny_encoder: Path, t
     smooth = text_classification.loss(logits, labels, target, 0.1)
     assert float(plain) < 0.01
     assert float(smooth) == pytest.approx(float(plain) + 2 * 0.1 * 6.0, rel=1e-2)
-    assert float(text_classification.reduce(logits, labels, target)["loss"].sum()) == pytest.approx(float(plain))
+    assert float(text_classification.reduce_logits(logits, labels, target)["loss"].sum()) == pytest.approx(float(plain))
 
     first = {}
     for name, factor in (("plain", 0.0), ("smooth", 0.5)):

@@ -68,7 +68,7 @@ class AuditedRows:
         patched = PatchedRows(load_patch(Path(block.patch)), "train") if block.patch else None
         held_out = {row[PLACE] for split in ("eval", "test") if not getattr(block, split) for row in self.read(split)}
         for place, row in read_source_rows(recipe, files, None, patched).rows(None):
-            if place not in held_out and self.task.refuse(row, self.target) is None:
+            if place not in held_out and self.task.why_unusable(row, self.target) is None:
                 yield {**row, PLACE: place}
 
     def masked_start(self, row: Row, max_characters: int) -> str:

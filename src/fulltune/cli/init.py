@@ -27,7 +27,7 @@ from fulltune.recipe.tasks import FACTS, READ_BY, TaskName
 from fulltune.records.data import SplitName
 from fulltune.system.run_folder import explain_os_errors
 from fulltune.tasks import Target, task_named
-from fulltune.tasks.causal_lm import refuse_preferences
+from fulltune.tasks.causal_lm import raise_if_preference_data
 from fulltune.tasks.columns import USUAL_NAMES, shown
 from fulltune.tasks.labels import label_name
 from fulltune.text import counted
@@ -187,7 +187,7 @@ def infer_task(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
     files = replace(locate_data_files(tuple(map(str, paths)), columns=named), encoding=encoding)
     columns, head = _first_rows(files)
     if not roles:
-        refuse_preferences(columns, head[:_FEW], files.where)
+        raise_if_preference_data(columns, head[:_FEW], files.where)
     for role, column in roles.items():
         if column not in columns:
             raise DataError(f"{files.where}: no column '{column}' (--column {role}=); columns here: {shown(columns)}")

@@ -10,7 +10,13 @@ from fulltune.records.comparison import Decision, Difference, VerdictKind
 from fulltune.records.scores import Estimate
 from fulltune.report.format.words import MetricFormatter
 from fulltune.stats.bootstrap import ResamplableMetric, ResampledTrials
-from fulltune.stats.intervals import UncertainValue, difference_of_methods, estimate_seed_spreads, holm, mean_of_method
+from fulltune.stats.intervals import (
+    UncertainValue,
+    correct_p_values,
+    difference_of_methods,
+    estimate_seed_spreads,
+    mean_of_method,
+)
 from fulltune.stats.precision import MAX_ROWS_FACTOR, MAX_SEEDS, ComparisonPrecision, rows_and_seeds_needed
 from fulltune.tasks import Predictions
 from fulltune.text import listed
@@ -52,8 +58,8 @@ def decide_verdict(methods: Sequence[MethodOutputs], drawn: ResampledTrials, ter
     for decides in (True, False):  # methods that share the chance of a wrong answer
         group = [index for index, method in enumerate(methods) if index != full and method.decides == decides]
         gaps = [difference_of_methods(drawn, full, index, spreads, measure.sign, measure.span) for index in group]
-        tests = holm([gap.p_value() for gap in gaps], terms.alpha)
-        equivalence = holm([gap.equivalence_p(terms.margin) for gap in gaps], terms.alpha)
+        tests = correct_p_values([gap.p_value() for gap in gaps], terms.alpha)
+        equivalence = correct_p_values([gap.equivalence_p(terms.margin) for gap in gaps], terms.alpha)
         for index, gap, *tested in zip(group, gaps, tests, equivalence, strict=True):
             differences.append(_test_difference(methods[full], methods[index], gap, tested, drawn.num_rows, terms))
     verdict, recommended = _choose_verdict(differences, methods[full].name, methods)

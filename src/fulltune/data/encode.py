@@ -231,10 +231,10 @@ def _why_row_unusable(job: Job, task: Task, row: Row) -> Refused | None:
     """Return why a row cannot be tokenised, or None if it can."""
     if problem := why_unreadable(row, job.target.columns):
         return Refused("unreadable", problem)
-    if (refused := task.refuse(row, job.target)) is None:
+    if (refused := task.why_unusable(row, job.target)) is None:
         return None
     # The second call returns a reason that quotes no private data.
-    return task.refuse(masked_cells(row), job.target) or refused
+    return task.why_unusable(masked_cells(row), job.target) or refused
 
 
 def _add_text_flaws_to_tally(job: Job, rows: Iterable[Row], tally: RowCounts) -> None:

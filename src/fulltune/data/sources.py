@@ -130,7 +130,7 @@ def _row_labels(recipe: Recipe, files: DataFiles) -> list[list[str]]:
         return [[] for _ in files.rows([])]
 
     def can_use(row: Row) -> bool:
-        return bool(target.labels) and not why_unreadable(row, target.columns) and not task.refuse(row, target)
+        return bool(target.labels) and not why_unreadable(row, target.columns) and not task.why_unusable(row, target)
 
     return [task.row_labels(row, target) if can_use(row) else [] for _, row in files.rows([])]
 

@@ -147,7 +147,7 @@ class Scoring:
         return scores, main
 
     def predict_split(self, model: PreTrainedModel, processor: Any, split: str = "test") -> Predictions:
-        """Run a model over a split, and return the numbers per row that the task's `reduce` makes."""
+        """Run a model over a split, and return the numbers per row that the task's `reduce_logits` makes."""
         rows, pad_token_id = with_decoded_images(self.rows(split), processor), processor.pad_token_id
         head = self.selective_head(model, pad_token_id, rows)
         # Scores do not depend on the batch size.

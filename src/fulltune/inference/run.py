@@ -41,14 +41,14 @@ def run_rows(
     pad_token_id: int,
     batching: Batching,
 ) -> Predictions:
-    """Run the model without gradients over tokenised rows with `labels`, and return the arrays of `task.reduce` in the
-    rows' order."""
+    """Run the model without gradients over tokenised rows with `labels`, and return the arrays of `task.reduce_logits`
+    in the rows' order."""
     import torch
 
     head = batching.head
 
     def reduce_batch(positions: Sequence[int]) -> dict[str, np.ndarray]:
-        """Run a batch of rows, and return the arrays of `task.reduce`."""
+        """Run a batch of rows, and return the arrays of `task.reduce_logits`."""
         # Not pinned: results are read back before the next batch is made, so nothing overlaps.
         batch = model_batch(model, task, [rows[i] for i in positions], pad_token_id)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
@@ -56,7 +56,7 @@ def run_rows(
         selecting = contextlib.nullcontext() if head is None else head.computing_only(labels, chunked=head.can_chunk)
         with autocast(model, batching.precision), selecting, regression_head_in_float32(model, target):
             logits = extract_logits(model(**batch))
-        values = task.reduce(logits, labels, target)
+        values = task.reduce_logits(logits, labels, target)
         return {name: part if isinstance(part, np.ndarray) else part.cpu().numpy() for name, part in values.items()}
 
     lengths = row_lengths(rows)

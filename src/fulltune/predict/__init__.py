@@ -99,7 +99,7 @@ class Predictor:
         writes = self.task.FACTS.writes
         # Models that write are slow: their first answers must not wait for two thousand others.
         for window in in_batches(rows, _WINDOW_PROMPTS) if writes else in_batches(rows):
-            questions = [self.task.as_question(row, self.target) for row in window]
+            questions = [self.task.with_placeholder_answer(row, self.target) for row in window]
             predicted = [PredictedRow(None, self._find_refusal(row)) for row in questions]
             usable = [number for number, row in enumerate(predicted) if row.refused is None]
             rest = [questions[number] for number in usable]
@@ -112,7 +112,7 @@ class Predictor:
         """Return the reason why the model cannot answer a row, or None."""
         if reason := why_unreadable(row, self.target.columns):
             return Refused("unreadable", reason)
-        return self.task.refuse_question(row, self.target)
+        return self.task.why_unanswerable(row, self.target)
 
     def _generate_answers(self, rows: Sequence[Row], max_new_tokens: int, report: RowProgress) -> list[PredictedRow]:
         """Generate an answer to each row, or the reason why its chat template refuses the row."""

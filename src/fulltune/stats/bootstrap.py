@@ -73,7 +73,7 @@ def find_metric(task_name: TaskName, target: Target, metric: str) -> Resamplable
     facts = FACTS[task_name]
     if metric not in facts.metrics:
         raise SetupError(f"{task_name} has no metric '{metric}'; choose one of {', '.join(facts.metrics)}")
-    counts, value = task_named(task_name).sums(target, metric).get(metric, (None, None))
+    counts, value = task_named(task_name).metrics_from_sums(target, metric).get(metric, (None, None))
     return ResamplableMetric(
         metric, greater_is_better(metric), _function_for_metric(task_name, target, metric), counts, value
     )

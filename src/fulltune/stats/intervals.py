@@ -214,7 +214,7 @@ def _scaled_chi_squared(chance: np.random.Generator, degrees: float, count: int)
 # ---- several tests ---------------------------------------------------------------------------------------------
 
 
-def holm(p_values: Sequence[float], alpha: float) -> list[tuple[float, float]]:
+def correct_p_values(p_values: Sequence[float], alpha: float) -> list[tuple[float, float]]:
     """Correct p-values for several tests (Holm 1979); return each test's adjusted p-value and significance level."""
     adjusted, highest = {}, 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):

@@ -32,7 +32,7 @@ RowFeatures = Mapping[str, Any]
 """A tokenised example: feature name to a number, a text, or a flat list or array."""
 RowAnswer = dict[str, Any]
 Predictions = Mapping[str, np.ndarray]
-"""Output of `Task.reduce` for all rows: name to array [rows, ...]."""
+"""Output of `Task.reduce_logits` for all rows: name to array [rows, ...]."""
 RowTerms = Callable[[Predictions], np.ndarray]
 """Computes each row's terms in a metric's sums: float64 [rows, k]."""
 FromSums = Callable[[np.ndarray], np.ndarray]
@@ -130,7 +130,7 @@ class Task(Protocol):
         """Derive the problem type and labels from the train rows, read once; raise `DataError` if nothing can be
         learned."""
 
-    def refuse(self, row: Row, target: Target) -> Refused | None:
+    def why_unusable(self, row: Row, target: Target) -> Refused | None:
         """Return the reason to drop a row, or None."""
 
     def group_key(self, row: Row, target: Target) -> str:
@@ -140,7 +140,7 @@ class Task(Protocol):
         """Return the row's sorted class names, or an empty list for tasks without classes."""
 
     def encode(self, rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-        """Tokenise rows that `refuse` accepted, each to one example or several windows."""
+        """Tokenise rows that `why_unusable` accepts, each to one example or several windows."""
 
     def preview(self, features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
         """Decode an example's tokens to text, as the model reads it."""
@@ -179,25 +179,25 @@ class Task(Protocol):
 
     # ---- evaluation -----------------------------------------------------------------------------------------------
 
-    def reduce(self, logits: Tensor, labels: Tensor, target: Target) -> Mapping[str, Tensor | np.ndarray]:
+    def reduce_logits(self, logits: Tensor, labels: Tensor, target: Target) -> Mapping[str, Tensor | np.ndarray]:
         """Reduce a batch's logits to the numbers per row that `metrics` needs: arrays [batch, ...] by name."""
 
     def metrics(self, predictions: Predictions, target: Target) -> dict[str, float]:
-        """Compute the task's metrics from all rows' output of `reduce`."""
+        """Compute the task's metrics from all rows' output of `reduce_logits`."""
 
-    def sums(self, target: Target, metric: str) -> Mapping[str, tuple[RowTerms, FromSums]]:
+    def metrics_from_sums(self, target: Target, metric: str) -> Mapping[str, tuple[RowTerms, FromSums]]:
         """Return, by metric, a function for its row terms and one for its value from their sums, so that resampling is
         fast."""
 
     # ---- prediction -----------------------------------------------------------------------------------------------
 
-    def as_question(self, row: Row, target: Target) -> Row:
+    def with_placeholder_answer(self, row: Row, target: Target) -> Row:
         """Fill in a placeholder for the unknown label or answer, so that `encode` accepts the row."""
 
-    def refuse_question(self, row: Row, target: Target) -> Refused | None:
+    def why_unanswerable(self, row: Row, target: Target) -> Refused | None:
         """Return the reason why the model cannot answer a row, or None."""
 
-    # ---- only tasks with a head on the features: answers come from the output of `reduce` ------------------------
+    # ---- only tasks with a head on the features: answers come from the output of `reduce_logits` ------------------
 
     def answers(
         self,

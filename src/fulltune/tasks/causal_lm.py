@@ -33,8 +33,8 @@ from fulltune.tasks.columns import (
     is_blank,
     normalised,
     parse_cell,
-    refuse_blank,
     refuse_list,
+    why_cell_blank,
 )
 from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.labels import row_labels as labels_of_row
@@ -45,7 +45,7 @@ BLOCK_LENGTH = 1024
 """Upper bound of the default `max_length` for raw text, which is packed."""
 row_labels, config_changes = labels_of_row, classes.config_changes
 metrics, score_answers = written.metrics, written.score_answers
-sums, full_row = written.sums, written.full_row
+metrics_from_sums, full_row = written.metrics_from_sums, written.full_row
 
 # ---- columns ---------------------------------------------------------------------------------------------------
 
@@ -62,7 +62,7 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
         raise DataError(f"{file}: {' and '.join(named_forms)} are both set; keep one of them")
     form = named_forms[0] if named_forms else None
     if form in (None, "data.prompt/completion") and data.completion is None:
-        refuse_preferences(columns, sample, file)
+        raise_if_preference_data(columns, sample, file)
     messages = find_column("messages", data.messages, columns, file) if form in (None, "data.messages") else None
     if messages is not None:
         tools = find_column("tools", data.tools, columns, file)
@@ -83,7 +83,7 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
     return pair
 
 
-def refuse_preferences(columns: Sequence[str], sample: Sequence[Row], file: str) -> None:
+def raise_if_preference_data(columns: Sequence[str], sample: Sequence[Row], file: str) -> None:
     """Raise `DataError` for preference data (DPO, KTO), because training would ignore the preferences."""
 
     def column_named(name: str) -> str | None:
@@ -122,10 +122,10 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
     return Target("prompt_completion", columns, joint="\n" if glued else "")
 
 
-def refuse(row: Row, target: Target) -> Refused | None:
+def why_unusable(row: Row, target: Target) -> Refused | None:
     """Return the reason to drop a row without text or without a trained answer, else None."""
     if "messages" not in target.columns:
-        refused = refuse_blank(row, target, *(role for role in target.columns if role != "input"))
+        refused = why_cell_blank(row, target, *(role for role in target.columns if role != "input"))
         return refused or (refuse_list(row, target, "input") if "input" in target.columns else None)
     try:
         messages = chat.clean_messages(row.get(target.columns["messages"]))
@@ -137,14 +137,14 @@ def refuse(row: Row, target: Target) -> Refused | None:
     return None
 
 
-def as_question(row: Row, target: Target) -> Row:
+def with_placeholder_answer(row: Row, target: Target) -> Row:
     return {**row, target.columns["completion"]: "?"} if "completion" in target.columns else row
 
 
-def refuse_question(row: Row, target: Target) -> Refused | None:
+def why_unanswerable(row: Row, target: Target) -> Refused | None:
     """Return the reason why the model cannot answer a row, such as a missing prompt, or None."""
     if "messages" not in target.columns:
-        return refuse(row, target)
+        return why_unusable(row, target)
     try:
         asks = bool(prompt_text(row, target).strip())
     except DataError as error:
@@ -327,5 +327,5 @@ def target_ids(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
-loss, reduce = partial(written.loss, target_ids), partial(written.reduce, target_ids)
+loss, reduce_logits = partial(written.loss, target_ids), partial(written.reduce_logits, target_ids)
 count_items = partial(written.count_items, target_ids)

@@ -75,24 +75,24 @@ def f1(sums: np.ndarray) -> np.ndarray:
     return share(2 * sums[..., 0], sums[..., 1] + sums[..., 2])
 
 
-def by_three(sums: np.ndarray) -> np.ndarray:
+def split_into_threes(sums: np.ndarray) -> np.ndarray:
     return sums.reshape(*sums.shape[:-1], -1, 3)
 
 
-def f1_of_all(sums: np.ndarray) -> np.ndarray:
-    return np.asarray(f1(by_three(sums)).mean(axis=-1))
+def macro_f1(sums: np.ndarray) -> np.ndarray:
+    return np.asarray(f1(split_into_threes(sums)).mean(axis=-1))
 
 
-def f1_of_present(sums: np.ndarray) -> np.ndarray:
+def macro_f1_of_present_classes(sums: np.ndarray) -> np.ndarray:
     """Average F1 over the classes that occur in predictions or targets, as scikit-learn does."""
-    parts = by_three(sums)
+    parts = split_into_threes(sums)
     present = (parts[..., 1] + parts[..., 2] > 0).sum(axis=-1)
     return share(f1(parts).sum(axis=-1), present)
 
 
 def mcc(sums: np.ndarray) -> np.ndarray:
     """Compute Matthews' correlation from sums of true positives, predictions and targets [..., 3 * classes]."""
-    parts = by_three(sums)
+    parts = split_into_threes(sums)
     right, predicted, expected = parts[..., 0].sum(axis=-1), parts[..., 1], parts[..., 2]
     rows = predicted.sum(axis=-1)
     scale = (rows**2 - (predicted**2).sum(axis=-1)) * (rows**2 - (expected**2).sum(axis=-1))
@@ -175,7 +175,7 @@ def count_items(labels: Tensor) -> int:
     return labels.shape[0]
 
 
-def reduce(logits: Tensor, labels: Tensor, target: Target) -> dict[str, Tensor]:
+def reduce_logits(logits: Tensor, labels: Tensor, target: Target) -> dict[str, Tensor]:
     """Return float32 `logits[batch, classes]` (numbers in the data's units), `labels` and unsmoothed `loss[batch]`."""
     outputs = logits.float()
     if target.form.is_number:
@@ -199,7 +199,7 @@ def label_metrics(true: np.ndarray, predicted: np.ndarray, target: Target) -> di
         counts = numbers((true * predicted).sum(axis=0), predicted.sum(axis=0), true.sum(axis=0))
         return {
             "f1_micro": float(f1(counts.sum(axis=0))),
-            "f1_macro": float(f1_of_all(counts.ravel())),
+            "f1_macro": float(macro_f1(counts.ravel())),
             "accuracy": float((true == predicted).all(axis=1).mean()),
         }
     if not form.one_label:
@@ -208,7 +208,7 @@ def label_metrics(true: np.ndarray, predicted: np.ndarray, target: Target) -> di
     counts = numbers(*(np.bincount(ids, minlength=classes) for ids in (true[true == predicted], predicted, true)))
     return {
         "accuracy": float(counts[:, 0].sum() / len(true)),
-        "f1_macro": float(f1_of_present(counts.ravel())),
+        "f1_macro": float(macro_f1_of_present_classes(counts.ravel())),
         "mcc": float(mcc(counts.ravel())),
     }
 
@@ -327,7 +327,7 @@ def _regression_terms(predictions: Predictions) -> np.ndarray:
     return numbers((true - predicted) ** 2, np.ones(len(true)), centred, centred**2)
 
 
-def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
+def metrics_from_sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
     """Return, by metric, a function for its row terms and one for its value from their sums."""
     loss: dict[str, tuple[RowTerms, FromSums]] = {"loss": (stack_arrays("loss", ROWS), ratio)}
     if target.form.is_number:
@@ -337,7 +337,7 @@ def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
         "accuracy": (terms_of_mean(right), ratio),
         "f1_macro": (
             lambda predictions: flat(_matches(predictions, target)),
-            f1_of_all if several else f1_of_present,
+            macro_f1 if several else macro_f1_of_present_classes,
         ),
     }
     if several:

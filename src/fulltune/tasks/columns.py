@@ -174,7 +174,7 @@ def shown(columns: Iterable[str]) -> str:
     return first_few([name if len(name) <= _LONG_NAME else f"{name[:_LONG_NAME]}..." for name in columns], _SHOWN)
 
 
-def refuse_blank(row: Row, target: Target, *roles: str) -> Refused | None:
+def why_cell_blank(row: Row, target: Target, *roles: str) -> Refused | None:
     """Return the reason to drop a row if a role's cell has no text, else None."""
     for role in roles:
         if refused := refuse_list(row, target, role):

@@ -32,17 +32,21 @@ FACTS = recipe_tasks.FACTS["image-classification"]
 find_columns = partial(columns_of_roles, ("image", "label"))
 UNDECODABLE = "undecodable image"
 """Check whose rows stop the data stage unless the recipe allows dropping them."""
-loss, count_items, reduce = classes.loss, classes.count_items, classes.reduce
+loss, count_items, reduce_logits = classes.loss, classes.count_items, classes.reduce_logits
 metrics, answers = classes.metrics, classes.answers
-sums, chance_loss = classes.sums, classes.chance_loss
-as_question, row_labels, config_changes = classes.with_placeholder_label, labels.row_labels, classes.config_changes
+metrics_from_sums, chance_loss = classes.metrics_from_sums, classes.chance_loss
+with_placeholder_answer, row_labels, config_changes = (
+    classes.with_placeholder_label,
+    labels.row_labels,
+    classes.config_changes,
+)
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, file: str) -> Target:
     return labels.find_target(rows, columns, data.model_copy(update={"problem_type": "single_label"}), file)
 
 
-def refuse(row: Row, target: Target) -> Refused | None:
+def why_unusable(row: Row, target: Target) -> Refused | None:
     """Return the reason to drop a row without an image or a label, else None."""
     image = row.get(target.columns["image"])
     if not isinstance(image, (str, bytes, Mapping, type(None))):
@@ -54,7 +58,7 @@ def refuse(row: Row, target: Target) -> Refused | None:
     return None
 
 
-refuse_question = refuse
+why_unanswerable = why_unusable
 
 
 def group_key(row: Row, target: Target) -> str:

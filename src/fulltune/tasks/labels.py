@@ -132,7 +132,7 @@ def _single_label_target(counts: LabelCounts, total: int, columns: Mapping[str, 
             f"{file}: column '{column}' holds several labels in a row ({str(several[0])[:60]}"
             f"{_first_at(counts, several[0])}); expected one, or set data.problem_type: multi_label"
         )
-    _refuse_mixed(counts, column, file)
+    _raise_if_words_and_numbers(counts, column, file)
     names = {label_name(value) for value in values}
     if len(names) == 1:
         raise DataError(
@@ -160,7 +160,7 @@ def _guess_problem_type(counts: LabelCounts, total: int) -> str:
     return "single_label"
 
 
-def _refuse_mixed(counts: LabelCounts, column: str, file: str) -> None:
+def _raise_if_words_and_numbers(counts: LabelCounts, column: str, file: str) -> None:
     """Raise `DataError` for numbers among words, such as `1`, `2`, `positive`: most often a broken export."""
     words: Counter[str] = Counter()
     numbers: Counter[str] = Counter()

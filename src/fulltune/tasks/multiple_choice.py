@@ -34,8 +34,8 @@ FACTS = recipe_tasks.FACTS["multiple-choice"]
 CHOICE_LENGTHS = "choice_lengths"
 """Feature with each choice's number of tokens; `input_ids` holds the choices one after another."""
 row_labels, config_changes = labels_of_row, classes.config_changes
-loss, count_items, reduce = classes.loss, classes.count_items, classes.reduce
-metrics, sums, chance_loss = classes.metrics, classes.sums, classes.chance_loss
+loss, count_items, reduce_logits = classes.loss, classes.count_items, classes.reduce_logits
+metrics, metrics_from_sums, chance_loss = classes.metrics, classes.metrics_from_sums, classes.chance_loss
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, file: str) -> Target:
@@ -60,9 +60,9 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
     return Target("choice", columns, num_choices=number)
 
 
-def refuse(row: Row, target: Target) -> Refused | None:
+def why_unusable(row: Row, target: Target) -> Refused | None:
     """Return the reason to drop a row with unusable choices or label, else None."""
-    if (refused := refuse_question(row, target)) is not None:
+    if (refused := why_unanswerable(row, target)) is not None:
         return refused
     texts, column = choice_texts(row, target), target.columns["label"]
     value = row.get(column)
@@ -76,7 +76,7 @@ def refuse(row: Row, target: Target) -> Refused | None:
     return None
 
 
-def refuse_question(row: Row, target: Target) -> Refused | None:
+def why_unanswerable(row: Row, target: Target) -> Refused | None:
     """Return why the model cannot answer a row (an empty choice, a different number of choices), or None."""
     texts = choice_texts(row, target)
     if len(texts) != target.num_choices:
@@ -92,7 +92,7 @@ def group_key(row: Row, target: Target) -> str:
     return normalised(" \0 ".join([question_text(row, target), *sorted(choice_texts(row, target))]))
 
 
-def as_question(row: Row, target: Target) -> Row:
+def with_placeholder_answer(row: Row, target: Target) -> Row:
     return row  # `encode` takes a missing label as the first choice
 
 

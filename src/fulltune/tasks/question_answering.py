@@ -33,7 +33,7 @@ from fulltune.tasks import (
     classes,
 )
 from fulltune.tasks.classes import ratio, terms_of_mean
-from fulltune.tasks.columns import as_text, normalised, parse_cell, refuse_blank
+from fulltune.tasks.columns import as_text, normalised, parse_cell, why_cell_blank
 from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.labels import is_empty
 from fulltune.tasks.labels import row_labels as labels_of_row
@@ -62,7 +62,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
     target = Target("span", columns, stride=data.stride)
     answered = 0
     for row in rows:
-        answered += refuse(row, target) is None and bool(accepted_answers(row, target))
+        answered += why_unusable(row, target) is None and bool(accepted_answers(row, target))
     if not answered:
         raise DataError(
             f"{file}: no row has an answer in column '{columns['answers']}' that occurs in '{columns['context']}' (at "
@@ -71,9 +71,9 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
     return target
 
 
-def refuse(row: Row, target: Target) -> Refused | None:
+def why_unusable(row: Row, target: Target) -> Refused | None:
     """Return the reason to drop a row without question or context, or whose answer is not in the context, else None."""
-    if refused := refuse_blank(row, target, "question", "context"):
+    if refused := why_cell_blank(row, target, "question", "context"):
         return refused
     try:
         accepted_answers(row, target)
@@ -82,11 +82,11 @@ def refuse(row: Row, target: Target) -> Refused | None:
     return None
 
 
-def as_question(row: Row, target: Target) -> Row:
+def with_placeholder_answer(row: Row, target: Target) -> Row:
     return {**row, target.columns["answers"]: None}
 
 
-refuse_question = refuse
+why_unanswerable = why_unusable
 
 
 def accepted_answers(row: Row, target: Target) -> list[AnswerSpan]:
@@ -291,7 +291,7 @@ def _answer_log_probabilities(chances: Tensor, labels: Tensor) -> Tensor:
 # ---- evaluation ------------------------------------------------------------------------------------------------
 
 
-def reduce(logits: Tensor, labels: Tensor, target: Target) -> dict[str, Tensor]:
+def reduce_logits(logits: Tensor, labels: Tensor, target: Target) -> dict[str, Tensor]:
     """Find each window's most probable answer from `logits[batch, tokens, 2]`: its tokens, log probability and loss."""
     import torch
     import torch.nn.functional as F
@@ -366,7 +366,7 @@ def answers(
     return [best[number] for number in range(len(rows))]
 
 
-def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
+def metrics_from_sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
     return {metric: (terms_of_mean(lambda predictions: window_scores(predictions)[metric]), ratio)}
 
 

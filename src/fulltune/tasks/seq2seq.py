@@ -22,7 +22,7 @@ from fulltune.tasks import (
     classes,
     written,
 )
-from fulltune.tasks.columns import as_text, normalised, refuse_blank
+from fulltune.tasks.columns import as_text, normalised, why_cell_blank
 from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.labels import row_labels as labels_of_row
 from fulltune.tasks.padding import IGNORED, pad_features
@@ -34,7 +34,7 @@ FACTS = recipe_tasks.FACTS["seq2seq"]
 find_columns = partial(columns_of_roles, ("source", "target"))
 collate = partial(pad_features, label_per_token=True)
 row_labels, config_changes, metrics = labels_of_row, classes.config_changes, written.metrics
-sums, full_row = written.sums, written.full_row
+metrics_from_sums, full_row = written.metrics_from_sums, written.full_row
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, file: str) -> Target:
@@ -44,15 +44,15 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
     return Target("source_target", columns, joint=data.source_prefix or "")
 
 
-def refuse(row: Row, target: Target) -> Refused | None:
-    return refuse_blank(row, target, "source", "target")
+def why_unusable(row: Row, target: Target) -> Refused | None:
+    return why_cell_blank(row, target, "source", "target")
 
 
-def as_question(row: Row, target: Target) -> Row:
+def with_placeholder_answer(row: Row, target: Target) -> Row:
     return {**row, target.columns["target"]: "?"}
 
 
-refuse_question = refuse
+why_unanswerable = why_unusable
 
 
 def group_key(row: Row, target: Target) -> str:
@@ -124,7 +124,7 @@ def target_ids(labels: Tensor) -> Tensor:
     return labels
 
 
-loss, reduce = partial(written.loss, target_ids), partial(written.reduce, target_ids)
+loss, reduce_logits = partial(written.loss, target_ids), partial(written.reduce_logits, target_ids)
 count_items = partial(written.count_items, target_ids)
 
 

@@ -13,18 +13,18 @@ from fulltune.tasks.columns import (
     find_column,
     find_required_column,
     normalised,
-    refuse_blank,
     refuse_list,
+    why_cell_blank,
 )
 from fulltune.tasks.padding import cut_long_text, pad_features, tokenise_and_cut
 
 FACTS = recipe_tasks.FACTS["text-classification"]
 find_target, row_labels = labels.find_target, labels.row_labels
-loss, count_items, reduce = classes.loss, classes.count_items, classes.reduce
+loss, count_items, reduce_logits = classes.loss, classes.count_items, classes.reduce_logits
 metrics, answers = classes.metrics, classes.answers
-sums, chance_loss = classes.sums, classes.chance_loss
+metrics_from_sums, chance_loss = classes.metrics_from_sums, classes.chance_loss
 full_row, config_changes = classes.full_row, classes.config_changes
-as_question, collate = classes.with_placeholder_label, pad_features
+with_placeholder_answer, collate = classes.with_placeholder_label, pad_features
 
 
 def display_text(row: Row, target: Target) -> str:
@@ -56,9 +56,9 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
     return by_role
 
 
-def refuse(row: Row, target: Target) -> Refused | None:
+def why_unusable(row: Row, target: Target) -> Refused | None:
     """Return the reason to drop a row with an unusable text, pair or label, else None."""
-    if refused := refuse_blank(row, target, "text"):
+    if refused := why_cell_blank(row, target, "text"):
         return refused
     if (pair := target.columns.get("text_pair")) is not None:
         if row.get(pair) is None:  # an empty text is a text
@@ -81,7 +81,7 @@ def refuse(row: Row, target: Target) -> Refused | None:
     return None
 
 
-refuse_question = refuse
+why_unanswerable = why_unusable
 
 
 def group_key(row: Row, target: Target) -> str:

@@ -31,7 +31,7 @@ from fulltune.tasks import (
     Tokenizer,
     classes,
 )
-from fulltune.tasks.classes import f1, f1_of_present, flat, over_all, ratio, share, stack_arrays
+from fulltune.tasks.classes import f1, flat, macro_f1_of_present_classes, over_all, ratio, share, stack_arrays
 from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.columns import is_blank, normalised
 from fulltune.tasks.labels import parse_list
@@ -71,14 +71,14 @@ def _words_and_tags_if_lists(row: Row, columns: Mapping[str, str]) -> tuple[list
 
 
 def words_and_tags(row: Row, columns: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Return the words and the strict BIO tags of a row that `refuse` accepted."""
+    """Return the words and the strict BIO tags of a usable row (see `why_unusable`)."""
     words, tags = _words_and_tags_if_lists(row, columns)
-    assert words is not None, "refuse() drops rows without words"
-    assert tags is not None, "refuse() drops rows without tags"
+    assert words is not None, "why_unusable() drops rows without words"
+    assert tags is not None, "why_unusable() drops rows without tags"
     return words, to_strict_bio(tags)
 
 
-def refuse(row: Row, target: Target) -> Refused | None:
+def why_unusable(row: Row, target: Target) -> Refused | None:
     """Return the reason to drop a row whose words or BIO tags are missing, invalid or differ in number, else None."""
     names = (target.columns["tokens"], target.columns["tags"])
     words, tags = _words_and_tags_if_lists(row, target.columns)
@@ -162,12 +162,12 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
     return Target("tags", columns, ("O", *sorted(f"{mark}-{kind}" for mark in "BI" for kind in kinds)))
 
 
-refuse_question, config_changes = refuse, classes.config_changes
+why_unanswerable, config_changes = why_unusable, classes.config_changes
 
 # ---- rows ------------------------------------------------------------------------------------------------------
 
 
-def as_question(row: Row, target: Target) -> Row:
+def with_placeholder_answer(row: Row, target: Target) -> Row:
     """Return a row with the words and an `O` tag for each, which `encode` accepts."""
     tokens = target.columns["tokens"]
     words = parse_word_list(row.get(tokens))
@@ -253,7 +253,7 @@ def count_items(labels: Tensor) -> int:
     return int((labels != IGNORED).sum())
 
 
-def reduce(logits: Tensor, labels: Tensor, target: Target) -> dict[str, np.ndarray]:
+def reduce_logits(logits: Tensor, labels: Tensor, target: Target) -> dict[str, np.ndarray]:
     """Return each row's entity counts, loss `nll`, number of words `seen`, and these words' `predicted` labels and
     `probability`."""
     is_word = labels != IGNORED
@@ -335,7 +335,8 @@ def answers(
 def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
     """Compute entity F1, precision and recall, word accuracy and loss."""
     return over_all(
-        {name: part for name, part in sums(target, "").items() if name != "loss" or "nll" in predictions}, predictions
+        {name: part for name, part in metrics_from_sums(target, "").items() if name != "loss" or "nll" in predictions},
+        predictions,
     )
 
 
@@ -351,13 +352,16 @@ def worst_rows(predictions: Predictions, texts: Sequence[str], target: Target, c
         yield Answer(text=texts[row], expected=shown[0], predicted=shown[1], loss=float(predictions["nll"][row]))
 
 
-def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
+def metrics_from_sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
     """Return, by metric, a function for its row terms and one for its value from their sums."""
     return {
         "f1": (_entity_counts, f1),
         "precision": (_entity_counts, lambda sums: share(sums[..., 0], sums[..., 1])),
         "recall": (_entity_counts, lambda sums: share(sums[..., 0], sums[..., 2])),
-        "f1_macro": (lambda predictions: flat(np.asarray(predictions["entities"], np.float64)), f1_of_present),
+        "f1_macro": (
+            lambda predictions: flat(np.asarray(predictions["entities"], np.float64)),
+            macro_f1_of_present_classes,
+        ),
         "accuracy": (stack_arrays("right", "words"), ratio),
         "loss": (stack_arrays("nll", "seen"), ratio),
     }

@@ -43,7 +43,7 @@ def count_items(target_ids: TargetIds, labels: Tensor) -> int:
     return int((target_ids(labels) != IGNORED).sum())
 
 
-def reduce(target_ids: TargetIds, logits: Logits, labels: Tensor, target: Target) -> dict[str, Tensor]:
+def reduce_logits(target_ids: TargetIds, logits: Logits, labels: Tensor, target: Target) -> dict[str, Tensor]:
     """Return float64 [batch] sums per row: loss `nll` in nats, trained `tokens`, and `right` predicted tokens."""
     import torch
 
@@ -71,7 +71,9 @@ def _select_logits(logits: Logits, is_trained: Tensor) -> Logits:
 def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
     """Compute loss in nats per token, perplexity, token accuracy, answers' mean scores, and corpus BLEU."""
     names = set(predictions) | (set(_OF_TOKENS) if "tokens" in predictions else set())
-    values = over_all({name: parts for name, parts in sums(target, "").items() if name in names}, predictions)
+    values = over_all(
+        {name: parts for name, parts in metrics_from_sums(target, "").items() if name in names}, predictions
+    )
     if "bleu_counts" in predictions:
         from sacrebleu.metrics.bleu import BLEU
 
@@ -121,7 +123,7 @@ def bleu_counts(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np
     return {"bleu_counts": np.array(counts, np.int64)}
 
 
-def sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
+def metrics_from_sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
     """Return, by metric, a function for its row terms and one for its value from their sums."""
     return {
         "loss": (stack_arrays("nll", "tokens"), ratio),

@@ -11,7 +11,7 @@ from scipy import stats
 
 from fulltune.stats import bootstrap, intervals
 from fulltune.stats.bootstrap import ResampledTrials, find_metric, resample_trials
-from fulltune.stats.intervals import difference_of_methods, estimate_seed_spreads, holm
+from fulltune.stats.intervals import correct_p_values, difference_of_methods, estimate_seed_spreads
 from fulltune.tasks import Target
 from tests.unit.compare.methods import ACCURACY, drawn_right, normal_drawn, predictions
 
@@ -171,8 +171,8 @@ def test_quantile_and_below_agree() -> None:
 
 
 def test_holm_by_hand() -> None:
-    adjusted = holm([0.01, 0.04, 0.03, 0.005], 0.06)
+    adjusted = correct_p_values([0.01, 0.04, 0.03, 0.005], 0.06)
     assert [adjusted_p for adjusted_p, _ in adjusted] == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert [level for _, level in adjusted] == pytest.approx([0.02, 0.06, 0.03, 0.015])
-    assert [adjusted_p for adjusted_p, _ in holm([0.9, 0.6], 0.05)] == [1.0, 1.0]
-    assert holm([], 0.05) == []
+    assert [adjusted_p for adjusted_p, _ in correct_p_values([0.9, 0.6], 0.05)] == [1.0, 1.0]
+    assert correct_p_values([], 0.05) == []

@@ -117,13 +117,13 @@ def test_answers_of_weight_0_are_read_and_not_trained(template: str) -> None:
     told = [{**message, "weight": int(message["content"] == "it is 42")} for message in TALK]
     assert trained(template, told) == [["it is 42<|im_end|>"]]
     row, target = {"m": [{**TALK[1]}, {**TALK[2], "weight": 0}]}, Target("chat", {"messages": "m"})
-    assert (refused := causal_lm.refuse(row, target)) is not None
+    assert (refused := causal_lm.why_unusable(row, target)) is not None
     assert (refused.check, "has weight 0" in refused.reason) == ("no answer", True)
 
 
 def test_answer_without_width_is_none() -> None:
     row = {"m": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "\u200b "}]}
-    refused = causal_lm.refuse(row, Target("chat", {"messages": "m"}))
+    refused = causal_lm.why_unusable(row, Target("chat", {"messages": "m"}))
     assert refused is not None
     assert refused.check == "no answer"
 

@@ -114,6 +114,6 @@ TAGS = "token-classification"
     ],
 )
 def test_row_that_cannot_be_used_is_refused(task: Any, row: dict[str, Any], check: str | None, reason: str) -> None:
-    refused = task_named(task).refuse(row, TARGETS[task])
+    refused = task_named(task).why_unusable(row, TARGETS[task])
     assert (refused.check if refused else None) == check
     assert refused is None or refused.reason.startswith(reason)

@@ -64,7 +64,7 @@ def test_loss_of_numbers_is_in_units_of_their_spread_whatever_the_logits_are_in(
     given, true = (mean + spread * torch.tensor(values, dtype=torch.float64) for values in ([-1.0, 0.5], [0.0, 2.0]))
     logits = ((given - shift) / factor).float().unsqueeze(-1)
 
-    kept = text_classification.reduce(logits, true.float(), target)
+    kept = text_classification.reduce_logits(logits, true.float(), target)
 
     assert kept["loss"] == pytest.approx([1.0, 2.25], rel=1e-3)
     assert kept["logits"].squeeze(-1) == pytest.approx(given.tolist(), abs=1e-3 * spread)
@@ -86,7 +86,7 @@ def test_loss_of_tokens_is_shifted_and_masked(smoothing: float) -> None:
 def test_reduce_of_tokens_gives_sums_per_row() -> None:
     logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([[-100, -100, 3, 4, -100], [-100, 1, 2, 3, 4]])
-    kept = {name: value.numpy() for name, value in causal_lm.reduce(logits, labels, CHAT).items()}
+    kept = {name: value.numpy() for name, value in causal_lm.reduce_logits(logits, labels, CHAT).items()}
     assert kept["tokens"].tolist() == [2, 4]
     for row in range(2):
         alone = causal_lm.loss(logits[row : row + 1], labels[row : row + 1], CHAT)

@@ -76,13 +76,13 @@ def test_labels_that_cannot_be_understood_are_refused_with_advice(labels: Sequen
 def test_label_that_may_be_place_or_letter_or_text_is_refused() -> None:
     for choices, labels in ((["2", "1", "0"], (0, 1, 2)), (["c", "b", "a"], "abc")):
         rows = [{"question": "how many?", "choices": choices, "label": label} for label in labels]
-        refused = [multiple_choice.refuse(row, described(rows)) for row in rows]
+        refused = [multiple_choice.why_unusable(row, described(rows)) for row in rows]
         assert [one is None for one in refused] == [False, True, False]
 
 
 def test_numbered_columns_with_an_empty_last_cell_are_another_number_of_choices() -> None:
     row = {"question": "which?", "A": "soup", "B": "rice", "C": "egg", "answer": "B"}
-    refused = multiple_choice.refuse({**row, "C": ""}, described([row]))
+    refused = multiple_choice.why_unusable({**row, "C": ""}, described([row]))
     assert refused is not None
     assert refused.reason == "2 choices, expected 3"
 

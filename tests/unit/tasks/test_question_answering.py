@@ -61,7 +61,7 @@ def test_answer_that_does_not_stand_in_the_context_is_refused(cell: Any, problem
     with pytest.raises(DataError) as caught:
         parse_answers(cell, CONTEXT)
     assert str(caught.value) == problem
-    refused = question_answering.refuse({"c": CONTEXT, "q": "what?", "a": cell}, TARGET)
+    refused = question_answering.why_unusable({"c": CONTEXT, "q": "what?", "a": cell}, TARGET)
     assert refused is not None
     assert (refused.check, refused.reason) == ("answer not in context", problem)
 
@@ -188,7 +188,7 @@ def test_best_span_is_that_of_a_search_over_all(scored: tuple[torch.Tensor, torc
     logits, labels = scored
     logits[0, 3] += 50  # a token of the question must not be answered
     logits[1, 10] += 50  # nor padding
-    kept = {name: value.numpy() for name, value in question_answering.reduce(logits, labels, TARGET).items()}
+    kept = {name: value.numpy() for name, value in question_answering.reduce_logits(logits, labels, TARGET).items()}
     for row, (start, end, first, last, tokens) in enumerate(labels.tolist()):
         chances = logits[row, :tokens].log_softmax(dim=0)
         spans_of = {
@@ -205,7 +205,7 @@ def test_answer_has_at_most_thirty_tokens() -> None:
     logits = torch.zeros(1, 60, 2)
     logits[0, 2, 0] = logits[0, 50, 1] = 20
     logits[0, 45, 0] = 5
-    kept = question_answering.reduce(logits, torch.tensor([[2, 50, 1, 58, 60]]), TARGET)
+    kept = question_answering.reduce_logits(logits, torch.tensor([[2, 50, 1, 58, 60]]), TARGET)
     assert (int(kept["first"]), int(kept["last"])) == (45, 50)
 
 

@@ -44,7 +44,7 @@ def test_what_an_instruction_is_about_stands_behind_it(about: str | None, asked:
     columns, tokenizer = {"prompt": "instruction", "input": "input", "completion": "output"}, tiny.decoder_tokenizer()
     row = {"instruction": "Translate.", "input": about, "output": "zwei"}
     target = causal_lm.find_target([row], columns, DataBlock(train="a.csv"), "a.csv")
-    assert causal_lm.refuse(row, target) is None
+    assert causal_lm.why_unusable(row, target) is None
     assert tokenizer.decode(causal_lm.generation_ids(row, target, tokenizer)) == asked
     example = causal_lm.encode([row], target, tokenizer, 100)[0][0]
     assert tokenizer.decode(example.features["input_ids"]).startswith(f"{asked}zwei")

@@ -184,7 +184,7 @@ def test_word_without_a_token_keeps_the_place_of_those_after_it() -> None:
 def perfect(features: Sequence[dict[str, Any]]) -> Any:
     """What is kept of a model that is right about every word it sees."""
     labels = task.collate(features, 0)["labels"]
-    return task.reduce(10.0 * F.one_hot(labels.clamp(min=0), 5), labels, TARGET)
+    return task.reduce_logits(10.0 * F.one_hot(labels.clamp(min=0), 5), labels, TARGET)
 
 
 @pytest.mark.parametrize("prefix", [True, False])
@@ -258,7 +258,7 @@ def test_loss_is_the_sum_over_labelled_words(smoothing: float, weights: list[flo
 @pytest.mark.parametrize("seed", range(3))
 def test_metrics_are_those_of_seqeval(seed: int) -> None:
     logits, labels = random_batch(40, 12, seed)
-    kept = task.reduce(logits, labels, TARGET)
+    kept = task.reduce_logits(logits, labels, TARGET)
     gold = [[TARGET.labels[i] for i in row if i >= 0] for row in labels.tolist()]
     predicted = [[TARGET.labels[i] for i in row] for row in kept["predicted"]]
     found = task.metrics(kept, TARGET)
