@@ -71,4 +71,4 @@ def test_recipes_that_do_not_go_together_are_refused_at_once(tmp_path: Path) -> 
         "model: several tasks must share one pretrained model; found "
         f"{tmp_path / 'model'} in intents, {tmp_path / 'other'} in topics"
     ) in said.err
-    assert "methods: all recipes must have 'full' and another method of the same name" in said.err
+    assert "methods: all recipes must share 'full' and at least one other method" in said.err

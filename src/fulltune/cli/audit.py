@@ -108,7 +108,7 @@ def write_decisions(
     from fulltune.system.run_folder import load_run_recipe
 
     if not (review or accept):
-        raise RecipeError("--patch: names the file for decisions; add --review or --accept (to apply it: data.patch)")
+        raise RecipeError("--patch: names the file to write decisions to; add --review or --accept")
     _raise_if_no_remedies(Audit.load(folder / "data" / AUDIT), accept)
     applied, issues, notes = load_run_recipe(folder).data.patch, load_issues(folder / "data"), list[str]()
     beside = target / "patch.jsonl" if target.is_dir() else target.with_suffix(".patch.jsonl")
@@ -165,7 +165,7 @@ def save_decisions(patch_file: Path, decided: Decisions) -> None:
 
 
 def list_undecided_rows(issues: Iterable[RowIssue], decided: Decisions) -> list[Issues]:
-    """Return the issues of each undecided row, with the costliest and most certain first."""
+    """Return the issues of each undecided row. The most serious and certain ones come first."""
     order, by_row = list(ABOUT), defaultdict[tuple[str, str], list[RowIssue]](list)
     for issue in sorted(issues, key=lambda issue: (order.index(issue.check), -issue.score)):
         if issue.key not in decided or decided[issue.key].is_open:
@@ -214,7 +214,7 @@ def review_rows(
             change = _proposed_change(row_issues)
             keys = KEYS if ask_label is not None else KEYS.replace("[l]abel  ", "")
             keys = keys if change is not None else keys.replace("[c]hange as proposed  ", "")
-            _print_row(console, row_issues, f"{index + 1:,} of {len(waiting):,}", keys)
+            _print_issues_of_row(console, row_issues, f"{index + 1:,} of {len(waiting):,}", keys)
             match read_key():
                 case "k":
                     remedy = Remedy(action="keep")
@@ -244,7 +244,7 @@ def review_rows(
     return decided
 
 
-def _print_row(console: Console, issues: Issues, position: str, key_help: str) -> None:
+def _print_issues_of_row(console: Console, issues: Issues, position: str, key_help: str) -> None:
     first, change = issues[0], _proposed_change(issues)
     lines = [f"\n[bold]{position}[/bold]  [dim]{escape(first.place)} ({first.split})[/dim]", f"  {escape(first.text)}"]
     lines += [f"  label: [bold]{escape(first.label)}[/bold]"] if first.label is not None else []

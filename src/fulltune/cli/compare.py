@@ -39,7 +39,7 @@ def compare(
             raise SetupError("--fresh: is not possible with several recipes; name a new --run-folder instead")
         _compare_recipes(targets, overrides, folder, share, as_json)
         return
-    recipe, run = _open_comparison(targets[0], overrides, folder, fresh)
+    recipe, run = _load_recipe_and_folder(targets[0], overrides, folder, fresh)
     comparison, cards = _run_comparison(recipe, run, share, began)
     if as_json:
         typer.echo(comparison.model_dump_json(indent=2))
@@ -63,7 +63,7 @@ def _compare_recipes(
     for name, target in zip(recipes, targets, strict=True):
         err.print(f"[bold]{escape(name)}[/bold]", soft_wrap=True)
         began = time.time()
-        recipe, run = _open_comparison(target, overrides, parent / name, False)
+        recipe, run = _load_recipe_and_folder(target, overrides, parent / name, False)
         comparisons[name], cards = _run_comparison(recipe, run, budget, began)
         if not as_json:
             out.print(f"\n[bold]{escape(name)}[/bold]", soft_wrap=True)
@@ -111,7 +111,7 @@ def _load_tasks(targets: list[Path], overrides: list[str]) -> dict[str, Recipe]:
     ]
     common = set.intersection(*map(set, methods)) if methods else set()
     if methods and (len(common) < 2 or not any(methods[0][name][0] == "full" for name in common)):
-        problems.append("methods: all recipes must have 'full' and another method of the same name")
+        problems.append("methods: all recipes must share 'full' and at least one other method")
     problems += [
         f"methods: '{name}' has different settings in different recipes; change its 'name'"
         for name in sorted(common)
@@ -149,13 +149,13 @@ def _run_comparison(recipe: Recipe, folder: Path, budget: str | None, start_time
         return run_comparison(job, shlex.join(["fulltune", *sys.argv[1:]]), budget)
 
 
-def _open_comparison(target: Path, overrides: list[str], folder: Path | None, fresh: bool) -> tuple[Recipe, Path]:
+def _load_recipe_and_folder(target: Path, overrides: list[str], run: Path | None, fresh: bool) -> tuple[Recipe, Path]:
     recipe = run_folder.load_run_recipe(target) if target.is_dir() else _load_comparison_recipe(target, overrides)
     if not recipe.methods:  # only a folder's: a file's recipe was refused before
         raise SetupError(
             f"{target}: belongs to a single run; give a recipe with 'methods', or resume the run: fulltune run {target}"
         )
-    return recipe, open_run_folder(target, recipe, overrides, folder, fresh)
+    return recipe, open_run_folder(target, recipe, overrides, run, fresh)
 
 
 UNFAIR = 2

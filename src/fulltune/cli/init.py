@@ -210,7 +210,7 @@ def infer_task(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
         return Inferred(task, target, files.where, counts["train"], named, is_guess, unused, tuple(files.notes))
     if refusals and len({task for task, _ in forms}) == 1:
         raise refusals[0]
-    advice = _advice_on_columns(columns, head, flags)
+    advice = _advise_on_columns(columns, head, flags)
     raise DataError(f"{paths[0]}: its columns fit no task: {advice}; columns here: {shown(columns)}")
 
 
@@ -234,7 +234,7 @@ def _one_hot_columns(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) 
     return flags if len(flags) > 1 else []
 
 
-def _advice_on_columns(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], one_hot: Sequence[str]) -> str:
+def _advise_on_columns(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], one_hot: Sequence[str]) -> str:
     if one_hot:
         return (
             f"columns {shown(one_hot)} hold only 0 and 1, one column per label; expected one column with a list of "

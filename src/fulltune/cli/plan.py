@@ -87,7 +87,7 @@ def plan_without_data(
         problems += error.problems
     if recipe is None or checked is None or rows is None or tokens is None:
         raise RecipeError(problems)
-    survey, plan = _survey_and_plan(
+    survey, plan = _make_survey_and_plan(
         recipe, _make_assumed_summary(recipe, rows, tokens), checked, None, Path(recipe.output), config_only=True
     )
     return _add_commands(survey, target, overrides, recipe), plan
@@ -102,7 +102,7 @@ def plan_with_data(
     local_plan: Plan | None,
 ) -> tuple[Survey, Plan | None]:
     """Make a survey and a plan (None if nothing fits) from prepared rows, and save the survey."""
-    survey, planned = _survey_and_plan(recipe, DataSummary.of_run(folder), fleet_and_price, local_plan, folder)
+    survey, planned = _make_survey_and_plan(recipe, DataSummary.of_run(folder), fleet_and_price, local_plan, folder)
     survey = survey if target.is_dir() else _add_commands(survey, target, overrides, recipe)
     survey.save(folder / "plan" / SURVEY)
     return survey, planned
@@ -128,7 +128,7 @@ def _add_commands(survey: Survey, target: Path, overrides: list[str], recipe: Re
     return survey.model_copy(update={"command": run, "comparison": comparison})
 
 
-def _survey_and_plan(
+def _make_survey_and_plan(
     recipe: Recipe,
     data: DataSummary,
     fleet_and_price: FleetAndPrice,

@@ -171,7 +171,7 @@ def write_answers(
     max_new_tokens: int,
     on_progress: Callable[[int, int | None], None],
 ) -> dict[str, Any]:
-    """Write rows with their answers to a file, and return the counts."""
+    """Write rows with their answers to a file, and return the counts and the new columns."""
     new = added_columns(predictor.notes, inputs.columns)
     *_, reason_column = new
     types = inputs.parquet_types() if output.suffix.lower() == ".parquet" else {}
@@ -199,7 +199,7 @@ def _answer_rows(
     max_new_tokens: int,
     on_progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> dict[str, int]:
-    """Pass each row with its answer (or why there is none) to `use_answer`, and return the counts."""
+    """Pass each row with its answer (or why there is none) to `use_answer`, and return the counts by outcome."""
     placed, again = tee(inputs.located_rows())
     rows = without = cut = 0
     first: list[str] = []
@@ -263,7 +263,7 @@ def check_output(output: Path, replace: bool) -> None:
 
 
 def added_columns(model_notes: Row, own_columns: Collection[str]) -> Columns:
-    """Return the added columns: `predicted_...` (`predicted2_...` if taken). The last is the reason for a missing
+    """Return the added columns: `predicted_...` (`predicted2_...` if taken). The last holds the reason for no
     answer."""
     target = Target.from_notes(model_notes)
     columns: dict[str, tuple[tuple[Any, ...], str]] = {name: ((name,), kind) for name, kind in target.form.answer}

@@ -37,7 +37,7 @@ def printable_problems(error: FulltuneError) -> Iterator[str]:
 
 
 def end_on_signal(number: int, frame: object) -> None:
-    """End the command at once if a signal comes outside training, and say that it can resume.
+    """End the command at once on a signal outside training, and say that it can resume.
 
     The default handler would not end a container's first process. An exception would be lost inside PyTorch.
     """

@@ -71,9 +71,9 @@ def test_files_and_terminal_say_the_same_in_80_columns(tmp_path: Path) -> None:
     assert ManyTasks.load(record) == together()
     text = page.read_text(encoding="utf-8")
     said = (
-        "A full model for each of 2 tasks takes 173 MiB on disk and as much memory if all models are loaded. One "
-        "pretrained model (86.7 MiB) with adapter for each task takes 89.8 MiB (0.52×). Each further task adds 1.56 "
-        "MiB instead of 86.7 MiB."
+        "A full model for each of 2 tasks takes 173 MiB on disk and the same amount of memory if all models are "
+        "loaded. One pretrained model (86.7 MiB) with adapter for each task takes 89.8 MiB (0.52×). Each further task "
+        "adds 1.56 MiB instead of 86.7 MiB."
     )
     assert said in text
     assert "full is better by [points], averaged over tasks" in text

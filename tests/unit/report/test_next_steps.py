@@ -14,7 +14,7 @@ from fulltune.records.forgetting import BudgetResult, Drift, InterpolationPoint
 from fulltune.records.plan import Setting
 from fulltune.records.scores import Confusion, Estimate
 from fulltune.report.run.about_forgetting import budget_advice
-from fulltune.report.run.content import judge_run
+from fulltune.report.run.content import build_run_headline_and_advice
 from fulltune.report.run.read import read_run
 from fulltune.report.run.verdict import RunFacts, suggest_next_steps
 from fulltune.stats.curves import Curves, Fit
@@ -177,7 +177,7 @@ def test_weights_are_proposed_where_all_rows_get_the_label_that_most_have(
     worse = {"nearest centroid (frozen)": Estimate(value=-0.2, low=-0.3, high=-0.1)}
     confusion = Confusion(labels=("a", "b", "c")[: len(counts)], counts=counts)
     kit.save_scores(classification, kit.scores("full-seed42", "trained", 0.6, confusion=confusion, differences=worse))
-    verdict, steps = judge_run(read_run(classification))
+    verdict, steps = build_run_headline_and_advice(read_run(classification))
     assert verdict.label == "Worse than without training"
     assert ("Nearly every test row gets the same label" in " ".join(steps)) == (is_proposed is not None)
     assert ("--set train.class_weights=balanced" in " ".join(steps)) == bool(is_proposed)
@@ -189,7 +189,9 @@ def test_tagger_that_finds_nothing_is_told(classification: Path, kit: SimpleName
     nothing = Estimate(value=0.0, low=0.0, high=0.0)
     metrics = {**row.metrics, "precision": nothing, "recall": nothing}
     kit.save_scores(classification, row.model_copy(update={"metrics": metrics}))
-    assert judge_run(read_run(classification))[1][0].startswith("The model finds no entity in the test rows.")
+    assert build_run_headline_and_advice(read_run(classification))[1][0].startswith(
+        "The model finds no entity in the test rows."
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))

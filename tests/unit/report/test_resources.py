@@ -61,7 +61,7 @@ def section(folder: Path, made: Plan, *, journal: Any = (), **changes: Any) -> S
 
 def comparison(found: Section | None) -> dict[str, tuple[Any, ...]]:
     assert found is not None
-    table = next(block for block in found.blocks if isinstance(block, Table) and "plan and actual" in block.caption)
+    table = next(block for block in found.blocks if isinstance(block, Table) and "planned and actual" in block.caption)
     return {str(row[0]): row[1:] for row in table.rows}
 
 
@@ -78,7 +78,7 @@ def test_memory_of_several_processes_is_that_of_the_largest_and_what_they_send_i
     found = section(tmp_path, made, memory_growth_per_process=(520 * MIB, 600 * MIB))
     assert found is not None
     texts = [block.text for block in found.blocks if isinstance(block, Paragraph)]
-    assert any("Each of 2 processes sends 6 GiB per step (fsdp2, of which 3 GiB for" in text for text in texts)
+    assert any("Each of 2 processes sends 6 GiB per step (fsdp2; 3 GiB of this for" in text for text in texts)
     assert comparison(found)["memory of the training process (without libraries)"][2] == "600 MiB"
 
 

@@ -14,7 +14,7 @@ from tests import plans
     ("each_pass", "passes", "machines", "said"),
     [
         (0, 4, 1, "each of 2 processes sends 1 GiB per step (fsdp2)"),
-        (2**30, 3, 1, "each of 2 processes sends 4 GiB per step (fsdp2, of which 1 GiB for each of 3 micro batches)"),
+        (2**30, 3, 1, "each of 2 processes sends 4 GiB per step (fsdp2; 1 GiB of this for each of 3 micro batches)"),
         (0, 1, 2, "each of 2 processes sends 1 GiB per step; each of 2 machines sends as much to the others (fsdp2)"),
     ],
 )

@@ -162,7 +162,7 @@ class Display:
                 self.console.print(f"mixed in: {escape(line)}")
 
     def _show_forecast(self, event: Forecast) -> None:
-        memory = f", about {format_bytes(event.peak_memory_bytes)} of memory" if event.peak_memory_bytes else ""
+        memory = f" and about {format_bytes(event.peak_memory_bytes)} of memory" if event.peak_memory_bytes else ""
         self.console.print(
             f"training with evaluations and checkpoints will take about "
             f"{format_seconds(round(event.time.total_seconds))}{memory} (from the dry run)"

@@ -105,7 +105,7 @@ def _baseline_note(comparison: Comparison) -> str:
 
 
 def _fairness_warning(comparison: Comparison) -> str:
-    """Return a sentence that counts unfair settings and notes, or an empty string without any."""
+    """Return a sentence that counts unfair settings and notes, or an empty string."""
     findings = list_warnings(comparison)
     unfair = sum(one.startswith("Unfair") for one in findings)
     counts = ((unfair, "unfair setting"), (len(findings) - unfair, "note"))
@@ -176,10 +176,10 @@ def _build_quality_table(comparison: Comparison) -> Table:
         )
     level = _confidence_level(comparison)
     recommended = f"{_POINTER}marks the recommended method. " if comparison.decision.recommended else ""
-    spread = "rows and seeds" if differences_with_spread(comparison) else "rows alone, because there is one seed"
+    spread = "rows and seeds" if differences_with_spread(comparison) else "rows only, because there is one seed"
     caption = (
         f"Quality on the test rows. {recommended}{write.name}: mean over seeds, with a {level} interval over {spread}. "
-        "The intervals of differences hold jointly for all deciding methods; above 0, full is better. "
+        "The intervals of differences hold jointly for all deciding methods. Above 0, full is better. "
         f"Drift: {comparison.drift_unit} on generic text. *: the best rate is at the edge of those tried"
     )
     better = f"full is better by{' [points]' if write.in_points else ''}"
@@ -211,7 +211,7 @@ def _build_cost_table(comparison: Comparison) -> Table:
         for row in comparison.rows
     )
     caption = (
-        "Cost of one whole run: the median over seeds, or for memory the maximum. ×: relative to full. FLOP: forward "
+        "Cost of one whole run (median over seeds, maximum for memory). ×: relative to full. FLOP: forward "
         "and backward passes of all steps. Growth: memory beyond what was in use before the model was loaded. Saved: "
         "trained weights on disk. Per row: time to predict one test row in a batch"
     )
@@ -335,7 +335,7 @@ def build_expectation_section(expected: Expectation, formatter: MetricFormatter)
     """Build the section on trials, time and detectable differences that is printed before a comparison starts."""
     search, whose = "", "of each method"
     if expected.num_search_trials:
-        search = f"{expected.num_search_trials} short trials (more if the best rate is at an edge), then "
+        search = f"{expected.num_search_trials} short trials (more if the best rate is at the edge), then "
     if expected.sequential and expected.num_seeds > 1:
         whose = "of each method at most; a clear result needs fewer"
         if expected.budget_seconds is not None:
@@ -353,7 +353,7 @@ def build_expectation_section(expected: Expectation, formatter: MetricFormatter)
         *(("note" if expected.budget_seconds is None else "budget", note) for note in expected.notes),
     ]
     if expected.detectable is not None and expected.detectable[0] > formatter.margin:
-        more = "too small to detect reliably: the comparison may end UNDECIDED; more test rows or seeds help"
+        more = "too small to detect reliably, so the comparison may end UNDECIDED (more test rows or seeds help)"
         rows.append(("margin", f"{formatter.amount(formatter.margin)}, {more}"))
     return Section("comparison", "comparison", (Facts(tuple(rows)),))
 
@@ -366,7 +366,7 @@ def describe_detectable(expected: Expectation, formatter: MetricFormatter) -> st
         reason = "" if formatter.in_points else f", because {formatter.name} is not a share of rows"
         return f"unknown until the first seeds are trained{reason}"
     alike, apart = map(formatter.detectable_size, expected.detectable)
-    return f"differences {alike} if seeds differ by half a point, {apart} if they differ by two (power 80 %)"
+    return f"differences {alike} if seeds differ by half a point, {apart} if they differ by two (power 80%)"
 
 
 def _build_learning_rate_table(comparison: Comparison) -> Table:

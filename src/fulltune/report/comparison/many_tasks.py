@@ -56,7 +56,7 @@ def combine_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
 
 
 def _mean_lead_of_full(method: str, comparisons: Sequence[Comparison]) -> Estimate | None:
-    """Return full fine-tuning's mean lead over `method`, or None if metrics are no shares of rows or a task has one
+    """Return full fine-tuning's mean lead over `method`, or None if a metric is no share of rows or a task has one
     seed."""
     gaps = [one.decision.difference(method) for one in comparisons]
     if not all(is_share(one.decision.metric) for one in comparisons) or not all(gap.seeds_known for gap in gaps):
@@ -96,7 +96,7 @@ def build_tasks_section(record: ManyTasks) -> Section:
         name, metric = untrusted(task), MetricFormatter(decision.metric, _MARGIN)
         tasks.append((name, untrusted(format_verdict(decision)), metric.name))
         scores.append((name, *(metric.estimate(method.scores[task]) for method in record.methods)))
-    cost = ("method", "stored", "each further task", "training", "full is better by [points], averaged over tasks")
+    cost = ("method", "stored", "each additional task", "training", "full is better by [points], averaged over tasks")
     header = ("task", *(method.method for method in record.methods))
     blocks: tuple[Element, ...] = (
         Paragraph(words.file_name(record.model)),
@@ -117,7 +117,7 @@ def _describe_stored_sizes(record: ManyTasks) -> list[str]:
     smallest = min(fair or on_base, key=lambda method: method.stored_bytes, default=None)
     lines = [
         f"A full model for each of {counted(len(record.tasks), 'task')} takes {format_bytes(full.stored_bytes)} on "
-        "disk and as much memory if all models are loaded."
+        "disk and the same amount of memory if all models are loaded."
     ]
     if smallest is not None:
         lines[0] += (
@@ -126,5 +126,5 @@ def _describe_stored_sizes(record: ManyTasks) -> list[str]:
             f"further task adds {format_bytes(smallest.bytes_per_task)} instead of {format_bytes(full.bytes_per_task)}."
         )
     if all(method.behind is None for method in others):
-        lines.append("No mean over the tasks is shown: their metrics cannot be averaged, or there is only one seed.")
+        lines.append("No mean over tasks is shown, because their metrics cannot be averaged or there is only one seed.")
     return lines

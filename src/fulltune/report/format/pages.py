@@ -196,9 +196,9 @@ def _terminal_renderables(part: Headline | Element, width: int) -> Iterator[Rend
         case Paragraph():
             yield Text(one_line(part.text))
         case Bullets():
-            yield _two_column_grid([("-", item) for item in part.items], gap_width=1)
+            yield _build_two_column_grid([("-", item) for item in part.items], gap_width=1)
         case Facts():
-            yield _two_column_grid(part.rows)
+            yield _build_two_column_grid(part.rows)
         case Table():
             if part.caption:
                 yield Text(one_line(part.caption), style="dim")
@@ -207,14 +207,14 @@ def _terminal_renderables(part: Headline | Element, width: int) -> Iterator[Rend
             is_long = part.language == "sh" and len(part.text) > width
             yield Text(re.sub(r"(?<=\S) --set ", " \\\\\n  --set ", part.text) if is_long else part.text)
         case Previews():
-            yield from (_terminal_preview(segments, label) for segments, label in part.items)
+            yield from (_format_terminal_preview(segments, label) for segments, label in part.items)
         case Exchanges():
             for prompt, replies in part.items:
                 yield Text(_shortened(prompt), style="bold")
-                yield _two_column_grid([(who, _shortened(what)) for who, what in replies])
+                yield _build_two_column_grid([(who, _shortened(what)) for who, what in replies])
 
 
-def _two_column_grid(rows: Iterable[tuple[str, str]], gap_width: int = 2) -> Grid:
+def _build_two_column_grid(rows: Iterable[tuple[str, str]], gap_width: int = 2) -> Grid:
     grid = Grid.grid(padding=(0, gap_width, 0, 0))
     grid.add_column(max_width=_TEXT_WIDTH, style="dim")
     grid.add_column(overflow="fold")
@@ -225,7 +225,7 @@ def _two_column_grid(rows: Iterable[tuple[str, str]], gap_width: int = 2) -> Gri
 
 def _split_to_width(table: Table, width: int) -> Iterator[Grid]:
     """Split a table into tables that fit the width, each with the first column."""
-    cells = [[_terminal_cell_text(cell) for cell in row] for row in table.rows]
+    cells = [[_format_terminal_cell(cell) for cell in row] for row in table.rows]
     headers, widest, needed = [], [], []
     for number, name in enumerate(map(one_line, table.header)):
         wide = max((cell_len(row[number]) for row in cells), default=0)
@@ -254,13 +254,13 @@ def _split_to_width(table: Table, width: int) -> Iterator[Grid]:
         yield grid
 
 
-def _terminal_cell_text(cell: Cell | str) -> str:
+def _format_terminal_cell(cell: Cell | str) -> str:
     if isinstance(cell, str):
         return one_line(cell)
     return one_line(cell.shown_text())
 
 
-def _terminal_preview(segments: Iterable[Segment], label: str | None) -> Text:
+def _format_terminal_preview(segments: Iterable[Segment], label: str | None) -> Text:
     line = Text("  ")
     for segment in segments:
         text = one_line(segment.text)

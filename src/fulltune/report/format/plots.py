@@ -222,7 +222,7 @@ def _describe_curve(points: Sequence[Point], metric: str, saved_step: int | None
 def draw_points(
     title: str, series: Sequence[PointSeries], metric: str, x_label: str, marked_x: float, description: str
 ) -> blocks.Figure:
-    """Draw a metric over another value, with a dashed line at `marked_x`."""
+    """Draw a scatter plot of a metric, with a dashed line at `marked_x`."""
     markers = itertools.cycle("o^Dv")
     with _new_figure(COST_HEIGHT) as (figure, [axes]):
         for each in series:

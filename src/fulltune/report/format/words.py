@@ -47,7 +47,7 @@ def describe_traffic(plan: Plan) -> str | None:
         return None
     each, passes = "", plan.gradient_accumulation_steps
     if passes > 1 and plan.sent_bytes_per_micro_batch:
-        each = f", of which {format_bytes(plan.sent_bytes_per_micro_batch)} for each of {passes} micro batches"
+        each = f"; {format_bytes(plan.sent_bytes_per_micro_batch)} of this for each of {passes} micro batches"
     several = f"; each of {plan.num_machines} machines sends as much to the others" if plan.num_machines > 1 else ""
     sends = f"{plan.num_processes} processes sends {format_bytes(plan.sent_bytes)} per step{several}"
     return f"each of {sends} ({plan.placement}{each})"
@@ -58,7 +58,7 @@ def describe_memory_peak(peak_bytes_by_kind: Mapping[MemoryKind, int]) -> str:
     after = "in the backward pass" if peak_bytes_by_kind.get("activations") else "in the optimizer's update"
     when = after if peak_bytes_by_kind.get("gradients") else "before the first gradient"
     # A kind without bytes at the peak can be large at another point in time.
-    return f"The memory of a step peaks {when}"
+    return f"A step's memory peaks {when}"
 
 
 def format_setting(value: Any) -> str:

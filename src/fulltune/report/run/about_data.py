@@ -81,10 +81,10 @@ def build_data_section(view: RunView) -> Section | None:
         mean, spread = map(format_number, summary.scale)
         facts.append(("train targets", f"mean {mean}, standard deviation {spread}"))
     facts.append(("fingerprint of files and settings", summary.fingerprint))
-    blocks: list[Element] = [build_split_table(summary), *_build_mixed_sources(view, summary), Facts(tuple(facts))]
+    blocks: list[Element] = [build_split_table(summary), *_mixed_source_blocks(view, summary), Facts(tuple(facts))]
     if summary.notes:
         blocks.append(Bullets(tuple(words.cut_text(note, _TEXT_LIMIT) for note in summary.notes)))
-    blocks += [*_build_label_counts(summary), *_build_dropped_rows(view, summary), *_build_previews(summary)]
+    blocks += [*_label_count_blocks(summary), *_dropped_row_blocks(view, summary), *_row_preview_blocks(summary)]
     return Section("data", "Data", tuple(blocks))
 
 
@@ -92,7 +92,7 @@ def build_data_terminal_report(summary: DataSummary) -> list[Element]:
     """Return the elements that are printed once the rows are prepared."""
     kind = f"{choose_row_form(summary).kind}{f', {len(summary.labels)} labels' if summary.labels else ''}"
     facts = [("kind of rows", kind), *_row_length_fact(summary)]
-    blocks: list[Element] = [build_split_table(summary), Facts(tuple(facts)), *_build_previews(summary)]
+    blocks: list[Element] = [build_split_table(summary), Facts(tuple(facts)), *_row_preview_blocks(summary)]
     if notes := [*(f"mixed in: {line}" for line in describe_mixed_sources(summary)), *summary.notes]:
         blocks.append(Bullets(tuple(notes)))
     return blocks
@@ -128,7 +128,7 @@ def build_split_table(summary: DataSummary) -> Table:
     return Table(caption, header, rows, numeric=frozenset(range(1, len(header) - 1)))
 
 
-def _build_mixed_sources(view: RunView, summary: DataSummary) -> list[Element]:
+def _mixed_source_blocks(view: RunView, summary: DataSummary) -> list[Element]:
     if not summary.mixed:
         return []
     plan, tokens = view.plan, view.outcome.tokens_by_source if view.outcome else ()
@@ -148,7 +148,7 @@ def _format_token_counts(summary: DataSummary, split: SplitSummary) -> dict[str,
     return {name: "-" if value is None else f"{value:,}" for name, value in columns.items()}
 
 
-def _build_label_counts(summary: DataSummary) -> list[Element]:
+def _label_count_blocks(summary: DataSummary) -> list[Element]:
     """Build the table of rows per label, or nothing without labels."""
     counts = {split: rows.label_counts for split, rows in summary.splits.items() if rows.label_counts}
     if not counts:
@@ -173,7 +173,7 @@ def _build_label_counts(summary: DataSummary) -> list[Element]:
     return [table] if len(rows) <= _LABELS_OPEN else [Folded(f"{len(rows)} {noun}s", (table,))]
 
 
-def _build_dropped_rows(view: RunView, summary: DataSummary) -> list[Element]:
+def _dropped_row_blocks(view: RunView, summary: DataSummary) -> list[Element]:
     if not summary.dropped:
         return [Paragraph("No row was dropped.")]
     reasons = sorted(summary.dropped.items(), key=lambda item: -item[1])
@@ -190,7 +190,7 @@ def _build_dropped_rows(view: RunView, summary: DataSummary) -> list[Element]:
     return blocks
 
 
-def _build_previews(summary: DataSummary) -> list[Element]:
+def _row_preview_blocks(summary: DataSummary) -> list[Element]:
     shown = [*summary.previews[:_PREVIEWS], *(preview for source in summary.mixed for preview in source.previews)]
     items = tuple((_shorten_preview(preview.segments), preview.label) for preview in shown)
     if not items:

@@ -193,7 +193,7 @@ def build_label_table(confusion: Confusion) -> Table:
     caption = "Each label on the test rows"
     if len(rows) > _LARGEST_HEAT_TABLE:
         rows = sorted(rows, key=lambda row: row[0])[:_LARGEST_HEAT_TABLE]
-        caption = f"The {len(rows)} labels with the lowest F1 of {len(confusion.labels)}"
+        caption = f"The {len(rows)} of {len(confusion.labels)} labels with the lowest F1"
     header = ("label", "test rows", "precision", "recall", "F1")
     return Table(caption, header, tuple(row for _, row in rows), frozenset({1, 2, 3, 4}))
 

@@ -67,7 +67,7 @@ def build_curves_section(view: RunView) -> Section | None:
     blocks.append(Figures(tuple(draw_learning_curve(*drawn, history.restarts, history.skipped) for drawn in series)))
     if history.restarts:
         at = listed([f"{step:,}" for step in dict.fromkeys(history.restarts)])
-        lead = f"The curves join {len(history.restarts) + 1} attempts; ticks on the axis mark where a later one began"
+        lead = f"The curves join {len(history.restarts) + 1} attempts; axis ticks show where each later one began"
         blocks.append(Paragraph(f"{lead}: at step {at}."))
     if history.skipped:
         at = first_few([f"{step:,}" for step in history.skipped], _OPEN)
@@ -84,6 +84,7 @@ def judge_fit_from_curves(view: RunView) -> Fit:
 
 
 def collect_curves(view: RunView, plan: Plan) -> Curves:
+    """Collect train loss, eval loss and the eval metric by step."""
     history, summary = view.history, view.summary
     return Curves(
         train_loss=history.train.get("loss", ()),
@@ -174,7 +175,7 @@ def _build_outcome_blocks(view: RunView, outcome: Outcome) -> list[Element]:
     facts = training_facts(view.plan, outcome)
     if updates := view.history.updates:
         facts.append((f"sampled values that changed in step {updates.step:,}", format_share(updates.changed_share)))
-        sizes = f"{updates.update_ratio:.1e} (median of the tensors)"
+        sizes = f"{updates.update_ratio:.1e} (median over tensors)"
         facts.append(("update size relative to the weights", sizes))
     blocks: list[Element] = [Facts(tuple(facts))] if facts else []
     if outcome.parameter_changes and outcome.parameter_changes.unchanged_tensors:
@@ -299,7 +300,7 @@ def _compare_with_plan(view: RunView, plan: Plan) -> list[Element]:
         )
     if not rows:
         return []
-    caption = f"Attempt {outcome.attempt}: plan and actual; +10% means that the plan was 10% too high"
+    caption = f"Attempt {outcome.attempt}: planned and actual values; +10% means that the plan was 10% too high"
     blocks: list[Element] = [Table(caption, _HEADER, tuple(rows), numeric=frozenset(range(1, 6)))]
     if outcome.status != "done" or outcome.steps != plan.total_steps:
         done = f"{outcome.steps:,} of {plan.total_steps:,} steps"

@@ -32,7 +32,7 @@ _SECOND_METRICS = ("f1 macro", "rougeL", "token accuracy", "r2", "exact match", 
 
 
 def build_run_report(view: RunView) -> Report:
-    headline, steps = judge_run(view)
+    headline, steps = build_run_headline_and_advice(view)
     sections = (
         _build_unavailable_parts_section(view),
         about_scores.build_results_section(view),
@@ -64,7 +64,7 @@ _SCORE_AGAIN = (
 )
 
 
-def judge_run(view: RunView) -> tuple[Headline, tuple[str, ...]]:
+def build_run_headline_and_advice(view: RunView) -> tuple[Headline, tuple[str, ...]]:
     """Return the headline and, unless training helped, changes to try."""
     why = next((why for what, why in view.missing if what.startswith("the test scores of")), "")
     headline = judge_scores(view.scores, why)
@@ -76,7 +76,7 @@ def judge_run(view: RunView) -> tuple[Headline, tuple[str, ...]]:
 
 def build_run_terminal_report(view: RunView) -> list[Headline | Section | Element]:
     """Return the elements that are printed at the end of a run."""
-    headline, steps = judge_run(view)
+    headline, steps = build_run_headline_and_advice(view)
     parts: list[Headline | Section | Element] = []
     if view.scores:
         table = about_scores.build_score_table(view)

@@ -39,13 +39,13 @@ def write_data_page(folder: Path) -> Path:
     figures = [("rows checked", f"{rows:,}"), ("dropped while reading", f"{dropped:,}")]
     if audit.labels is not None:
         figures.append(("labels suspected", f"{audit.labels.suspects:,}"))
-    headline = Headline("better", "Nothing found", f"None of {counted(len(audit.clean), 'check')} found anything.")
+    headline = Headline("better", "Nothing found", f"None of the {counted(len(audit.clean), 'check')} found anything.")
     if audit.checks:
         most = ", ".join(f"{count:,} × {check}" for check, count in list(audit.checks.items())[:4])
         more = f" and {counted(len(audit.checks) - 4, 'more check')}" if len(audit.checks) > 4 else ""
         headline = Headline(
             "undecided",
-            "Rows to look at",
+            "Rows to review",
             f"{counted(len(audit.checks), 'check')} found something in {rows:,} rows: {most}{more}.",
             note="No row was changed. Each finding is a suspicion with a suggested remedy.",
         )
@@ -158,13 +158,13 @@ def _build_cleaning_trial_blocks(proofs: Proofs) -> list[Element]:
         ),
         Table(caption, header, tuple(rows), frozenset({2, 3, 4})),
         Paragraph(
-            f"{_cleaning_advice(proofs)} The eval rows are not cleaned: if their labels are wrong in the same way, "
+            f"{_advise_on_cleaning(proofs)} The eval rows are not cleaned. If their labels are wrong in the same way, "
             "cleaning looks worse than it is."
         ),
     ]
 
 
-def _cleaning_advice(proofs: Proofs) -> str:
+def _advise_on_cleaning(proofs: Proofs) -> str:
     helping = [one for one in proofs.proofs if proofs.verdict(one) == "helps"]
     if not helping:
         return "No step helps measurably. Keep the rows unchanged, or read some of them first."

@@ -142,10 +142,10 @@ def _build_versions_section(view: RunView) -> Section | None:
 
 ONLY_OURS = ("head", "adapter")
 HOW_TO_LOAD = {
-    "full": "The model is a plain Hugging Face folder; transformers loads it without fulltune:",
-    "peft": "The folder holds the trained weights in PEFT's format; PEFT adds them to the pretrained model:",
+    "full": "The model is a plain Hugging Face folder that transformers loads without fulltune:",
+    "peft": "The folder holds the trained weights in PEFT's format. PEFT adds them to the pretrained model:",
     **dict.fromkeys(
-        ONLY_OURS, "The folder holds the trained weights; 'fulltune predict' adds them to the pretrained model."
+        ONLY_OURS, "The folder holds the trained weights, which 'fulltune predict' adds to the pretrained model."
     ),
 }
 

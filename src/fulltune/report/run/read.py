@@ -242,20 +242,20 @@ def _unavailable_parts(view: RunView) -> Iterator[tuple[str, str]]:
         (
             not view.attempts or outcome,
             f"the outcome of {view.attempts[-1].name if view.attempts else ''}",
-            "its process wrote no outcome.json: it is still running, or was killed.",
+            "its process wrote no outcome.json, because it is still running or was killed.",
         ),
-        (view.trained, row, _why_unscored(view)),
+        (view.trained, row, _explain_missing_scores(view)),
         (
             any(row.kind != "trained" for row in view.scores),
             "baselines to compare with",
-            "no baseline was scored: the run ended earlier, or the recipe has 'evaluate.baselines: false'.",
+            "no baseline was scored, because the run ended earlier or the recipe has 'evaluate.baselines: false'.",
         ),
     ):
         if not present:
             yield what, why
 
 
-def _why_unscored(view: RunView) -> str:
+def _explain_missing_scores(view: RunView) -> str:
     if not view.attempts:
         return "the run folder holds no attempt to train it." if view.trial else "no trial was planned or started."
     if view.outcome is None:
@@ -329,7 +329,7 @@ def _resumed_checkpoint_step(path: Path) -> int | None:
 
 
 def _may_be_a_plan(path: Path) -> bool:
-    """Return whether a file is a trial's plan, or too damaged to tell."""
+    """Return True if a file is a trial's plan or too damaged to tell."""
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

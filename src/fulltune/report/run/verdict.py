@@ -40,8 +40,8 @@ def find_best_untrained(scores: Sequence[Scores], metric: str, greater_is_better
 
 
 def judge_scores(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
-    """Compare the trained model with the best untrained one. It is better or worse only if the difference's interval
-    excludes 0."""
+    """Compare the trained model with the best untrained one. A clear verdict needs a difference whose interval excludes
+    0."""
     row = trained_row(scores)
     if row is None:
         return _build_headline(
