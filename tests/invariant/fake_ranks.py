@@ -47,7 +47,7 @@ from fulltune.recipe.tasks import TaskName
 from fulltune.records.plan import MemoryNeed, MemorySettings
 from fulltune.system.parallel_layout import ParallelLayout
 from fulltune.tasks import Target, Task, seq2seq, task_named
-from fulltune.tasks.padding import TRAINED, trained_places
+from fulltune.tasks.padding import TRAINED, trained_positions
 
 STEPS = 2
 TARGETS = {
@@ -188,7 +188,7 @@ def _collated(case: TraceCase, model: Any, cell: Cell) -> dict[str, Any]:
         batch["decoder_input_ids"] = seq2seq.decoder_input_ids(model, batch["labels"])
     if hasattr(case.task, "target_ids"):
         wanted = case.task.target_ids(batch["labels"])
-        batch[TRAINED] = trained_places(wanted)
+        batch[TRAINED] = trained_positions(wanted)
         batch["wanted"] = wanted.flatten().index_select(0, batch[TRAINED])
     return batch
 

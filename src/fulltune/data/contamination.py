@@ -43,7 +43,7 @@ class ForbiddenTexts:
     """Index of the text that contains each 8-gram: int32 [8-grams]."""
 
     def occur_in(self, text: str, is_input: bool) -> bool:
-        """Return whether `text` equals a forbidden text, or shares half of the word 8-grams of the shorter text.
+        """Return whether `text` equals a forbidden text, or shares at least half of the shorter text's word 8-grams.
 
         Texts under 8 words are compared only if `is_input`, because short answers are often equal by chance.
         """

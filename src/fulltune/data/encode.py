@@ -158,9 +158,9 @@ def encode_chunk(job: Job, chunk: list[LocatedRow]) -> Chunk:
     """Check and tokenise some rows. Return their `EncodedSource`, a batch of examples or None, and the dropped rows."""
     task, block, tally, dropped = task_named(job.task), job.block, RowCounts(), list[DroppedRow]()
 
-    def drop(kind: DropKind, place: str, row: Row, refused: Refused) -> None:
-        tally.add(kind, refused.check, place, refused.reason)
-        dropped.append(DroppedRow(job.source, place, refused.check, refused.reason, dict(row)))
+    def drop(kind: DropKind, location: str, row: Row, refused: Refused) -> None:
+        tally.add(kind, refused.check, location, refused.reason)
+        dropped.append(DroppedRow(job.source, location, refused.check, refused.reason, dict(row)))
 
     usable: list[LocatedRow] = []
     for place, row in chunk:

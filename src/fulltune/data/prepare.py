@@ -349,7 +349,7 @@ def replace_folder(new: Path, old: Path) -> None:
 
 
 def link_cached_rows(cached: Path, folder: Path) -> None:
-    """Give a run the cached files as hard links, or as copies on another file system."""
+    """Hard-link the cached files into a run's folder, or copy them if it is on another file system."""
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     try:

@@ -41,14 +41,14 @@ def run_rows(
     pad_token_id: int,
     batching: Batching,
 ) -> Predictions:
-    """Run the model without gradients over tokenised rows with `labels`, and return the arrays of `task.reduce_logits`
+    """Run the model without gradients over tokenised rows with `labels`, and return what `task.reduce_logits` computes,
     in the rows' order."""
     import torch
 
     head = batching.head
 
     def reduce_batch(positions: Sequence[int]) -> dict[str, np.ndarray]:
-        """Run a batch of rows, and return the arrays of `task.reduce_logits`."""
+        """Run a batch of rows, and return the arrays that `task.reduce_logits` computes."""
         # Not pinned: results are read back before the next batch is made, so nothing overlaps.
         batch = model_batch(model, task, [rows[i] for i in positions], pad_token_id)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
@@ -156,7 +156,7 @@ def autocast(model: PreTrainedModel, precision: str) -> contextlib.AbstractConte
 def regression_head_in_float32(model: PreTrainedModel, target: Target) -> Iterator[None]:
     """Compute the last layer of a regression head in float32 inside the context.
 
-    In bf16, 526,580 and 528,000 are equal; fp16 ends at 65,504.
+    bf16 cannot distinguish 526,580 from 528,000, and fp16 ends at 65,504.
     """
     layer = None
     if target.form.is_number:
@@ -262,8 +262,8 @@ class GenericText:
     def measure(
         self, model: Any, head: SelectiveHead | None = None, between_batches: Callable[[], None] = lambda: None
     ) -> np.ndarray:
-        """Return each text's loss in nats per token [texts] or, without a language model, its normalised mean hidden
-        state [texts, hidden]."""
+        """Return each text's loss in nats per token [texts] for a language model, else its normalised mean hidden state
+        [texts, hidden]."""
         if not self.writes:
             return self._measure_states(model, between_batches)
         rows = [{"input_ids": ids, "labels": [IGNORED, *ids[1:]], LENGTH: len(ids)} for ids in self.ids]

@@ -31,9 +31,9 @@ class SelectiveHead:
     def computing_only(self, labels: Tensor, trained: Tensor | None = None, *, chunked: bool = False) -> Iterator[None]:
         """Compute, inside the context, only the logits that `labels[batch, length]` need, in chunks if `chunked`.
 
-        `trained` is the result of `padding.trained_places`, or None to compute it.
+        `trained` may pass a computed `padding.trained_positions`.
         """
-        at = padding.trained_places(self.target_ids(labels)) if trained is None else trained
+        at = padding.trained_positions(self.target_ids(labels)) if trained is None else trained
         states: list[Tensor] = []
 
         def select_hidden(_: object, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

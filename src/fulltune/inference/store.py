@@ -161,8 +161,8 @@ def hash_rows(folder: Path) -> str:
     return hashlib.sha256("".join(sorted(ids)).encode()).hexdigest()[:16]
 
 
-def row_as_json(place: str, row: Row) -> str:
-    return json.dumps({**row, PLACE: place}, ensure_ascii=False, default=to_json_value)
+def row_as_json(location: str, row: Row) -> str:
+    return json.dumps({**row, PLACE: location}, ensure_ascii=False, default=to_json_value)
 
 
 def to_json_value(value: Any) -> Any:

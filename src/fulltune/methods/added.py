@@ -275,7 +275,8 @@ def _token_embeddings(module: Any) -> nn.Embedding | None:
 
 
 def _initial_vectors(embeddings: nn.Embedding, method: PromptMethod) -> torch.Tensor:
-    """Return initial virtual tokens, float32 [tokens, size]: vectors from the vocabulary, or noise of equal spread."""
+    """Return initial virtual tokens, float32 [tokens, size]: vectors from the vocabulary, or noise with the same
+    standard deviation."""
     with gathered_to_modify([embeddings.weight]):
         weight, size = full_tensor(embeddings.weight.detach()), method.num_virtual_tokens
         if method.init == "vocabulary":

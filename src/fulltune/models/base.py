@@ -312,9 +312,9 @@ def is_quantised_gguf(path: Path | None) -> bool:
     return any(tensor.tensor_type not in plain for tensor in GGUFReader(path).tensors)
 
 
-def load_with_advice(block: ModelBlock, part: str, load_part: Callable[[], T]) -> T:
-    """Call `load_part`, and turn transformers' errors into a `SetupError` with advice. `part` is the noun for messages,
-    such as "tokenizer"."""
+def load_with_advice(block: ModelBlock, part_name: str, load_part: Callable[[], T]) -> T:
+    """Call `load_part`, and turn transformers' errors into a `SetupError` with advice. Messages call the part
+    `part_name`."""
     try:
         return load_part()
     except UnpicklingError as error:  # torch's message advises to switch the check off
@@ -338,7 +338,7 @@ def load_with_advice(block: ModelBlock, part: str, load_part: Callable[[], T]) -
             read_json_object(file)
         if isinstance(error, (TypeError, AttributeError)):  # not the files' fault
             raise
-        raise SetupError(f"model: {block.name}: the {part} cannot be read: {text[:300]}") from error
+        raise SetupError(f"model: {block.name}: the {part_name} cannot be read: {text[:300]}") from error
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def _logit_chunks(
         if hidden.dtype == torch.float32:
             torch.mm(hidden[chunk], weight.t(), out=logits)
         else:
-            for block in _axis_slices(len(weight), weight.shape[1], weight):
+            for block in _axis_slices(len(weight), weight.shape[1], weight.device):
                 logits[:, block] = hidden[chunk] @ weight[block].t()
         if bias is not None:
             logits += bias.detach()
@@ -151,7 +151,7 @@ def _multiply_by_weight(gradient: torch.Tensor, weight: torch.Tensor, out: torch
     if gradient.dtype == torch.float32:
         torch.mm(gradient, weight, out=out)
         return
-    for columns in _axis_slices(weight.shape[1], len(weight), weight):
+    for columns in _axis_slices(weight.shape[1], len(weight), weight.device):
         out[:, columns] = gradient @ weight[:, columns]
 
 
@@ -160,11 +160,12 @@ def _add_weight_gradient(sums: torch.Tensor, gradient: torch.Tensor, hidden: tor
     if gradient.dtype == sums.dtype:
         sums.addmm_(gradient.t(), hidden)
         return
-    for block in _axis_slices(len(sums), sums.shape[1], sums):
+    for block in _axis_slices(len(sums), sums.shape[1], sums.device):
         sums[block] += gradient[:, block].t() @ hidden
 
 
-def _axis_slices(length: int, other_length: int, like: torch.Tensor) -> Iterator[slice]:
-    """Yield slices that cover an axis of `length`: short ones on a CPU to save memory, elsewhere a single one."""
-    size = max(64, _BLOCK_NUMBERS // other_length) if like.device.type == "cpu" else length
+def _axis_slices(length: int, other_length: int, device: torch.device) -> Iterator[slice]:
+    """Yield slices that cover an axis of `length`: one or, on a CPU, several, so that blocks with `other_length` stay
+    small."""
+    size = max(64, _BLOCK_NUMBERS // other_length) if device.type == "cpu" else length
     return (slice(start, min(start + size, length)) for start in range(0, length, size))

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """Label of tokens that are not trained, the `ignore_index` of PyTorch's losses."""
-TRAINED = "trained_places"
-"""Key of a batch's `trained_places`, computed before the move to a device."""
+TRAINED = "trained_positions"
+"""Key of a batch's `trained_positions`, computed before the move to a device."""
 
 
 def pad_features(
@@ -62,7 +62,7 @@ def object_array(values: Sequence[object]) -> np.ndarray:
     return array
 
 
-def trained_places(target_ids: Tensor) -> Tensor:
+def trained_positions(target_ids: Tensor) -> Tensor:
     """Return the flat positions where `target_ids[batch, tokens]` are not -100: int64 [trained]."""
     return (target_ids.flatten() != IGNORED).nonzero()[:, 0]
 

@@ -130,8 +130,8 @@ def _invisible_positions(text: str) -> list[int]:
     return [match.start() for match in RE["suspect"].finditer(text) if match.start() not in spelt]
 
 
-def _remove_characters(text: str, places: set[int]) -> str:
-    text = "".join(sign for at, sign in enumerate(text) if at not in places or sign in "\x0b\x0c\x1b\u2028\u2029")
+def _remove_characters(text: str, positions: set[int]) -> str:
+    text = "".join(sign for at, sign in enumerate(text) if at not in positions or sign in "\x0b\x0c\x1b\u2028\u2029")
     return re.sub("[\x0b\x0c\u2028\u2029]", "\n", RE["escape"].sub("", text)).replace("\x1b", "")
 
 
@@ -268,7 +268,7 @@ _TO_JOIN = "to merge them, run 'fulltune data RECIPE --accept \"class names\"' a
 
 
 def group_similar_names(counts: Mapping[str, int]) -> list[list[str]]:
-    """Return groups of names that may mean the same, the most frequent first."""
+    """Return groups of names that may mean the same class, the most frequent first."""
     groups = defaultdict[str, list[str]](list)
     for name in sorted(counts, key=lambda name: (-counts[name], name)):
         plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())

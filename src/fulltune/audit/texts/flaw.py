@@ -29,7 +29,7 @@ class Flaw:
 
 
 def to_regex(pattern: str) -> re.Pattern[str]:
-    """Compile an expression of `PATTERNS` after replacing `<words>` by their patterns."""
+    """Compile a pattern after replacing each `<name>` by the pattern of that name in `PATTERNS`."""
     for word, meaning in PATTERNS["words"].items():
         pattern = pattern.replace(f"<{word}>", meaning)
     return re.compile(pattern)

@@ -274,7 +274,7 @@ def find_held_out_files_beside(train: Path) -> dict[SplitName, list[Path]]:
 
 
 def refuse_held_out_files(paths: Sequence[str]) -> None:
-    """Raise `DataError` if a training folder contains files named as eval or test."""
+    """Raise `DataError` if a training folder contains files whose names suggest eval or test."""
     problems = []
     for folder in map(Path, paths):
         with convert_os_errors(folder):

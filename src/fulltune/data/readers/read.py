@@ -214,7 +214,7 @@ def _refuse_nul_bytes(file: Path) -> None:
 
 
 def _decode_bytes(value: object, encoding: str = "utf-8") -> object:
-    """Decode `value` if it is bytes and valid; otherwise return it unchanged."""
+    """Decode `value` if it is bytes in this encoding; otherwise return it unchanged."""
     try:
         return value.decode(encoding) if isinstance(value, bytes) else value
     except UnicodeError:

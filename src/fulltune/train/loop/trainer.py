@@ -19,7 +19,7 @@ from fulltune.inference.selective_head import SelectiveHead
 from fulltune.models import sharding
 from fulltune.records.events import StepSkipped
 from fulltune.tasks import Row
-from fulltune.tasks.padding import TRAINED, trained_places
+from fulltune.tasks.padding import TRAINED, trained_positions
 from fulltune.text import first_few
 from fulltune.train import checkpoints
 from fulltune.train.loop.guarded_step import Guarded
@@ -51,7 +51,7 @@ def collate_with_counts(
     batch = collate(rows)
     batch = batch | {ITEMS: count_items(batch["labels"])}
     if head is not None:
-        batch[TRAINED] = trained_places(head.target_ids(batch["labels"]))
+        batch[TRAINED] = trained_positions(head.target_ids(batch["labels"]))
     return batch
 
 
