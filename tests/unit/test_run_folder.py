@@ -42,7 +42,7 @@ def test_stages_that_are_called_one_by_one_are_no_command(tmp_path: Path, monkey
     for place in ("attempts/full-seed42-01/request.json", "scores/full-seed42.json"):
         (tmp_path / place).parent.mkdir(parents=True)
         (tmp_path / place).write_text("{}", encoding="utf-8")
-    monkeypatch.setattr(pipeline.report, "write", lambda folder: folder / "report.html")
+    monkeypatch.setattr(pipeline.report, "write_run_report", lambda folder: folder / "report.html")
     pipeline.write_report(job)
     assert not (tmp_path / run_folder.ENVIRONMENT).exists()
 

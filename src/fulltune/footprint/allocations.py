@@ -99,7 +99,7 @@ def layer_types(case: TraceCase) -> tuple[str, ...]:
 
 
 def config_with_layers(case: TraceCase, depths: Mapping[str, int], kinds: Sequence[str] = ()) -> PretrainedConfig:
-    """Return a copy of the config with other numbers and types of layers."""
+    """Return a copy of the config with `depths` layers of these `kinds`."""
     config = copy.deepcopy(case.config)
     config.use_cache = False
     part = layer_config(case, config)
@@ -142,8 +142,7 @@ def tensor_fields(case: TraceCase, shapes: Sequence[tuple[int, ...]]) -> dict[st
 
 @dataclass(frozen=True)
 class ModelTrace:
-    """Bytes and operations of a model at several (rows, length) points; `alive` has shape [points, allocations,
-    kinds]."""
+    """Bytes and operations of a model at (rows, length) points; `alive` has shape [points, allocations, kinds]."""
 
     keys: tuple[tuple[str, int], ...]
     """Position in the step of each allocation, and its number at that position."""
@@ -179,8 +178,7 @@ class AllocationLog(TorchDispatchMode):
         self._changes.clear()
 
     def timeline(self) -> dict[tuple[str, int], np.ndarray]:
-        """Return the bytes per `MemoryKind` after each allocation, keyed by place and number; middle layers are
-        omitted."""
+        """Return the bytes per `MemoryKind` after each allocation outside middle layers, keyed by place and number."""
         alive, counts, after = np.zeros(len(KINDS)), Counter[str](), {}
         for place, block, size in self._changes:
             alive[KINDS.index(self._kinds.get(block, "activations"))] += size
@@ -190,7 +188,7 @@ class AllocationLog(TorchDispatchMode):
         return after
 
     def label_gradients(self, parameters: list[torch.Tensor]) -> None:
-        """Log the storages of these parameters' gradients as gradients."""
+        """Log the `.grad` storages of these parameters as gradients, not activations."""
         for parameter in parameters:
             if parameter.grad is not None:
                 self._kinds[self._blocks[parameter.grad.untyped_storage()._cdata][0]] = "gradients"

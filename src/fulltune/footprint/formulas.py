@@ -89,7 +89,7 @@ _Copy = tuple[dict[str, int], tuple[str, ...]]
 
 
 def _reduced_copies(case: TraceCase) -> tuple[_Copy, list[tuple[dict[str, int], tuple[str, ...], int]]]:
-    """Return the smallest copy, and one larger copy per type of layer with the number of layers it lacks."""
+    """Return the smallest copy, and for each type of layer a copy with one more and the number of layers omitted."""
     depths, kinds = layer_counts(case), layer_types(case)
     if kinds:
         (name,) = depths

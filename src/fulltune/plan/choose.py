@@ -84,18 +84,17 @@ def _candidate_settings(basis: Basis, start: MemorySettings) -> list[MemorySetti
 
 
 def _combine_automatic_savings(recipe: Recipe, start: MemorySettings, same_result: bool) -> list[MemorySettings]:
-    """Return `start` with each combination of the automatic memory savings that do not change the result, if
-    `same_result`, or else of those that do."""
+    """Return `start` with each combination of automatic memory savings, which change the result unless
+    `same_result`."""
     combinations = [start]
     for saving in MEMORY_SAVINGS:
-        if saving.searched and saving.same_result == same_result and not saving.why_not_automatic(recipe, start):
+        if saving.is_automatic and saving.same_result == same_result and not saving.why_not_automatic(recipe, start):
             combinations += [one.changed(**saving.apply(recipe, one)[-1]) for one in combinations]
     return combinations
 
 
 def _choose_eval_batch(basis: Basis, settings: MemorySettings, limit_bytes: float) -> SettingsOption:
-    """Return the settings with the recipe's eval batch, or twice the micro batch, halved until it fits in
-    `limit_bytes`."""
+    """Return the settings with the recipe's eval batch, or else twice the micro batch, halved until it fits."""
     fixed = basis.recipe.evaluate.batch_size
     size = fixed or 2 * settings.micro_batch_size
     while True:

@@ -129,15 +129,11 @@ def _possible_peaks(
 
 
 def with_chunked_loss(
-    live: dict[MemoryKind, int],
-    shapes: Shapes,
-    settings: MemorySettings,
-    num_tokens: int,
-    earlier_gradients: int | None,
+    live: dict[MemoryKind, int], shapes: Shapes, settings: MemorySettings, tokens: int, earlier_gradients: int | None
 ) -> dict[MemoryKind, int]:
     """Return the `live` bytes with one chunk's logits instead of all, or unchanged without a chunked loss.
 
-    The head's whole gradient is added. `num_tokens` have logits; `earlier_gradients` are the bytes from earlier micro
+    The head's whole gradient is added. `tokens` have logits; `earlier_gradients` are the bytes from earlier micro
     batches, or None without a backward pass.
     """
     if not settings.chunked_loss:
@@ -147,7 +143,7 @@ def with_chunked_loss(
     has_gradient = earlier_gradients is not None and settings.num_trainable is None  # else the head is frozen
     logits, gradients = 0, live["gradients"]
     if live["logits"]:
-        logits = min(num_tokens, CHUNK_TOKENS[settings.device]) * shapes.vocab_size * (4 + halves)
+        logits = min(tokens, CHUNK_TOKENS[settings.device]) * shapes.vocab_size * (4 + halves)
         if settings.weights_dtype == "fp32":  # the head's 16-bit copy, in addition to autocast's
             logits += halves * head
         if has_gradient and settings.device == "cuda":  # a chunk's part of the head's gradient; small on a CPU

@@ -45,8 +45,7 @@ class MemorySaving:
     done: str = ""
     """Message after the change: a template for the new values and for `now`, the previous plan."""
     same_result: bool = True
-    searched: bool = False
-    """True if a plan may use this setting automatically."""
+    is_automatic: bool = False
     is_proposed: bool = False
     """True if this setting is proposed when nothing fits."""
     fallback: tuple[Phase, ...] = ()
@@ -199,7 +198,7 @@ MEMORY_SAVINGS = (
         changes={"activation_checkpointing": True},
         unless=lambda _, now: None if now.can_recompute else "this model does not support checkpointing",
         done="activation checkpointing turned on",
-        searched=True,
+        is_automatic=True,
         is_proposed=True,
         fallback=("step",),
         measured="activation checkpointing",
@@ -212,7 +211,7 @@ MEMORY_SAVINGS = (
         unless=lambda recipe, _: "ZeRO has its own optimizer" if recipe.train.zero_enabled_by else None,
         done="8-bit AdamW states (train.optim: adamw_8bit), which change the result slightly",
         same_result=False,
-        searched=True,
+        is_automatic=True,
         is_proposed=True,
         fallback=("step", "evaluation", "saving", "resuming"),
         measured="8-bit AdamW",

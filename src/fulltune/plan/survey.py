@@ -177,8 +177,7 @@ def _with_reason_for_settings(plan: Plan, names: set[str], reason: str) -> Plan:
 
 
 def _plan_or_none(workload: Workload | None, fleet: Fleet, any_placement: bool = False) -> PlannedSettings | None:
-    """Return the plan, or None without a workload or if nothing fits; `any_placement` also tries placements that are
-    never automatic."""
+    """Return the plan, or None if none fits; `any_placement` also tries placements that are never automatic."""
     if workload is None:
         return None
     table = placements.placement_table(make_basis(workload, fleet))
@@ -277,8 +276,7 @@ def _check_alternative(workload: Workload, fleet: Fleet, way: Alternative) -> Al
 def advise_on_methods(
     train_rows: int, shapes: Shapes, full_fits: bool, lora_fits: bool | None, device_bytes: int
 ) -> tuple[Advice, ...]:
-    """Rate each method for this model and data, the best first; `lora_fits` is None if unknown (sources:
-    docs/evidence.md)."""
+    """Rate each method for this model and data, the best first (docs/evidence.md); `lora_fits` is None if unknown."""
     few, small = train_rows < FEW_ROWS, not shapes.is_decoder and shapes.num_parameters < SMALL_ENCODER
     size, where = 2 * shapes.num_parameters / 2**30, " on one device" if full_fits else " either"
     unsure = "" if lora_fits else ", if the activations fit as well"

@@ -74,7 +74,7 @@ class Basis:
 
 
 def make_basis(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, own_loss: bool = False) -> Basis:
-    """Choose all settings that do not depend on memory; `own_loss` is True if the user passed `compute_loss`."""
+    """Choose all settings that do not depend on memory, and add them to `reasons`; `own_loss` means `compute_loss`."""
     recipe, shapes, summary = workload.recipe, workload.shapes, workload.summary
     train, reasons = recipe.train, reasons or Reasons()
     if train.activation_checkpointing and not shapes.can_recompute:

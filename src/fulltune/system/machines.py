@@ -68,8 +68,8 @@ class MachineAddress:
 
 
 def parse_machine_address(recipe: Recipe, rank: int | None, rendezvous: str | None, wait: str) -> MachineAddress | None:
-    """Parse this machine's command-line options, or return None if the recipe uses one machine; raise `RecipeError` if
-    they are invalid."""
+    """Parse this machine's options, or return None if the recipe uses one machine; raise `RecipeError` if they are
+    invalid."""
     machines = recipe.train.num_machines
     if machines == 1:
         if rank is None and rendezvous is None:
@@ -167,7 +167,7 @@ class Member(Record):
     """How the last attempt ended on this machine, written by the other machines."""
 
     def must_still_end(self, attempt: SharedAttempt | None) -> bool:
-        """Return whether this machine takes part in the attempt and has not ended it."""
+        """Return whether this machine takes part in the attempt and has not reported its end."""
         if attempt is None or self.instance not in attempt.instances:
             return False
         return self.last_part is None or self.last_part.attempt != attempt.name

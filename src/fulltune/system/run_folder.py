@@ -239,7 +239,7 @@ def _stored_fingerprint(identity_file: Path) -> str | None:
 
 
 def load_run_recipe(folder: Path) -> Recipe:
-    """Return a run folder's recipe; raise `SetupError` for any other folder."""
+    """Return a run folder's recipe; raise `SetupError` if the folder holds no readable recipe."""
     identity = folder / IDENTITY
     if not identity.exists():
         raise SetupError(f"{folder}: is not a run folder of fulltune ({IDENTITY} is missing)")
