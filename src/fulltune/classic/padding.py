@@ -72,9 +72,9 @@ def with_padding(model: torch.nn.Module, tokenizer: object, collate: DataCollato
     return PaddingCollator(pad) if lacks and pad is not None else collate
 
 
-def _choose_padding_token(config: PretrainedConfig, text: PretrainedConfig) -> tuple[int | None, str]:
+def _choose_padding_token(config: PretrainedConfig, text_config: PretrainedConfig) -> tuple[int | None, str]:
     """Return the tokenizer's padding token or else the model's end token, with its source, or (None, "")."""
-    name, pad, end = getattr(config, "_name_or_path", ""), None, getattr(text, "eos_token_id", None)
+    name, pad, end = getattr(config, "_name_or_path", ""), None, getattr(text_config, "eos_token_id", None)
     try:
         if name and get_tokenizer_config(name, local_files_only=True):  # else transformers creates an empty one
             pad = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False).pad_token_id
@@ -82,6 +82,6 @@ def _choose_padding_token(config: PretrainedConfig, text: PretrainedConfig) -> t
         _log.info("%s: no readable tokenizer: %s", name, error)
     end = end[0] if isinstance(end, Sequence) and end else end
     for token, source in ((pad, f"the padding token of the tokenizer in {name}"), (end, "the model's end token")):
-        if isinstance(token, int) and 0 <= token < text.vocab_size:
+        if isinstance(token, int) and 0 <= token < text_config.vocab_size:
             return token, source
     return None, ""

@@ -398,7 +398,7 @@ def selfcheck(
         from fulltune.system.run_folder import explain_os_errors
 
         page = checking.run_checks(lambda line: status.update(escape(line)))
-    shown = checking.page_section(page)
+    shown = checking.report_section_of_page(page)
     if output is not None:
         with explain_os_errors(output):
             write_sanitized(output, render_section(shown))

@@ -102,7 +102,6 @@ class Scoring:
         call, plain = self.user_metrics, isinstance(predictions, list)
 
         def metrics(rows: Mapping[str, np.ndarray]) -> Mapping[str, float]:
-            """Call the user's function; raise `SetupError` if the function fails."""
             predicted, true = (list(rows[name]) if plain else rows[name] for name in ("predicted", "true"))
             try:
                 return {str(name): float(value) for name, value in call(predicted, true).items()}

@@ -65,7 +65,7 @@ def load_generic_texts(
 
 @dataclass(frozen=True)
 class BudgetTexts:
-    """Disjoint generic texts of a run with a budget."""
+    """Disjoint generic texts of a run with a drift budget."""
 
     selection: list[str]
     held_out: list[str]
@@ -75,7 +75,8 @@ class BudgetTexts:
 
 
 def load_budget_texts(block: PreserveBlock) -> BudgetTexts:
-    """Return the disjoint texts of a run with a budget, or raise `DataError` if there are too few."""
+    """Return disjoint texts for selection, final measurement and replay in a run with a drift budget. Raise `DataError`
+    if there are too few."""
     replays_probe = block.replay == AUTO
     texts, source = load_generic_texts(block.probe, 2 * MAX_TEXTS + MAX_REPLAYED * replays_probe)
     each = min(MAX_TEXTS, count_texts_for(texts, SELECTION_TOKENS), len(texts) // (3 if replays_probe else 2))

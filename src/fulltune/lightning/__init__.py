@@ -1,5 +1,3 @@
-"""Trains a recipe with PyTorch Lightning's `Trainer` (docs/guides/training.md)."""
-
 from fulltune.lightning.module import FineTuningData, FineTuningModule
 from fulltune.lightning.prepare import FineTuning, prepare
 

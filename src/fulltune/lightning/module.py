@@ -212,7 +212,6 @@ class TrainBatches:
         return len(self.sampler) // self.sampler.num_processes
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield the micro batches of the current epoch."""
         plan, objective, head = self.module.plan, self.module.objective, self.module.head
         self.sampler.set_epoch(self.trainer.current_epoch)
         self.position, self.first = self.first, 0

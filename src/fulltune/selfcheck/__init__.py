@@ -316,7 +316,7 @@ def _run_check(name: str, label: str, function: Callable[[str], CheckOutcome], d
     return CheckResult(device=device, check=name, ran=label, status=status, result=text, seconds=seconds)
 
 
-def page_section(page: Page) -> Section:
+def report_section_of_page(page: Page) -> Section:
     rows = tuple(
         (check.ran, check.device, check.status.replace("fail", "FAIL"), check.result, f"{check.seconds:.1f}")
         for check in page.findings

@@ -54,7 +54,7 @@ NO_SPREAD = SeedSpread(1, 0.0, 0.0, math.inf)
 
 def estimate_seed_spreads(drawn: ResampledTrials, are_untrained: Sequence[bool]) -> list[SeedSpread | None]:
     """Estimate each method's variance between seeds, 0 for untrained methods. A method with one seed gets the others'
-    largest, or None."""
+    largest, or None without others."""
     spreads = [
         NO_SPREAD if is_fixed else _estimate_spread(point, draws, drawn.num_clusters)
         for point, draws, is_fixed in zip(drawn.point, drawn.draws, are_untrained, strict=True)

@@ -115,7 +115,8 @@ def _turn_span(tokenizer: Tokenizer, messages: Sequence[ChatMessage], turn: int,
 
 
 def _first_turn_start(tokenizer: Tokenizer, text: str) -> int:
-    """Return the character at which the assistant's opening message starts in a rendered conversation."""
+    """Return the character at which the assistant's opening message starts in a rendered conversation, or 0 if
+    unknown."""
     question = [{"role": "user", "content": "?"}]
     prompt = render(tokenizer, question, None)
     opening = render(tokenizer, question, None, add_generation_prompt=True).removeprefix(prompt)

@@ -349,7 +349,8 @@ def metrics_from_sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, 
 
 
 def chance_loss(summary: DataSummary, weights: Sequence[float] | None) -> float:
-    """Return the loss of predicting the mean number, or equal probabilities for all classes."""
+    """Return the loss of predicting the mean number, or equal probabilities for all classes; `weights` are class
+    weights."""
     if summary.form.is_number:
         return 1.0
     if summary.num_choices:

@@ -36,7 +36,7 @@ def _first_at(counts: LabelCounts, value: object) -> str:
 
 
 def count_label_values(rows: Iterable[Row], column: str, file: str) -> tuple[LabelCounts, int]:
-    """Return the distinct labels with counts, and the number of labelled rows; raise `DataError` for none."""
+    """Return the distinct labels with counts, and the number of labelled rows; raise `DataError` if there are none."""
     distinct: dict[Any, list[Any]] = {}
     beyond = 0
     for row in rows:
@@ -161,7 +161,8 @@ def _guess_problem_type(counts: LabelCounts, total: int) -> str:
 
 
 def _raise_if_words_and_numbers(counts: LabelCounts, column: str, file: str) -> None:
-    """Raise `DataError` for numbers among words, such as `1`, `2`, `positive`: most often a broken export."""
+    """Raise `DataError` for numbers among words, such as `1`, `2`, `positive`, which usually come from a broken
+    export."""
     words: Counter[str] = Counter()
     numbers: Counter[str] = Counter()
     for value, count, _ in counts:

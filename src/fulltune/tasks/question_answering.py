@@ -320,7 +320,7 @@ def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
 
 
 def window_scores(predictions: Predictions) -> dict[str, np.ndarray]:
-    """Return each window's token F1, exact match and loss, unless `predictions` already holds scores."""
+    """Return each window's token F1, exact match and loss; scores that `predictions` already holds are reused."""
     if "f1" in predictions:
         return {name: predictions[name] for name in FACTS.metrics if name in predictions}
     none, truly_none = predictions["nowhere"] > predictions["chance"], predictions["true_first"] == NOWHERE

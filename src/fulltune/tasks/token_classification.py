@@ -51,7 +51,7 @@ _SHOWN = 5
 
 
 def parse_word_list(value: Any) -> list[str] | None:
-    """Return the words or tags in a list, a list as JSON, or text with spaces, or None for other values."""
+    """Return the words or tags in a list, JSON list or text separated by spaces, or None for other values."""
     if isinstance(value, str):
         text = value.strip()
         listed = parse_list(text) if text.startswith("[") and text.endswith("]") else None
@@ -104,7 +104,7 @@ def to_strict_bio(tags: Sequence[str]) -> list[str]:
 
 
 def entity_spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Return each entity's type, first word, and word after the last."""
+    """Return each entity's type, the index of its first word, and the index after its last word."""
     entities: list[tuple[str, int, int]] = []
     for position, tag in enumerate(tags):
         if tag == "O":
