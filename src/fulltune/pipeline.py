@@ -98,7 +98,7 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
     with run_folder.explain_os_errors(job.folder), run_folder.lock_folder(job.folder):
         with run_folder.remove_new_run_on_error(job.folder):
             if job.group is not None:
-                job.group.begin(job.phase)
+                job.group.wait_before_first_attempt(job.phase)
         # A plan that does not fit stays in the folder, from which its alternatives are shown.
         with run_folder.remove_new_run_on_error(job.folder, *((DoesNotFitError,) if until == "plan" else ())):
             summary = prepare(job, runs_here=until != "data")
@@ -130,7 +130,7 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
     job.phase("reading the data")
     path = job.folder / "data" / data.SUMMARY
     before = path.stat().st_mtime_ns if path.exists() else None
-    job.hooks.check(job.recipe)
+    job.hooks.check_recipe(job.recipe)
     try:
         base = job.base
         if runs_here:

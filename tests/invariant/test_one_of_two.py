@@ -14,7 +14,7 @@ import pytest
 from fulltune.records.events import JournalEntry
 from fulltune.records.training import Outcome
 from fulltune.system.hardware import num_cores
-from fulltune.train.journal import NEXT
+from fulltune.train.journal import NEXT_ATTEMPT_EVENT
 from tests import tiny
 from tests.invariant.test_same_curve import NO_DROPOUT, RANDOM, losses
 from tests.train import runs
@@ -108,7 +108,7 @@ def test_memory_that_runs_out_in_one_process_halves_the_micro_batch_of_both(tmp_
     plan = json.loads((broken / "run" / "plan" / "full.json").read_text(encoding="utf-8"))
     found = [plan[name] for name in ("micro_batch_size", "gradient_accumulation_steps", "num_processes", "placement")]
     assert found == [2, 2, 2, "fsdp2"]
-    reasons = [event.detail for event in journal(broken) if event.event == NEXT]
+    reasons = [event.detail for event in journal(broken) if event.event == NEXT_ATTEMPT_EVENT]
     assert len(reasons) == 1
     assert "memory ran out in a training step" in reasons[0]
     curve = {event["step"]: event["loss"] for event in runs.events(broken, "train")}

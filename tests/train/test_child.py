@@ -125,6 +125,6 @@ def test_child_that_does_not_stop_when_asked_is_ended_at_the_third_signal(
     when = "after the current step, which is saved" if beat else "before its first step, as soon as the model is loaded"
     assert texts[0] == "up"
     assert texts[1].startswith(f"stop requested: training ends {when}")
-    assert texts[1].endswith("a second signal has no effect, a third one kills the run without saving")
+    assert texts[1].endswith("a second signal has no effect, but a third one kills the run without saving")
     assert len(texts) == 2
     assert (result.status, result.reason) == ("interrupted", f"interrupted {when_interrupted}")

@@ -75,7 +75,7 @@ def test_a_missing_package_is_named_before_any_row_is_read(monkeypatch: pytest.M
         return Recipe.model_validate({"model": block, "task": "causal-lm", "data": {"train": "t.csv"}})
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SetupError, match="'flash_attention_2' needs a package that is missing: flash-attn or kernels"):
+    with pytest.raises(SetupError, match="'flash_attention_2' needs a missing package: flash-attn or kernels"):
         check_trainable(recipe("flash_attention_2"))
     with pytest.raises(SetupError, match="is missing: flash-attn-interface or kernels"):
         check_trainable(recipe("flash_attention_3"))

@@ -154,7 +154,7 @@ def test_ended_high_needs_a_loss_that_nothing_was_better_than(
         (0, 0, False, None, "no parameter received a gradient"),
         (0, 0, True, 0.0, "every gradient was 0"),
         (3, 0, True, 0.0, "every gradient was 0"),  # an optimizer without second moments
-        (3, 0, True, None, "no parameter moved"),
+        (3, 0, True, None, "no parameter changed"),
         (3, 1, True, 1.0, ""),
     ],
 )
@@ -309,7 +309,7 @@ def test_guard_stop_leaves_the_command_line_with_exit_code_5(tiny_encoder: Path,
         result = fulltune("run", recipe, "--run-folder", tmp_path / "run", "--set", "train.max_steps=1")
 
     assert result.code == 5
-    assert "no parameter moved" in result.err
+    assert "no parameter changed" in result.err
     assert "Traceback" not in result.err
     assert (tmp_path / "run" / "report.html").exists()
     assert Outcome.load(tmp_path / ATTEMPT / "outcome.json").status == "stopped_by_guard"

@@ -55,7 +55,7 @@ def test_where_it_cannot_be_had_it_is_refused(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(RecipeError, match="use_liger_kernel only runs on a GPU"):
         resolve.check_kernels(recipe(), SimpleNamespace(gpus=()), "cpu", "bf16")  # type: ignore[arg-type]  # has no card
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SetupError, match=r"needs a package that is missing; pip install 'fulltune\[liger\]'"):
+    with pytest.raises(SetupError, match=r"needs a missing package; run: pip install 'fulltune\[liger\]'"):
         arguments.check_trainable(recipe())
 
 

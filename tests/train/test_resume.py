@@ -186,10 +186,10 @@ def test_torn_checkpoint_is_passed_over_with_a_message(
     shutil.copytree(interrupted, tmp_path / "checkpoints")
     newest, before = (tmp_path / "checkpoints" / f"checkpoint-{step}" for step in (10, 8))
 
-    assert checkpoints.newest_undamaged(tmp_path / "checkpoints") == (newest, [])
+    assert checkpoints.newest_undamaged_checkpoint(tmp_path / "checkpoints") == (newest, [])
     damage(newest)
 
-    found, passed_over = checkpoints.newest_undamaged(tmp_path / "checkpoints")
+    found, passed_over = checkpoints.newest_undamaged_checkpoint(tmp_path / "checkpoints")
     assert found == before
     assert passed_over == [f"checkpoint-10: {message}; trying the previous checkpoint"]
 

@@ -153,7 +153,7 @@ def test_corrupted_rows_are_left_out_and_many_of_them_are_gone_back_from(tmp_pat
 
 def test_skipped_step_changes_no_weight(model: Path, tmp_path: Path) -> None:
     """Of a run of one step that is skipped nothing moves, with weight decay on."""
-    with pytest.raises(GuardStop, match="no parameter moved"):
+    with pytest.raises(GuardStop, match="no parameter changed"):
         run(tmp_path, model, faults.nan_gradient, [1], train={"num_train_epochs": None, "max_steps": 1})
 
 
@@ -188,7 +188,7 @@ def test_without_rollbacks_the_run_stops(model: Path, tmp_path: Path) -> None:
     with pytest.raises(Diverged, match="step 33"):
         run(tmp_path, model, faults.nan_gradient, range(31, 34), train={"max_rollbacks": 0})
     folder = tmp_path / "run/checkpoints/full-seed42"
-    sound, _ = checkpoints.newest_undamaged(folder)
+    sound, _ = checkpoints.newest_undamaged_checkpoint(folder)
     assert sound is not None
     assert all(bool(one.isfinite().all()) for one in load_file(sound / "model.safetensors").values())
 

@@ -63,7 +63,7 @@ def test_check_of_pairs_that_cancel_each_other_refuses(
     hooks: dict[str, Any], blocks: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RecipeError, match=message):
-        Hooks(**hooks).check(recipe(**blocks))
+        Hooks(**hooks).check_recipe(recipe(**blocks))
 
 
 @pytest.mark.parametrize(("kind", "refused"), [("text", True), ("chat", False), ("prompt_completion", False)])
@@ -80,7 +80,7 @@ def test_metrics_of_raw_text_are_refused(kind: Any, refused: bool) -> None:
     )
     Hooks().check_data(summary)
     if refused:
-        with pytest.raises(RecipeError, match="which raw text lacks"):
+        with pytest.raises(RecipeError, match="but raw text has none"):
             Hooks(metrics=max).check_data(summary)
     else:
         Hooks(metrics=max).check_data(summary)

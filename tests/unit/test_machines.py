@@ -205,7 +205,7 @@ def answering(place: MachineAddress, tmp_path: Path) -> Iterator[dict[str, Any]]
 def led(place: MachineAddress, recipe: Recipe) -> Iterator[MachineGroup]:
     """What machine 0's command does around a run."""
     with lead_machines(place, recipe, silent) as group:
-        group.begin(silent)
+        group.wait_before_first_attempt(silent)
         yield group
 
 
@@ -413,7 +413,7 @@ def test_what_became_of_another_machine(
     with lead_machines(place, recipe, silent) as group:
         record = member(recipe, 1, token=group.members[0].token, instance="i")
         sign = Heartbeat(place.file_of(recipe, 1), record)
-        group.begin(silent)
+        group.wait_before_first_attempt(silent)
         attempt = group_of._AttemptOnAllMachines(ran, group._heartbeat, "a", {group._others[1]: "i"})
         if gives_none:
             sign.end()

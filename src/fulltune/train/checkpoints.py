@@ -1,5 +1,3 @@
-"""Finds, saves and loads checkpoints, which are valid only if they match their checksums."""
-
 from __future__ import annotations
 
 import hashlib
@@ -28,8 +26,8 @@ WEIGHTS = "model.safetensors"
 _DIGEST_VALUES = 64
 
 
-def newest_undamaged(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest undamaged checkpoint, or None, and a warning for each newer, damaged one."""
+def newest_undamaged_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint that matches its checksums, or None, and a warning for each newer, damaged one."""
     damaged: list[str] = []
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=number_in, reverse=True):
         problem = find_damage(checkpoint)
@@ -50,7 +48,7 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 
 def save_guard_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
-    """Write the state of the step guard and the Trainer's parts, each array to its own file."""
+    """Save `FullTrainer.guard_state` in a checkpoint, each array in its own file."""
     arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
     for name, values in arrays.items():
         np.save(checkpoint / f"{name}.npy", values)
@@ -58,48 +56,48 @@ def save_guard_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_guard_state(checkpoint: Path, required: Iterable[str] = ()) -> dict[str, Any]:
-    """Read what `save_guard_state` wrote; raise `SetupError` if one of the `required` names is missing."""
+    """Return a checkpoint's guard state by name; raise `SetupError` if a `required` name is missing."""
     state: dict[str, Any] = json.loads((checkpoint / GUARD).read_text(encoding="utf-8"))
     state |= {file.stem: np.load(file, allow_pickle=False) for file in checkpoint.glob("*.npy")}
     if missing := sorted(set(required) - state.keys()):
         raise SetupError(
-            f"{checkpoint / GUARD}: no {', '.join(missing)}, because another version of fulltune wrote it; "
+            f"{checkpoint / GUARD}: found no {', '.join(missing)}, because another version of fulltune wrote it; "
             "start a new run (--fresh)"
         )
     return state
 
 
-def newest_healthy(folder: Path, before: int) -> Path | None:
+def newest_healthy_checkpoint(folder: Path, before: int) -> Path | None:
     """Return the newest undamaged checkpoint older than step `before` and without recently skipped steps, or None."""
     newest_first = sorted(folder.glob("checkpoint-*"), key=number_in, reverse=True)
     sound = (path for path in newest_first if number_in(path) < before and find_damage(path) is None)
     return next((path for path in sound if not load_guard_state(path).get("skipped")), None)
 
 
-def last_saved(folder: Path) -> int:
+def last_saved_step(folder: Path) -> int:
     """Return the step of the newest complete checkpoint, or 0 if there is none."""
     return max((number_in(path) for path in folder.glob("checkpoint-*") if (path / SEAL).exists()), default=0)
 
 
 def delete_old_checkpoints(folder: Path, limit: int, best_step: int | None) -> None:
-    """Delete complete checkpoints except the newest `limit`, the best, and those that were best when one of these was
-    made."""
-    sealed = sorted((path for path in folder.glob("checkpoint-*") if (path / SEAL).exists()), key=number_in)
-    states = [json.loads((path / STATE).read_text(encoding="utf-8")) for path in sealed[-limit:]]
+    """Delete complete checkpoints except the newest `limit`, the best, and those that were best when one of the newest
+    was saved."""
+    complete = sorted((path for path in folder.glob("checkpoint-*") if (path / SEAL).exists()), key=number_in)
+    states = [json.loads((path / STATE).read_text(encoding="utf-8")) for path in complete[-limit:]]
     best_steps = {best_step, *(state["best_global_step"] for state in states)}
-    for checkpoint in sealed[:-limit]:
+    for checkpoint in complete[:-limit]:
         if number_in(checkpoint) not in best_steps:
             shutil.rmtree(checkpoint)
 
 
-def delete_unfinished(folder: Path) -> None:
+def delete_unfinished_checkpoints(folder: Path) -> None:
     """Delete checkpoints without checksums."""
     for checkpoint in folder.glob("checkpoint-*"):
         if not (checkpoint / SEAL).exists():
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def delete_after(folder: Path, step: int) -> None:
+def delete_checkpoints_after(folder: Path, step: int) -> None:
     """Delete the checkpoints of steps after `step`."""
     for checkpoint in folder.glob("checkpoint-*"):
         if number_in(checkpoint) > step:
@@ -107,6 +105,7 @@ def delete_after(folder: Path, step: int) -> None:
 
 
 def save_trained_weights(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Save the trainable parameters' weights in the checkpoint folder."""
     from safetensors.torch import save_file
 
     checkpoint.mkdir(parents=True, exist_ok=True)
@@ -115,20 +114,20 @@ def save_trained_weights(model: PreTrainedModel, checkpoint: Path) -> None:
 
 
 def load_weights(model: PreTrainedModel, checkpoint: Path, trained_only: bool = False) -> None:
-    """Load a checkpoint's weights into the model. With `trained_only`, read what `save_trained_weights` wrote; else use
-    `from_pretrained`, which renames some tensors."""
+    """Load a checkpoint's weights into the model, by `from_pretrained` because it renames some tensors, or with
+    `trained_only` those of `save_trained_weights`."""
     if trained_only:
         from safetensors.torch import load_file
 
         copy_into_trained(model, load_file(checkpoint / WEIGHTS), checkpoint)
         return
-    source = load_second_model(model, checkpoint, model.dtype)
+    source = load_into_new_model(model, checkpoint, model.dtype)
     sharding.free_gathered_weights(model)
     model.load_state_dict(source.state_dict())
 
 
-def load_second_model(model: PreTrainedModel, checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a checkpoint as another model, sharded like `model`; raise `SetupError` if their tensors differ."""
+def load_into_new_model(model: PreTrainedModel, checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a checkpoint into a new model, sharded like `model`; raise `SetupError` if the tensors differ."""
     import torch
 
     model_class: Any = type(model)
@@ -141,5 +140,5 @@ def load_second_model(model: PreTrainedModel, checkpoint: Path, dtype: torch.dty
     mismatched = sorted({*info["missing_keys"], *info["unexpected_keys"], *other_shape})
     if mismatched:
         name, count = mismatched[0], len(mismatched)
-        raise SetupError(f"{checkpoint}: its tensors differ from the model's: {name} ({count} such tensors)")
+        raise SetupError(f"{checkpoint}: its tensors differ from the model's, for example {name} ({count} in all)")
     return other

@@ -41,9 +41,9 @@ class Hooks:
 
     metrics: Callable[..., Mapping[str, float]] | None = None
     """`metrics(predictions, references)` returns further metrics of the test rows, also for each bootstrap sample. Both
-    arguments are arrays of class ids, 0/1 rows or numbers for classifiers, arrays of choice numbers for multiple
-    choice, lists of tags per row for taggers, answers (may be empty) and lists of accepted answers for question
-    answering, and generated and expected answers for other text tasks."""
+    arguments are arrays of class ids, 0/1 rows or numbers (classifiers), arrays of choice numbers (multiple choice),
+    lists of tags per row (taggers), answers, which may be empty, and lists of accepted answers (question answering),
+    or generated and expected answers (other text tasks)."""
     preprocess: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     """`preprocess(row)` returns the changed row after it is read."""
     compute_loss: Callable[..., Any] | None = None
@@ -55,18 +55,18 @@ class Hooks:
         relevant = {name: value for name, value in vars(self).items() if value is not None and name != "metrics"}
         return "" if not relevant else hashlib.sha256(_stable_description(relevant).encode()).hexdigest()[:16]
 
-    def check(self, recipe: Recipe) -> None:
-        """Raise `RecipeError` if a function conflicts with a setting."""
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Raise `RecipeError` if a hook conflicts with a setting."""
         train, own = recipe.train, self.compute_loss is not None
         answers = not FACTS[recipe.task].writes or recipe.evaluate.generate_rows
         pairs = {
-            "compute_loss and train.class_weights are both given; apply class weights in your own loss": (
+            "compute_loss and train.class_weights are both set; apply class weights in your own loss": (
                 own and train.class_weights is not None
             ),
-            "compute_loss and train.chunked_loss are both given; your own loss needs all logits at once": (
+            "compute_loss and train.chunked_loss are both set; your own loss needs all logits at once": (
                 own and train.chunked_loss
             ),
-            "compute_loss and train.label_smoothing_factor are both given; smooth the labels in your own loss": (
+            "compute_loss and train.label_smoothing_factor are both set; smooth the labels in your own loss": (
                 own and train.label_smoothing_factor
             ),
             "compute_loss runs in this process; set train.num_processes: 1": own and train.num_processes > 1,
@@ -81,7 +81,7 @@ class Hooks:
         """Raise `RecipeError` if `metrics` is set for raw text, which has no answers."""
         if self.metrics is not None and summary.form.is_raw_text:
             raise RecipeError(
-                "metrics compare answers, which raw text lacks; omit metrics, or give prompts and answers"
+                "metrics compare answers, but raw text has none; omit metrics, or use data with prompts and answers"
             )
 
     @property

@@ -15,14 +15,11 @@ from fulltune.records.training import Outcome
 from fulltune.train.request import Request, attempt_folders
 
 PHASE_FILE = "phase"
-HEARTBEAT = "heartbeat"
-"""File with the number of completed steps."""
-NEXT = "next attempt"
-"""Event that records why another attempt starts."""
+HEARTBEAT_FILE = "heartbeat"
+NEXT_ATTEMPT_EVENT = "next attempt"
 PROBING = "fitting a linear probe of the pretrained model"
 CHECKS, TRAINING = "checking, with a dry run at the longest length", "training"
 SCORING = "scoring the eval rows before step 1"
-"""Names of phases in `metrics.jsonl`."""
 
 
 def read_phase(folder: Path) -> Phase | None:
@@ -34,7 +31,7 @@ def read_phase(folder: Path) -> Phase | None:
 
 def read_completed_steps(folder: Path) -> int:
     """Return the completed steps at an attempt's last heartbeat, or 0."""
-    path = folder / HEARTBEAT
+    path = folder / HEARTBEAT_FILE
     text = path.read_text(encoding="ascii") if path.exists() else ""
     return int(text) if text.isdigit() else 0
 
@@ -44,7 +41,7 @@ class Journal:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._heartbeat = None if path is None else path.with_name(HEARTBEAT)
+        self._heartbeat = None if path is None else path.with_name(HEARTBEAT_FILE)
         self.phase: Phase = "loading"
 
     def set_phase(self, phase: Phase) -> None:
@@ -57,7 +54,7 @@ class Journal:
 
     @contextlib.contextmanager
     def phase_within(self, phase: Phase) -> Iterator[None]:
-        """Set the phase within a block. After an error the phase stays set."""
+        """Set the phase for a block, and restore the previous one unless the block raises."""
         before = self.phase
         self.set_phase(phase)
         yield
@@ -74,6 +71,7 @@ class Journal:
             self._heartbeat.unlink(missing_ok=True)
 
     def write(self, event: str, detail: str) -> None:
+        """Append an event with the current time."""
         if self.path is None:  # not the first process
             return
         entry = JournalEntry(time=datetime.now(UTC).isoformat(timespec="seconds"), event=event, detail=detail)
@@ -82,7 +80,7 @@ class Journal:
 
 
 def trial_seconds(folder: Path, trial: str) -> float:
-    """Return a trial's duration in seconds, from the first import to the saved model, over all attempts but without
+    """Return a trial's duration in seconds over all attempts, from the first import to the saved model, without
     repeated steps, linear probe and checks."""
     *earlier, last = attempt_folders(folder, trial)
     begins = [event for event in _recorded_events(last) if isinstance(event, PhaseBegan)]

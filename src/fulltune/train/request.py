@@ -18,7 +18,6 @@ class Request(Record):
     attempt: int
     checkpoint: str | None
     parent_pid: int | None
-    """Process id of the parent; the worker ends when the parent ends."""
     probe: bool = False
     """If True, stop after the dry run and write only the outcome."""
     dry_run: bool = True
@@ -35,12 +34,13 @@ class Request(Record):
 
     @property
     def folder(self) -> Path:
+        """Folder of this attempt, or of this measurement with `probe`."""
         if self.probe:
             return Path(self.run_folder) / "plan" / "probes" / f"{self.attempt:02d}"
         return Path(self.run_folder) / "attempts" / f"{self.plan.trial}-{self.attempt:02d}"
 
     def initial_weights(self, rank: int) -> Path:
-        """Return the file of a rank's weights before step 1, deleted after the attempt."""
+        """Return the file of a rank's weights before step 1."""
         return self._rank_file(INITIAL_WEIGHTS, rank)
 
     @property
@@ -48,7 +48,7 @@ class Request(Record):
         return sorted(self.folder.glob(f"{Path(INITIAL_WEIGHTS).stem}*.safetensors"))
 
     def trained_weights(self, rank: int) -> Path:
-        """Return the file of a rank's trained weights, used to choose an interpolation."""
+        """Return the file of a rank's trained weights."""
         return self._rank_file("trained.safetensors", rank)
 
     def _rank_file(self, name: str, rank: int) -> Path:
@@ -64,7 +64,6 @@ class Request(Record):
 
     @property
     def tensorboard(self) -> Path:
-        """Folder of the trial's TensorBoard logs."""
         return Path(self.run_folder) / "tensorboard" / self.plan.trial
 
     @property
@@ -78,5 +77,4 @@ def number_in(folder: Path) -> int:
 
 
 def attempt_folders(run_folder: Path, trial: str) -> list[Path]:
-    """Return the folders of a trial's attempts, ordered by number."""
     return sorted((run_folder / "attempts").glob(f"{trial}-[0-9]*"), key=number_in)

@@ -26,10 +26,9 @@ class ResourceUsage:
     dry_run_loss: float | None = None
     disk_bytes: int = 0
     memory_growth_per_process: tuple[int, ...] = ()
-    """Memory growth in bytes by rank, at the end of training."""
 
     def start_measuring(self, device: str, generates_text: bool) -> None:
-        """Start measuring memory, after importing libraries that evaluation needs."""
+        """Start measuring memory after importing the metrics' libraries, unneeded if `generates_text`."""
         if not generates_text:
             for name in ("scipy.stats", "sklearn.metrics"):
                 importlib.import_module(name)
@@ -84,13 +83,13 @@ def memory_limit(limit_bytes: int | None, device: str, warn: Callable[[str], Non
         yield
 
 
-def _data_limit(limit_bytes: int, before: tuple[int, int]) -> int:
-    """Return the RLIMIT_DATA in bytes for `limit_bytes` of resident memory, at most `before`."""
+def _data_limit(limit_bytes: int, current: tuple[int, int]) -> int:
+    """Return the RLIMIT_DATA in bytes for `limit_bytes` of resident memory, at most the `current` limits."""
     used = status_bytes("VmRSS")
     if limit_bytes <= used:
         raise DoesNotFitError(
             f"train.memory_limit: {format_bytes(limit_bytes)}, but Python and its libraries alone use "
             f"{format_bytes(used)}; set a higher limit"
         )
-    limits = [value for value in before if value != resource.RLIM_INFINITY]
+    limits = [value for value in current if value != resource.RLIM_INFINITY]
     return min([status_bytes("VmData") + limit_bytes - used, *limits])

@@ -120,5 +120,7 @@ def test_lock_is_named_with_what_to_do(is_locked: bool, tmp_path: Path, monkeypa
 
     zero.build_extensions(False, True, log.append)
 
-    waiting = f"waiting for {tmp_path / 'lock'}: cpu_adam is being compiled; if no process compiles, delete it"
+    waiting = (
+        f"waiting for {tmp_path / 'lock'}: cpu_adam is being compiled; if no process is compiling, delete this file"
+    )
     assert log == [*([waiting] if is_locked else []), "loaded"]

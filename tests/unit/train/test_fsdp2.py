@@ -146,10 +146,12 @@ def test_other_models_tensors_are_refused(tmp_path: Path) -> None:
         model = made()
         fsdp2.save_sharded_checkpoint(model, fsdp2.sharded_optimizer_state(model, trained(model)), tmp_path)
     with pytest.raises(
-        SetupError, match=r"its tensors differ from the model's: transformer\.h\.1.* \(12 such tensors\)"
+        SetupError, match=r"its tensors differ from the model's, for example transformer\.h\.1.* \(12 in all\)"
     ):
         fsdp2.load_weights(made(n_layer=1), tmp_path)
-    with pytest.raises(SetupError, match=r"its tensors differ from the model's: transformer\.wpe\.weight \(1 such"):
+    with pytest.raises(
+        SetupError, match=r"its tensors differ from the model's, for example transformer\.wpe\.weight \(1 in"
+    ):
         fsdp2.load_weights(made(n_positions=64), tmp_path)
 
 

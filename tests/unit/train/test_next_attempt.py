@@ -216,8 +216,8 @@ def test_reason_says_what_was_short_and_what_changes() -> None:
 
     assert change is not None
     assert change.reason == (
-        "memory ran out in a training step with 1.07 GiB in use when 90 MiB more were requested (largest part "
-        "planned: logits, 480 MiB); micro batch 4 instead of 8, with the same global batch of 8"
+        "memory ran out in a training step with 1.07 GiB in use when 90 MiB more was requested (largest planned "
+        "part: logits, 480 MiB); micro batch 4 instead of 8, with the same global batch of 8"
     )
     assert change.plan.memory == need(change.plan)
 
@@ -254,7 +254,7 @@ def test_message_at_the_end_shows_every_fallback() -> None:
     lines = out_of_memory_messages(fixed, last, failed, ["first change", "second change"])
 
     assert lines == [
-        "memory ran out in a training step with 400 MiB in use (largest part planned: optimizer, 200 MiB): MemoryError",
+        "memory ran out in a training step with 400 MiB in use (largest planned part: optimizer, 200 MiB): MemoryError",
         "tried: first change",
         "tried: second change",
         "not possible: smaller micro batch: already at its smallest value",

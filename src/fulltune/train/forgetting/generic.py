@@ -45,11 +45,11 @@ class DriftMonitor(TrainingPart):
     """Measures the drift on the plan's generic texts at each evaluation, from step 0 on."""
 
     def __init__(self, inputs: AttemptInputs, trainer: FullTrainer) -> None:
+        """Tokenise the generic texts, if the plan measures drift."""
         self.inputs, self.trainer = inputs, trainer
         self.text: GenericText | None = None
-        """Texts on which drift is measured, or None if the plan has none or this model cannot be measured."""
-        self.digest = ""
-        """Digest of all generic texts of the run."""
+        """Texts on which drift is measured, or None if it is not."""
+        self.texts_digest = ""
         self.start: np.ndarray | None = None
         """Output of `GenericText.measure` for the pretrained model."""
         plan, preserve = inputs.plan, inputs.recipe.preserve
@@ -60,7 +60,7 @@ class DriftMonitor(TrainingPart):
             count = max(num_texts, count_texts_for(texts, num_texts * GENERIC_TOKENS)) if split else len(texts)
             self.text = self.tokenize(texts[:count])
             all_texts = [*split.selection, *split.held_out, *split.replayed] if split else texts
-            self.digest = hashlib.sha256("\0".join(all_texts).encode()).hexdigest()[:16]
+            self.texts_digest = hashlib.sha256("\0".join(all_texts).encode()).hexdigest()[:16]
 
     @cached_property
     def max_tokens(self) -> int:
@@ -76,11 +76,11 @@ class DriftMonitor(TrainingPart):
             texts, self.trainer.processing_class, writes, plan.precision, self.max_tokens, batch
         )
 
-    def weak_texts_reason(self, text: GenericText, first: np.ndarray) -> str | None:
-        """Return why drift on these texts says little about this model, or None; `first` is the pretrained output."""
+    def weak_texts_reason(self, text: GenericText, pretrained_output: np.ndarray) -> str | None:
+        """Return why drift on these texts says little about this model, or None."""
         tokenizer: Any = self.trainer.processing_class
         vocabulary = getattr(self.trainer.model.config.get_text_config(), "vocab_size", None)
-        return why_texts_are_weak(text, first, vocabulary, tokenizer.unk_token_id)
+        return why_texts_are_weak(text, pretrained_output, vocabulary, tokenizer.unk_token_id)
 
     def scores(self) -> dict[str, float]:
         """Return `drift` and its standard error `drift_error`, or {} if drift cannot be measured."""
@@ -111,16 +111,16 @@ class DriftMonitor(TrainingPart):
         return mean_drift(self.start, now)
 
     def state(self) -> dict[str, Any]:
-        return {"generic_texts": self.digest, "generic": self.start}
+        return {"generic_texts": self.texts_digest, "generic": self.start}
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        self._stop_if_texts_changed(state["generic_texts"])
+        self._handle_changed_texts(state["generic_texts"])
         self.start = state.get("generic")
 
-    def _stop_if_texts_changed(self, saved_digest: str | None) -> None:
-        """If the generic texts changed since the checkpoint, raise `SetupError` if there is a budget, else stop
-        measuring."""
-        if self.text is None or saved_digest in (None, self.digest):
+    def _handle_changed_texts(self, saved_digest: str | None) -> None:
+        """If the generic texts changed since the checkpoint, raise `SetupError`, or without a budget warn and measure
+        no more drift."""
+        if self.text is None or saved_digest in (None, self.texts_digest):
             return
         probe = self.inputs.recipe.preserve.probe or BUNDLED
         problem = f"preserve.probe: {probe}: the texts changed since this run began, so drift cannot be compared"
@@ -131,15 +131,15 @@ class DriftMonitor(TrainingPart):
 
 
 class Replay(TrainingPart):
-    """Adds to each step the gradient of a distillation loss, which compares the model with the pretrained one on
-    generic texts.
+    """Adds to each step the gradient of a distillation loss on generic texts, against the pretrained model's outputs.
 
-    The weight of this loss follows the measured drift, so that the run stays within its forgetting budget.
+    The loss's weight follows the measured drift, to stay within the forgetting budget.
     """
 
     def __init__(
         self, inputs: AttemptInputs, monitor: DriftMonitor, text: GenericText, rows_per_pass: int, budget: float
     ) -> None:
+        """Replay `text`, `rows_per_pass` at a time, to keep drift below `budget`."""
         self.inputs, self.monitor, self.trainer = inputs, monitor, monitor.trainer
         self.text, self.rows_per_pass = text, rows_per_pass
         self.bounds, self.limit = LANGUAGE_WEIGHTS if text.writes else STATE_WEIGHTS, limit_of(budget, text.writes)
@@ -149,7 +149,8 @@ class Replay(TrainingPart):
         [tokens, `TOP_TOKENS`]; for others the mean hidden state, float64 [hidden]."""
 
     def texts_of_step(self, step: int) -> list[int]:
-        """Return the positions of the texts that a step, counted from 1, replays; all are used before one repeats."""
+        """Return the positions of the texts that a step, counted from 1, replays. No text repeats before all were
+        replayed."""
         plan, count = self.inputs.plan, len(self.text.ids)
         places = range((step - 1) * plan.generic.replay_rows, step * plan.generic.replay_rows)
         orders = {cycle: _shuffled_order(count, plan.seed, cycle) for cycle in {place // count for place in places}}
@@ -174,7 +175,7 @@ class Replay(TrainingPart):
         self.before = outputs
 
     def add_gradient(self) -> None:
-        """Add the replay loss's gradient on this rank's texts, without dropout."""
+        """Add the replay loss's gradient on this rank's texts to the parameters' gradients, without dropout."""
         trainer = self.trainer
         model, arguments = trainer.model, trainer.args
         texts = self.texts_of_step(trainer.state.global_step + 1)
@@ -211,7 +212,8 @@ class Replay(TrainingPart):
         self.weight = state["replay_weight"]
 
     def _distance_from_pretrained(self, positions: Sequence[int]) -> torch.Tensor:
-        """Return the summed distance of these texts' outputs from the pretrained model's."""
+        """Return the KL divergence (language models) or cosine distance from the pretrained model's outputs, summed
+        over these texts."""
         model, device = self.trainer.model, self.trainer.args.device
         if not self.text.writes:
             stacked = np.stack([self.before[position] for position in positions])
@@ -228,13 +230,13 @@ class Replay(TrainingPart):
         ids = pad_right(texts, self.text.pad_token_id).to(device)
         labels = pad_right([[IGNORED, *text[1:]] for text in texts], IGNORED).to(device)
         mask = pad_right([[1] * len(text) for text in texts], 0).to(device)
-        with self.trainer.computing_needed_logits(labels, whole=True):
+        with self.trainer.computing_needed_logits(labels, all_logits=True):
             logits = self.trainer.model(input_ids=ids, attention_mask=mask).logits
         return logits[causal_lm.target_ids(labels) != IGNORED] if logits.dim() == 3 else logits
 
 
 def create_replay(inputs: AttemptInputs, monitor: DriftMonitor) -> list[TrainingPart]:
-    """Create the replay of generic text, or return [] if none is planned. The model must still be pretrained."""
+    """Create the replay of generic text, or return [] if none is planned. Call this before the weights change."""
     plan, rows, budget = inputs.plan, inputs.plan.generic.replay_rows, inputs.plan.generic.budget
     if budget is None or not rows or inputs.request.probe:
         return []
@@ -253,14 +255,19 @@ def create_replay(inputs: AttemptInputs, monitor: DriftMonitor) -> list[Training
     return [replay]
 
 
-def kl_divergence(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
-    """Return the summed KL divergence in nats between log probabilities [positions, tokens]; other tokens count as
-    one."""
-    rest_before, rest_now = ((1 - logs.exp().sum(dim=-1)).clamp(min=_MIN_REST) for logs in (before, now))
-    return (before.exp() * (before - now)).sum() + (rest_before * (rest_before.log() - rest_now.log())).sum()
+def kl_divergence(pretrained: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
+    """Return the summed KL divergence in nats between log probabilities [positions, tokens]; missing tokens are treated
+    as one."""
+    rest_pretrained, rest_current = (
+        (1 - logs.exp().sum(dim=-1)).clamp(min=_MIN_REST) for logs in (pretrained, current)
+    )
+    return (pretrained.exp() * (pretrained - current)).sum() + (
+        rest_pretrained * (rest_pretrained.log() - rest_current.log())
+    ).sum()
 
 
 def _shuffled_order(count: int, seed: int, cycle: int) -> list[int]:
+    """Shuffle the numbers below `count` by seed and cycle."""
     order = list(range(count))
     random.Random(f"{seed}:replay:{cycle}").shuffle(order)
     return order

@@ -66,8 +66,8 @@ class WeightInterpolation:
 def keep_within_budget(
     inputs: AttemptInputs, trainer: FullTrainer, monitor: DriftMonitor, score: Callable[[Sequence[Row]], float]
 ) -> BudgetResult | None:
-    """Interpolate the weights so that drift stays within the budget, and measure drift on the sealed texts; return None
-    without a budget. A saved result for the same weights is reused. `score` returns the metric of eval rows."""
+    """Interpolate the weights so that drift stays within the budget, and measure drift on held-out texts. Returns None
+    without a budget, and a saved result for the same weights. `score` returns the metric of eval rows."""
     plan, request = inputs.plan, inputs.request
     if plan.generic.budget is None:
         return None
@@ -102,42 +102,44 @@ def _choose_and_certify(
     score: Callable[[Sequence[Row]], float],
     opening_times: tuple[str, ...],
 ) -> BudgetResult:
-    """Choose the best interpolation within the budget, and measure its drift on the sealed texts."""
+    """Choose the best interpolation within the budget and measure its drift on held-out texts. Earlier such
+    measurements were at `opening_times`."""
     plan, trainer, stop = inputs.plan, monitor.trainer, inputs.stop
     budget = plan.generic.budget
     assert budget is not None
     texts = load_budget_texts(inputs.recipe.preserve)
-    selection, sealed = monitor.tokenize(texts.selection), monitor.tokenize(texts.held_out)
+    selection, held_out = monitor.tokenize(texts.selection), monitor.tokenize(texts.held_out)
     is_language_model = inputs.summary.form.reads_any_text
     limit = limit_of(budget, is_language_model)
     rows = _sample_eval_rows(inputs, trainer)
 
-    def read(share: float, text: GenericText) -> np.ndarray:
+    def measure_outputs(share: float, text: GenericText) -> np.ndarray:
         interpolation.set_weights(share)
         return text.measure(trainer.model, trainer.head, trainer.write_heartbeat)
 
-    start = read(0.0, selection)
+    start = measure_outputs(0.0, selection)
 
     def measure_point(share: float) -> InterpolationPoint:
+        """Measure drift and metric at this share; raise `InterruptedRun` if asked to stop."""
         # With sharded weights all ranks run this and must stop together; otherwise only rank 0 does.
         if stop.is_requested_on_any_rank(trainer.args) if trainer.is_shared else stop.is_requested:
             raise InterruptedRun("stopped on request while choosing weights within the budget; training is complete")
         interpolation.set_weights(share)
-        drift = mean_drift(start, start if share == 0 else read(share, selection))
+        drift = mean_drift(start, start if share == 0 else measure_outputs(share, selection))
         return InterpolationPoint(share=share, drift=drift, metric=score(rows))
 
     with inputs.journal.phase_within("evaluation"):
         points = [measure_point(share) for share in (0.0, *SHARES)]
         points += _refine_near_limit(points, limit, measure_point)
         choice = best_point_within(points, limit, plan.greater_is_better)
-        sealed_drift = None
+        held_out_drift = None
         if not choice.is_start:
             opening_times = (*opening_times, datetime.now().astimezone().isoformat(timespec="seconds"))
-            sealed_drift = mean_drift(read(0.0, sealed), read(choice.share, sealed))
-    result = "no trained weights are within the budget; the sealed texts were not used"
-    if sealed_drift is not None:
-        verdict = "PASS" if sealed_drift.upper <= limit else "FAIL"
-        result = f"drift measured on {len(sealed.ids)} sealed generic texts: {verdict}"
+            held_out_drift = mean_drift(measure_outputs(0.0, held_out), measure_outputs(choice.share, held_out))
+    result = "no trained weights are within the budget; the held-out texts were not used"
+    if held_out_drift is not None:
+        verdict = "PASS" if held_out_drift.upper <= limit else "FAIL"
+        result = f"drift measured on {len(held_out.ids)} held-out generic texts: {verdict}"
     inputs.journal.write("budget for forgetting", result)
     return BudgetResult(
         trial=plan.trial,
@@ -149,7 +151,7 @@ def _choose_and_certify(
         greater_is_better=plan.greater_is_better,
         points=tuple(sorted(points, key=lambda point: point.share, reverse=True)),
         choice=choice,
-        sealed=sealed_drift,
+        sealed=held_out_drift,
         weights_digest=interpolation.digest,
         weak_texts_reason=monitor.weak_texts_reason(selection, start),
         opening_times=opening_times,

@@ -41,25 +41,25 @@ def _missing_package_messages(recipe: Recipe) -> list[str]:
 
         present = get_available_reporting_integrations()
         problems += [
-            f"train.report_to: '{name}' needs a package that is missing; pip install {_PACKAGES.get(name, name)}"
+            f"train.report_to: '{name}' needs a missing package; run: pip install {_PACKAGES.get(name, name)}"
             for name in recipe.train.report_to
             if name not in (*present, *NO_PACKAGES)
         ]
     package, install = package_for_optimizer(recipe.train.optim or "")
     if package and importlib.util.find_spec(package) is None:
-        problems.append(f"train.optim: '{recipe.train.optim}' needs a package that is missing; pip install {install}")
+        problems.append(f"train.optim: '{recipe.train.optim}' needs a missing package; run: pip install {install}")
     if recipe.train.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
-        problems.append("train.use_liger_kernel: needs a package that is missing; pip install 'fulltune[liger]'")
+        problems.append("train.use_liger_kernel: needs a missing package; run: pip install 'fulltune[liger]'")
     kernel = recipe.model.attn_implementation
     of_kernel = _KERNELS.get(kernel or "", ())
     if of_kernel and not any(map(importlib.util.find_spec, of_kernel)):
         names = " or ".join(name.replace("_", "-") for name in of_kernel)
-        problems.append(f"model.attn_implementation: '{kernel}' needs a package that is missing: {names}")
+        problems.append(f"model.attn_implementation: '{kernel}' needs a missing package: {names}")
     return [*problems, *parallel_layout.missing_package_problems(recipe)]
 
 
 def package_for_optimizer(optim: str) -> tuple[str, str]:
-    """Return the module that an optimizer needs and its pip package, or two empty strings if it needs none."""
+    """Return an optimizer's module and pip package, or two empty strings if it needs none."""
     if optim in OWN_OPTIMIZERS:
         return "", ""
     if optim in ("adamw_torch_4bit", "adamw_torch_8bit"):

@@ -40,6 +40,7 @@ class Recorder:
     started: float = field(default_factory=time.monotonic)
 
     def write(self, event: Event) -> None:
+        """Append an event with its time, and call the listener."""
         if self.path is None:
             return
         event = event.model_copy(update={"seconds": round(time.monotonic() - self.started, 3)})
@@ -149,7 +150,7 @@ class Checkpoints(TrainerCallback):
             control.should_training_stop = True
 
     def should_stop_early(self, state: TrainerState) -> bool:
-        """Return whether early stopping ends the run, by the logged metrics: a counter would restart on resume."""
+        """Return whether early stopping ends the run, by logged metrics because a counter would restart on resume."""
         plan, train = self.request.plan, self.request.recipe.train
         return train.early_stopping_patience is not None and should_stop_early(
             logged(state, f"eval_{plan.metric}"),
@@ -189,7 +190,7 @@ class StopOnRequest(TrainerCallback):
         return is_any
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Save a checkpoint and stop training if any rank received a stop signal."""
+        """Save a checkpoint and stop if any rank received a stop signal."""
         # The evaluation before step 1 has no step to save.
         if state.global_step and self.is_requested_on_any_rank(args):
             control.should_save = True

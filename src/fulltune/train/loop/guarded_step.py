@@ -33,9 +33,8 @@ class Guarded:
     """Mixin for a `Trainer` that skips a bad update, or stops training before it.
 
     Skipping frees the gradients, so the optimizer's moments do not change either. DeepSpeed updates inside its backward
-    pass, so each loss is judged before that pass, and no step is skipped.
-
-    Put the mixin before your own Trainer. If skipping does not help, it raises `Diverged`:
+    pass, so each loss is judged before that pass, and no step is skipped. If skipping does not help, training raises
+    `Diverged`:
 
         class Mine(fulltune.Guarded, SFTTrainer): ...
     """
@@ -75,7 +74,7 @@ class Guarded:
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Run forward and backward on one micro batch (`input_ids[rows, tokens]`), add its tokens and loss to the
-        step's, and return the loss."""
+        step's totals and return the loss."""
         if "attention_mask" in inputs:
             self.tokens_seen = self.tokens_seen + inputs["attention_mask"].sum()
         elif "input_ids" in inputs:  # packed texts fill their rows
@@ -148,6 +147,7 @@ class Guarded:
         return is_layerwise or bool(self.is_deepspeed_enabled)
 
     def _sum_over_ranks(self, *values: torch.Tensor | float) -> list[float]:
+        """Return each value's sum over all ranks."""
         totals = torch.stack([torch.as_tensor(value, device=self.args.device).float() for value in values])
         if self.accelerator.num_processes > 1:
             totals = self.accelerator.reduce(totals, reduction="sum")
@@ -156,7 +156,7 @@ class Guarded:
     def _judge_step(
         self, losses: torch.Tensor | float, norm: torch.Tensor | float | None
     ) -> tuple[StepVerdict, float, float | None]:
-        """Return the guard's verdict, the step's mean loss over the ranks, and the gradient norm or None."""
+        """Return the verdict, the mean loss over the ranks, and the gradient norm or None."""
         in_engine = bool(self.is_deepspeed_enabled)
         if isinstance(norm, torch.Tensor):  # sharded by FSDP2
             norm = sharding.full_tensor(norm)
@@ -195,7 +195,7 @@ def explain_non_finite(model: nn.Module, batches: Sequence[Mapping[str, object]]
 
 
 def _find_non_finite_cause(model: nn.Module, batches: Sequence[Mapping[str, object]]) -> str:
-    """Return what `explain_non_finite` returns, or raise the model's error."""
+    """Like `explain_non_finite`, but errors of the forward pass are not caught."""
     if all(_is_all_masked(batch.get("labels")) for batch in batches):
         return "all labels are masked, so there is nothing to learn from"
     for name, parameter in model.named_parameters():
@@ -219,6 +219,8 @@ def _first_non_finite_module(model: nn.Module, batch: Mapping[str, object]) -> s
     names: list[str] = []
 
     def add_hook(name: str, module: nn.Module) -> RemovableHandle:
+        """Make a module record itself if its output is not finite."""
+
         def record_if_non_finite(_: nn.Module, __: object, output: object) -> None:
             # Masks contain infinities on purpose, but no module outputs only a mask.
             tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]

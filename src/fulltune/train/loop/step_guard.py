@@ -11,8 +11,7 @@ from fulltune.records.training import ParameterChanges
 from fulltune.stats.curves import GO_ON, GuardDecision
 from fulltune.text import format_seconds, parse_seconds
 
-BASELINE_WINDOW = 64
-"""Number of accepted steps in the baseline."""
+BASELINE_STEPS = 64
 MIN_CLEAN_STEPS = 32
 """After fewer accepted steps, only non-finite values count as bad."""
 NORM_SCORE, LOSS_SCORE = 3.0, 6.0
@@ -26,9 +25,8 @@ RECENT_STEPS, STAY_SCORE = 20, 5.0
 deviations."""
 MIN_RISE = 0.1
 """Smallest rise that stops a run, relative to the loss at the start."""
-MAX_NON_FINITE = 3
-"""Non-finite steps in a row that stop a run."""
-MAX_SKIPPED = 5
+MAX_NON_FINITE_IN_A_ROW = 3
+MAX_RECENTLY_SKIPPED = 5
 """Skipped steps among the last `RECENT_STEPS` that stop a run."""
 MAD = 1.4826
 """Standard deviation divided by median absolute deviation, for normal values."""
@@ -39,16 +37,15 @@ class StepHistory:
     """Losses and gradient norms of earlier steps, to which a new step is compared."""
 
     losses: tuple[float, ...] = ()
-    """Losses of the last accepted steps, oldest first."""
     log_norms: tuple[float, ...] = ()
     first: float | None = None
     """Median of the first `MIN_CLEAN_STEPS` losses. If the median is 0, later losses are not judged."""
     skipped: tuple[int, ...] = ()
     most_rows: float = 0.0
-    """Largest number of rows per process in a step so far."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> StepHistory:
+        """Create a history from a checkpoint's guard state."""
         saved: dict[str, Any] = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         saved |= {name: tuple(value) for name, value in saved.items() if isinstance(value, list)}
         return cls(**saved)
@@ -76,18 +73,20 @@ def judge_step(
     is_loss_scaled: bool = False,
     finite_only: bool = False,
 ) -> StepVerdict:
-    """Decide before a step's update whether to apply it, skip it or stop the run, by comparing its loss and norm with
-    earlier steps.
+    """Decide whether to apply a step's update, skip it or stop the run, by comparing its loss and norm with earlier
+    steps.
 
-    `rows` is the number of rows per process: smaller steps may differ more. If the fp16 loss is scaled, a non-finite
-    norm passes, because the gradient scaler skips that step. With `finite_only` every finite step passes.
+    `rows` is the number of rows per process; with fewer rows the limits are wider. If the fp16 loss is scaled, a
+    non-finite norm passes, because the gradient scaler skips that step. With `finite_only` every finite step passes.
     """
     history = replace(history, most_rows=max(history.most_rows, rows))
     if is_loss_scaled and math.isfinite(loss) and norm is not None and not math.isfinite(norm):
         return StepVerdict("go on", history)
     if non_finite := _describe_non_finite(loss, norm):
         causes = "rows without a trained token, values out of range, or a dtype with too small a range"
-        return replace(_skip_or_stop(history, step, f"the {non_finite}", causes, MAX_NON_FINITE), is_finite=False)
+        return replace(
+            _skip_or_stop(history, step, f"the {non_finite}", causes, MAX_NON_FINITE_IN_A_ROW), is_finite=False
+        )
     recently = tuple(skip for skip in history.skipped if step - RECENT_STEPS < skip < step)
     if finite_only:
         return StepVerdict("go on", replace(history, skipped=recently))
@@ -99,8 +98,8 @@ def judge_step(
     # Beside the baseline the history needs the recent steps that are compared with it below.
     extended = replace(
         history,
-        losses=losses[-BASELINE_WINDOW - RECENT_STEPS :],
-        log_norms=(*history.log_norms, *log_norm)[-BASELINE_WINDOW:],
+        losses=losses[-BASELINE_STEPS - RECENT_STEPS :],
+        log_norms=(*history.log_norms, *log_norm)[-BASELINE_STEPS:],
         first=first,
         skipped=recently,
     )
@@ -119,12 +118,12 @@ def _describe_non_finite(loss: float, norm: float | None) -> str | None:
 def _skip_or_stop(
     history: StepHistory, step: int, reason: str, usual_causes: str, max_in_a_row: int = RECENT_STEPS
 ) -> StepVerdict:
-    """Return a verdict that skips this step, or stops the run after `max_in_a_row` skips in a row or `MAX_SKIPPED`
-    among the last `RECENT_STEPS`."""
+    """Return a verdict that skips this step, or stops the run after `max_in_a_row` skips in a row or
+    `MAX_RECENTLY_SKIPPED` among the last `RECENT_STEPS`."""
     skipped = (*(skip for skip in history.skipped if step - RECENT_STEPS < skip < step), step)
     extended = replace(history, skipped=skipped)
     in_a_row = sum(skip > step - max_in_a_row for skip in skipped)
-    if len(skipped) < MAX_SKIPPED and in_a_row < max_in_a_row:
+    if len(skipped) < MAX_RECENTLY_SKIPPED and in_a_row < max_in_a_row:
         return StepVerdict("skip", extended, reason)
     if in_a_row == max_in_a_row:
         others = f"the previous {in_a_row - 1} steps were skipped too; the weights are still good"
@@ -139,7 +138,7 @@ def _outlier_reason(history: StepHistory, loss: float, norm: float | None, rows:
     if norm is None or norm <= 0 or not history.first or len(history.log_norms) < MIN_CLEAN_STEPS:
         return None
     median, spread = _median_and_spread(history.log_norms, MIN_NORM_SPREAD)
-    losses = history.losses[-BASELINE_WINDOW:]
+    losses = history.losses[-BASELINE_STEPS:]
     median_loss, loss_spread = _median_and_spread(losses, MIN_LOSS_SPREAD * abs(history.first))
     wider = math.sqrt(history.most_rows / rows) if rows else 1.0
     norm_score = (math.log(norm) - median - math.log(wider)) / spread / wider
@@ -156,7 +155,7 @@ def _lasting_rise_reason(history: StepHistory) -> str | None:
     before, recent = history.losses[:-RECENT_STEPS], history.losses[-RECENT_STEPS:]
     if not history.first or len(before) < MIN_CLEAN_STEPS:
         return None
-    baseline = before[-BASELINE_WINDOW:]
+    baseline = before[-BASELINE_STEPS:]
     usual, now = statistics.median(baseline), statistics.median(recent)
     # Noise is measured from step to step: a fast-falling loss varies widely around its median even without noise.
     noise = MAD * statistics.median(abs(a - b) for a, b in pairwise(baseline)) / math.sqrt(2)
@@ -176,18 +175,18 @@ def _median_and_spread(values: Sequence[float], min_spread: float) -> tuple[floa
 def judge_parameter_changes(
     changes: ParameterChanges, has_gradients: bool, largest_grad_norm: float | None
 ) -> GuardDecision:
-    """Return a decision to stop the run if no parameter value changed, else to go on."""
+    """Return the decision to stop if no parameter value changed, else to go on."""
     if changes.num_values_changed > 0:
         return GO_ON
     if not has_gradients:
         reason = "no parameter received a gradient; check that the loss depends on the model's outputs"
     elif changes.num_tensors_with_gradient == 0 or largest_grad_norm == 0:
         reason = (
-            "every gradient was 0, so no parameter changed; the loss may be multiplied by 0, or all rows or tokens may "
-            "be dropped from it"
+            "every gradient was 0, so no parameter changed; the loss may be multiplied by 0, or may ignore all rows "
+            "or tokens"
         )
     else:
-        reason = "no parameter moved: the learning rate is too small for the weights' dtype, or the run is too short"
+        reason = "no parameter changed: the learning rate is too small for the weights' dtype, or the run is too short"
     return GuardDecision("stop", reason)
 
 
@@ -199,7 +198,7 @@ def short_notice_warning(notice: str | None, stop_seconds: float) -> str | None:
     return (
         f"train.notice: {notice} is too short for a step, an evaluation and a checkpoint (about "
         f"{format_seconds(stop_seconds)}), so a run that is asked to stop may lose the steps since its last "
-        "checkpoint; a smaller train.save_steps loses fewer"
+        "checkpoint; set a smaller train.save_steps to lose fewer"
     )
 
 

@@ -46,8 +46,8 @@ def collate_with_counts(
     count_items: Callable[[torch.Tensor], int],
     head: SelectiveHead | None,
 ) -> dict[str, Any]:
-    """Collate rows on the host, and add two values that are slow to read from the device: the number of items in the
-    loss and, with a selective head, the trained positions."""
+    """Collate rows on the host, and add the number of items in the loss and, with a selective head, the trained
+    positions, which are slow to read from the device."""
     batch = collate(rows)
     batch = batch | {ITEMS: count_items(batch["labels"])}
     if head is not None:
@@ -56,7 +56,7 @@ def collate_with_counts(
 
 
 class TrainingPart(TrainerCallback):
-    """A Trainer callback with four more hooks. `worker/attempt.py` lists all parts."""
+    """A Trainer callback with four more hooks."""
 
     def add_gradient(self) -> None:
         """Add gradients before a step's first micro batch."""
@@ -66,7 +66,7 @@ class TrainingPart(TrainerCallback):
         return {}
 
     def state(self) -> Mapping[str, Any]:
-        """Return plain values and arrays for the checkpoint, under names that no other part uses."""
+        """Return values and arrays for the checkpoint, under names that no other part uses."""
         return {}
 
     def resume(self, state: Mapping[str, Any]) -> None:
@@ -77,7 +77,7 @@ class FullTrainer(Guarded, Trainer):
     """The `transformers.Trainer` of a run."""
 
     head: SelectiveHead | None = None
-    """Makes the model compute only the logits that the loss needs. If None, all logits are computed."""
+    """Selective head, or None if the model computes all logits."""
     parts: Sequence[TrainingPart] = ()
 
     def __init__(
@@ -152,14 +152,14 @@ class FullTrainer(Guarded, Trainer):
             state |= part.state()
         return state
 
-    def resume_parts(self, state: Mapping[str, Any]) -> None:
+    def restore_guard_state(self, state: Mapping[str, Any]) -> None:
         """Restore the step guard's history and all parts from a checkpoint's state."""
         self.guard_history = StepHistory.from_json(state)
         for part in self.parts:
             part.resume(state)
 
     def write_heartbeat(self, *_: object) -> None:
-        """Write a heartbeat during training, but not during the dry run, which also scores rows."""
+        """Write a heartbeat, except in the dry run, which also scores rows."""
         if self.is_in_train:
             self._journal.write_heartbeat(self.state.global_step)
 
@@ -192,13 +192,13 @@ class FullTrainer(Guarded, Trainer):
         schedule._last_lr = [group["lr"] for group in groups]  # what is logged
 
     def computing_needed_logits(
-        self, labels: torch.Tensor, trained_positions: torch.Tensor | None = None, *, whole: bool = False
+        self, labels: torch.Tensor, trained_positions: torch.Tensor | None = None, *, all_logits: bool = False
     ) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which the model computes only the logits that the loss needs (all if `whole`), chunked if
-        planned."""
+        """Return a context in which the model computes only the logits that the loss needs (or `all_logits`), chunked
+        if planned. Without `trained_positions` they are read from `labels`."""
         if self.head is None:
             return contextlib.nullcontext()
-        chunked = self.head.can_chunk and self._plan.chunked_loss and not whole
+        chunked = self.head.can_chunk and self._plan.chunked_loss and not all_logits
         return self.head.computing_only(labels, trained_positions, chunked=chunked)
 
     def collated(self, rows: list[Row]) -> dict[str, Any]:
@@ -238,6 +238,7 @@ class FullTrainer(Guarded, Trainer):
         return norm
 
     def get_train_dataloader(self) -> DataLoader[Row]:
+        """Return a loader of the sampler's micro batches."""
         loader = DataLoader(
             cast("Dataset[Row]", self.train_dataset),
             batch_sampler=self.sampler,

@@ -30,13 +30,13 @@ def is_sharded_checkpoint(checkpoint: Path) -> bool:
 
 
 def save_sharded_checkpoint(
-    model: PreTrainedModel, others: Mapping[str, torch.Tensor], checkpoint: Path, trained_only: bool = False
+    model: PreTrainedModel, other_tensors: Mapping[str, torch.Tensor], checkpoint: Path, trained_only: bool = False
 ) -> None:
-    """Write this rank's shards of the model's weights and of `others`; all ranks must call this."""
+    """Write this rank's shards of the model's weights and of `other_tensors`; all ranks must call this."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
-    state = {**_weights_by_key(model, trained_only), **others}
+    state = {**_weights_by_key(model, trained_only), **other_tensors}
     writer = HuggingFaceStorageWriter(str(checkpoint / FOLDER), _assign_files(state), save_distributed=True)
     save_parts(state, storage_writer=writer)
 
@@ -60,7 +60,7 @@ def load_weights(model: PreTrainedModel, checkpoint: Path, trained_only: bool = 
     other_shape = [name for name, tensor in state.items() if tensor.shape != sizes.get(name, tensor.shape)]
     if mismatched := sorted(sizes.keys() ^ state.keys()) or other_shape:
         name, count = mismatched[0].removeprefix(WEIGHTS), len(mismatched)
-        raise SetupError(f"{checkpoint}: its tensors differ from the model's: {name} ({count} such tensors)")
+        raise SetupError(f"{checkpoint}: its tensors differ from the model's, for example {name} ({count} in all)")
     read_into_tensors(state, checkpoint)
 
 
@@ -95,19 +95,15 @@ def write_gathered(model: PreTrainedModel, folder: Path, max_bytes: int = GATHER
 
 def write_gathered_by_file(
     shapes: Mapping[str, torch.Tensor],
-    whole: Callable[[str], torch.Tensor],
+    gather: Callable[[str], torch.Tensor],
     folder: Path,
     max_bytes: int = GATHERED_FILE_BYTES,
 ) -> None:
-    """Write plain safetensors with an index, gathering one file's tensors at a time; all ranks must call this.
-
-    Args:
-        shapes: The tensors by name, on the meta device.
-        whole: Gathers the tensor of a name.
-    """
+    """Write plain safetensors with an index, calling `gather(name)` for one file's tensors at a time; all ranks must
+    call this. `shapes` holds meta tensors by name."""
     split = split_torch_state_dict_into_shards(dict(shapes), max_shard_size=max_bytes)
     for file, names in split.filename_to_tensors.items():
-        gathered = ((name, whole(name)) for name in names)
+        gathered = ((name, gather(name)) for name in names)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in gathered if is_first()}
         if is_first():
             save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -120,7 +116,7 @@ def is_first() -> bool:
 
 
 def gathered_state_dict(
-    model: PreTrainedModel, whole: Callable[[Any], torch.Tensor] = sharding.full_tensor
+    model: PreTrainedModel, gather: Callable[[Any], torch.Tensor] = sharding.full_tensor
 ) -> dict[str, torch.Tensor]:
     """Gather a sharded model's state dict on rank 0's CPU, with tied tensors once. Other ranks return {}."""
     sharding.free_gathered_weights(model)
@@ -131,7 +127,7 @@ def gathered_state_dict(
             state |= {name: state[tied]} if is_first() else {}
             continue
         with torch.no_grad():
-            gathered = whole(values)
+            gathered = gather(values)
         if is_first():
             state[name] = gathered.detach().cpu()
     return state
@@ -170,7 +166,7 @@ def sharded_optimizer_state(model: PreTrainedModel, optimizer: torch.optim.Optim
 
 
 def load_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Load a checkpoint's state, sharded or not, into a new optimizer. The schedule sets the learning rates."""
+    """Load a checkpoint's optimizer state, sharded or not, into a new optimizer, except the learning rates."""
     sharding.free_gathered_weights(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
@@ -205,7 +201,7 @@ def _shard_optimizer_state(values: dict[str, torch.Tensor], parameter: torch.Ten
 
 
 def _read_sharded_state(model: PreTrainedModel, checkpoint: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Read this rank's optimizer state by parameter and state name; moments of 16-bit weights may be fp32."""
+    """Read this rank's optimizer state by parameter and state name, in the saved dtypes."""
     parameters, state = dict(model.named_parameters()), dict[str, torch.Tensor]()
     for key, (size, dtype) in tensor_types(checkpoint).items():
         if key.startswith(OPTIMIZER):

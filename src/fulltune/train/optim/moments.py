@@ -36,6 +36,7 @@ class Noise:
     """Random numbers for rounding, from a table for speed. They depend only on seed, step and position."""
 
     def __init__(self, seed: int, slice_values: int, device: torch.device) -> None:
+        """Fill the table for draws of up to `slice_values` numbers."""
         self._seed = seed
         self._num_offsets = max(2**20, 2 * slice_values) - slice_values
         drawn = torch.Generator().manual_seed(seed)

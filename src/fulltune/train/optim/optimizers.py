@@ -34,7 +34,7 @@ def adamw_arguments(optim: str, rounding: Rounding | None, seed: int) -> dict[st
 
 
 class _Buffers:
-    """A device's fp32 scratch tensors, each as long as a slice."""
+    """A device's fp32 scratch tensors, each as long as a slice, and its noise."""
 
     def __init__(self, device: torch.device, seed: int) -> None:
         self.size = CPU_SLICE if device.type == "cpu" else GPU_SLICE
@@ -58,8 +58,7 @@ def to_torch_state(state: Mapping[str, Tensor], shape: torch.Size) -> dict[str, 
 
 
 class AdamW(torch.optim.Optimizer):
-    """`torch.optim.AdamW` with compact moments and bf16 weights. State dicts can be exchanged with torch's; stochastic
-    rounding depends only on seed, step and position."""
+    """`torch.optim.AdamW` with compact moments and bf16 weights. State dicts can be exchanged with torch's."""
 
     def __init__(
         self,
@@ -73,6 +72,7 @@ class AdamW(torch.optim.Optimizer):
         rounding: Rounding | None = "stochastic",
         seed: int = 0,
     ) -> None:
+        """Raise `SetupError` if a weight is neither fp32 nor bf16; `rounding` is for bf16."""
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._format: Format = moments_format
         self._rounding = rounding
@@ -170,8 +170,8 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def second_moment(self, parameter: Tensor) -> Tensor | None:
-        """Return the running mean of squared gradients, in fp32 and the shape of this rank's shard, or None before the
-        first update. It is positive exactly where some gradient was not 0."""
+        """Return the running mean of squared gradients: fp32, shaped like this rank's shard, or None before the first
+        update. It is positive exactly where a gradient was not 0."""
         state = self.state.get(parameter)
         return to_torch_state(state, local_tensor(parameter).shape)["exp_avg_sq"] if state else None
 
@@ -194,7 +194,7 @@ class AdamW(torch.optim.Optimizer):
         if missing:
             raise SetupError(
                 f"checkpoint: the optimizer's state has no {', '.join(sorted(missing))} (found {', '.join(saved)}), "
-                "because it was not written by AdamW; start a new run"
+                "because AdamW did not write it; start a new run"
             )
         source = {
             name: value.to(parameter.device).reshape(-1)

@@ -26,7 +26,8 @@ def init_process_group(arguments: TrainingArguments) -> None:
 
 
 def build_extensions(on_cpu: bool, offload_optimizer: bool, report: Callable[[str], None]) -> None:
-    """Compile missing DeepSpeed extensions that the run needs; rank 0 compiles for all ranks."""
+    """Compile missing DeepSpeed extensions that training on the CPU or offloading needs; rank 0 compiles for all
+    ranks."""
     from deepspeed.accelerator import get_accelerator
     from torch.utils import cpp_extension
 
@@ -37,7 +38,9 @@ def build_extensions(on_cpu: bool, offload_optimizer: bool, report: Callable[[st
             continue  # DeepSpeed works without it, or reports what is missing
         folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
         if (lock := folder / "lock").exists():  # torch would wait for it silently and for ever
-            report(f"waiting for {lock}: {builder.name} is being compiled; if no process compiles, delete it")
+            report(
+                f"waiting for {lock}: {builder.name} is being compiled; if no process is compiling, delete this file"
+            )
         if not (folder / f"{builder.name}.so").exists():
             report(f"compiling DeepSpeed's {builder.name} once, which takes about a minute")
         try:
@@ -73,7 +76,7 @@ def is_in_engine(parameter: torch.Tensor) -> bool:
     return bool(parameter.requires_grad) and (hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"))
 
 
-def gather(parameter: torch.Tensor) -> torch.Tensor:
+def gather_tensor(parameter: torch.Tensor) -> torch.Tensor:
     """Gather a parameter or buffer in fp32; for a trained parameter, from DeepSpeed's fp32 master copy."""
     import deepspeed
 
@@ -85,14 +88,15 @@ def gather(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def gather_second_moment(parameter: torch.Tensor) -> torch.Tensor:
+    """Gather AdamW's running mean of squared gradients."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     return safe_get_full_optimizer_state(parameter, "exp_avg_sq")
 
 
 def link_moments(zero: Any) -> None:
-    """Link all groups' moments to their parameters. DeepSpeed 0.19.8 (stages 1 and 2) does so after the first group's
-    first step, before the second group has moments. Delete this function when that is fixed."""
+    """Link all groups' moments to their parameters. DeepSpeed 0.19.8 (stages 1 and 2) does so before the second group
+    has moments. Delete this function when that is fixed."""
     if hasattr(zero, "_hp_optimizer_states_linked"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
@@ -115,7 +119,7 @@ def write_gathered(model: PreTrainedModel, folder: Path) -> None:
         )
         for name, tensor in tensors.items()
     }
-    fsdp2.write_gathered_by_file(shapes, lambda name: gather(tensors[name]), folder)
+    fsdp2.write_gathered_by_file(shapes, lambda name: gather_tensor(tensors[name]), folder)
 
 
 def set_values(parameter: Any, value: torch.Tensor) -> None:
@@ -133,6 +137,7 @@ def set_values(parameter: Any, value: torch.Tensor) -> None:
 
 
 def load_engine_checkpoint(engine: Any, checkpoint: Path) -> None:
+    """Load weights, optimizer and schedule into DeepSpeed's engine."""
     from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
     deepspeed_load_checkpoint(engine, str(checkpoint))

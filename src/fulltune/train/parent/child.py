@@ -13,8 +13,8 @@ from fulltune.records.training import LostMachine, Outcome, OutcomeStatus
 from fulltune.system import signals
 from fulltune.system.memory import count_oom_kills, log_shows_out_of_memory, memory_is_limited
 from fulltune.text import parse_seconds
-from fulltune.train.checkpoints import last_saved
-from fulltune.train.journal import HEARTBEAT, read_completed_steps, read_phase
+from fulltune.train.checkpoints import last_saved_step
+from fulltune.train.journal import HEARTBEAT_FILE, read_completed_steps, read_phase
 from fulltune.train.parent import spawn
 from fulltune.train.request import Request
 
@@ -97,7 +97,7 @@ def _determine_outcome(
     if outcome is not None and not (is_stop_requested and lost):
         return outcome
     if is_stop_requested:
-        done, saved = read_completed_steps(request.folder), last_saved(request.checkpoints)
+        done, saved = read_completed_steps(request.folder), last_saved_step(request.checkpoints)
         checkpoint = f"; step {saved:,} is saved" if saved else "; there is no checkpoint yet"
         when = f"after step {done:,}{checkpoint}" if done else f"before step {saved + 1:,}{checkpoint if saved else ''}"
         return _outcome_without_file(request, "interrupted", f"interrupted {when}")
@@ -130,17 +130,17 @@ def _explain_lost_machine(machine: LostMachine) -> tuple[OutcomeStatus, str]:
 
 @contextlib.contextmanager
 def forwarding_signals(child: spawn.WorkerProcess) -> Iterator[list[int]]:
-    """Forward stop signals to the worker, and kill it at the third. Yields the list of received signals."""
+    """Forward stop signals to the worker, kill it at the third, and yield the list of received signals."""
     received: list[int] = []
 
-    def forward(number: int, _: object) -> None:
-        received.append(number)
+    def forward_or_kill(signal_number: int, _: object) -> None:
+        received.append(signal_number)
         if len(received) < 3:
             spawn.ask_workers_to_stop(child)
         else:
             spawn.kill_workers(child)
 
-    with signals.temporary_handlers(forward):
+    with signals.temporary_handlers(forward_or_kill):
         try:
             yield received
         finally:
@@ -154,7 +154,7 @@ def _follow_worker(
 ) -> bool:
     """Forward events until the worker ends; return True if it was killed because its heartbeat stopped."""
     path, position, answered = request.folder / "metrics.jsonl", 0, False
-    heartbeat, last_beat, since = request.folder / HEARTBEAT, 0, time.monotonic()
+    heartbeat, last_beat, since = request.folder / HEARTBEAT_FILE, 0, time.monotonic()
     timeout = request.recipe.train.hang_timeout
     limit = math.inf if timeout is None else parse_seconds(timeout)
     while True:
@@ -163,7 +163,7 @@ def _follow_worker(
             when = "before its first step, as soon as the model is loaded and checked"
             if read_completed_steps(request.folder) or request.plan.num_processes > 1:  # ranks agree after a step
                 when = "after the current step, which is saved"
-            third = "a second signal has no effect, a third one kills the run without saving"
+            third = "a second signal has no effect, but a third one kills the run without saving"
             listener(Message(text=f"stop requested: training ends {when}; {third}", level="warning"))
         ended = child.poll() is not None
         if path.exists():

@@ -33,7 +33,8 @@ PRELOADED = ("fulltune.train.worker.attempt", "fulltune.train.worker.main", "pef
 
 @contextlib.contextmanager
 def fork_server() -> Iterator[Starter]:
-    """Yield a function that starts workers: by forks, one at a time, if that is safe, else in new processes."""
+    """Yield a function that starts workers: by forks, one at a time, if each is a single CPU process on Linux, else in
+    new processes."""
     servers: list[subprocess.Popen[bytes]] = []
 
     def start_worker(request: Request, log: Path) -> WorkerProcess:
@@ -46,7 +47,7 @@ def fork_server() -> Iterator[Starter]:
         log.touch()  # the parent must report a folder that is not writable
         line = json.dumps({"request": str(request.folder / "request.json"), "log": str(log)})
         # If the server died while importing, a new process writes the reason into the log.
-        return _request_fork(servers[-1], line) or start_in_new_process(request, log)
+        return _fork_worker(servers[-1], line) or start_in_new_process(request, log)
 
     try:
         yield start_worker
@@ -57,6 +58,7 @@ def fork_server() -> Iterator[Starter]:
 
 
 def _start_server(variables: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start `serve_forks` in a process with these environment variables."""
     return subprocess.Popen(
         [sys.executable, "-c", "from fulltune.train.parent import fork_server as f; f.serve_forks()", str(os.getpid())],
         stdin=subprocess.PIPE,
@@ -68,7 +70,7 @@ def _start_server(variables: dict[str, str]) -> subprocess.Popen[bytes]:
     )
 
 
-def _request_fork(server: subprocess.Popen[bytes], line: str) -> ForkedWorker | None:
+def _fork_worker(server: subprocess.Popen[bytes], line: str) -> ForkedWorker | None:
     """Ask the server to fork a worker; return the worker, or None if the server died."""
     assert server.stdin is not None, "a pipe"
     assert server.stdout is not None, "a pipe"
@@ -83,6 +85,7 @@ class ForkedWorker:
     args: Sequence[str] = ()
 
     def __init__(self, answers: IO[bytes], pid: int) -> None:
+        """Follow process `pid`, whose exit code the server writes to `answers`."""
         self.pid = pid
         self._code: int | None = None
         self._answers = answers
@@ -102,7 +105,7 @@ class ForkedWorker:
 
 
 def serve_forks() -> None:
-    """Import the libraries, then fork a worker for each line of stdin."""
+    """Import the libraries, then fork a worker for each request on stdin."""
     die_with_parent(int(sys.argv[1]))
     answers = os.dup(1)
     os.dup2(2, 1)  # output of libraries must not mix with the answers
@@ -121,7 +124,7 @@ def serve_forks() -> None:
         os.write(answers, f"{os.waitstatus_to_exitcode(status)}\n".encode())
 
 
-def _run_as_worker(request: dict[str, str], server: int) -> None:
+def _run_as_worker(request: dict[str, str], server_pid: int) -> None:
     """Run a request in this forked process, log its output, and exit."""
     code = 1
     try:
@@ -129,7 +132,7 @@ def _run_as_worker(request: dict[str, str], server: int) -> None:
         nothing = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((nothing, 0), (log, 1), (log, 2)):
             os.dup2(source, target)
-        die_with_parent(server)
+        die_with_parent(server_pid)
         from fulltune.train.worker import main as worker
 
         code = worker.main(request["request"])

@@ -1,5 +1,3 @@
-"""Runs attempts on several machines, led by machine 0."""
-
 from __future__ import annotations
 
 import contextlib
@@ -42,7 +40,8 @@ _CHECKING = "checking this machine and the recipe's files"
 
 @contextlib.contextmanager
 def lead_machines(machine: MachineAddress, recipe: Recipe, report: Callable[[str], None]) -> Iterator[MachineGroup]:
-    """Yield all machines of a run and write machine 0's heartbeat. Leaving the block also ends the other machines."""
+    """Write machine 0's heartbeat and yield the group of all machines. Leaving the block also ends the other
+    machines."""
     report(_CHECKING)
     own = machines.own_member(recipe, machine, hardware.measure_machine(), uuid.uuid4().hex)
     others = {rank: Peer(machine.file_of(recipe, rank)) for rank in range(1, recipe.train.num_machines)}
@@ -61,11 +60,11 @@ class MachineGroup:
         self._machine, self._heartbeat, self._others = machine, heartbeat, others
         self._has_begun = False
 
-    def begin(self, report: Callable[[str], None]) -> None:
-        """Wait for all machines before the first attempt."""
+    def wait_before_first_attempt(self, report: Callable[[str], None]) -> None:
+        """Check the rendezvous port, then wait for all machines."""
         self._report = report
         _check_port(self._machine)
-        self.gather()
+        self.wait_for_machines()
         self._has_begun = True
 
     @property
@@ -77,8 +76,9 @@ class MachineGroup:
         """The smallest amount of each resource over all machines."""
         return hardware.weakest_machine([member.machine for member in self.members])
 
-    def gather(self) -> None:
-        """Wait for all machines; raise `SetupError` if one of them would train something else."""
+    def wait_for_machines(self) -> None:
+        """Wait until all machines answer; raise an error if one stays silent, has ended or would train something
+        else."""
         until, named = time.monotonic() + self._machine.wait_seconds, None
         missing = list(self._others)
         # A machine is waited for only once, as a file server may show changes late.
@@ -96,7 +96,7 @@ class MachineGroup:
     def start(self, request: Request, log: Path) -> spawn.WorkerProcess:
         """Start an attempt's processes on all machines and return them as one."""
         try:
-            self.gather()
+            self.wait_for_machines()
         except InterruptedRun as error:
             reason, trial = error.problems[0], request.plan.trial
             outcome = Outcome(status="interrupted", reason=reason, trial=trial, attempt=request.attempt)
@@ -183,11 +183,12 @@ def _check_port(machine: MachineAddress) -> None:
 
 
 class _AttemptOnAllMachines:
-    """A running attempt on all machines. This machine's processes end soon after another machine's."""
+    """A running attempt on all machines. If another machine is lost, this machine's processes are ended."""
 
     def __init__(
         self, child: spawn.WorkerProcess, heartbeat: Heartbeat, attempt: str, others: Mapping[Peer, str]
     ) -> None:
+        """Follow `child` here and the attempt on `others`, each with its instance id."""
         self._child, self._heartbeat, self._attempt = child, heartbeat, attempt
         self._running = dict(others)
         self._over_at = 0.0
@@ -218,13 +219,14 @@ class _AttemptOnAllMachines:
         return 1 if self._was_ended else code
 
     def wait(self) -> int:
+        """Wait for the exit code and return it."""
         while (code := self.poll()) is None:
             time.sleep(POLL_SECONDS)
         return code
 
 
 def _status_elsewhere(peer: Peer, attempt: str, instance: str) -> tuple[bool, LostMachine | None]:
-    """Return whether an attempt is over on another machine, and how that machine was lost, or None."""
+    """Return whether an attempt has ended on another machine, and a record if that machine was lost, else None."""
     member = peer.read()
     assert member is not None  # it has answered
     lost = partial(LostMachine, rank=member.rank, host=member.host)

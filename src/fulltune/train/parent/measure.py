@@ -22,7 +22,6 @@ from fulltune.train.request import Request
 MARGIN = 0.03
 """Relative difference of run times that counts as noise."""
 MIN_SECONDS_TO_COMPILE = 600.0
-"""Shortest training for which compiling pays off."""
 _DERIVED = ("gradient accumulation", "evaluate.batch_size")
 
 
@@ -98,7 +97,7 @@ def choose_fastest_plan(trial: PlannedTrial, summary: DataSummary, available_byt
     """Measure settings, save all measurements, and return the plan with the fastest settings that fit."""
     recipe, plan, folder = trial.recipe, trial.plan, trial.folder
     if trial.hooks.needs_this_process:
-        raise SetupError("plan --measure: compute_loss cannot be passed to the processes that measure")
+        raise SetupError("plan --measure: your compute_loss cannot run in the measuring processes; omit --measure")
     if any((folder / "attempts").glob("*")):
         raise SetupError(f"{folder}: training with these settings has begun; measure in a new run (--fresh)")
     if recipe.train.zero_enabled_by:

@@ -13,7 +13,7 @@ from fulltune.text import format_bytes
 from fulltune.train.loop.step_guard import learning_rate_factor
 
 MAX_UNCHANGED: dict[OutcomeStatus, int] = {"hung": 1, "killed": 4, "lost": 20}
-"""Maximum number of resumes with an unchanged plan, by status. Preemptible machines are often lost."""
+"""Maximum number of resumes with an unchanged plan, by status."""
 _MARK = "; memory ran out"
 _WHERE: dict[Phase | None, str] = {
     None: "",
@@ -65,6 +65,7 @@ def plan_next_attempt(
         )
 
     def fits(changes: Changes) -> bool:
+        """Return False if the changes need more memory than was available."""
         if last.memory_growth_bytes < _MIN_GROWTH_BYTES:
             return True
         memory = estimate_memory(plan.model_copy(update=changes))
@@ -104,12 +105,12 @@ def describe_memory_shortage(outcome: Outcome, plan: Plan) -> str:
     if outcome.memory_growth_bytes >= _MIN_REPORTED_BYTES:
         parts.append(f"with {format_bytes(outcome.memory_growth_bytes)} in use")
     if (requested := requested_bytes(outcome.reason)) >= _MIN_REPORTED_BYTES:
-        parts.append(f"when {format_bytes(requested)} more were requested")
+        parts.append(f"when {format_bytes(requested)} more was requested")
     text = " ".join(parts)
     if plan.memory is None or outcome.phase not in (None, "step"):
         return text
     largest = plan.memory.largest
-    return f"{text} (largest part planned: {largest}, {format_bytes(plan.memory.kinds[largest])})"
+    return f"{text} (largest planned part: {largest}, {format_bytes(plan.memory.kinds[largest])})"
 
 
 def settings_with_reasons(plan: Plan, changes: Changes, reason: Callable[[Setting], str]) -> tuple[Setting, ...]:
@@ -173,10 +174,7 @@ def memory_fallbacks(
     recipe: Recipe, plan: Plan, phase: Phase | None, fits: Callable[[Changes], bool]
 ) -> Iterator[tuple[str, Changes | None, str]]:
     """Yield name, changed settings and description of each way to save memory in a phase (default: a step), mildest
-    first.
-
-    The settings are None if a way is ruled out. `fits` tells which changes save enough.
-    """
+    first. Settings are None if it is ruled out. `fits` tells which changes save enough."""
     for saving in MEMORY_SAVINGS:
         if (phase or "step") not in saving.fallback:
             continue
@@ -189,7 +187,7 @@ def memory_fallbacks(
 
 
 def _with_scaled_eval_batch(plan: Plan, changes: Changes) -> Changes:
-    """Scale the eval batch with the micro batch."""
+    """Scale the eval batch size with the micro batch size."""
     size = changes.get("micro_batch_size")
     if size is None:
         return changes

@@ -17,7 +17,7 @@ from fulltune.system.machines import missing_rank_message
 from fulltune.system.run_folder import missing_weight_file, save_plan
 from fulltune.train import checkpoints
 from fulltune.train.hooks import Hooks
-from fulltune.train.journal import NEXT, Journal
+from fulltune.train.journal import NEXT_ATTEMPT_EVENT, Journal
 from fulltune.train.parent import child
 from fulltune.train.parent.next_attempt import (
     EstimateMemory,
@@ -45,7 +45,8 @@ class PlannedTrial:
 def train_in_attempts(
     trial: PlannedTrial, start: Starter = start_in_new_process, dry_run: bool = True, max_rollbacks: int | None = None
 ) -> Outcome:
-    """Train a trial in as many attempts as are allowed, and return the final outcome."""
+    """Train a trial in as many attempts as allowed; return the final outcome or raise its error. `dry_run` concerns the
+    first attempt; `max_rollbacks` defaults to the recipe's."""
     recipe, plan, folder, hooks, listener = trial.recipe, trial.plan, trial.folder, trial.hooks, trial.listener
     done = earlier_outcomes(folder, plan.trial)
     model_folder = done[-1].model_folder if done and done[-1].status == "done" else None
@@ -84,7 +85,7 @@ def train_in_attempts(
             following = plan_next_attempt(recipe, change.plan, history, trial.estimate_memory)
         if following is None:
             raise _final_error(request, outcome, tried)
-        Journal(request.folder / "journal.jsonl").write(NEXT, following.reason)
+        Journal(request.folder / "journal.jsonl").write(NEXT_ATTEMPT_EVENT, following.reason)
         if following.plan != request.plan:
             save_plan(folder, recipe, following.plan)
         listener(Message(text=following.reason, level="next attempt"))
@@ -98,18 +99,19 @@ def _roll_back_to_healthy(request: Request, outcome: Outcome, max_rollbacks: int
     """Plan a rollback to the newest healthy checkpoint and delete later ones, or return None if it cannot help."""
     if max_rollbacks is None:
         max_rollbacks = request.recipe.train.max_rollbacks
-    healthy = checkpoints.newest_healthy(request.checkpoints, outcome.first_bad_step or 0)
+    healthy = checkpoints.newest_healthy_checkpoint(request.checkpoints, outcome.first_bad_step or 0)
     step = 0 if healthy is None else number_in(healthy)
     following = plan_rollback(request.plan, max_rollbacks, outcome, step)
     if following is not None:
-        checkpoints.delete_after(request.checkpoints, step or -1)
+        checkpoints.delete_checkpoints_after(request.checkpoints, step or -1)
     return following
 
 
 def _prepare_folders(request: Request, resume: bool, listener: Listener, expected_step: int) -> Request:
-    """Create the attempt's folders; return the request with the newest undamaged checkpoint. Warn if it is too old."""
+    """Create the attempt's folders; return the request with the newest undamaged checkpoint. Warn if it is older than
+    `expected_step`."""
     request.checkpoints.mkdir(parents=True, exist_ok=True)
-    sound, damaged = checkpoints.newest_undamaged(request.checkpoints) if resume else (None, [])
+    sound, damaged = checkpoints.newest_undamaged_checkpoint(request.checkpoints) if resume else (None, [])
     if sound is not None and (problem := parallel_layout.why_resume_impossible(sound, request.recipe)):
         raise SetupError(problem)
     request.folder.mkdir(parents=True)
@@ -125,7 +127,7 @@ def _prepare_folders(request: Request, resume: bool, listener: Listener, expecte
             text = f"the checkpoint of step {expected_step:,} is missing; resuming {on}"
             listener(Message(text=text, level="warning"))
     if request.checkpoint is None:
-        checkpoints.delete_after(request.checkpoints, -1)
+        checkpoints.delete_checkpoints_after(request.checkpoints, -1)
     request.save(request.folder / "request.json")
     listener(PhaseBegan(name="starting the training process"))
     return request
@@ -133,7 +135,7 @@ def _prepare_folders(request: Request, resume: bool, listener: Listener, expecte
 
 def _delete_resume_files(folder: Path, trial: str) -> None:
     """Delete files that only resuming needs, once the outcome is saved."""
-    checkpoints.delete_after(folder / "checkpoints" / trial, -1)
+    checkpoints.delete_checkpoints_after(folder / "checkpoints" / trial, -1)
     with contextlib.suppress(OSError):  # not empty, or gone
         (folder / "checkpoints" / trial).rmdir()
     for attempt in attempt_folders(folder, trial):

@@ -130,7 +130,7 @@ def _interface_with_address(address: str) -> str | None:
 def ask_workers_to_stop(child: WorkerProcess) -> None:
     """Send SIGTERM to the workers but not to torchrun, which would kill them after 30 seconds."""
     launched = isinstance(child.args, Sequence) and LAUNCHER in map(str, child.args)
-    workers = _child_processes(child.pid) if launched else []
+    workers = _child_process_ids(child.pid) if launched else []
     with contextlib.suppress(ProcessLookupError):
         if not workers:
             os.killpg(child.pid, signal.SIGTERM)
@@ -141,9 +141,9 @@ def ask_workers_to_stop(child: WorkerProcess) -> None:
 
 def kill_workers(child: WorkerProcess) -> None:
     """Kill all descendant processes, even torchrun's workers, which have their own process groups."""
-    below = _child_processes(child.pid)
+    below = _child_process_ids(child.pid)
     for pid in below:
-        below += _child_processes(pid)
+        below += _child_process_ids(pid)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     for pid in below:
@@ -151,7 +151,7 @@ def kill_workers(child: WorkerProcess) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _child_processes(parent: int) -> list[int]:
+def _child_process_ids(parent: int) -> list[int]:
     # Fields after the name, which is in brackets and may contain anything: state, parent ...
     stats = ("".join(memory.read_lines(str(file))) for file in Path("/proc").glob("[0-9]*/stat"))
     return [int(stat.split()[0]) for stat in stats if stat and int(stat.rpartition(")")[2].split()[1]) == parent]

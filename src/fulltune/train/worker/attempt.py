@@ -181,7 +181,7 @@ def _run_trainer(training: Training) -> tuple[TrainerState, torch.optim.Optimize
                 f"model: {inputs.recipe.model.name}: its weights changed since this run began; restore them, "
                 "or start a new run (--fresh)"
             )
-        trainer.resume_parts(saved)
+        trainer.restore_guard_state(saved)
         state = TrainerState.load_from_json(str(checkpoint / checkpoints.STATE))
         if state.global_step >= inputs.plan.total_steps or training.checkpoints.should_stop_early(state):
             inputs.journal.write("resume", f"{checkpoint.name} was the last one, so nothing is left to train")
@@ -189,7 +189,7 @@ def _run_trainer(training: Training) -> tuple[TrainerState, torch.optim.Optimize
             trainer.state = state
             return state, optimizer
         if inputs.is_main:
-            checkpoints.delete_after(request.checkpoints, request.first_step)
+            checkpoints.delete_checkpoints_after(request.checkpoints, request.first_step)
         inputs.journal.write("resume", f"from {checkpoint.name}")
     trainer.usual_loss = next(reversed(trainer.guard_history.losses), training.evaluator.untrained_loss or 0.0)
     _stop_before_training(inputs)

@@ -1,5 +1,3 @@
-"""Chooses the final weights (docs/concepts/statistics.md)."""
-
 from __future__ import annotations
 
 from typing import Any
@@ -13,13 +11,11 @@ from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer
 
 Fields = dict[str, Any]
-FALLING = ("linear", "cosine", "polynomial")
-"""Schedules that end near a learning rate of 0."""
+SCHEDULES_ENDING_NEAR_ZERO = ("linear", "cosine", "polynomial")
 
 
 def load_best_weights(inputs: AttemptInputs, trainer: FullTrainer, state: TrainerState) -> Fields:
-    """Load the best checkpoint's weights unless the last ones are as good. Returns the choice as fields of
-    `Outcome`."""
+    """Load the best checkpoint's weights unless the last are as good; return the choice as fields of `Outcome`."""
     best, best_metric = state.best_global_step, state.best_metric
     if not inputs.recipe.train.load_best_model_at_end:
         return _fields_of_last_weights(inputs, state)
@@ -30,7 +26,7 @@ def load_best_weights(inputs: AttemptInputs, trainer: FullTrainer, state: Traine
     folder = inputs.request.checkpoints / f"checkpoint-{best}"
     problem = trainer.agreed(files.find_damage(folder) if inputs.is_main else None)
     if problem is not None:
-        warning = f"the best weights (step {best}) are lost ({problem}); the last ones are kept"
+        warning = f"the best checkpoint (step {best}) cannot be used ({problem}); the last weights are saved instead"
         inputs.journal.write("best weights lost", warning)
         inputs.recorder.warn(warning)
         return _fields_of_last_weights(inputs, state)
@@ -46,8 +42,8 @@ def _fields_of_last_weights(inputs: AttemptInputs, state: TrainerState) -> Field
 
 
 def _keep_last_if_as_good(inputs: AttemptInputs, state: TrainerState) -> Fields | None:
-    """Return fields of `Outcome` if the last weights are as good as the best ones, else None. They are if the rate fell
-    to 0 and their metric is within two standard errors."""
+    """Return fields of `Outcome` if the rate fell to 0 and the last weights' metric is within two standard errors of
+    the best, else None."""
     plan, rows = inputs.plan, inputs.summary.splits["eval"].rows
     if plan.metric not in inputs.summary.form.row_shares:
         return None
@@ -55,7 +51,7 @@ def _keep_last_if_as_good(inputs: AttemptInputs, state: TrainerState) -> Fields 
     step, last = next((entry["step"], entry[name]) for entry in reversed(state.log_history) if name in entry)
     is_complete = step == state.global_step >= plan.total_steps
     errors = BEYOND_CHANCE * standard_error_of_share(best, rows)
-    if not is_complete or plan.lr_scheduler_type not in FALLING or last < best - errors:
+    if not is_complete or plan.lr_scheduler_type not in SCHEDULES_ENDING_NEAR_ZERO or last < best - errors:
         return None
     why = (
         f"the best {plan.metric} was {best:.1%} at step {state.best_global_step:,}, but the difference is less than "

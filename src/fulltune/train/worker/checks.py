@@ -214,6 +214,6 @@ def _bf16_resolution_problem(scaled: ScaledHead | None, scale: tuple[float, floa
     if apart <= spread:
         return None
     return (
-        f"bf16 weights are too coarse: near {size:.3g} their values lie {apart:.3g} apart, but the targets' standard "
-        f"deviation is {spread:.3g}; set model.weights_dtype: fp32"
+        f"bf16 weights are too coarse: near {size:.3g} neighbouring values are {apart:.3g} apart, but the targets' "
+        f"standard deviation is {spread:.3g}; set model.weights_dtype: fp32"
     )

@@ -31,7 +31,7 @@ def sum_counts(counts: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, in
 
 
 def rows_of_rank(order: Sequence[int], batch_size: int, rank: int, num_processes: int) -> tuple[list[int], int]:
-    """Return the positions of the rows that a rank scores (every n-th batch of `order`), and how many of them count.
+    """Return the positions of the rows that a rank scores (every n-th batch of `order`), and how many count.
 
     A rank with one batch fewer scores the last row again, uncounted, because sharded weights need equally many passes
     on all ranks.

@@ -142,7 +142,6 @@ def dry_run_check(batch: Mapping[str, torch.Tensor], loss: float, started: float
 
 
 def collate_on_device(trainer: FullTrainer, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-    """Collate rows on the trainer's device."""
     batch = trainer.data_collator(cast("list[Any]", rows))
     return {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
 
@@ -154,8 +153,7 @@ MAX_COUNTED_ROWS = 200_000
 """Maximum number of rows whose work is computed; later steps are extrapolated."""
 LOOP_SECONDS = 0.002
 """Seconds per step for transformers' loop and a log line."""
-SAMPLE_BYTES = 2**25
-"""Bytes written to measure the disk's speed."""
+DISK_SAMPLE_BYTES = 2**25
 
 
 def pass_work(shapes: np.ndarray, quadratic: float) -> np.ndarray:
@@ -248,10 +246,10 @@ class PassTimer:
 
 
 def forecast_from_passes(
-    passes: PassTimer, longest: Positions, seconds: tuple[float, float], step_seconds: float
+    passes: PassTimer, longest: Positions, longest_seconds: tuple[float, float], step_seconds: float
 ) -> TimeNeed:
-    """Forecast the remaining training time from the `seconds` of two passes on the longest rows and, if short,
-    others."""
+    """Forecast the remaining training time from the seconds of two passes on the longest rows and, if they are short,
+    from other passes."""
     inputs, plan, quadratic = passes.inputs, passes.inputs.plan, _attention_work_ratio(passes.trainer.model)
     lengths, first_step = passes.trainer.sampler.lengths, inputs.request.first_step
     steps = max(0, plan.total_steps - first_step)
@@ -260,8 +258,8 @@ def forecast_from_passes(
     scale, shapes = steps / max(1, counted), _shapes(lengths, parts)
     work, [long] = pass_work(shapes, quadratic), pass_work(_shapes(lengths, [longest]), quadratic)
     each = step_seconds + LOOP_SECONDS
-    budget = dry_run_extra_seconds(seconds[1] / long * float(work.sum()) * scale + each * steps)
-    pass_time, once = _fit_train_time(passes, parts, work, (float(long), *seconds), budget)
+    budget = dry_run_extra_seconds(longest_seconds[1] / long * float(work.sum()) * scale + each * steps)
+    pass_time, once = _fit_train_time(passes, parts, work, (float(long), *longest_seconds), budget)
     # Replayed texts per process.
     texts = steps * plan.generic.replay_rows / plan.num_processes
     all_work = float(work.sum()) * scale + texts * _work_of_generic_text(quadratic)
@@ -296,8 +294,8 @@ def _fit_train_time(
     longest: tuple[float, float, float],
     budget: float,
 ) -> tuple[PassTime, float]:
-    """Fit the pass time to the longest pass (work, first and second seconds) and a typical one; also return the
-    one-time seconds of compiling or of each shape."""
+    """Fit the pass time to the longest pass (work, first and second seconds) and, within `budget` seconds, a typical
+    one; also return the one-time seconds of compiling or of each shape."""
     long, first_seconds, seconds = longest
     compiled = max(0.0, first_seconds - seconds)
     at = int(np.argmin(abs(work - work.mean()))) if len(work) else 0
@@ -360,7 +358,7 @@ def _estimate_save_seconds(passes: PassTimer) -> float:
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad or not trainer.trained_only]
     states = [value for state in passes.optimizer.state.values() for value in state.values()]
     size = sum(tensor.nbytes for tensor in (*weights, *states) if isinstance(tensor, torch.Tensor))
-    sample = torch.rand(max(1, min(size, SAMPLE_BYTES) // 4))
+    sample = torch.rand(max(1, min(size, DISK_SAMPLE_BYTES) // 4))
     try:
         began = time.perf_counter()
         cast("Any", trainer.processing_class).save_pretrained(trial)

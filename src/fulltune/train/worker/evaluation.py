@@ -21,8 +21,7 @@ from fulltune.train.worker import distributed
 
 MAX_COUNTS = 8
 """Maximum number of values per eval row in a checkpoint."""
-MIN_ROWS = 30
-"""Minimum number of eval rows for a useful standard error."""
+MIN_ROWS_FOR_STANDARD_ERROR = 30
 
 
 class Evaluator(TrainingPart):
@@ -78,7 +77,7 @@ class Evaluator(TrainingPart):
 
     @property
     def untrained_loss(self) -> float | None:
-        """Loss of the dry run, or None if unknown. For a new head it is at least the chance loss, because a head from a
+        """Loss of the dry run, or None if unknown; for a new head at least the chance loss, because a head from a
         linear probe starts lower."""
         inputs = self.inputs
         measured = inputs.usage.dry_run_loss
@@ -100,7 +99,7 @@ class Evaluator(TrainingPart):
         """Compare the scores with those before step 1; raise `Diverged` if training made the model worse."""
         inputs, predictions = self.inputs, self._predictions
         self._predictions = {}
-        if inputs.has_own_loss or inputs.summary.splits["eval"].rows < MIN_ROWS:
+        if inputs.has_own_loss or inputs.summary.splits["eval"].rows < MIN_ROWS_FOR_STANDARD_ERROR:
             return
         measure = _metric_for_comparison(inputs.recipe.task, self.target, inputs.plan.metric, predictions)
         if measure.counts is None:

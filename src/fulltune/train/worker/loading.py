@@ -116,7 +116,7 @@ class ScaledHead:
             sharding.free_gathered_weights(model)
             rescale_outputs(self.layer, self.shift, self.factor)
             return
-        tensors = {name: zero.gather(parameter) for name, parameter in parameters.items()}
+        tensors = {name: zero.gather_tensor(parameter) for name, parameter in parameters.items()}
         for name, values in rescaled_parameters(tensors, self.shift, self.factor).items():
             zero.set_values(parameters[name], values)
 
@@ -335,6 +335,7 @@ def init_head_from_probe(
     together, reading = sharding.needs_all_ranks(model), contextlib.ExitStack()
 
     def create_extractor() -> probe.FeatureExtractor:
+        """Initialise the new head and return the model's feature extractor."""
         initialise_missing_from_seed(model, head, probe.SEED)
         reading.enter_context(sharding.callable_before_engine(model))
         return probe.FeatureExtractor(

@@ -53,7 +53,7 @@ def run_attempt(request: Request, hooks: Hooks, listener: Listener | None = None
                 with contextlib.suppress(OSError):  # the disk of the log may be full
                     traceback.print_exc()
             if status == "disk_full":
-                checkpoints.delete_unfinished(request.checkpoints)  # room for the outcome
+                checkpoints.delete_unfinished_checkpoints(request.checkpoints)  # room for the outcome
             since = error.since if isinstance(error, Spiked) else None
             steps = read_completed_steps(request.folder)
             ended = {
@@ -140,8 +140,7 @@ def _exit_with_parent(parent_pid: int) -> None:
 
 
 def main(file: str, parent: str | None = None) -> int:
-    """Run the request in `file` and return the exit code. The process ends with process `parent` (default: the
-    request's)."""
+    """Run the request in `file` until process `parent` (default: the request's) ends; return the exit code."""
     request = Request.load(Path(file))
     parent_pid = request.parent_pid if parent is None else int(parent)
     if parent_pid is not None:

@@ -31,7 +31,7 @@ from fulltune.train.worker import distributed
 def copy_to_cpu(parameter: torch.nn.Parameter) -> torch.Tensor:
     """Copy a parameter to the CPU: with FSDP2 this rank's shard, with ZeRO the fp32 master copy."""
     if zero.is_in_engine(parameter) or hasattr(parameter, "ds_id"):
-        return zero.gather(parameter).cpu()
+        return zero.gather_tensor(parameter).cpu()
     return sharding.local_tensor(parameter.detach()).cpu()
 
 
@@ -52,6 +52,7 @@ class InitialWeights:
     """The trainable weights before step 1, on disk; if they are sharded, each rank writes and compares its shard."""
 
     def __init__(self, model: PreTrainedModel, path: Path, is_sharded: bool = False) -> None:
+        """Save the trainable weights to `path`."""
         sharding.free_gathered_weights(model)
         self.path, self._is_sharded = path, is_sharded
         tensors = {}
@@ -101,6 +102,7 @@ class InitialWeights:
         return number % torch.distributed.get_world_size() == torch.distributed.get_rank()
 
     def _initial_values(self, name: str) -> torch.Tensor:
+        """Read a parameter's values before step 1."""
         # Opened for each tensor, or the whole file would stay in memory.
         with safe_open(self.path, framework="pt") as file:
             return file.get_tensor(name)
@@ -186,7 +188,7 @@ def _gather_trained(model: PreTrainedModel) -> None:
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if zero.is_in_engine(parameter):
-                setattr(module, name, torch.nn.Parameter(zero.gather(parameter)))
+                setattr(module, name, torch.nn.Parameter(zero.gather_tensor(parameter)))
             elif parameter.requires_grad and hasattr(parameter, "placements"):
                 setattr(module, name, torch.nn.Parameter(sharding.full_tensor(parameter.detach())))
 
@@ -197,7 +199,9 @@ def _save_full(model: PreTrainedModel, folder: Path, is_main: bool) -> None:
     is_shared = in_engine or sharding.is_fsdp2_sharded(model)
     # `save_pretrained` converts tensors that have other names in files.
     at_once = is_shared and getattr(model, "_weight_conversions", None)
-    state = fsdp2.gathered_state_dict(model, zero.gather if in_engine else sharding.full_tensor) if at_once else {}
+    state = (
+        fsdp2.gathered_state_dict(model, zero.gather_tensor if in_engine else sharding.full_tensor) if at_once else {}
+    )
     # With this entry `save_pretrained` would gather the shards itself.
     vars(model.config).pop("distributed_config", None)
     if is_main:

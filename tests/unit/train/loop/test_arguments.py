@@ -46,5 +46,5 @@ def test_a_missing_package_is_refused_with_the_command_that_installs_it(monkeypa
     with pytest.raises(SetupError) as caught:
         check_trainable(plans.recipe(train={"optim": "adamw_bnb_8bit"}))
     assert caught.value.problems == (
-        "train.optim: 'adamw_bnb_8bit' needs a package that is missing; pip install bitsandbytes",
+        "train.optim: 'adamw_bnb_8bit' needs a missing package; run: pip install bitsandbytes",
     )

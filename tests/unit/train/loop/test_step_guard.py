@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from fulltune.train.loop.step_guard import (
-    BASELINE_WINDOW,
-    MAX_SKIPPED,
+    BASELINE_STEPS,
+    MAX_RECENTLY_SKIPPED,
     MIN_CLEAN_STEPS,
     RECENT_STEPS,
     StepHistory,
@@ -126,7 +126,7 @@ def test_three_steps_in_a_row_that_are_not_finite_stop() -> None:
 def test_too_many_suspect_steps_stop() -> None:
     verdicts = several(after(200), [(9.0, 200.0), (1.0, 2.0)] * 10)
     assert "4 of the previous 20 steps" in verdicts[-1].reason
-    assert sum(one.action == "skip" for one in verdicts) == MAX_SKIPPED - 1
+    assert sum(one.action == "skip" for one in verdicts) == MAX_RECENTLY_SKIPPED - 1
     assert verdicts[-1].action == "stop"
     assert verdicts[-1].since == 201
     seldom: list[tuple[float, float | None]] = [(9.0, 200.0), *[(1.0, 2.0)] * 6]
@@ -167,7 +167,7 @@ def test_skipped_steps_of_another_training_are_forgotten() -> None:
 def test_loss_that_falls_fast_hides_no_rise(rise: float, stops: bool) -> None:
     """From 4 to 2 in 84 steps, with noise of 0.1: around their median these spread by half."""
     drawn = random.Random(0)
-    falling = [(4 - step / 42 + drawn.gauss(0, 0.1), 2.0) for step in range(BASELINE_WINDOW + RECENT_STEPS)]
+    falling = [(4 - step / 42 + drawn.gauss(0, 0.1), 2.0) for step in range(BASELINE_STEPS + RECENT_STEPS)]
     after_it = [(2.0 + rise + drawn.gauss(0, 0.1), 2.0) for _ in range(RECENT_STEPS)]
     assert (several(StepHistory(), [*falling, *after_it])[-1].action == "stop") == stops
 
@@ -175,8 +175,8 @@ def test_loss_that_falls_fast_hides_no_rise(rise: float, stops: bool) -> None:
 def test_what_a_model_has_learned_by_heart_is_no_reason_to_skip_a_hard_row() -> None:
     """The loss began at 1 and is 0.001 by now; a loss of 0.2 is 200 times the usual one."""
     history = StepHistory(
-        (*after(MIN_CLEAN_STEPS).losses, *[0.001] * BASELINE_WINDOW)[-BASELINE_WINDOW:],
-        (-3.0,) * BASELINE_WINDOW,
+        (*after(MIN_CLEAN_STEPS).losses, *[0.001] * BASELINE_STEPS)[-BASELINE_STEPS:],
+        (-3.0,) * BASELINE_STEPS,
         first=1.0,
     )
     assert judge_step(history, 300, 0.2, 2.0).action == "go on"
@@ -185,7 +185,7 @@ def test_what_a_model_has_learned_by_heart_is_no_reason_to_skip_a_hard_row() -> 
 
 def test_what_is_remembered_is_bounded_and_comes_back_as_it_was_saved() -> None:
     history = judge_step(after(1000), 1001, NAN, 1.0).history
-    assert (len(history.losses), len(history.log_norms)) == (BASELINE_WINDOW + RECENT_STEPS, BASELINE_WINDOW)
+    assert (len(history.losses), len(history.log_norms)) == (BASELINE_STEPS + RECENT_STEPS, BASELINE_STEPS)
     assert StepHistory.from_json(json.loads(json.dumps(asdict(history)))) == history
     for own in (False, True):
         later = several(history, [(1.0, 2.0)] * RECENT_STEPS, first=1002, finite_only=own)[-1].history

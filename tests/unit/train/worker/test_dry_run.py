@@ -184,7 +184,7 @@ def test_small_files_of_a_checkpoint_are_counted_once_and_its_tensors_by_a_sampl
     monkeypatch.setattr(dry_run.time, "perf_counter", lambda: now)
     monkeypatch.setattr(dry_run, "save_file", save_file)
     monkeypatch.setattr(dry_run.files, "write_checksums", lambda folder: passing(float(len(list(folder.rglob("*.*"))))))
-    monkeypatch.setattr(dry_run, "SAMPLE_BYTES", 4000)
+    monkeypatch.setattr(dry_run, "DISK_SAMPLE_BYTES", 4000)
     weights = torch.nn.Parameter(torch.zeros(2500))
     trainer = SimpleNamespace(
         model=SimpleNamespace(parameters=lambda: [weights]),
