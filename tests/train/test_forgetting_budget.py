@@ -83,7 +83,7 @@ def point(share: float, drift: float, metric: float, error: float = 0.0) -> Inte
         ([point(0, 0, 0.5), point(0.5, 0.01, 0.4), point(1, 0.05, 0.9)], True, 0.0),  # nothing better is within it
         ([point(0, 0, 2.0), point(0.5, 0.01, 1.5), point(1, 0.05, 1.0)], False, 0.5),
         ([point(0, 0, 0.5), point(0.4, 0.01, 0.7), point(0.5, 0.015, 0.7)], True, 0.4),  # as good, and moved less
-        ([point(0, 0, 0.5), point(0.5, 0.019, 0.7, error=0.001)], True, 0.0),  # the sealed half may say no
+        ([point(0, 0, 0.5), point(0.5, 0.019, 0.7, error=0.001)], True, 0.0),  # the held-out half may say no
     ],
 )
 def test_best_point_within_the_budget_is_chosen(
@@ -212,7 +212,7 @@ def test_run_with_a_budget_ends_within_it(held: Path, tiny_encoder: Path, tmp_pa
     assert [event["result"]["trial"] for event in runs.events(held, "certified")] == [found.trial]
 
 
-def test_sealed_texts_are_opened_once(held: Path, tiny_encoder: Path) -> None:
+def test_held_out_texts_are_opened_once(held: Path, tiny_encoder: Path) -> None:
     """The finished run, done once more from its last checkpoint, keeps its certificate and its choice."""
     found, weights = preserved(held), runs.final_weights(held)
     with mock.patch.object(within_budget, "_choose_and_certify", side_effect=AssertionError("opened again")):
@@ -238,7 +238,7 @@ def test_weights_of_generic_text_and_replayed_rows_go_on_where_a_run_was_stopped
 
 @pytest.mark.parametrize("kind", [pytest.param("full", marks=pytest.mark.long), "lora"])
 def test_finished_model_of_a_decoder_lies_on_the_line(kind: str, tiny_decoder: Path, tmp_path: Path) -> None:
-    """By the untouched weights and those of a run that has all the same but the last choice."""
+    """By the pretrained weights and those of a run that has all the same but the last choice."""
     blocks: dict[str, Any] = {"task": "causal-lm", "train": TRAIN, "method": {"kind": kind, "learning_rate": 1e-2}}
     rows = tiny.pair_rows(64)
     few = mock.patch.multiple(within_budget, SHARES=(1.0, 0.4), REFINEMENTS=0)

@@ -125,8 +125,8 @@ def test_finished_model_goes_on_with_what_it_knows(large: RunResult, tmp_path: P
     assert runs.events(tmp_path, "train")[0]["loss"] < 0.2
     rows = rows_in(SCALES["large"])[:12]
     np.testing.assert_allclose(answers(reached.folder / "models" / "full", rows), answers(model, rows), atol=5)
-    untouched = next(row for row in reached.scores if row.kind == "untouched")
-    assert untouched.metrics["rmse"].value == pytest.approx(reached.scores[-1].metrics["rmse"].value, rel=0.05)
+    pretrained = next(row for row in reached.scores if row.kind == "untouched")
+    assert pretrained.metrics["rmse"].value == pytest.approx(reached.scores[-1].metrics["rmse"].value, rel=0.05)
 
 
 @pytest.mark.parametrize("method", [{"kind": "full", "learning_rate": 1e-3}, {"kind": "lora", "learning_rate": 1e-2}])

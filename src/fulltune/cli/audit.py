@@ -156,7 +156,7 @@ def _raise_if_no_remedies(audit: Audit, accepted_checks: Sequence[str]) -> None:
 
 
 def save_decisions(patch_file: Path, decided: Decisions) -> None:
-    """Write a patch file, or raise a `SetupError` if that is impossible."""
+    """Write a patch file, or raise a `SetupError` if it cannot be written."""
     try:
         save_patch(patch_file, decided.values())
     except OSError as error:
@@ -185,7 +185,7 @@ def make_open_decision(issues: Issues) -> RowDecision:
 
 
 def _make_label_prompt(summary: DataSummary) -> Callable[[], Remedy | None] | None:
-    """Return a function that asks the user for a row's label, or None unless each row has its own label."""
+    """Return a function that asks for a row's label, or None unless each row has its own label."""
     if not summary.form.one_label or summary.task != "text-classification":
         return None
 
@@ -257,7 +257,7 @@ def _print_issues_of_row(console: Console, issues: Issues, position: str, key_he
 def accept_remedies(
     issues: Iterable[RowIssue], checks: Sequence[str], already_decided: Decisions
 ) -> tuple[dict[tuple[str, str], RowDecision], list[str]]:
-    """Accept the remedies of some checks. Return all decisions, and notes on the accepted ones."""
+    """Accept the remedies that `checks` proposed, and return all decisions and notes for the user."""
     decided, counts, more = dict(already_decided), Counter[str](), 0
     for row_issues in list_undecided_rows(issues, already_decided):
         wanted = [issue for issue in row_issues if issue.check in checks]

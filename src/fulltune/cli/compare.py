@@ -133,7 +133,7 @@ def _load_comparison_recipe(target: Path, overrides: list[str]) -> Recipe:
 
 
 def _budget_per_task(budget: str | None, count: int) -> str | None:
-    """Return each task's share of the budget in seconds, such as `90s`, or None without a budget."""
+    """Return each task's share of the budget, such as `90s`, or None without a budget."""
     try:
         return None if budget is None else f"{max(1, round(parse_seconds(budget) / count))}s"
     except ValueError as error:

@@ -263,8 +263,8 @@ def check_output(output: Path, replace: bool) -> None:
 
 
 def added_columns(model_notes: Row, own_columns: Collection[str]) -> Columns:
-    """Return the added columns: `predicted_...` (`predicted2_...` if taken). The last holds the reason for no
-    answer."""
+    """Return the added columns: `predicted_...` (`predicted2_...` if taken). The last holds the reason why an answer is
+    missing."""
     target = Target.from_notes(model_notes)
     columns: dict[str, tuple[tuple[Any, ...], str]] = {name: ((name,), kind) for name, kind in target.form.answer}
     each = range(target.num_choices) if target.num_choices else target.labels if target.form.labels_rows else ()
@@ -284,7 +284,7 @@ def added_cells(added: Columns, answer: Row | None, reason: str | None) -> dict[
 
 @contextlib.contextmanager
 def open_output(output: Path, own_columns: Sequence[str], added: Columns, parquet_types: Row) -> Iterator[RowWriter]:
-    """Yield a function that writes a row with its answer. The file gets its name only when complete."""
+    """Yield a function that writes a row with its answer. The file appears only once it is complete."""
     form = output.suffix.lower()
     with explain_os_errors(output), replace_atomically(output) as part:
         if form == ".parquet":
@@ -314,7 +314,7 @@ def _open_delimited_writer(stream: Any, delimiter: str, names: Sequence[str]) ->
 
 
 def _plain_value(value: Any) -> Any:
-    """Return a value as text or number, lists and dictionaries as JSON."""
+    """Return a cell's value, with lists and dictionaries as JSON."""
     if isinstance(value, (list, tuple, dict)):
         return json.dumps(value, ensure_ascii=False, default=to_json_value)
     return value if value is None or isinstance(value, (str, int, float)) else to_json_value(value)

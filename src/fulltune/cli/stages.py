@@ -49,7 +49,8 @@ def end_on_signal(number: int, frame: object) -> None:
 def machine_group(
     target: Path, overrides: list[str] | None, machine_rank: int | None, rendezvous: str | None, max_wait: str
 ) -> Iterator[MachineGroup | None]:
-    """Lead the other machines during the block, or follow machine 0 and exit. Yield None for a run on one machine."""
+    """On machine 0, lead the others during the block. On other machines, follow it and exit. Yield None for a run on
+    one machine."""
     from fulltune.recipe.file import load_recipe
     from fulltune.system import run_folder
     from fulltune.system.machines import parse_machine_address
@@ -113,7 +114,7 @@ def open_run_folder(target: Path, recipe: Recipe, overrides: list[str], folder: 
 
 
 def load_if_finished(recipe: Recipe, folder: Path) -> RunResult | None:
-    """Return a complete run's results, else None."""
+    """Return a complete run's results and print when it finished, or return None."""
     from fulltune.system import run_folder
 
     reached = run_folder.load_finished_run(recipe, folder)

@@ -33,7 +33,7 @@ RECORD, PROOF = "compare/comparison.json", "proof.json"
 
 
 def write_run_report(folder: Path) -> Path:
-    """Write `report.md` and `report.html` into a run folder and return the path of `report.html`."""
+    """Write a run's report and return the path of `report.html`."""
     return write_pages(Path(folder) / "report", build_run_report(read_run(folder)))
 
 

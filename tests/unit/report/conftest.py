@@ -251,7 +251,7 @@ def causal_lm(tmp_path: Path) -> Path:
 
     save_scores(
         folder,
-        scores("before training", "untouched", 2.31, 0.05, "loss", False, answers=said("untouched says")),
+        scores("before training", "untouched", 2.31, 0.05, "loss", False, answers=said("pretrained says")),
         scores(
             *("full-seed42", "trained", 1.21, 0.04, "loss", False),
             answers=tuple(reversed(said("trained says"))),

@@ -79,4 +79,4 @@ def test_end_of_a_run_has_scores_verdict_and_what_to_try(classification: Path, k
 
 def test_end_of_a_run_with_answers_shows_what_was_said_before_and_after(causal_lm: Path) -> None:
     text = " ".join(" ".join(printed(*report.build_run_terminal_report(causal_lm))).split())
-    assert re.search(r"expected .* before training untouched says .* after training trained says", text)
+    assert re.search(r"expected .* before training pretrained says .* after training trained says", text)

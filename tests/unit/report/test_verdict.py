@@ -69,12 +69,12 @@ def test_interval_of_the_difference_on_the_same_rows_decides_and_is_said(
 def test_loss_alone_is_not_called_better_than_answers_say(
     kit: SimpleNamespace, before: float, copied: float, after: float, generated: str, kind: str, said: str
 ) -> None:
-    untouched, trained = pair(kit, 1.2, 2.3, (-1.2, -1.05), "loss", "untouched")
+    pretrained, trained = pair(kit, 1.2, 2.3, (-1.2, -1.05), "loss", "untouched")
     copy = kit.scores("copy", "baseline", copied, 0.0, "rougeL")
     answers = (Answer(text="a question", expected="an answer", predicted=generated),)
     rows = [
         row.model_copy(update={"metrics": row.metrics | {"rougeL": Estimate(value=value, low=value, high=value)}})
-        for row, value in ((untouched, before), (trained.model_copy(update={"answers": answers}), after))
+        for row, value in ((pretrained, before), (trained.model_copy(update={"answers": answers}), after))
     ]
     verdict = judge_scores([*rows, copy])
     assert verdict.kind == kind
@@ -110,6 +110,6 @@ def test_verdict_metric_not_finite_is_none(kit: SimpleNamespace) -> None:
 
 
 def test_sentence_loss_says_its_direction_and_who_lost(kit: SimpleNamespace) -> None:
-    untouched = judge_scores(pair(kit, 2.3, 1.2, (1.0, 1.2), "loss", "untouched"))
-    assert "loss 2.3 [2.23, 2.37] (smaller is better) on" in untouched.sentence
-    assert untouched.sentence.endswith(", and training made it worse.")
+    pretrained = judge_scores(pair(kit, 2.3, 1.2, (1.0, 1.2), "loss", "untouched"))
+    assert "loss 2.3 [2.23, 2.37] (smaller is better) on" in pretrained.sentence
+    assert pretrained.sentence.endswith(", and training made it worse.")

@@ -139,7 +139,7 @@ def test_reports_causal_lm_run_pairs_answers_by_text(causal_lm: Path) -> None:
     markdown, html = both(causal_lm)
     for text in (" ".join(markdown.split()), Page(html).text):
         question = "What does function number 5 do?"
-        assert re.search(rf"untouched says {re.escape(question)}.{{1,40}}trained says {re.escape(question)}", text)
+        assert re.search(rf"pretrained says {re.escape(question)}.{{1,40}}trained says {re.escape(question)}", text)
         assert "loss 1.21 [1.17, 1.25]" in text
         assert "AutoModelForCausalLM" in text
     assert "⟦It returns the largest integer below x.<|im_end|>⟧" in markdown

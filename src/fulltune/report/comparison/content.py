@@ -332,7 +332,7 @@ def list_comparison_facts(comparison: Comparison) -> list[NameAndValue]:
 
 
 def build_expectation_section(expected: Expectation, formatter: MetricFormatter) -> Section:
-    """Build the section on trials, time and detectable differences that is printed before a comparison starts."""
+    """Build the section on trials, time and detectable differences that precedes a comparison."""
     search, whose = "", "of each method"
     if expected.num_search_trials:
         search = f"{expected.num_search_trials} short trials (more if the best rate is at the edge), then "

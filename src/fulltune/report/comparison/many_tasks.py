@@ -20,7 +20,7 @@ _MARGIN = 0.01
 
 
 def combine_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
-    """Combine comparisons of one pretrained model by task name, or raise `RecipeError` if they share only full."""
+    """Combine comparisons of one pretrained model by task name, or raise `RecipeError` if only full is in all."""
     rows = {task: {row.method: row for row in one.rows} for task, one in comparisons.items()}
     first = next(iter(comparisons.values()))
     full = next(row.method for row in first.rows if row.kind == "full")

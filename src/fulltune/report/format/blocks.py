@@ -51,7 +51,7 @@ class Table:
     matrix: bool = False
 
     def keep_columns(self, columns: Collection[str]) -> Table:
-        """Keep only the first column and the named ones."""
+        """Return the table with only the first column and the named ones."""
         indices = [index for index, name in enumerate(self.header) if index == 0 or name in columns]
         rows = tuple(tuple(row[index] for index in indices) for row in self.rows)
         numeric = frozenset(number for number, index in enumerate(indices) if index in self.numeric)

@@ -207,7 +207,7 @@ def _terminal_renderables(part: Headline | Element, width: int) -> Iterator[Rend
             is_long = part.language == "sh" and len(part.text) > width
             yield Text(re.sub(r"(?<=\S) --set ", " \\\\\n  --set ", part.text) if is_long else part.text)
         case Previews():
-            yield from (_format_terminal_preview(segments, label) for segments, label in part.items)
+            yield from (_format_row_preview(segments, label) for segments, label in part.items)
         case Exchanges():
             for prompt, replies in part.items:
                 yield Text(_shortened(prompt), style="bold")
@@ -260,7 +260,7 @@ def _format_terminal_cell(cell: Cell | str) -> str:
     return one_line(cell.shown_text())
 
 
-def _format_terminal_preview(segments: Iterable[Segment], label: str | None) -> Text:
+def _format_row_preview(segments: Iterable[Segment], label: str | None) -> Text:
     line = Text("  ")
     for segment in segments:
         text = one_line(segment.text)

@@ -75,7 +75,7 @@ class PointSeries:
 
 @contextmanager
 def _new_figure(height: int, columns: int = 1) -> Iterator[tuple[Figure, list[Axes]]]:
-    """Yield a figure (height in points) with `columns` plots side by side and matplotlib's default settings."""
+    """Yield a figure (height in points) with `columns` plots side by side."""
     import matplotlib
     from matplotlib.figure import Figure
 

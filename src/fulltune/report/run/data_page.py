@@ -33,7 +33,7 @@ _MARGIN = 0.01
 
 
 def write_data_page(folder: Path) -> Path:
-    """Write `data.md` and `data.html` into an audited run folder and return the path of `data.html`."""
+    """Write `data.md` and `data.html` for an audited run, and return the path of `data.html`."""
     view, audit = read_run(folder), Audit.load(folder / "data" / AUDIT)
     rows, dropped = sum(audit.rows.values()), sum(view.summary.dropped.values()) if view.summary else 0
     figures = [("rows checked", f"{rows:,}"), ("dropped while reading", f"{dropped:,}")]
