@@ -73,29 +73,29 @@ def forecast_seconds(costs: Mapping[str, MethodCost], design: Expectation) -> fl
     return total
 
 
-def smaller_designs(costs: Mapping[str, MethodCost], whole: Expectation) -> Iterator[Expectation]:
+def smaller_designs(costs: Mapping[str, MethodCost], largest: Expectation) -> Iterator[Expectation]:
     """Yield ever smaller designs: first fewer seeds (down to three), then fewer rivals, two seeds, and no rate
     search."""
-    everyone, deciding = whole.methods, tuple(method for method in whole.methods if costs[method].decides)
-    good, fewest = min(whole.num_seeds, GOOD_SEEDS), min(whole.num_seeds, LEAST_SEEDS)
+    everyone, deciding = largest.methods, tuple(method for method in largest.methods if costs[method].decides)
+    good, fewest = min(largest.num_seeds, GOOD_SEEDS), min(largest.num_seeds, LEAST_SEEDS)
     smaller = [everyone, *(deciding[:number] for number in range(len(deciding), 1, -1))]
     for methods, count in [
-        *((everyone, count) for count in range(whole.num_seeds, good, -1)),
+        *((everyone, count) for count in range(largest.num_seeds, good, -1)),
         *((methods, count) for count in range(good, fewest - 1, -1) for methods in smaller),
     ]:
-        yield whole.model_copy(update={"methods": methods, "num_seeds": count})
-    yield whole.model_copy(update={"methods": deciding[:2], "num_seeds": fewest, "search_share": 0.0})
+        yield largest.model_copy(update={"methods": methods, "num_seeds": count})
+    yield largest.model_copy(update={"methods": deciding[:2], "num_seeds": fewest, "search_share": 0.0})
 
 
 def fit_design_to_budget(
-    costs: Mapping[str, MethodCost], whole: Expectation, end_seconds: float = 0.0, seconds_spent: float = 0.0
+    costs: Mapping[str, MethodCost], largest: Expectation, end_seconds: float = 0.0, seconds_spent: float = 0.0
 ) -> Expectation:
     """Return the largest of `smaller_designs` that fits into the budget, less RESERVE, or raise a `RecipeError`.
 
     `end_seconds` is the time after the last trial.
     """
-    ordered = list(smaller_designs(costs, whole))
-    most = math.inf if whole.budget_seconds is None else (1 - RESERVE) * (whole.budget_seconds - seconds_spent)
+    ordered = list(smaller_designs(costs, largest))
+    most = math.inf if largest.budget_seconds is None else (1 - RESERVE) * (largest.budget_seconds - seconds_spent)
     design = next((each for each in ordered if end_seconds + forecast_seconds(costs, each) <= most), None)
     if design is None:
         raise RecipeError(

@@ -247,7 +247,7 @@ def _check_eval_rows(seed_runs: SeedRuns, trained: Sequence[MethodRow]) -> RuleH
 
 
 def _check_test_rows(folder: Path, in_train: str | None, verdicts: int) -> RuleHits:
-    """Yield findings on test rows that occur in train (noted in `in_train`) or were used for other verdicts."""
+    """Yield findings on test rows that occur in train (described in `in_train`) or were used for other verdicts."""
     if in_train:
         yield "test-in-train", "test rows", f"{in_train}, especially for methods that memorise rows"
     if verdicts > 1:

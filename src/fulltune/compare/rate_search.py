@@ -168,7 +168,8 @@ def move_best_run(job: Run, searched: Searched) -> None:
 
 
 def _settings_of_moved_run(trial: Plan, planned: Plan, searched: Searched) -> list[Setting]:
-    """Return the settings of the best trial, without changes that were made only for the search."""
+    """Return the settings of the best trial. Settings that only the search changed are taken from `planned`, the run's
+    own plan."""
     before = {setting.name: setting for setting in planned.settings}
     settings = []
     for setting in trial.settings:

@@ -37,10 +37,12 @@ class MetricScale:
             return 0.01 * abs(metric)
         return standard_error_of_share(metric, self.eval_rows)
 
-    def lead_in_tolerances(self, rate: float, tried: Mapping[float, float]) -> float:
+    def lead_in_tolerances(self, rate: float, metrics_by_rate: Mapping[float, float]) -> float:
         """Return how many tolerances a rate's metric is ahead of all others, or infinity if all others diverged."""
-        others = max((self.oriented(metric) for other, metric in tried.items() if other != rate), default=math.inf)
-        apart, least = self.oriented(tried[rate]) - others, self.tolerance(tried[rate])
+        others = max(
+            (self.oriented(metric) for other, metric in metrics_by_rate.items() if other != rate), default=math.inf
+        )
+        apart, least = self.oriented(metrics_by_rate[rate]) - others, self.tolerance(metrics_by_rate[rate])
         return apart / least if least else math.inf if apart > 0 else 0.0
 
 
@@ -76,97 +78,106 @@ def whole_run_trial(method: str, rate: float, seed: int, *, is_rate_test: bool =
     return Trial(name=name, method=method, learning_rate=rate, seed=seed)
 
 
-def best_rates(tried: Mapping[float, float], scale: MetricScale) -> list[float]:
-    """Return the rates with the best metric, in ascending order. `tried` maps rates to metrics."""
-    best = max(scale.oriented(metric) for metric in tried.values())
-    return sorted(rate for rate in tried if scale.oriented(tried[rate]) == best)
+def best_rates(metrics_by_rate: Mapping[float, float], scale: MetricScale) -> list[float]:
+    """Return the rates with the best metric, in ascending order."""
+    best = max(scale.oriented(metric) for metric in metrics_by_rate.values())
+    return sorted(rate for rate in metrics_by_rate if scale.oriented(metrics_by_rate[rate]) == best)
 
 
-def choose_rate(tried: Mapping[float, float], scale: MetricScale, default_rate: float | None) -> float:
+def choose_rate(metrics_by_rate: Mapping[float, float], scale: MetricScale, default_rate: float | None) -> float:
     """Return the best rate if it leads the default rate by more than the tolerance (or no default was tried), else the
     default."""
-    best, *_ = best_rates(tried, scale)
-    if default_rate is None or default_rate not in tried:
+    best, *_ = best_rates(metrics_by_rate, scale)
+    if default_rate is None or default_rate not in metrics_by_rate:
         return best
-    ahead = scale.oriented(tried[best]) - scale.oriented(tried[default_rate])
-    return best if ahead > scale.tolerance(tried[best]) else default_rate
+    ahead = scale.oriented(metrics_by_rate[best]) - scale.oriented(metrics_by_rate[default_rate])
+    return best if ahead > scale.tolerance(metrics_by_rate[best]) else default_rate
 
 
-def _choice_reason(tried: Mapping[float, float], rate: float, scale: MetricScale, what: str) -> str:
-    """Explain why a rate was chosen, where `what` names the runs, such as `whole runs`."""
-    if rate in best_rates(tried, scale)[:1]:
-        return f"the best of {len(tried)} {what}"
+def _choice_reason(metrics_by_rate: Mapping[float, float], rate: float, scale: MetricScale, run_kind: str) -> str:
+    """Explain why a rate was chosen by short trials or whole runs (`run_kind`)."""
+    if rate in best_rates(metrics_by_rate, scale)[:1]:
+        return f"the best of {len(metrics_by_rate)} {run_kind}"
     least = "the error of the eval rows" if scale.is_share else "1 %"
-    return f"the default rate, because no other rate was better by more than {least} in {what}"
+    return f"the default rate, because no other rate was better by more than {least} in {run_kind}"
 
 
-def next_rate_beyond_grid(tried: Mapping[float, float], scale: MetricScale) -> float | None:
+def next_rate_beyond_grid(metrics_by_rate: Mapping[float, float], scale: MetricScale) -> float | None:
     """Return the next rate beyond the grid if a rate at the grid's edge leads clearly, else None."""
-    rates, best = sorted(tried), best_rates(tried, scale)[0]
-    if math.isnan(tried[best]):  # nothing learned anything: it can only be too fast
+    rates, best = sorted(metrics_by_rate), best_rates(metrics_by_rate, scale)[0]
+    if math.isnan(metrics_by_rate[best]):  # nothing learned anything: it can only be too fast
         return rounded(rates[0] / STEP)
     for edge, neighbour, step in ((rates[-1], rates[-2], STEP), (rates[0], rates[1], 1 / STEP)):
-        if scale.oriented(tried[edge]) == scale.oriented(tried[best]):
+        if scale.oriented(metrics_by_rate[edge]) == scale.oriented(metrics_by_rate[best]):
             return (
                 rounded(edge * step)
-                if scale.lead_in_tolerances(edge, {rate: tried[rate] for rate in (edge, neighbour)}) > 1
+                if scale.lead_in_tolerances(edge, {rate: metrics_by_rate[rate] for rate in (edge, neighbour)}) > 1
                 else None
             )
     return None
 
 
 def search_from_short_trials(
-    method: str, tried: Mapping[float, float], share: float, scale: MetricScale, default_rate: float
+    method: str, metrics_by_rate: Mapping[float, float], share: float, scale: MetricScale, default_rate: float
 ) -> Search:
-    """Choose a rate from the metrics of short trials (`tried`, by rate) with a share of the steps. Return the search's
-    record."""
-    rate = choose_rate(tried, scale, default_rate)
-    on_edge = rate in (min(tried), max(tried)) and scale.lead_in_tolerances(rate, tried) > 1
-    how = _choice_reason(tried, rate, scale, f"short runs of {share:.0%} of the steps")
+    """Choose a rate from the metrics of short trials with a share of the steps. Return the search's record."""
+    rate = choose_rate(metrics_by_rate, scale, default_rate)
+    on_edge = (
+        rate in (min(metrics_by_rate), max(metrics_by_rate)) and scale.lead_in_tolerances(rate, metrics_by_rate) > 1
+    )
+    how = _choice_reason(metrics_by_rate, rate, scale, f"short runs of {share:.0%} of the steps")
     how += ", at the edge of the rates tried" * on_edge
     return Search(
-        method=method, tried=dict(tried), share=share, chosen=rate, reason=how, on_edge=on_edge, usual=default_rate
+        method=method,
+        tried=dict(metrics_by_rate),
+        share=share,
+        chosen=rate,
+        reason=how,
+        on_edge=on_edge,
+        usual=default_rate,
     )
 
 
 def next_rate_for_whole_run(
-    search: Search, whole: Mapping[float, float], scale: MetricScale, may_extend: bool, max_runs: int
+    search: Search, whole_run_metrics: Mapping[float, float], scale: MetricScale, may_extend: bool, max_runs: int
 ) -> float | None:
     """Return the rate of the next whole run, or None if no run is needed.
 
     The default rate comes first, then the best of the short trials, then rates further out while the edge leads
-    clearly. `whole` maps finished rates to metrics, and `may_extend` allows rates without a short trial.
+    clearly. `may_extend` allows rates without a short trial.
     """
     short = search.tried
-    if len(short) < 2 or search.whole or len(whole) >= max_runs:
+    if len(short) < 2 or search.whole or len(whole_run_metrics) >= max_runs:
         return None
     too_high = min((rate for rate, metric in short.items() if math.isnan(metric)), default=math.inf)
-    left = {rate: metric for rate, metric in short.items() if rate not in whole and rate < too_high}
+    left = {rate: metric for rate, metric in short.items() if rate not in whole_run_metrics and rate < too_high}
     if search.usual is not None and search.usual in left:
         return search.usual
-    if len(whole) < 2:
+    if len(whole_run_metrics) < 2:
         return nearest_rate(best_rates(left, scale), search.chosen) if left else None
-    best, *_ = best_rates(whole, scale)
-    if best not in (min(whole), max(whole)) or not _leads_clearly(best, whole, scale):
+    best, *_ = best_rates(whole_run_metrics, scale)
+    if best not in (min(whole_run_metrics), max(whole_run_metrics)) or not _leads_clearly(
+        best, whole_run_metrics, scale
+    ):
         return None
-    upwards = best == max(whole)
+    upwards = best == max(whole_run_metrics)
     if further := [rate for rate in left if (rate > best) == upwards]:
         return nearest_rate(further, best)
     rate = rounded(best * STEP if upwards else best / STEP)
     return rate if may_extend and rate < too_high else None
 
 
-def _leads_clearly(best: float, whole: Mapping[float, float], scale: MetricScale) -> bool:
-    return CLEARLY < scale.lead_in_tolerances(best, whole) < math.inf
+def _leads_clearly(best: float, whole_run_metrics: Mapping[float, float], scale: MetricScale) -> bool:
+    return CLEARLY < scale.lead_in_tolerances(best, whole_run_metrics) < math.inf
 
 
-def search_after_whole_runs(search: Search, whole: Mapping[float, float], scale: MetricScale) -> Search:
+def search_after_whole_runs(search: Search, whole_run_metrics: Mapping[float, float], scale: MetricScale) -> Search:
     """Return the search with the best whole run's rate if it leads, else with the default rate."""
-    rate = choose_rate(whole, scale, search.usual)
-    rates = {*search.tried, *whole}
-    on_edge = rate in (min(rates), max(rates)) and _leads_clearly(rate, whole, scale)
-    reason = _choice_reason(whole, rate, scale, "whole runs")
-    changes = {"chosen": rate, "whole": dict(whole), "reason": reason, "on_edge": on_edge}
+    rate = choose_rate(whole_run_metrics, scale, search.usual)
+    rates = {*search.tried, *whole_run_metrics}
+    on_edge = rate in (min(rates), max(rates)) and _leads_clearly(rate, whole_run_metrics, scale)
+    reason = _choice_reason(whole_run_metrics, rate, scale, "whole runs")
+    changes = {"chosen": rate, "whole": dict(whole_run_metrics), "reason": reason, "on_edge": on_edge}
     return search.model_copy(update=changes)
 
 

@@ -87,7 +87,7 @@ def decide_verdict(methods: Sequence[MethodOutputs], drawn: ResampledTrials, ter
             if spread is not None and len(method.trials) > 1
         },
         differences=tuple(differences),
-        headline=_headline(verdict, recommended, methods[full].name, differences),
+        headline=_state_verdict(verdict, recommended, methods[full].name, differences),
         because=tuple(
             _explain_difference(difference, MetricFormatter(measure.name, terms.margin))
             for difference in differences
@@ -162,7 +162,7 @@ def _choose_verdict(
     return "UNDECIDED", min(good, key=cost.__getitem__) if good else ""
 
 
-def _headline(verdict: VerdictKind, recommended: str, full: str, differences: Sequence[Difference]) -> str:
+def _state_verdict(verdict: VerdictKind, recommended: str, full: str, differences: Sequence[Difference]) -> str:
     """State the verdict in one sentence."""
     match verdict:
         case "FULL" if all(one.kind == VARIANT for one in differences if one.decides):

@@ -221,7 +221,8 @@ def _feature_width(model: PreTrainedModel, layers: HeadLayers | None) -> int:
 
 @contextlib.contextmanager
 def _out_of_memory_as_no_probe(model: PreTrainedModel) -> Iterator[None]:
-    """Raise `NoProbe` if memory runs out, unless the weights are sharded and all processes must fail together."""
+    """Raise `NoProbe` instead of an out-of-memory error. If weights are sharded, keep the error, so that all processes
+    fail together."""
     try:
         yield
     except Exception as error:
@@ -285,13 +286,13 @@ def _layer_tensors(layer: str, values: LinearClassifier, has_bias: bool) -> Head
 def fit_best_baseline(
     extractor: FeatureExtractor, train: Features, held_out: Features | None
 ) -> tuple[FrozenBaseline, LinearClassifier] | None:
-    """Fit classifiers on pooled embeddings. Return the record and classifier of the one that is best on held-out rows
-    (in cross-validation without any), or None if there are no embeddings."""
+    """Fit classifiers on pooled embeddings. Return the record and classifier of the best one on held-out rows, or in
+    cross-validation if `held_out` is None. Return None if there are no embeddings."""
     if train.mean is None:
         return None
     usual = "ridge regression" if extractor.kind == "regression" else "logistic regression"
 
-    def candidates(
+    def fit_candidates(
         items: Items, strengths: Sequence[float] = STRENGTHS
     ) -> Iterator[tuple[tuple[str, float], LinearClassifier]]:
         """Yield fitted classifiers, each with its kind and regularisation strength."""
@@ -311,7 +312,7 @@ def fit_best_baseline(
         if name != "pair"  # twice as wide as the others
         or solver_bytes(extractor.kind, len(features), extractor.num_outputs, features.shape[1]) <= MOST_SOLVER_BYTES
     }
-    pooling, least, (kind, _), classifier = select_features(spaces, candidates, error_rate)
+    pooling, least, (kind, _), classifier = select_features(spaces, fit_candidates, error_rate)
     return FrozenBaseline.model_validate({"pooling": pooling, "kind": kind, "loss": least}), classifier
 
 

@@ -180,7 +180,7 @@ def _item_features(
             targets[np.arange(len(positions)), labels.numpy()] = 1
             targets = targets.ravel()
         case "span":
-            token_indices, targets = _choose_tokens(labels.numpy(), positions)
+            token_indices, targets = _choose_answer_tokens(labels.numpy(), positions)
             item_mask = torch.zeros(hidden.shape[:2], dtype=torch.bool)
             item_mask[token_indices] = True
             counts = item_mask.sum(dim=1).numpy()
@@ -239,7 +239,9 @@ def _word_embeddings(hidden: torch.Tensor, rows: EncodedRows) -> torch.Tensor:
     return F.normalize(torch.cat(means), dim=-1)
 
 
-def _choose_tokens(labels: np.ndarray, positions: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+def _choose_answer_tokens(
+    labels: np.ndarray, positions: np.ndarray
+) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
     """Choose random tokens of each window and the tokens where its answer begins and ends.
 
     Returns:

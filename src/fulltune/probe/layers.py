@@ -33,7 +33,7 @@ def find_head_layers(model: PreTrainedModel, task: TaskName, num_outputs: int) -
     `num_outputs` outputs."""
     from torch.nn import Linear
 
-    body_of(model)
+    model_without_head(model)
     linears = {
         f"{name}.{inner}" if inner else name: module
         for name in heads.head_paths(model, task, "")
@@ -52,7 +52,7 @@ def find_head_layers(model: PreTrainedModel, task: TaskName, num_outputs: int) -
     return last[-1], square[0] if len(square) == 1 else None
 
 
-def body_of(model: PreTrainedModel) -> torch.nn.Module:
+def model_without_head(model: PreTrainedModel) -> torch.nn.Module:
     """Return the model without its head; raise `NoProbe` if the model's class does not separate them."""
     body = getattr(model, model.base_model_prefix, None)
     if body is None:
@@ -75,7 +75,7 @@ def run_and_read_hidden(
     """
     import torch
 
-    modules = {"body": body_of(model)}
+    modules = {"body": model_without_head(model)}
     if layers is not None:
         names = zip(("last", "dense"), layers, strict=True)
         modules |= {key: model.get_submodule(name) for key, name in names if name is not None}

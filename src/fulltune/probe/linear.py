@@ -292,7 +292,7 @@ def select_features(
 
 
 def _score_features(items: Items, held_out: Items | None, candidates: Candidates[Any], criterion: Criterion) -> float:
-    """Return the best criterion that classifiers reach on a sample of items, or on all items if the sample lacks a
+    """Return the lowest criterion that classifiers reach on a sample of items, or on all items if the sample lacks a
     class."""
     with contextlib.suppress(NoProbe):
         return select_classifier(items.sample(MOST_COMPARED), held_out, candidates, criterion)[0]

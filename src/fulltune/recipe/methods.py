@@ -35,7 +35,7 @@ class _MethodSettings(Block):
     such as `lora-r64`."""
 
     @model_validator(mode="after")
-    def _refuse_reserved_name(self) -> Self:
+    def _raise_if_name_reserved(self) -> Self:
         if self.name is not None and self.name.lower() in RESERVED_NAMES:  # some file systems ignore case
             raise ValueError(f"name: '{self.name}' is reserved for a file of the run folder; choose another name")
         return self
@@ -140,7 +140,7 @@ class LoraMethod(_TrainedMethod):
         )
 
     @model_validator(mode="after")
-    def _refuse_empty_targets(self) -> LoraMethod:
+    def _raise_if_no_target_modules(self) -> LoraMethod:
         if not self.target_modules or not all(self.target_modules):
             raise ValueError("target_modules: no matrix is listed; write all-linear, or names such as [q_proj, v_proj]")
         return self

@@ -74,7 +74,7 @@ class Probe(Record):
 
     @property
     def head_origin(self) -> str:
-        """Describes how the head was initialised, or why at random."""
+        """How the head was initialised, or why it was initialised at random."""
         if self.head is None:
             return f"drawn at random: {self.failure}"
         dense = {"loaded": "", "scaled": ", pooler scaled", "mean": ", pooler set to the mean of all tokens", None: ""}
