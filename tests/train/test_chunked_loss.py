@@ -29,7 +29,7 @@ VOCABULARY, HIDDEN = 50, 16
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """ChunkedLogits of 4 tokens; a warning would mean that some other way was taken."""
-    monkeypatch.setattr(chunked_loss, "ROWS", {"cpu": 4})
+    monkeypatch.setattr(chunked_loss, "TOKENS_PER_CHUNK", {"cpu": 4})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("default", module=r"(?!fulltune|torch\.nn).*")

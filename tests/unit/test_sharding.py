@@ -124,7 +124,7 @@ def test_running_statistics_are_refused() -> None:
 
 
 def test_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharding, "OLDEST", (99, 1))
+    monkeypatch.setattr(sharding, "OLDEST_TRANSFORMERS", (99, 1))
     with pytest.raises(SetupError, match=r"fsdp2 needs transformers 99\.1 or newer, found 5\."):
         sharding.sharded_model_class(CLASSES, transformers.BertConfig(**_TWO), 2)
 

@@ -14,7 +14,7 @@ from fulltune.audit.texts.flaw import PATTERNS, RE, is_installed
 from fulltune.tasks import Row
 
 OTHER_LANGUAGE, PACKAGE = "other language", "py3langid"
-SURE = 0.95
+MIN_PROBABILITY = 0.95
 MIN_BYTES = 20
 """Minimum UTF-8 bytes of letters: 20 Latin, 10 Cyrillic or 7 Chinese characters."""
 _MAX_CHARACTERS = 400
@@ -22,7 +22,7 @@ _VARIETIES: Mapping[str, str] = PATTERNS["varieties"]
 _RELATED = {code: frozenset(family.split()) for family in PATTERNS["families"] for code in family.split()}
 _LIKELY = 0.5
 MAIN = 0.05
-NEARLY_ALL = 0.9
+MIN_MAIN_SHARE = 0.9
 """Minimum share of texts in the main languages."""
 MIN_ROWS = 20
 
@@ -48,7 +48,7 @@ def detect_foreign_language(text: str, main_languages: Collection[str]) -> tuple
     """
     words = _select_words_to_examine(text).split()
     language = _likeliest_language(" ".join(words), main_languages) if words else None
-    if language is None or language[0] in main_languages or language[1] < SURE:
+    if language is None or language[0] in main_languages or language[1] < MIN_PROBABILITY:
         return None
     if " ".join(words).isupper():
         words = " ".join(words).lower().split()
@@ -104,7 +104,7 @@ class ColumnLanguages:
         code, confidence = detect_language(text) or ("", 0.0)
         if confidence >= _LIKELY:
             self.counts[code] += 1
-        self.confident.append(self.codes.setdefault(code, len(self.codes)) if confidence >= SURE else -1)
+        self.confident.append(self.codes.setdefault(code, len(self.codes)) if confidence >= MIN_PROBABILITY else -1)
 
     def main_languages(self) -> list[str]:
         return [code for code, count in self.counts.most_common() if count >= MAIN * self.counts.total()]
@@ -113,7 +113,7 @@ class ColumnLanguages:
         """Return why rows in a rare language cannot be found in this column, or None if they can."""
         if self.counts.total() < MIN_ROWS:
             return f"fewer than {MIN_ROWS} texts are long enough to detect their language"
-        if sum(self.counts[code] for code in self.main_languages()) < NEARLY_ALL * self.counts.total():
+        if sum(self.counts[code] for code in self.main_languages()) < MIN_MAIN_SHARE * self.counts.total():
             return f"its texts are in {len(self.counts)} languages, and too few are in the main ones"
         return None
 

@@ -109,7 +109,7 @@ PRECISION = 0.75
 """Wanted share of wrong labels among suspects."""
 PLANTED_SHARE, PLANTED, MAX_ROUNDS = 0.05, 200, 5
 """Share of rows mislabelled per round. Rounds repeat until `PLANTED` errors or `MAX_ROUNDS` are reached."""
-SURE = (0.25, 0.5)
+PLANTED_QUANTILES = (0.25, 0.5)
 """Quantiles of planted errors' margins; correct labels rarely have lower margins."""
 MIN_ROWS, MIN_OF_A_CLASS = 100, 3
 MAX_OTHER = 0.5
@@ -176,8 +176,10 @@ def choose_suspect_margin(margins: np.ndarray, planted_margins: np.ndarray) -> t
     `planted_margins` belong to deliberately wrong labels.
     """
     margins, planted_margins = np.sort(margins), np.sort(planted_margins)
-    wrong = max(_estimate_min_errors(margins, planted_margins, share) for share in SURE)
-    cuts = np.linspace(float(np.quantile(planted_margins, SURE[0])), min(0.0, float(planted_margins[-1])), 50)[::-1]
+    wrong = max(_estimate_min_errors(margins, planted_margins, share) for share in PLANTED_QUANTILES)
+    cuts = np.linspace(
+        float(np.quantile(planted_margins, PLANTED_QUANTILES[0])), min(0.0, float(planted_margins[-1])), 50
+    )[::-1]
     for cut in cuts:
         suspects = int(np.searchsorted(margins, cut))
         recall = float(np.searchsorted(planted_margins, cut)) / len(planted_margins)
@@ -260,7 +262,7 @@ def label_margins(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.nda
 # ---- outliers ------------------------------------------------------------------------------------------------------
 
 NEIGHBOURS = 20
-SPREADS = 2.5
+OUTLIER_IQRS = 2.5
 """Interquartile ranges from the upper quartile to the outlier threshold (Tukey 1977: 1.5, or 3 for far outliers)."""
 MIN_TEXTS = 200
 MAX_FAR = 0.1
@@ -305,7 +307,7 @@ def mark_outliers(states: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, fl
     for _ in range(_MAX_FAR_ROUNDS):
         distances = mean_distance_to_nearest(states, states[~is_far])
         lower, upper = np.quantile(distances[~is_far], [0.25, 0.75])
-        fence = float(upper + SPREADS * (upper - lower))
+        fence = float(upper + OUTLIER_IQRS * (upper - lower))
         further = (distances > fence) & ~is_far
         is_far |= further
         if not further.any() or is_far.mean() > MAX_FAR:

@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 
 from fulltune.audit.languages import OTHER_LANGUAGE, ColumnLanguages, add_languages, detect_foreign_language
-from fulltune.audit.texts import PARTS, find_flaws, iterate_texts, join_texts_by_column, masked_text, select_checks
+from fulltune.audit.texts import (
+    ROLES_AND_CHECKS,
+    find_flaws,
+    iterate_texts,
+    join_texts_by_column,
+    masked_text,
+    select_checks,
+)
 from fulltune.audit.texts.content import group_similar_names
 from fulltune.audit.texts.flaw import Flaw
 from fulltune.data.groups import character_5grams, hash_to_number, jaccard_similarity, join_near_duplicates, minhash
@@ -73,7 +80,7 @@ class AuditedRows:
 
     def masked_start(self, row: Row, max_characters: int) -> str:
         """Return the beginning of a row's texts on one line, with secrets masked."""
-        texts = (cell for part in PARTS for _, cell in iterate_texts(row, self.target.columns, part))
+        texts = (cell for part in ROLES_AND_CHECKS for _, cell in iterate_texts(row, self.target.columns, part))
         return " | ".join(" ".join(masked_text(text).split()) for text in texts)[:max_characters]
 
     def source_of(self, split: SplitName) -> str:
@@ -228,7 +235,7 @@ def find_foreign_language_rows(rows: AuditedRows, scan: RowScan) -> list[RowIssu
 # ---- repeated rows: in train, with other labels, or among held-out rows ----------------------------------------------
 
 DUPLICATE, LEAK, NEAR_LEAK, CONFLICT = "duplicate", "leak", "near leak", "conflicting labels"
-NEAR = 0.8
+MIN_LEAK_SIMILARITY = 0.8
 """Minimum Jaccard similarity of near leaks."""
 _CANDIDATE = 0.7
 _MAX_QUOTED = 80
@@ -270,7 +277,7 @@ def find_repeated_rows(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
         elif others:
             mine = character_5grams(rows.task.group_key(row, rows.target))
             shares = [jaccard_similarity(mine, character_5grams(other[0])) for other in others]
-            if (share := max(shares)) >= NEAR:
+            if (share := max(shares)) >= MIN_LEAK_SIMILARITY:
                 shown = others[shares.index(share)][1]
                 issues.append(issue(NEAR_LEAK, reason=f"a held-out row has nearly the same text: {shown}", score=share))
         if conflicting[position]:

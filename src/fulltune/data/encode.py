@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fulltune.audit.texts import CHEAP, MAX_CHECKED, found_by, iterate_texts, masked_cells, select_checks
+from fulltune.audit.texts import CHEAP_CHECKS, MAX_CHECKED, found_by, iterate_texts, masked_cells, select_checks
 from fulltune.data.contamination import ForbiddenTexts, mark_rows_with_forbidden_text
 from fulltune.data.groups import (
     RowCounts,
@@ -240,7 +240,7 @@ def _why_row_unusable(job: Job, task: Task, row: Row) -> Refused | None:
 def _add_text_flaws_to_tally(job: Job, rows: Iterable[Row], tally: RowCounts) -> None:
     """Count the rows that have each text flaw."""
     columns = job.target.columns
-    checks = select_checks(columns, CHEAP)
+    checks = select_checks(columns, CHEAP_CHECKS)
     for row in rows:
         of_parts = ((text, of) for part, of in checks.items() for _, text in iterate_texts(row, columns, part))
         tally.counts.update({("flaw", check) for text, of in of_parts for check in found_by(text[:MAX_CHECKED], of)})

@@ -66,7 +66,7 @@ def find_source_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
             files[name] = replace(
                 locate_data_files(source_paths, block.text_rows, None if is_other else block.columns),
                 encoding=codec_for_encoding(block.encoding),
-                image_paths=FACTS[recipe.task].reads == "image",
+                has_relative_image_paths=FACTS[recipe.task].reads == "image",
                 image_column=block.image,
             )
         except DataError as error:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-MOST_COMPILED = 64
+MAX_COMPILATIONS = 64
 """Maximum number of compilations per block; torch's default of 8 is too low for T5."""
 
 
@@ -38,7 +38,7 @@ def compile_blocks(model: nn.Module, device: str, *, backend: str = "inductor", 
             f"train.torch_compile: {type(model).__name__} has no repeated blocks (no torch.nn.ModuleList with weights) "
             "to compile; remove the setting"
         )
-    torch._dynamo.config.recompile_limit = MOST_COMPILED
+    torch._dynamo.config.recompile_limit = MAX_COMPILATIONS
     for block in blocks:
         block.forward = _compiled_in_training(block, torch.compile(block.forward, backend=backend, dynamic=dynamic))
     return len(blocks)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _FREED = "free_full_weight"
-OLDEST = (5, 24)
+OLDEST_TRANSFORMERS = (5, 24)
 """Oldest version of transformers with sufficient FSDP2 support."""
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
@@ -49,8 +49,8 @@ def sharded_model_class(auto_class: Any, config: PretrainedConfig, num_processes
     import transformers
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST:
-        needed = ".".join(map(str, OLDEST))
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST_TRANSFORMERS:
+        needed = ".".join(map(str, OLDEST_TRANSFORMERS))
         raise SetupError(
             f"train.placement: fsdp2 needs transformers {needed} or newer, found {transformers.__version__}"
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fulltune.audit import languages
-from fulltune.audit.languages import OTHER_LANGUAGE, SURE, ColumnLanguages
+from fulltune.audit.languages import MIN_PROBABILITY, OTHER_LANGUAGE, ColumnLanguages
 from fulltune.report.run.data_page import _describe_languages
 from tests.unit.audit.test_stage import CLEAN, audited, prepared
 from tests.unit.audit.test_texts import TEXTS
@@ -24,7 +24,7 @@ SPARED: list[str] = TEXTS["no_other_language"]["texts"]
 def stands_out(text: str, *main: str) -> str | None:
     """The language of a text that is listed in a column of these."""
     first = languages.detect_language(text)
-    if first is None or first[0] in main or first[1] < SURE:
+    if first is None or first[0] in main or first[1] < MIN_PROBABILITY:
         return None
     language = languages.detect_foreign_language(text, main)
     return language[0] if language else None

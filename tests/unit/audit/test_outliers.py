@@ -12,7 +12,7 @@ from fulltune.audit.pretrained import (
     MAX_FAR,
     MIN_TEXTS,
     NEIGHBOURS,
-    SPREADS,
+    OUTLIER_IQRS,
     find_outliers,
     mark_outliers,
     mean_distance_to_nearest,
@@ -88,7 +88,7 @@ def test_odd_rows_that_raise_the_fence_are_found_in_rounds() -> None:
     distances, is_far, quartile, fence = mark_outliers(states)
     assert is_far[400:].all()
     assert not is_far[:400].any()
-    assert fence < upper + SPREADS * (upper - lower)
+    assert fence < upper + OUTLIER_IQRS * (upper - lower)
     again = mean_distance_to_nearest(states, states[:400])
     np.testing.assert_allclose(distances, again, atol=1e-6)
     assert quartile == pytest.approx(np.quantile(again[:400], 0.75))

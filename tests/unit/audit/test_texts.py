@@ -149,14 +149,14 @@ def test_repairs_follow_each_other() -> None:
     assert audit.repair_text(text, ("markup", "personal data", "control characters", "broken encoding")).strip() == (
         "Isn’t it, [EMAIL]?"
     )
-    assert audit.repair_text("fine as it is", audit.OF_TEXTS[:-1]) == "fine as it is"
+    assert audit.repair_text("fine as it is", audit.CHECKS_OF_READ_TEXTS[:-1]) == "fine as it is"
 
 
 def test_columns_get_their_checks() -> None:
-    assert "refusal" not in audit.OF_TEXTS
-    assert "no words" not in audit.OF_ANSWERS
-    assert {*audit.OF_TEXTS, *audit.OF_ANSWERS} == set(_CHECKS)
-    assert audit.find_flaws("42", tuple(set(audit.OF_ANSWERS) - set(audit.checks_without_package()))) == []
+    assert "refusal" not in audit.CHECKS_OF_READ_TEXTS
+    assert "no words" not in audit.CHECKS_OF_WRITTEN_TEXTS
+    assert {*audit.CHECKS_OF_READ_TEXTS, *audit.CHECKS_OF_WRITTEN_TEXTS} == set(_CHECKS)
+    assert audit.find_flaws("42", tuple(set(audit.CHECKS_OF_WRITTEN_TEXTS) - set(audit.checks_without_package()))) == []
 
 
 def test_missing_package_is_told_and_never_silent(monkeypatch: pytest.MonkeyPatch) -> None:

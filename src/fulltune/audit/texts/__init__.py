@@ -22,8 +22,8 @@ _CHECKS: Mapping[str, Callable[[str], Flaw | None]] = {
     "refusal": content.check_refusal,
 }
 """Checks in the order in which their repairs are applied."""
-OF_TEXTS: tuple[str, ...] = tuple(check for check in _CHECKS if check != "refusal")
-OF_ANSWERS: tuple[str, ...] = tuple(check for check in _CHECKS if check != "no words")
+CHECKS_OF_READ_TEXTS: tuple[str, ...] = tuple(check for check in _CHECKS if check != "refusal")
+CHECKS_OF_WRITTEN_TEXTS: tuple[str, ...] = tuple(check for check in _CHECKS if check != "no words")
 _PRIVATE: tuple[str, ...] = ("secret", "personal data", "phone number")
 _UNCOVERING: tuple[str, ...] = ("broken encoding", "control characters", "markup")
 
@@ -58,7 +58,7 @@ def found_by(text: str, checks: Collection[str]) -> list[str]:
     return [check for check in checks if _CHECKS[check](text) is not None]
 
 
-def find_flaws(text: str, checks: Collection[str] = OF_TEXTS) -> list[Flaw]:
+def find_flaws(text: str, checks: Collection[str] = CHECKS_OF_READ_TEXTS) -> list[Flaw]:
     """Return the flaws that the checks detect, with secrets masked."""
     results = [flaw for check in checks if (flaw := _CHECKS[check](text)) is not None]
     masked = masked_text(text) if results else text
@@ -87,11 +87,11 @@ def repair_text(text: str, checks: Collection[str]) -> str:
 _READ_ROLES = ("text", "text_pair", "prompt", "input", "source", "question", "context", "messages", "tokens")
 _WRITTEN_ROLES = ("completion", "target", "messages")
 TextUse = Literal["read", "written"]
-PARTS: Mapping[TextUse, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "read": (_READ_ROLES, OF_TEXTS),
-    "written": (_WRITTEN_ROLES, OF_ANSWERS),
+ROLES_AND_CHECKS: Mapping[TextUse, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "read": (_READ_ROLES, CHECKS_OF_READ_TEXTS),
+    "written": (_WRITTEN_ROLES, CHECKS_OF_WRITTEN_TEXTS),
 }
-CHEAP = ("broken encoding", "control characters", "markup", "placeholder", "chat tokens", "refusal")
+CHEAP_CHECKS = ("broken encoding", "control characters", "markup", "placeholder", "chat tokens", "refusal")
 """Checks that run on every row, in 15 % of the time to tokenise short texts."""
 MAX_CHECKED = 100_000
 """Maximum characters checked per text; checking takes several times their memory."""
@@ -102,14 +102,14 @@ def select_checks(columns: Mapping[str, str], wanted: Collection[str] = tuple(_C
     possible = [check for check in wanted if check not in checks_without_package()]
     return {
         part: [check for check in of if check in possible]
-        for part, (roles, of) in PARTS.items()
+        for part, (roles, of) in ROLES_AND_CHECKS.items()
         if set(roles) & set(columns)
     }
 
 
 def iterate_texts(row: Mapping[str, object], columns: Mapping[str, str], use: TextUse) -> Iterator[tuple[str, str]]:
     """Yield column and text of each cell that the model reads (`read`) or learns to write (`written`)."""
-    for role in PARTS[use][0]:
+    for role in ROLES_AND_CHECKS[use][0]:
         column = columns.get(role, "")
         cell = row.get(column)
         if column and isinstance(cell, str):
@@ -122,8 +122,8 @@ def iterate_texts(row: Mapping[str, object], columns: Mapping[str, str], use: Te
 
 def join_texts_by_column(row: Mapping[str, object], columns: Mapping[str, str]) -> dict[str, str]:
     """Return all running text of a row by column."""
-    whole = {columns[role]: "" for roles, _ in PARTS.values() for role in roles if role in columns}
-    for part in PARTS:
+    whole = {columns[role]: "" for roles, _ in ROLES_AND_CHECKS.values() for role in roles if role in columns}
+    for part in ROLES_AND_CHECKS:
         for column, text in iterate_texts(row, columns, part):
             whole[column] = text if whole[column] in ("", text) else f"{whole[column]} {text}"
     return whole

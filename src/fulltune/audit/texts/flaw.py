@@ -25,7 +25,7 @@ class Flaw:
     check: str
     reason: str
     fixed: str | None = None
-    """The text after this check's repair, or None if it has none."""
+    """The text after this check's repair, or None if the check repairs nothing."""
 
 
 def to_regex(pattern: str) -> re.Pattern[str]:

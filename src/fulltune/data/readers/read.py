@@ -44,7 +44,7 @@ class DataFiles:
     where: str
     text_rows: TextRows = "auto"
     image_folder: Path | None = None
-    image_paths: bool = False
+    has_relative_image_paths: bool = False
     """True if image paths are relative to the table's folder."""
     image_column: str | None = None
     columns: tuple[str, ...] | None = None
@@ -109,7 +109,7 @@ class DataFiles:
 
     def _resolve_paths_and_bytes(self, row: dict[str, Any], folder: Path) -> dict[str, Any]:
         """Return the row with image paths resolved and bytes decoded."""
-        if self.image_paths:
+        if self.has_relative_image_paths:
             row = resolve_image_paths(row, folder, self.image_column)
         if not any(isinstance(value, bytes) for value in row.values()):
             return row
