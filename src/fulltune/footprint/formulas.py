@@ -186,16 +186,16 @@ def _has_lengths(points: Sequence[tuple[int, int]]) -> bool:
 
 
 def _memory_of_later_micro_batches(
-    first_moments: Sequence[LiveMemory], shapes: Sequence[tuple[int, ...]], value_bytes: int
+    first_points: Sequence[LiveMemory], shapes: Sequence[tuple[int, ...]], value_bytes: int
 ) -> tuple[LiveMemory, ...]:
     """Return the memory in a step's later micro batches, whose gradients are added to earlier ones."""
     total = value_bytes * sum(map(math.prod, shapes))
-    highest = max(moment.coefficients["gradients"][0] for moment in first_moments)
+    highest = max(point.coefficients["gradients"][0] for point in first_points)
     waiting = max(0.0, highest - total) + value_bytes * max(map(math.prod, shapes))
 
-    def with_earlier_gradients(moment: LiveMemory) -> LiveMemory:
-        constant, *rest = moment.coefficients["gradients"]
+    def with_earlier_gradients(point: LiveMemory) -> LiveMemory:
+        constant, *rest = point.coefficients["gradients"]
         gradients = (total + min(constant, waiting), *rest)
-        return moment.model_copy(update={"coefficients": {**moment.coefficients, "gradients": gradients}})
+        return point.model_copy(update={"coefficients": {**point.coefficients, "gradients": gradients}})
 
-    return tuple(map(with_earlier_gradients, first_moments))
+    return tuple(map(with_earlier_gradients, first_points))

@@ -22,7 +22,7 @@ class LiveMemory(Record):
     place: str
     """Position in the step: `backward head`, `forward 0:last` (last layer of the first stack) ..."""
     coefficients: dict[MemoryKind, Coefficients]
-    """Bytes of each `MemoryKind` per 1, row, token, row x length^2, length and length^2."""
+    """Bytes of each `MemoryKind`: a constant, then per row, token, row x length^2, length and length^2."""
 
     def bytes(self, rows: int, length: int) -> dict[MemoryKind, int]:
         """Return the bytes per `MemoryKind` for `rows` sequences of `length` tokens; each choice is a sequence."""
@@ -60,9 +60,9 @@ class Footprint(Record):
     attention_flops_per_pair: float
     """Operations of a forward pass per pair of tokens in a row."""
     train_flops_per_token: float = 0.0
-    """Operations of a forward and backward pass, without attention's backward pass; 0 if not traced."""
+    """Operations of a forward and backward pass per token, excluding attention's backward pass; 0 if not traced."""
     tensors: dict[int, int] = Field(default_factory=dict)
-    """Number of trained tensors by their number of values."""
+    """Number of trained tensors, by their size in values."""
     rough: str = ""
     """Why a rule of thumb replaces the trace."""
     assumed: str = ""

@@ -85,8 +85,8 @@ def _zero_need_per_gpu_process(
         layer = (parameters - vocabulary) // max(1, shapes.num_layers)
         buffers += 2 * max(min(parameters, LIVE_VALUES), vocabulary, layer)
     kinds = {**state, **peak_activation_bytes(footprint, settings), "buffers": buffers}
-    moments = footprint.evaluation[footprint.traced_precision(settings.precision)]
-    scoring = _peak_activations_and_logits(moments, footprint, settings.eval_batch_size, settings)
+    points = footprint.evaluation[footprint.traced_precision(settings.precision)]
+    scoring = _peak_activations_and_logits(points, footprint, settings.eval_batch_size, settings)
     evaluation = state["weights"] + state["optimizer"] + buffers + sum(scoring.values())
     host = offloaded_bytes(layout, parameters, processes, shapes.num_trainable) // processes
     return MemoryNeed(kinds=kinds, phases={"step": sum(kinds.values()), "evaluation": evaluation}, host=host)
@@ -158,11 +158,11 @@ def peak_activation_bytes(footprint: Footprint, settings: MemorySettings) -> dic
 
 
 def _peak_activations_and_logits(
-    moments: Sequence[LiveMemory], footprint: Footprint, batch_size: int, settings: MemorySettings
+    points: Sequence[LiveMemory], footprint: Footprint, batch_size: int, settings: MemorySettings
 ) -> dict[MemoryKind, int]:
     rows = batch_size * footprint.sequences_per_row
     part = min(1.0, memory.CHUNK_TOKENS["cuda"] / (rows * settings.longest_tokens)) if settings.chunked_loss else 1.0
-    alive = [moment.bytes(rows, settings.longest_tokens) for moment in moments]
+    alive = [point.bytes(rows, settings.longest_tokens) for point in points]
     passing: list[dict[MemoryKind, int]] = [
         {"activations": kinds.get("activations", 0), "logits": round(part * kinds.get("logits", 0))} for kinds in alive
     ]

@@ -101,7 +101,7 @@ def _fitting_option(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[cho
     return option, alternatives.check_disk_space(recipe, shapes.num_parameters, used, fleet.disk_bytes, fleet.disk_at)
 
 
-# ---- where weights, gradients and optimizer state lie ------------------------------------------------------------
+# ---- where the training state is stored ------------------------------------------------------------------------
 
 
 def choose_placement(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Recipe, str]:

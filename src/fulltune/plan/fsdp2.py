@@ -56,8 +56,8 @@ def fsdp2_memory_need(shapes: Shapes, footprint: Footprint, settings: MemorySett
     value = BYTES[settings.weights_dtype]
     units = Units(**{kind: value * count for kind, count in fsdp_units(shapes).model_dump().items()})  # in bytes
     largest = value * footprint.largest_tensor
-    moments = _possible_peak_points(shapes, footprint, settings, units)
-    kinds = max((_bytes_with_shards(one, *parts) for one in moments), key=lambda bytes_of: sum(bytes_of.values()))
+    points = _possible_peak_points(shapes, footprint, settings, units)
+    kinds = max((_bytes_with_shards(one, *parts) for one in points), key=lambda bytes_of: sum(bytes_of.values()))
     lasting, heap = parts[0] + parts[1], 0.0
     around = round(memory.STATE_SHARE * lasting) if on_cpu else 0
     base = memory.FIRST_CALLS_BYTES if on_cpu else memory.CUDA_CONTEXT_BYTES
@@ -66,7 +66,7 @@ def fsdp2_memory_need(shapes: Shapes, footprint: Footprint, settings: MemorySett
     base += 2 * largest // settings.num_processes if on_cpu and settings.weights_dtype == "fp32" else 0
     beyond = base + around
     if on_cpu:
-        split = [_split_for_heap(one, parts[2], units, footprint, shapes, settings) for one in moments]
+        split = [_split_for_heap(one, parts[2], units, footprint, shapes, settings) for one in points]
         heap, peak = memory.peak_heap_bytes(split, largest)
         beyond += max(0, lasting + round(peak) - sum(kinds.values()))
     kinds["buffers"] += beyond
@@ -96,7 +96,7 @@ def fsdp2_memory_need(shapes: Shapes, footprint: Footprint, settings: MemorySett
     return MemoryNeed(kinds=kinds, phases=phases)
 
 
-# ---- the moments of a step ---------------------------------------------------------------------------------------
+# ---- the points of a step ---------------------------------------------------------------------------------------
 
 
 def _possible_peak_points(shapes: Shapes, footprint: Footprint, settings: MemorySettings, units: Units) -> list[_Point]:
@@ -106,8 +106,8 @@ def _possible_peak_points(shapes: Shapes, footprint: Footprint, settings: Memory
     copies, length = NUM_SEND_BUFFERS[settings.device], settings.longest_tokens
     everything, recomputed = value * shapes.num_parameters, settings.activation_checkpointing
     traced = [
-        (moment.place, memory.with_chunked_loss(moment.bytes(rows, length), shapes, settings, rows * length, 0))
-        for moment in footprint.variant(settings.precision, recomputed).first
+        (point.place, memory.with_chunked_loss(point.bytes(rows, length), shapes, settings, rows * length, 0))
+        for point in footprint.variant(settings.precision, recomputed).first
     ]
     # The head's gradient stays in the root unit; with logits, it has the vocabulary's size.
     head = max((one["gradients"] for place, one in traced if place == "backward head"), default=0)
@@ -119,7 +119,7 @@ def _possible_peak_points(shapes: Shapes, footprint: Footprint, settings: Memory
     # weights' type.
     summed = 4 * shapes.vocab_size * shapes.hidden_size if settings.chunked_loss else 0
     block_gradients, freed = _block_estimators(traced, units, shapes.num_layers, units.persistent + left, recomputed)
-    moments: list[_Point] = []
+    points: list[_Point] = []
     for place, passing in traced:
         # With checkpointing, only the copies that autograd saves stay alive.
         if recomputed and not place.endswith("below"):
@@ -132,10 +132,10 @@ def _possible_peak_points(shapes: Shapes, footprint: Footprint, settings: Memory
         ended = no_logits | {name: max(0, no_logits[name] - size) for name, size in freed(place).items()}
         ended["activations"] += NORM_VALUES * 4 * rows * length * shapes.hidden_size
         if place.startswith("forward"):
-            moments.append(_Point(no_logits if summed else without, before, *_forward_tensor_bytes(units, place)))
+            points.append(_Point(no_logits if summed else without, before, *_forward_tensor_bytes(units, place)))
         elif place.endswith("below"):
             embeddings, share = (units.root, units.apart), 1 - (units.root + units.apart) / everything
-            moments.append(_Point(without, max(before, share), embeddings, (*embeddings, tied), (units.block,)))
+            points.append(_Point(without, max(before, share), embeddings, (*embeddings, tied), (units.block,)))
         elif place == "backward head":
             gradients: tuple[int, ...] = (passing["gradients"],)
             if summed:
@@ -145,30 +145,30 @@ def _possible_peak_points(shapes: Shapes, footprint: Footprint, settings: Memory
             # The next unit is gathered when the head's backward pass begins, after that of the loss.
             gathered = (units.block,) if any(gradients) else ()
             alive = no_logits if summed else without
-            moments.append(_Point(alive, before, (units.root, units.persistent), gradients, gathered))
+            points.append(_Point(alive, before, (units.root, units.persistent), gradients, gathered))
         else:
             flat = (units.block, max(units.block, units.apart) if place.endswith(":first") else units.block)
-            moments += _points_of_block((without, ended), reduced, units, (left, now), copies, flat)
+            points += _points_of_block((without, ended), reduced, units, (left, now), copies, flat)
         if place in AT_HEAD:
             if summed:
-                moments.append(_Point(without, before, (units.root, units.persistent), (summed,)))
+                points.append(_Point(without, before, (units.root, units.persistent), (summed,)))
             # Next comes the last block, with all its activations and the gradient of its first tensor.
             first = (left, units.block // TENSORS_OF_BLOCK)
             flat = (units.persistent or units.block, units.block)
-            moments += _points_of_block((no_logits, ended), before, units, first, copies, flat)
+            points += _points_of_block((no_logits, ended), before, units, first, copies, flat)
             sent = (*(units.persistent,) * copies, units.block)
-            moments.append(_Point(no_logits, before, (units.root,), (units.persistent,), sent))
+            points.append(_Point(no_logits, before, (units.root,), (units.persistent,), sent))
     nothing: dict[MemoryKind, int] = {"gradients": 0, "activations": 0, "logits": 0, "buffers": 0}
     # The first block ends with nearly all gradients reduced and the embeddings already gathered.
     lowest = max(before, 1 - (units.root + units.apart + units.block) / everything)
     flat = (units.block, max(units.block, units.apart))
-    moments += _points_of_block((nothing, nothing), lowest, units, (left, units.block), copies, flat)
+    points += _points_of_block((nothing, nothing), lowest, units, (left, units.block), copies, flat)
     # Embeddings, whose input has no gradient, are reduced at the very end: the root first, then unit by unit.
     last = [units.root, units.apart]
     while last:
-        moments.append(_Point(nothing, 1.0, tuple(last[1:]), tuple(last), (last.pop(0),) * copies))
+        points.append(_Point(nothing, 1.0, tuple(last[1:]), tuple(last), (last.pop(0),) * copies))
     part = -(-footprint.largest_tensor // settings.num_processes)
-    return [*moments, _Point(nothing | {"buffers": memory.optimizer_scratch_bytes(part, settings)}, 1.0)]  # the update
+    return [*points, _Point(nothing | {"buffers": memory.optimizer_scratch_bytes(part, settings)}, 1.0)]  # the update
 
 
 def _forward_tensor_bytes(units: Units, position: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

@@ -98,7 +98,7 @@ class Fleet(Record):
     num_machines: int = 1
     network_gb_per_second: float = USUAL_NETWORK
     gpu_model: GpuModel | None = None
-    """The GPU model, or None if unknown, so that no speed can be estimated."""
+    """The GPU model, or None if unknown, in which case no speed is estimated."""
     disk_bytes: int | None = None
     """Free space on the run folder's disk, or None if unknown."""
     disk_at: str = ""

@@ -29,9 +29,9 @@ CHUNK_TOKENS = {"cpu": 256, "cuda": 1024}
 def unsharded_need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> MemoryNeed:
     """Compute the memory of one process that holds the whole training state, if its precision was traced."""
     state, on_cpu = state_bytes(shapes.num_parameters, settings), settings.device == "cpu"
-    moments = _possible_peaks(shapes, footprint, settings, state)
-    kinds = max(moments, key=lambda alive: sum(alive.values())).copy()
-    beyond, heap = _overhead_bytes(moments, shapes, footprint, settings)
+    points = _possible_peaks(shapes, footprint, settings, state)
+    kinds = max(points, key=lambda alive: sum(alive.values())).copy()
+    beyond, heap = _overhead_bytes(points, shapes, footprint, settings)
     lasting = state["weights"] + state["optimizer"]
     around = round(STATE_SHARE * lasting) if on_cpu else 0
     kinds["buffers"] += beyond + around
@@ -59,8 +59,8 @@ def unsharded_need(shapes: Shapes, footprint: Footprint, settings: MemorySetting
 def eval_memory(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> dict[MemoryKind, int]:
     """Return the bytes per `MemoryKind` at the peak of a forward pass over an eval batch."""
     rows, length = settings.eval_batch_size * footprint.sequences_per_row, settings.longest_tokens
-    moments = footprint.evaluation[settings.precision]
-    alive = [with_chunked_loss(one.bytes(rows, length), shapes, settings, rows * length, None) for one in moments]
+    points = footprint.evaluation[settings.precision]
+    alive = [with_chunked_loss(one.bytes(rows, length), shapes, settings, rows * length, None) for one in points]
     return max(alive, key=lambda kinds: sum(kinds.values()))
 
 
@@ -75,7 +75,7 @@ def num_logit_tokens(footprint: Footprint, settings: MemorySettings) -> int:
 
 
 def _overhead_bytes(
-    moments: Sequence[Mapping[MemoryKind, int]], shapes: Shapes, footprint: Footprint, settings: MemorySettings
+    points: Sequence[Mapping[MemoryKind, int]], shapes: Shapes, footprint: Footprint, settings: MemorySettings
 ) -> tuple[int, int]:
     """Return the peak bytes beyond live tensors, and the bytes of freed blocks that stay on the heap."""
     if settings.device == "cuda":
@@ -86,30 +86,30 @@ def _overhead_bytes(
     large = sum(values * count for values, count in sizes.items() if values * size >= SMALL_BYTES)
     small_share = 1 - large / max(1, trained)
     parts = []
-    for kinds in moments:
+    for kinds in points:
         logits = kinds["logits"] if logits_are_large else 0
         gradients = kinds["gradients"] - round(small_share * min(kinds["gradients"], size * trained))
         small = sum(kinds.values()) - kinds["weights"] - kinds["optimizer"] - logits - gradients
         parts.append(((1 + GAP_SHARE) * small, logits, gradients))
     heap, peak = peak_heap_bytes(parts, footprint.largest_tensor * size)
-    highest = max(sum(kinds.values()) for kinds in moments)
-    state = moments[0]["weights"] + moments[0]["optimizer"]
+    highest = max(sum(kinds.values()) for kinds in points)
+    state = points[0]["weights"] + points[0]["optimizer"]
     return FIRST_CALLS_BYTES + max(0, state + round(peak) - highest), round(heap / (1 + GAP_SHARE))
 
 
-def peak_heap_bytes(moments: Sequence[tuple[float, int, int]], block_bytes: int) -> tuple[float, float]:
+def peak_heap_bytes(points: Sequence[tuple[float, int, int]], block_bytes: int) -> tuple[float, float]:
     """Return the peak heap bytes and the peak total bytes of temporary tensors on a CPU.
 
-    Each of `moments` holds the bytes of small blocks with their gaps, of large blocks, and of large blocks that may
+    Each of `points` holds the bytes of small blocks with their gaps, of large blocks, and of large blocks that may
     reuse free heap in blocks of up to `block_bytes`.
     """
-    heap = max(small for small, _, _ in moments)
+    heap = max(small for small, _, _ in points)
 
     def reused(free: float, large: int) -> int:
         """Return bytes of large blocks that reuse the heap: one per free stretch of twice its size."""
         return block_bytes * min(large // block_bytes, int(free / 2 / block_bytes))
 
-    return heap, max(heap - reused(heap - small, fits) + large + fits for small, large, fits in moments)
+    return heap, max(heap - reused(heap - small, fits) + large + fits for small, large, fits in points)
 
 
 def _possible_peaks(
@@ -120,12 +120,12 @@ def _possible_peaks(
     rows, length = train_sequences(footprint, settings), settings.longest_tokens
     update: dict[MemoryKind, int] = {"activations": 0, "logits": 0}
     update["buffers"] = optimizer_scratch_bytes(footprint.largest_tensor, settings)
-    moments = []
+    points = []
     for traced, before in ((variant.first, 0), (variant.later, state["gradients"])):
         if not before or settings.gradient_accumulation_steps > 1 or settings.generic_first:
             alive = (one.bytes(rows, length) for one in traced)
-            moments += [state | with_chunked_loss(kinds, shapes, settings, rows * length, before) for kinds in alive]
-    return [*moments, state | update]
+            points += [state | with_chunked_loss(kinds, shapes, settings, rows * length, before) for kinds in alive]
+    return [*points, state | update]
 
 
 def with_chunked_loss(

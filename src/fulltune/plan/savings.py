@@ -43,7 +43,7 @@ class MemorySaving:
     unless: Callable[[Recipe, MemorySettings], str | None] = lambda recipe, now: None
     """Returns why this setting is ruled out, or None."""
     done: str = ""
-    """Message after the change: a template for the new values and for `now`, the previous plan."""
+    """Template of the message after the change, with the new values and `now`, the previous plan."""
     same_result: bool = True
     is_automatic: bool = False
     is_proposed: bool = False

@@ -45,7 +45,7 @@ def plan_generic_texts(
             f"{rows} generic texts are replayed in each step ({share} of its tokens); the replay weight is set {often}"
         )
         reasons.add("preserve.replay", None, block.replay, why)
-    # Selection texts are read at each point, sealed ones twice.
+    # Selection texts are read at each point, held-out ones twice.
     at_end = (NUM_POINTS + 2) * (SELECTION_TOKENS // GENERIC_TOKENS)
     return GenericTexts(
         texts_per_evaluation=watched,

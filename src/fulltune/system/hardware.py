@@ -34,7 +34,7 @@ class Gpu(Record):
     capability: tuple[int, int]
     """CUDA compute capability; for AMD, the architecture as torch reports it."""
     free_bytes: int | None = None
-    """Memory that other programs leave free, or None if not measured."""
+    """Memory that no other program uses, or None if not measured."""
 
     @property
     def bf16(self) -> bool:

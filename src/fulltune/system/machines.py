@@ -164,7 +164,7 @@ class Member(Record):
     problems: tuple[str, ...] = ()
     attempt: SharedAttempt | None = None
     last_part: AttemptEnd | None = None
-    """How the last attempt ended on this machine, written by the other machines."""
+    """How the last attempt ended on this machine; machine 0 does not write this."""
 
     def must_still_end(self, attempt: SharedAttempt | None) -> bool:
         """Return whether this machine takes part in the attempt and has not reported its end."""
