@@ -301,14 +301,14 @@ def test_interrupted_output_leaves_no_file_and_keeps_the_one_it_would_replace(
     file = tiny.write_csv(tmp_path / "in.csv", ROWS)
     output = tmp_path / "out.csv"
     output.write_text("before", encoding="utf-8")
-    cells = cli_predict.added_cells
+    cells = cli_predict.make_added_cells
 
     def interrupt(new: Any, answer: Any, reason: Any) -> Any:
         if answer is None:
             raise KeyboardInterrupt
         return cells(new, answer, reason)
 
-    monkeypatch.setattr(cli_predict, "added_cells", interrupt)
+    monkeypatch.setattr(cli_predict, "make_added_cells", interrupt)
     said = fulltune("predict", classifier, "--file", file, "-o", output, "--force")
     assert said.code == InterruptedRun.exit_code
     assert "was not written" in said.err

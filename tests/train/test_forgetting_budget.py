@@ -22,7 +22,7 @@ from fulltune.recipe.file import load_recipe
 from fulltune.recipe.model import PreserveBlock
 from fulltune.records.forgetting import BudgetResult, Drift, InterpolationPoint
 from fulltune.records.plan import GenericTexts
-from fulltune.report.run.about_forgetting import budget_advice
+from fulltune.report.run.about_forgetting import describe_budget_cost
 from fulltune.train.forgetting import within_budget
 from fulltune.train.forgetting.generic import Replay, kl_divergence
 from tests import plans, tiny
@@ -279,7 +279,7 @@ def test_budget_that_nothing_can_be_learned_within_is_infeasible(tiny_encoder: P
     report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     assert "infeasible" in report
     assert "the pretrained model's" in report
-    evidence, helps = budget_advice(found)
+    evidence, helps = describe_budget_cost(found)
     assert "limits the weights to the pretrained model" in evidence
     assert "--set preserve.budget=" in helps
     assert runs.events(tmp_path, "steered") == []

@@ -66,10 +66,10 @@ def init(
     Columns with usual names are recognised. Name others: --column prompt=mr --column completion=ref.
 
     """
-    from fulltune.cli.init import parse_hints, summary_lines, write_recipe
+    from fulltune.cli.init import describe_inferred_data, parse_hints, write_recipe
 
     inferred, files = write_recipe(data, output, model, force, parse_hints(task, column or [], columns, encoding))
-    for line in summary_lines(inferred, files):
+    for line in describe_inferred_data(inferred, files):
         out.print(escape(line))
     out.print(f"wrote {escape(str(output))}; next: fulltune run {escape(str(output))}", soft_wrap=True)
 

@@ -311,7 +311,7 @@ def write_recipe(
     return inferred, (paths, held_out, not_used)
 
 
-def summary_lines(inferred: Inferred, files: SplitFiles) -> list[str]:
+def describe_inferred_data(inferred: Inferred, files: SplitFiles) -> list[str]:
     """Return the lines that describe the inferred files, columns and rows to the user."""
     _, held_out, not_used = files
     output: list[str] = []

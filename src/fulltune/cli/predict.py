@@ -172,7 +172,7 @@ def write_answers(
     on_progress: Callable[[int, int | None], None],
 ) -> dict[str, Any]:
     """Write rows with their answers to a file, and return the counts and the new columns."""
-    new = added_columns(predictor.notes, inputs.columns)
+    new = choose_added_columns(predictor.notes, inputs.columns)
     *_, reason_column = new
     types = inputs.parquet_types() if output.suffix.lower() == ".parquet" else {}
     try:
@@ -181,7 +181,7 @@ def write_answers(
             counts = _answer_rows(
                 predictor,
                 inputs,
-                lambda location, row, answer, reason: put(row, added_cells(new, answer, reason)),
+                lambda location, row, answer, reason: put(row, make_added_cells(new, answer, reason)),
                 f"their new columns are empty, and '{reason_column}' gives the reason",
                 max_new_tokens,
                 on_progress,
@@ -262,7 +262,7 @@ def check_output(output: Path, replace: bool) -> None:
         raise SetupError(f"{output}: already exists; name another file, or replace it with --force")
 
 
-def added_columns(model_notes: Row, own_columns: Collection[str]) -> Columns:
+def choose_added_columns(model_notes: Row, own_columns: Collection[str]) -> Columns:
     """Return the added columns: `predicted_...` (`predicted2_...` if taken). The last holds the reason why an answer is
     missing."""
     target = Target.from_notes(model_notes)
@@ -275,7 +275,7 @@ def added_columns(model_notes: Row, own_columns: Collection[str]) -> Columns:
     return next(new for new in named if not set(new) & set(own_columns))
 
 
-def added_cells(added: Columns, answer: Row | None, reason: str | None) -> dict[str, Any]:
+def make_added_cells(added: Columns, answer: Row | None, reason: str | None) -> dict[str, Any]:
     """Return the added columns of one row. Without an answer, only the reason is set."""
     if answer is None:
         return {**dict.fromkeys(added), [*added][-1]: reason}

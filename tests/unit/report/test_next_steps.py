@@ -13,7 +13,7 @@ import pytest
 from fulltune.records.forgetting import BudgetResult, Drift, InterpolationPoint
 from fulltune.records.plan import Setting
 from fulltune.records.scores import Confusion, Estimate
-from fulltune.report.run.about_forgetting import budget_advice
+from fulltune.report.run.about_forgetting import describe_budget_cost
 from fulltune.report.run.content import build_run_headline_and_advice
 from fulltune.report.run.read import read_run
 from fulltune.report.run.verdict import RunFacts, suggest_next_steps
@@ -73,7 +73,7 @@ def kept(chosen: float, *drifts: float) -> BudgetResult:
 def test_budget_that_holds_a_model_back_says_what_would_not(
     found: BudgetResult | None, evidence: str, helps: str
 ) -> None:
-    said = budget_advice(found)
+    said = describe_budget_cost(found)
     assert (evidence in said[0], helps in said[1]) == (True, True)
     assert (said == ("", "")) == (evidence == "")
     if evidence:

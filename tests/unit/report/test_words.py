@@ -26,7 +26,7 @@ def test_what_processes_send_is_a_line(each_pass: int, passes: int, machines: in
 
 
 def test_harmless_control_and_direction_marks_are_shown_by_code() -> None:
-    assert words.sanitized("a\x1b[31m\x00\u202eb\r\nc\td é 😀👩\u200d🔬 שלום") == (
+    assert words.sanitize("a\x1b[31m\x00\u202eb\r\nc\td é 😀👩\u200d🔬 שלום") == (
         "a⟨U+001B⟩[31m⟨U+0000⟩⟨U+202E⟩b\nc\td é 😀👩\u200d🔬 שלום"
     )
 
@@ -39,7 +39,7 @@ def test_harmless_control_and_direction_marks_are_shown_by_code() -> None:
     ],
 )  # fmt: skip
 def test_file_name_local_places_lose_their_folders(place: str, text: str) -> None:
-    assert words.file_name(place) == text
+    assert words.strip_folders(place) == text
 
 
 @pytest.mark.parametrize(

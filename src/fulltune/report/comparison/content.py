@@ -22,7 +22,7 @@ from fulltune.report.format.blocks import (
     untrusted,
 )
 from fulltune.report.format.plots import CostPlot, Mark, draw_cost_plot
-from fulltune.report.format.words import NOTHING, MetricFormatter, format_ratio, format_short
+from fulltune.report.format.words import NOTHING, MetricFormatter, format_large_number, format_ratio
 from fulltune.text import counted, format_bytes, format_number, format_seconds, listed
 
 _POINTER = "▸ "
@@ -42,7 +42,7 @@ def build_comparison_report(comparison: Comparison, picture_file: str = "") -> R
     rows = counted(comparison.train_rows, "train row")
     return Report(
         title=comparison.name,
-        subtitle=f"Is full fine-tuning worth it? {words.file_name(comparison.model)} · {comparison.task} · {rows}",
+        subtitle=f"Is full fine-tuning worth it? {words.strip_folders(comparison.model)} · {comparison.task} · {rows}",
         headline=_build_headline(comparison),
         key_figures=tuple(_list_key_figures(comparison)),
         sections=tuple(section for section in sections if section is not None),
@@ -201,8 +201,8 @@ def _build_cost_table(comparison: Comparison) -> Table:
         (
             _method_cell(row, comparison),
             format_cost_and_ratio(row, "train_seconds", format_seconds),
-            format_short(row.tokens_per_second) if row.tokens_per_second else NOTHING,
-            format_cost_and_ratio(row, "train_flops", format_short),
+            format_large_number(row.tokens_per_second) if row.tokens_per_second else NOTHING,
+            format_cost_and_ratio(row, "train_flops", format_large_number),
             format_cost_and_ratio(row, "peak_memory_bytes", format_bytes),
             format_cost_and_ratio(row, "memory_growth_bytes", format_bytes),
             format_cost_and_ratio(row, "saved_bytes", format_bytes),

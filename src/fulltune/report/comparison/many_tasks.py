@@ -99,7 +99,7 @@ def build_tasks_section(record: ManyTasks) -> Section:
     cost = ("method", "stored", "each additional task", "training", "full is better by [points], averaged over tasks")
     header = ("task", *(method.method for method in record.methods))
     blocks: tuple[Element, ...] = (
-        Paragraph(words.file_name(record.model)),
+        Paragraph(words.strip_folders(record.model)),
         *map(Paragraph, _describe_stored_sizes(record)),
         Table("Totals over all tasks, by method", cost, tuple(totals), frozenset(range(1, len(cost)))),
         Table("Tasks", ("task", "verdict", "metric"), tuple(tasks)),

@@ -73,18 +73,18 @@ def readable_status(outcome: str) -> str:
     return "diverged" if outcome == "spiked" else outcome.replace("_", " ")
 
 
-def sanitized(text: str) -> str:
+def sanitize(text: str) -> str:
     """Replace control and text-direction characters by their codes."""
     return _UNSAFE.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text.replace("\r\n", "\n"))
 
 
 def one_line(text: str) -> str:
-    return " ".join(sanitized(text).split())
+    return " ".join(sanitize(text).split())
 
 
 def write_sanitized(path: Path, text: str, private: bool = False) -> None:
     """Write a text file without unsafe characters."""
-    write_text(path, sanitized(text), private)
+    write_text(path, sanitize(text), private)
 
 
 def cut_text(text: str, limit: int) -> str:
@@ -100,7 +100,7 @@ def cut_text(text: str, limit: int) -> str:
 _FILE_ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".gguf", ".txt", ".jinja")
 
 
-def file_name(source: str) -> str:
+def strip_folders(source: str) -> str:
     """Return a path without its folders. Hub ids and `package:NAME/PATH` stay whole."""
     path = PureWindowsPath(source)  # splits at both kinds of slash
     is_local = source.startswith(("/", "~", ".")) or path.drive or path.suffix.lower() in _FILE_ENDINGS
@@ -215,7 +215,7 @@ def format_fine_share(value: float) -> str:
     return f"{100 * value:.2g}%"
 
 
-def format_short(value: float) -> str:
+def format_large_number(value: float) -> str:
     """Shorten a large number: `22.7 M`, `1.5 T`, `950`."""
     for power, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= 0.9995 * power:
@@ -225,4 +225,4 @@ def format_short(value: float) -> str:
 
 def format_count(value: float) -> str:
     """Shorten a number of parameters, with B for 10⁹: `6.7 B`."""
-    return format_short(value).replace("G", "B")
+    return format_large_number(value).replace("G", "B")

@@ -45,7 +45,7 @@ def build_forgetting_section(view: RunView) -> Section | None:
     saved_at = PointSeries("saved", ((result.choice.drift.mean, result.choice.metric),), filled=True)
     across = "drift on generic text (dashed: the budget)"
     figures.append(draw_points(title, (tried, saved_at), result.metric, across, result.limit, "see the table below."))
-    evidence, helps = budget_advice(result)
+    evidence, helps = describe_budget_cost(result)
     advice = f" {helps[0].upper()}{helps[1:]}." if evidence else ""
     folded = Folded("all points between the pretrained and the trained model", (_build_interpolation_table(result),))
     blocks = (Paragraph(f"{describe_budget_result(result)}{advice}"), drift, Figures(tuple(figures)), folded)
@@ -115,7 +115,7 @@ def _change_of_likelihood(rise: float) -> str:
     return f"{words.format_drift(abs(math.expm1(-rise)), False)} {'more' if rise < 0 else 'less'} likely"
 
 
-def budget_advice(result: BudgetResult | None) -> tuple[str, str]:
+def describe_budget_cost(result: BudgetResult | None) -> tuple[str, str]:
     """Return what the forgetting budget cost and what would help, or two empty strings if it cost little."""
     if result is None:
         return "", ""

@@ -55,7 +55,7 @@ def build_results_section(view: RunView) -> Section | None:
     ]
     legend = f"Value and {level} interval; filled: the trained model."
     drawn = [Figures((draw_intervals(title, marks, main, legend),), drawn_only=True)] if marks else []
-    return Section("results", "Results on the test rows", (build_score_table(view), *score_notes(view), *drawn))
+    return Section("results", "Results on the test rows", (build_score_table(view), *list_score_notes(view), *drawn))
 
 
 def _confidence_levels(view: RunView) -> str:
@@ -82,7 +82,7 @@ def build_score_table(view: RunView) -> Table:
     return Table(caption, header, rows, numeric=frozenset(range(1, len(header) - 1)))
 
 
-def score_notes(view: RunView) -> list[Paragraph]:
+def list_score_notes(view: RunView) -> list[Paragraph]:
     """Return notes on leaked rows, groups, generated answers and missing metrics."""
     sentences: list[str | None] = [describe_leaks(view.scores, view.summary), _describe_groups(view.scores)]
     sampled = [row for row in view.scores if row.answers and len(row.answers) < row.rows]

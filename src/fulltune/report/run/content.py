@@ -52,7 +52,7 @@ def build_run_report(view: RunView) -> Report:
     )
     return Report(
         title=view.name,
-        subtitle=f"{words.file_name(view.model)} · {view.task}",
+        subtitle=f"{words.strip_folders(view.model)} · {view.task}",
         headline=headline,
         key_figures=tuple(_list_key_figures(view)),
         sections=tuple(section for section in sections if section is not None),
@@ -82,7 +82,7 @@ def build_run_terminal_report(view: RunView) -> list[Headline | Section | Elemen
         table = about_scores.build_score_table(view)
         second = next((name for name in _SECOND_METRICS if name in table.header[2:]), "")
         answers = about_scores.build_answers_section(view)
-        parts += [table.keep_columns((table.header[1], second)), *about_scores.score_notes(view)]
+        parts += [table.keep_columns((table.header[1], second)), *about_scores.list_score_notes(view)]
         parts += answers.blocks if answers else ()
     fit = about_training.judge_fit_from_curves(view)
     unfit = [Paragraph(fit.sentence)] if view.trained and fit.kind not in ("sound", "not known") else []

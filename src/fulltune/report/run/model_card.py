@@ -16,7 +16,7 @@ from fulltune.report.format.blocks import Code, Element, Facts, Paragraph, Secti
 from fulltune.report.format.pages import LOADING, TEMPLATES, escape_markdown, render_section
 from fulltune.report.run import about_training
 from fulltune.report.run.about_data import build_split_table, choose_row_form, describe_mixed_sources, has_images
-from fulltune.report.run.about_scores import build_calibration_blocks, build_score_table, score_notes
+from fulltune.report.run.about_scores import build_calibration_blocks, build_score_table, list_score_notes
 from fulltune.report.run.read import RunView
 from fulltune.report.run.verdict import judge_scores
 from fulltune.text import counted, format_number
@@ -40,7 +40,7 @@ def build_model_card(view: RunView, model_folder: Path) -> str:
         _build_versions_section(view),
         Section("load", "How to load", build_loading_blocks(model_folder.name, view)),
     )
-    lead = f"{escape_markdown(words.file_name(view.model))} with {trained} by fulltune, for {view.task}."
+    lead = f"{escape_markdown(words.strip_folders(view.model))} with {trained} by fulltune, for {view.task}."
     head = f"{_build_front_matter(view, scores)}\n\n# {escape_markdown(view.name)}\n\n{lead}\n\n"
     return head + "\n".join(render_section(one, "##") for one in sections if one is not None)
 
@@ -107,7 +107,7 @@ def _build_metrics_section(view: RunView, scores: Scores | None) -> Section:
     if scores is None:
         return Section("metrics", "Metrics", (Paragraph("This model was not scored on test rows."),))
     verdict = Paragraph(f"Test rows were never used to choose anything. {judge_scores(view.scores).sentence}")
-    blocks = (build_score_table(view), *score_notes(view), verdict, *build_calibration_blocks(scores))
+    blocks = (build_score_table(view), *list_score_notes(view), verdict, *build_calibration_blocks(scores))
     return Section("metrics", "Metrics", blocks)
 
 
@@ -169,7 +169,7 @@ def build_loading_code(folder: str, task: str, summary: DataSummary | None, base
     package, _, inner = (
         base_model.removeprefix("package:").partition("/") if base_model.startswith("package:") else ("", "", "")
     )
-    pretrained = json.dumps(words.file_name(base_model), ensure_ascii=False) if base_model else ""
+    pretrained = json.dumps(words.strip_folders(base_model), ensure_ascii=False) if base_model else ""
     return TEMPLATES.get_template(LOADING).render(
         task=task,
         auto_class=facts.auto_class,

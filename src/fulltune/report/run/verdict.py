@@ -10,7 +10,7 @@ from fulltune.records.scores import Confusion, Estimate, Scores
 from fulltune.records.training import Outcome
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Headline
-from fulltune.report.run.about_forgetting import budget_advice
+from fulltune.report.run.about_forgetting import describe_budget_cost
 from fulltune.report.run.about_training import collect_curves, judge_fit_from_curves
 from fulltune.report.run.read import RunView, trained_row
 from fulltune.stats.curves import Curves, Fit, final_loss_if_falling, judge_final_loss, without_cause
@@ -172,7 +172,7 @@ def collect_facts(view: RunView, headline: Headline) -> RunFacts | None:
         best_untrained_name="the pretrained model" if bar is None or bar.kind == "untouched" else bar.name,
         blind=blind,
         predicts_majority=is_usual,
-        budget_advice=budget_advice(view.budget),
+        budget_advice=describe_budget_cost(view.budget),
     )
 
 
