@@ -28,7 +28,7 @@ from fulltune.records.audit import HIGH_LOSS, PROOFS, TRAINED_PROOFS, Proof, Pro
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Message, only_steps_and_warnings
 from fulltune.stats.bootstrap import ResamplableMetric, find_metric, resample_trials
-from fulltune.stats.intervals import SURPRISES, difference_of_methods, estimate_seed_spreads
+from fulltune.stats.intervals import EXTRA_DISAGREEMENTS, difference_of_methods, estimate_seed_spreads
 from fulltune.system import run_folder
 from fulltune.tasks import Predictions, Target
 from fulltune.text import counted
@@ -41,7 +41,7 @@ ALPHA = 0.05
 """Probability that any interval is wrong (Bonferroni)."""
 FOLDER = "cleaning"
 LEAST_SHARE, MOST_SHARE = 0.002, 0.5
-"""Smallest and largest share of train rows in a step: fewer show no effect, more would make it different data."""
+"""Smallest and largest share of train rows that a step may change: fewer show no effect, more make different data."""
 
 
 _IDS, _CLUSTERS = "row_ids", "row_clusters"
@@ -315,7 +315,7 @@ def _fit_and_compare(
         moved = after - before
         low, high = np.quantile(moved[samples].mean(axis=1), [tails, 1 - tails])
         # Even if no row differs here, rows elsewhere might.
-        unseen = float(norm.isf(tails)) * math.sqrt(SURPRISES) / len(before)
+        unseen = float(norm.isf(tails)) * math.sqrt(EXTRA_DISAGREEMENTS) / len(before)
         yield Proof(
             check=step.check,
             action=step.action,

@@ -16,7 +16,7 @@ from fulltune.report.format import words
 from fulltune.report.run.about_training import collect_curves
 from fulltune.report.run.read import after_start, before_start, read_run
 from fulltune.stats.curves import (
-    EATEN,
+    MIN_CHANGED_SHARE,
     MIN_EVALUATIONS,
     MIN_FOR_SHAPE,
     Curves,
@@ -178,7 +178,7 @@ def diagnose(log: Log) -> tuple[Diagnosis, ...]:
     unseen = "" if evaluations >= MIN_EVALUATIONS else ", but so few evaluations cannot show overfitting"
     sound = ("sound", f"the curves show no problem{unseen}", "")
     if readings < MIN_FOR_SHAPE:
-        sound = ("too little to tell", f"{counted(readings, 'reading')} of the train loss", "")
+        sound = ("too little to tell", f"only {counted(readings, 'logged value')} of the train loss", "")
     return diagnoses or (sound,)
 
 
@@ -206,7 +206,7 @@ def _diagnose_divergence(log: Log) -> Iterator[Diagnosis]:
     series = {"train loss": log.curves.train_loss, "gradient norm": norms, "eval loss": log.curves.eval_loss}
     for name, points in series.items():
         if lost := [step for step, value in points if not math.isfinite(value)]:
-            evidence = f"the {name} is not finite at {counted(len(lost), 'reading')}, first at step {lost[0]:,}"
+            evidence = f"the {name} is not finite in {counted(len(lost), 'logged value')}, first at step {lost[0]:,}"
             yield "diverged", evidence, f"inspect the rows of that step, or {lower}"
             return
     losses, evals = log.curves.losses, [value for _, value in log.curves.eval_loss]
@@ -237,7 +237,7 @@ def _diagnose_bad_steps(log: Log) -> Iterator[Diagnosis]:
         evidence = f"{counted(len(log.skipped), 'step')} skipped, {counted(len(rollbacks), 'rollback')}"
         yield "bad steps", evidence, "inspect the rows listed in the report's journal"
     changes = log.outcome.parameter_changes if log.outcome else None
-    if changes is not None and changes.share < EATEN:
+    if changes is not None and changes.share < MIN_CHANGED_SHARE:
         evidence = f"only {format_share(changes.share)} of the values that received a gradient changed"
         advice = "set fp32 weights (--set model.weights_dtype=fp32) or --set train.bf16_rounding=stochastic"
         yield "lost updates", evidence, advice

@@ -128,7 +128,7 @@ def test_value_that_is_no_number_any_more_is_seen(name: str, value: Any, tmp_pat
         line[name] = value
     (tmp_path / "trainer_state.json").write_text(json.dumps(spoilt))
     [found] = [evidence for name, evidence, _ in diagnose(read_log(tmp_path)) if name == "diverged"]
-    assert "not finite at 12 readings, first at step 210" in found
+    assert "not finite in 12 logged values, first at step 210" in found
     assert read_log(tmp_path).steps == 320
 
 

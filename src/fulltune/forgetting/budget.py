@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from fulltune.records.forgetting import BudgetResult, Drift, InterpolationPoint
 
 MIN_TEXTS, MAX_TEXTS, MAX_REPLAYED = 40, 600, 1100
-"""Limits on the number of selection texts (and equally many held-out texts) and of replayed texts."""
+"""Minimum and maximum number of selection texts (and of held-out texts), and maximum number of replayed texts."""
 SELECTION_TOKENS = 12_800
 SHARES = (1.0, 0.75, 0.5, 0.25)
 """Interpolation points that are tried first; 0 is the pretrained model."""
@@ -22,8 +22,8 @@ SAFETY_ERRORS = 1.28
 
 
 LANGUAGE_WEIGHTS, STATE_WEIGHTS = (0.1, 1.0), (0.005, 0.03)
-"""Smallest (initial) and largest replay weight, times the limit: for language models (nats per token), and for others
-(1 - cosine). Larger ones slowed learning (2026-11-27)."""
+"""Smallest (initial) and largest replay weight times the drift limit, for language models (nats per token) and other
+models (1 - cosine). Larger weights slowed learning (2026-11-27)."""
 MAX_EXCESS = 1.0
 """Drift allowed above the limit at the peak learning rate, as a multiple of the limit."""
 MAX_FACTOR = 1.5

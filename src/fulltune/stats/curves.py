@@ -25,7 +25,7 @@ class GuardDecision:
 
 
 GO_ON = GuardDecision("go on")
-BEYOND_CHANCE = 2.0
+CHANCE_STANDARD_ERRORS = 2.0
 """Number of standard errors above which a difference counts as real."""
 
 
@@ -39,7 +39,7 @@ LOSS_WINDOW = 10
 """Number of logged losses to average."""
 _FELL_WELL = 0.75
 """Largest ratio of the lowest window's mean loss to the first window's at which the loss has clearly fallen."""
-_SURE = 4.0
+_SURE_STANDARD_ERRORS = 4.0
 """Number of standard errors by which the loss must have fallen."""
 _FAR, _FAR_MORE, _NONE_NEAR = 3.0, 1.0, 1.5
 _ABOVE, _ABOVE_UNEVALUATED, _ABOVE_MORE = 1.25, 2.0, 0.1
@@ -67,7 +67,7 @@ def check_fell_and_rose(
     place, low = min(enumerate(windows), key=lambda window: statistics.fmean(window[1]))
     lowest = statistics.fmean(low)
     error = math.hypot(*map(statistics.stdev, (losses[:LOSS_WINDOW], low))) / LOSS_WINDOW**0.5
-    if lowest > _FELL_WELL * first or first - lowest < _SURE * error:
+    if lowest > _FELL_WELL * first or first - lowest < _SURE_STANDARD_ERRORS * error:
         return GO_ON
     return GuardDecision(
         "stop",
@@ -187,23 +187,23 @@ def should_stop_early(values: Sequence[float], greater_is_better: bool, patience
 Kind = Literal["over-fitted", "over-confident", "under-fitted", "got worse", "sound", "not known"]
 
 MIN_EVALUATIONS = 3
-ROSE = 1.1
+RISE_RATIO = 1.1
 """Ratio of the last to the lowest eval loss that counts as a rise."""
 HARDLY_FELL = 0.97
 """Ratio of the last train loss to an earlier one above which the loss counts as hardly fallen."""
 CEILING = 0.995
 ASSUMED_ROWS = 1000
-CHANGED = 0.02
+MIN_RELATIVE_CHANGE = 0.02
 """Smallest relative change that counts, for metrics that are not shares."""
 NO_GAP = 0.9
 """Ratio of train to eval loss above which the model fits train rows no better than eval rows."""
 STILL_BETTER = 0.99
-"""The eval loss was still falling if its last value divided by the one at half the run is below this."""
+"""The eval loss was still falling if the last value divided by the one at half the run is below this."""
 _STILL_FALLING = 0.05
 """The train loss counts as still falling if it fell by more than this fraction in the last quarter."""
 _LEARNED = 0.05
 _FLAT = 0.03
-EATEN = 0.5
+MIN_CHANGED_SHARE = 0.5
 """Minimum share of values with a gradient that must change; below it, rounding has lost the updates."""
 MIN_FOR_SHAPE = 8
 
@@ -251,9 +251,9 @@ class Curves:
     def largest_chance_difference(self, *values: float) -> float:
         """Return the largest difference between these metric values that chance alone may cause."""
         if not is_share(self.metric_name):
-            return (ROSE - 1 if self.is_loss else CHANGED) * abs(values[0])
+            return (RISE_RATIO - 1 if self.is_loss else MIN_RELATIVE_CHANGE) * abs(values[0])
         rows = self.eval_rows or ASSUMED_ROWS
-        return BEYOND_CHANCE * math.hypot(*(standard_error_of_share(value, rows) for value in values))
+        return CHANCE_STANDARD_ERRORS * math.hypot(*(standard_error_of_share(value, rows) for value in values))
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ def judge_curves(curves: Curves) -> Fit:
         f"{format_number(last)} on eval rows."
     )
     since_best, fell = _decline_since_best(curves)
-    rose = turn < end and last >= ROSE * least > 0
+    rose = turn < end and last >= RISE_RATIO * least > 0
     if not (rose or fell):
         return _judge_no_decline(curves, evaluations, trained, gap)
     turn_step = curves.best[0] if fell else turn

@@ -18,8 +18,8 @@ from scipy.special import ndtr
 from fulltune.records.scores import Estimate
 from fulltune.stats.bootstrap import Resampled, ResampledTrials
 
-SURPRISES = 2.0
-"""Number of disagreeing rows to add to those observed: 0 of 20 do not prove equality (rule of three)."""
+EXTRA_DISAGREEMENTS = 2.0
+"""Number of disagreeing rows added to those observed, because 0 of 20 do not prove equality (rule of three)."""
 _MIN_CLUSTERS = 2
 
 
@@ -158,7 +158,7 @@ def _uncertain_value(
         _unbiased_factor(num_clusters) / _scaled_chi_squared(chance, max(1, num_clusters - 1), len(draws))
     )
     draws = estimate + (draws - estimate) * stretch
-    surprise = SURPRISES * (0.0 if span is None else span / num_clusters) ** 2
+    surprise = EXTRA_DISAGREEMENTS * (0.0 if span is None else span / num_clusters) ** 2
     between_seeds = variance_of_mean(estimated) / _scaled_chi_squared(chance, degrees_of_freedom(estimated), len(draws))
     beyond = np.maximum(0.0, between_seeds - variance_of_mean(estimated, by_rows=True))
     return UncertainValue(

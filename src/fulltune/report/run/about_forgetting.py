@@ -17,7 +17,7 @@ from fulltune.report.format.blocks import (
 )
 from fulltune.report.format.plots import PointSeries, draw_learning_curve, draw_points
 from fulltune.report.run.read import RunView
-from fulltune.stats.curves import BEYOND_CHANCE, Point
+from fulltune.stats.curves import CHANCE_STANDARD_ERRORS, Point
 from fulltune.text import counted, format_metric, format_number, format_percent
 
 
@@ -61,7 +61,7 @@ def describe_drift(points: Sequence[Point], errors: Mapping[int, float], saved_s
     step, value = next((point for point in finite if point[0] == saved_step), finite[-1])
     error = errors.get(step, 0.0)
     size = _format_drift_with_error(value, error, in_nats)
-    if abs(value) <= BEYOND_CHANCE * error:
+    if abs(value) <= CHANCE_STANDARD_ERRORS * error:
         return f"There is no measurable drift on generic text at step {step:,} ({size})."
     if value < 0:
         return f"Generic text became more likely by step {step:,}: {size}."

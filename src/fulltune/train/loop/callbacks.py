@@ -16,7 +16,7 @@ from fulltune import files
 from fulltune.models import sharding
 from fulltune.records.events import Evaluated, Event, Listener, Message, PhaseBegan, StepLogged, UpdatesMeasured
 from fulltune.records.plan import Plan
-from fulltune.stats.curves import EATEN, should_stop_early
+from fulltune.stats.curves import MIN_CHANGED_SHARE, should_stop_early
 from fulltune.train import checkpoints
 from fulltune.train.journal import TRAINING, Journal
 from fulltune.train.loop.guarded_step import Guarded
@@ -224,7 +224,7 @@ class UpdateMeter(TrainerCallback):
             return
         measured = compare_samples(state.global_step, before, _sample_weights(self.trainer.model))
         self.recorder.write(measured)
-        self._eaten = self._eaten + 1 if measured.changed_share < EATEN else 0
+        self._eaten = self._eaten + 1 if measured.changed_share < MIN_CHANGED_SHARE else 0
         # With stochastic or Kahan rounding most values stay the same in a step, and nothing is lost.
         if self._eaten == LOW_IN_A_ROW and self.plan.bf16_rounding not in ("stochastic", "kahan"):
             dtypes = sorted({str(values.dtype).removeprefix("torch.") for values in before.values()})

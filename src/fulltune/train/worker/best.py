@@ -5,7 +5,7 @@ from typing import Any
 from transformers import TrainerState
 
 from fulltune import files
-from fulltune.stats.curves import BEYOND_CHANCE, standard_error_of_share
+from fulltune.stats.curves import CHANCE_STANDARD_ERRORS, standard_error_of_share
 from fulltune.text import counted
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer
@@ -50,7 +50,7 @@ def _keep_last_if_as_good(inputs: AttemptInputs, state: TrainerState) -> Fields 
     name, best = f"eval_{plan.metric}", float(state.best_metric or 0.0)
     step, last = next((entry["step"], entry[name]) for entry in reversed(state.log_history) if name in entry)
     is_complete = step == state.global_step >= plan.total_steps
-    errors = BEYOND_CHANCE * standard_error_of_share(best, rows)
+    errors = CHANCE_STANDARD_ERRORS * standard_error_of_share(best, rows)
     if not is_complete or plan.lr_scheduler_type not in SCHEDULES_ENDING_NEAR_ZERO or last < best - errors:
         return None
     why = (

@@ -11,7 +11,13 @@ from fulltune.errors import Diverged, Spiked
 from fulltune.inference.run import Batching, RowSubset, positions_by_length, run_rows
 from fulltune.recipe.tasks import TaskName
 from fulltune.stats.bootstrap import ResamplableMetric, find_metric, paired_improvement
-from fulltune.stats.curves import BEYOND_CHANCE, check_divergence, check_got_worse, judge_final_loss, judge_got_worse
+from fulltune.stats.curves import (
+    CHANCE_STANDARD_ERRORS,
+    check_divergence,
+    check_got_worse,
+    judge_final_loss,
+    judge_got_worse,
+)
 from fulltune.tasks import Predictions, Row, Target
 from fulltune.tasks.labels import class_weights
 from fulltune.train.loop.callbacks import logged
@@ -115,7 +121,7 @@ class Evaluator(TrainingPart):
     ) -> None:
         """Count evaluations in a row that are worse than the start; raise `Diverged` if there are too many."""
         better, error = paired_improvement(measure, start, now)
-        is_worse = not math.isfinite(better) or better < -BEYOND_CHANCE * error
+        is_worse = not math.isfinite(better) or better < -CHANCE_STANDARD_ERRORS * error
         is_early = state.global_step <= self.inputs.plan.warmup_steps
         self.num_worse = self.num_worse + 1 if is_worse and not is_early else 0
         direction = "lower" if measure.greater_is_better else "higher"
