@@ -37,6 +37,8 @@ _PASSES_PER_STEP = 3
 
 @dataclass(frozen=True)
 class MethodCost:
+    """One method's forecast costs in seconds, and its finished runs."""
+
     run: float
     """Duration of a whole run's steps in seconds."""
     num_rates: int = 1

@@ -70,8 +70,7 @@ def _verdict_on_rows(
 def note_verdict_without_leaks(
     context: Context, compared: Sequence[MethodOutputs], clusters: np.ndarray, decision: Decision
 ) -> list[str]:
-    """Return a note on the verdict without the test rows that occur in train, or an empty list if there are no such
-    rows."""
+    """Return a note on the verdict without the test rows that occur in train, or an empty list if none occur there."""
     leaked = np.load(context.folder / "data" / "test" / IN_TRAIN)
     if not leaked.any():
         return []
@@ -157,7 +156,7 @@ def build_comparison(
 
 def method_rows(seed_runs: SeedRuns, decision: Decision, baselines: Sequence[Scores]) -> tuple[MethodRow, ...]:
     """Return one table row per method, after a row for the pretrained model or first baseline."""
-    context, scores = seed_runs.context, decision.scores
+    context, scores, sign = seed_runs.context, decision.scores, seed_runs.context.resamplable_metric.sign
     num_parameters = context.method_setup(context.full.label).plan.num_parameters
     base = scores.get(BASE) or (baselines[0].metrics.get(context.resamplable_metric.name) if baselines else None)
     rows = []
@@ -166,9 +165,7 @@ def method_rows(seed_runs: SeedRuns, decision: Decision, baselines: Sequence[Sco
     gain = 0.0 if base is None else scores[context.full.label].value - base.value
     for method, runs in seed_runs.results.items():
         score, search, setup = scores[method], seed_runs.searches[method], context.method_setup(method)
-        share = (
-            None if base is None or context.resamplable_metric.sign * gain <= 0 else (score.value - base.value) / gain
-        )
+        share = None if base is None or sign * gain <= 0 else (score.value - base.value) / gain
         rows.append(
             MethodRow(
                 method=method,

@@ -61,21 +61,17 @@ RuleHits = Iterator[tuple[str, str, str]]
 
 def lint_comparison(seed_runs: SeedRuns, comparison: Comparison) -> tuple[Finding, ...]:
     """Check a comparison for unfair settings and weak evidence; unfair findings come first."""
-    trained = [row for row in comparison.rows if row.kind != "base"]
+    context, trained = seed_runs.context, [row for row in comparison.rows if row.kind != "base"]
     findings = [
         *_check_rates(trained, full_wins=comparison.decision.verdict == "FULL"),
         *_check_methods(trained, time_was_up=seed_runs.time_was_up),
         *_check_equal_terms(trained),
         *_check_eval_rows(seed_runs, trained),
-        *_check_test_rows(
-            seed_runs.context.folder, rows_in_train(seed_runs.context.summary), comparison.verdicts_on_test_rows
-        ),
-        *_check_pretrained_weights(seed_runs.context.job.base),
+        *_check_test_rows(context.folder, rows_in_train(context.summary), comparison.verdicts_on_test_rows),
+        *_check_pretrained_weights(context.job.base),
     ]
-    if seed_runs.dropped_methods:
-        findings.append(
-            ("left-out", ", ".join(seed_runs.dropped_methods), "not trained, because the budget is too short")
-        )
+    if dropped := ", ".join(seed_runs.dropped_methods):
+        findings.append(("left-out", dropped, "not trained, because the budget is too short"))
     return _to_findings(findings)
 
 

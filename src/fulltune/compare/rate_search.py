@@ -158,18 +158,14 @@ def move_best_run(job: Run, searched: Searched) -> None:
             target.parent.mkdir(exist_ok=True)
             source.rename(target)
     planned, trial_plan = Plan.load(job.plan_path), Plan.load(trial / "plan" / f"{searched.trial}.json")
-    changes = {
-        "model_name": "",
-        "method": method,
-        "settings": tuple(_settings_of_moved_run(trial_plan, planned, searched)),
-    }
+    settings = tuple(_settings_of_moved_run(trial_plan, planned, searched))
+    changes = {"model_name": "", "method": method, "settings": settings}
     if (adopted := trial_plan.model_copy(update=changes)) != planned:
         run_folder.save_plan(run, _with_searched_rate(job.recipe, searched), adopted)
 
 
 def _settings_of_moved_run(trial: Plan, planned: Plan, searched: Searched) -> list[Setting]:
-    """Return the settings of the best trial. Settings that only the search changed are taken from `planned`, the run's
-    own plan."""
+    """Return the best trial's settings. Settings that only the search changed come from `planned`, the run's plan."""
     before = {setting.name: setting for setting in planned.settings}
     settings = []
     for setting in trial.settings:

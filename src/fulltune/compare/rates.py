@@ -39,10 +39,9 @@ class MetricScale:
 
     def lead_in_tolerances(self, rate: float, metrics_by_rate: Mapping[float, float]) -> float:
         """Return how many tolerances a rate's metric is ahead of all others, or infinity if all others diverged."""
-        others = max(
-            (self.oriented(metric) for other, metric in metrics_by_rate.items() if other != rate), default=math.inf
-        )
-        apart, least = self.oriented(metrics_by_rate[rate]) - others, self.tolerance(metrics_by_rate[rate])
+        others = [self.oriented(metric) for other, metric in metrics_by_rate.items() if other != rate]
+        metric = metrics_by_rate[rate]
+        apart, least = self.oriented(metric) - max(others, default=math.inf), self.tolerance(metric)
         return apart / least if least else math.inf if apart > 0 else 0.0
 
 
@@ -122,20 +121,11 @@ def search_from_short_trials(
 ) -> Search:
     """Choose a rate from the metrics of short trials with a share of the steps. Return the search's record."""
     rate = choose_rate(metrics_by_rate, scale, default_rate)
-    on_edge = (
-        rate in (min(metrics_by_rate), max(metrics_by_rate)) and scale.lead_in_tolerances(rate, metrics_by_rate) > 1
-    )
+    tried = dict(metrics_by_rate)
+    on_edge = rate in (min(tried), max(tried)) and scale.lead_in_tolerances(rate, tried) > 1
     how = _choice_reason(metrics_by_rate, rate, scale, f"short runs of {share:.0%} of the steps")
     how += ", at the edge of the rates tried" * on_edge
-    return Search(
-        method=method,
-        tried=dict(metrics_by_rate),
-        share=share,
-        chosen=rate,
-        reason=how,
-        on_edge=on_edge,
-        usual=default_rate,
-    )
+    return Search(method=method, tried=tried, share=share, chosen=rate, reason=how, on_edge=on_edge, usual=default_rate)
 
 
 def next_rate_for_whole_run(
@@ -156,11 +146,10 @@ def next_rate_for_whole_run(
     if len(whole_run_metrics) < 2:
         return nearest_rate(best_rates(left, scale), search.chosen) if left else None
     best, *_ = best_rates(whole_run_metrics, scale)
-    if best not in (min(whole_run_metrics), max(whole_run_metrics)) or not _leads_clearly(
-        best, whole_run_metrics, scale
-    ):
+    edges = (min(whole_run_metrics), max(whole_run_metrics))
+    if best not in edges or not _leads_clearly(best, whole_run_metrics, scale):
         return None
-    upwards = best == max(whole_run_metrics)
+    upwards = best == edges[1]
     if further := [rate for rate in left if (rate > best) == upwards]:
         return nearest_rate(further, best)
     rate = rounded(best * STEP if upwards else best / STEP)
