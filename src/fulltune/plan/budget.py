@@ -160,6 +160,7 @@ def peak_activation_bytes(footprint: Footprint, settings: MemorySettings) -> dic
 def _peak_activations_and_logits(
     points: Sequence[LiveMemory], footprint: Footprint, batch_size: int, settings: MemorySettings
 ) -> dict[MemoryKind, int]:
+    """Return the bytes of activations and logits at the point where their sum is highest."""
     rows = batch_size * footprint.sequences_per_row
     part = min(1.0, memory.CHUNK_TOKENS["cuda"] / (rows * settings.longest_tokens)) if settings.chunked_loss else 1.0
     alive = [point.bytes(rows, settings.longest_tokens) for point in points]

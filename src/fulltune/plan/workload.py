@@ -162,7 +162,7 @@ def set_one_process_per_device(recipe: Recipe, fleet: Fleet) -> tuple[Recipe, tu
     if train.device == ("cuda" if fleet.gpu_model is None else "cpu"):
         names = "a GPU" if fleet.gpu_model else "no GPU"
         raise RecipeError(f"train.device: '{train.device}', but --for names {names}; add --set train.device=auto")
-    _raise_if_machines_contradict(recipe, fleet)
+    _raise_if_fleet_contradicts_recipe(recipe, fleet)
     added = {NUM_MACHINES: fleet.num_machines} if fleet.num_machines > 1 else {}
     added |= {NUM_PROCESSES: devices} if devices > 1 else {}
     added = {name: number for name, number in added.items() if recipe_value(recipe, name) is None}
@@ -176,7 +176,7 @@ def set_one_process_per_device(recipe: Recipe, fleet: Fleet) -> tuple[Recipe, tu
     return with_settings(recipe, added), tuple(added)
 
 
-def _raise_if_machines_contradict(recipe: Recipe, fleet: Fleet) -> None:
+def _raise_if_fleet_contradicts_recipe(recipe: Recipe, fleet: Fleet) -> None:
     wanted, named = recipe_value(recipe, NUM_MACHINES), counted(fleet.num_machines, "machine")
     if wanted not in (None, fleet.num_machines):
         raise RecipeError(

@@ -83,8 +83,8 @@ _BACK = "use the same settings as before, or start a new run (--fresh)"
 def zero_settings(recipe: Recipe) -> dict[str, Any]:
     """Return DeepSpeed's settings, with "auto" where the plan decides; raise `RecipeError` with all problems."""
     block = recipe.train.engine_settings
-    read = _settings_of_placement(recipe) if block is None else _read_settings(block)
-    problems = _problems_in_settings(read, recipe)
+    read = _zero_settings_of_placement(recipe) if block is None else _read_settings(block)
+    problems = _problems_in_zero_settings(read, recipe)
     if problems:
         raise RecipeError([f"{recipe.train.zero_enabled_by}: {problem}" for problem in problems])
     # Without gradient_clipping DeepSpeed would not clip at all.
@@ -168,7 +168,7 @@ def _read_settings(block: Any) -> dict[str, Any]:
     return content
 
 
-def _settings_of_placement(recipe: Recipe) -> dict[str, Any]:
+def _zero_settings_of_placement(recipe: Recipe) -> dict[str, Any]:
     offloaded = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}[recipe.train.offload]
     devices = {f"offload_{what}": {"device": "cpu"} for what in offloaded}
     return {"zero_optimization": {"stage": STAGES[recipe.train.placement], **devices}}
@@ -179,7 +179,7 @@ def _offload_device(block: Mapping[str, Any], what: str) -> Any:
     return offload.get("device", "none") if isinstance(offload, dict) else offload
 
 
-def _problems_in_settings(block_settings: Mapping[str, Any], recipe: Recipe) -> list[str]:
+def _problems_in_zero_settings(block_settings: Mapping[str, Any], recipe: Recipe) -> list[str]:
     problems = [
         f"{name}: remove it; {instead}" for name, instead in _LEFT_TO_THE_RECIPE.items() if name in block_settings
     ]
