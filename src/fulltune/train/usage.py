@@ -59,8 +59,8 @@ def memory_limit(limit_bytes: int | None, device: str, warn: Callable[[str], Non
     """Make allocations beyond `train.memory_limit` fail as if memory had run out. Enter this after importing the
     libraries.
 
-    On CUDA torch's allocator is limited. On the CPU RLIMIT_DATA is set to VmData + (limit - VmRSS): it counts reserved
-    memory, and libraries reserve far more than they use.
+    On CUDA torch's allocator is limited; on the CPU RLIMIT_DATA is set to VmData + (limit - VmRSS), because it counts
+    reserved memory, and libraries reserve far more than they use.
 
     Raises:
         DoesNotFitError: More memory than the limit is already in use.

@@ -236,7 +236,8 @@ class Replay(TrainingPart):
 
 
 def create_replay(inputs: AttemptInputs, monitor: DriftMonitor) -> list[TrainingPart]:
-    """Create the replay of generic text, or return [] if none is planned. Call this before the weights change."""
+    """Create the replay of generic text, or return [] if none is planned. Call this before training changes the
+    weights."""
     plan, rows, budget = inputs.plan, inputs.plan.generic.replay_rows, inputs.plan.generic.budget
     if budget is None or not rows or inputs.request.probe:
         return []

@@ -53,7 +53,6 @@ class AttemptInputs:
 
     @property
     def has_own_loss(self) -> bool:
-        """True if the user supplies the loss, which may rise for good reasons."""
         return self.hooks.compute_loss is not None
 
     @property

@@ -91,7 +91,7 @@ class FullTrainer(Guarded, Trainer):
         **keywords: Any,
     ) -> None:
         """Create the Trainer for train rows of these `lengths` in tokens. Modules in `head_modules` get their own
-        learning rate; `base_digest` is None if the weights are sharded."""
+        learning rate; `base_digest` is a hash of the pretrained weights, or None if they are sharded."""
         super().__init__(**keywords)
         plan = self._plan = inputs.plan
         self.sampler = GlobalBatchSampler(

@@ -118,7 +118,7 @@ def is_first() -> bool:
 def gathered_state_dict(
     model: PreTrainedModel, gather: Callable[[Any], torch.Tensor] = sharding.full_tensor
 ) -> dict[str, torch.Tensor]:
-    """Gather a sharded model's state dict on rank 0's CPU, with tied tensors once. Other ranks return {}."""
+    """Gather a sharded model's state dict on rank 0's CPU; tied weights share a tensor. Other ranks return {}."""
     sharding.free_gathered_weights(model)
     state: dict[str, torch.Tensor] = {}
     first_name: dict[int, str] = {}

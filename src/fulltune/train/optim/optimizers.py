@@ -34,7 +34,7 @@ def adamw_arguments(optim: str, rounding: Rounding | None, seed: int) -> dict[st
 
 
 class _Buffers:
-    """A device's fp32 scratch tensors, each as long as a slice, and its noise."""
+    """A device's noise and fp32 scratch tensors, each as long as a slice."""
 
     def __init__(self, device: torch.device, seed: int) -> None:
         self.size = CPU_SLICE if device.type == "cpu" else GPU_SLICE

@@ -134,6 +134,7 @@ def forwarding_signals(child: spawn.WorkerProcess) -> Iterator[list[int]]:
     received: list[int] = []
 
     def forward_or_kill(signal_number: int, _: object) -> None:
+        """Ask the worker to stop; kill it at the third signal."""
         received.append(signal_number)
         if len(received) < 3:
             spawn.ask_workers_to_stop(child)

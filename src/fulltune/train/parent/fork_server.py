@@ -38,6 +38,7 @@ def fork_server() -> Iterator[Starter]:
     servers: list[subprocess.Popen[bytes]] = []
 
     def start_worker(request: Request, log: Path) -> WorkerProcess:
+        """Start a worker that logs to `log`."""
         plan = request.plan
         alone = plan.device == "cpu" and plan.num_processes == 1 and not request.recipe.train.zero_enabled_by
         if not (alone and sys.platform == "linux"):

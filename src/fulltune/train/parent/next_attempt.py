@@ -30,7 +30,6 @@ _NO_SECOND_ATTEMPT = "with your own compute_loss, training runs in this process,
 
 
 EstimateMemory = Callable[[Plan], MemoryNeed | None]
-"""Estimates the memory of a plan; returns None if unknown."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,7 @@ def memory_fallbacks(
     recipe: Recipe, plan: Plan, phase: Phase | None, fits: Callable[[Changes], bool]
 ) -> Iterator[tuple[str, Changes | None, str]]:
     """Yield name, changed settings and description of each way to save memory in a phase (default: a step), mildest
-    first. Settings are None if it is ruled out. `fits` tells which changes save enough."""
+    first. Settings are None for a way that is ruled out. `fits` tells which changes save enough."""
     for saving in MEMORY_SAVINGS:
         if (phase or "step") not in saving.fallback:
             continue

@@ -151,17 +151,17 @@ def kill_workers(child: WorkerProcess) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _child_process_ids(parent: int) -> list[int]:
+def _child_process_ids(parent_pid: int) -> list[int]:
     # Fields after the name, which is in brackets and may contain anything: state, parent ...
     stats = ("".join(memory.read_lines(str(file))) for file in Path("/proc").glob("[0-9]*/stat"))
-    return [int(stat.split()[0]) for stat in stats if stat and int(stat.rpartition(")")[2].split()[1]) == parent]
+    return [int(stat.split()[0]) for stat in stats if stat and int(stat.rpartition(")")[2].split()[1]) == parent_pid]
 
 
-def die_with_parent(parent: int) -> None:
+def die_with_parent(parent_pid: int) -> None:
     """Make the Linux kernel kill this process when its parent ends."""
     import ctypes
 
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended just before
+    if os.getppid() != parent_pid:  # it ended just before
         os._exit(1)

@@ -29,7 +29,7 @@ from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.worker.dry_run import collate_on_device, dry_run_check
 from fulltune.train.worker.loading import LoadedModel, ScaledHead
 
-_APART = "texts in one row are kept apart"
+_ISOLATED = "packed texts are isolated"
 _SELECTIVE = "logits of trained tokens only"
 _CHUNKED = "chunked loss"
 
@@ -122,9 +122,9 @@ def _check_packed_texts_isolated(trainer: FullTrainer, model: PreTrainedModel) -
     """Check that texts packed into one row do not influence each other."""
     if trainer.is_deepspeed_enabled:
         result = "checked on a one-layer copy of the model, because ZeRO shards the weights"
-        return Check(name=_APART, result=result, passed=True)
+        return Check(name=_ISOLATED, result=result, passed=True)
     problem = find_packing_leak(model, model.config.model_type)
-    return Check(name=_APART, result=problem or "yes", passed=problem is None)
+    return Check(name=_ISOLATED, result=problem or "yes", passed=problem is None)
 
 
 def _install_selective_head(trainer: FullTrainer, rows: Rows, task: Task, own_loss: bool) -> Check:

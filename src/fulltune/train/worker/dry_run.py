@@ -64,7 +64,7 @@ def dry_run(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Callable[[Row
     inputs.usage.dry_run_loss, inputs.usage.forecast = loss, forecast
     if not plan.num_frozen_parameters:
         return [check]
-    result = f"all but {unreached[0]} ({len(unreached)} such tensors)" if unreached else "all"
+    result = f"all but {len(unreached)}, such as {unreached[0]}" if unreached else "all"
     return [check, Check(name="trained tensors that the loss reaches", result=result, passed=not unreached)]
 
 

@@ -34,6 +34,7 @@ class Evaluator(TrainingPart):
     """Scores the eval rows, and stops a run that diverges or gets worse, unless the user supplies the loss."""
 
     def __init__(self, inputs: AttemptInputs, trainer: FullTrainer, target: Target, head_is_new: bool) -> None:
+        """`head_is_new` means that the head starts at chance."""
         self.inputs, self.trainer, self.target, self.head_is_new = inputs, trainer, target, head_is_new
         self.start_counts: np.ndarray | None = None
         """Contributions of the eval rows to the metric before step 1: float64 [rows, k]."""

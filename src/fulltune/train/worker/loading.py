@@ -183,7 +183,6 @@ class LoadedModel:
     head: HeadOrigin | None
     head_start: Probe | None
     scaled: ScaledHead | None
-    """The last layer, if it learns standardized numbers."""
     scale_note: str | None
     """Note on a regression head's units, or None for other tasks."""
     base_digest: str | None
@@ -255,6 +254,7 @@ def load_for_training(inputs: AttemptInputs) -> LoadedModel:
 
 
 def make_trainer(inputs: AttemptInputs, loaded: LoadedModel) -> FullTrainer:
+    """Create the Trainer for a loaded model."""
     plan, recipe, objective = inputs.plan, inputs.recipe, loaded.objective
     model = loaded.applied.model
     trainer = FullTrainer(

@@ -1,5 +1,3 @@
-"""Entry point of an attempt: `python -m fulltune.train.worker.main request.json`."""
-
 from __future__ import annotations
 
 import contextlib
