@@ -311,7 +311,7 @@ def predict(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Write rows and answers into this csv, tsv, jsonl or parquet file."),
+        typer.Option("--output", "-o", help="Write rows and answers to this csv, tsv, jsonl or parquet file."),
     ] = None,
     force: options.Force = False,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum length of a generated answer, in tokens.", min=1)] = 128,
@@ -384,7 +384,7 @@ def quickstart(
 @app.command()
 def selfcheck(
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Also write the page as Markdown into this file.")
+        Path | None, typer.Option("--output", "-o", help="Also write the page as Markdown to this file.")
     ] = None,
     as_json: options.Json = False,
 ) -> None:

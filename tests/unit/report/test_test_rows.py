@@ -70,8 +70,8 @@ def access(run: str, model: str = "m", day: int = 2, trial: str = "full-seed1", 
 def test_models_are_counted_and_not_how_often_one_is_scored() -> None:
     assert warn_of_repeated_scoring([]) == warn_of_repeated_scoring([access("a"), access("a", day=3)]) == ""
     assert warn_of_repeated_scoring([access("a", day=4), access("b"), access("c", day=7), access("c", day=8)]) == (
-        "3 runs in this folder have scored these test rows, first on 2026-11-02. The best of several test scores is "
-        "optimistic, so choose a run by its eval score."
+        "3 runs in this folder have scored these test rows, the first on 2026-11-02. The best of several test scores "
+        "is optimistic, so choose a run by its eval score."
     )
     assert "2 runs in this folder" in warn_of_repeated_scoring([access("a"), access("a", "trained anew")])
     compared = [access("b", "", trial="comparison"), access("b", "", trial="comparison"), access("a")]
@@ -86,7 +86,7 @@ def test_report_tells_of_other_runs_on_the_same_rows(classification: Path) -> No
     log = classification.parent / ACCESSES
     log.write_text("".join(json.dumps(one.model_dump()) + "\n" for one in lines), encoding="utf-8")
     [headline] = [part for part in report.build_run_terminal_report(classification) if isinstance(part, Headline)]
-    assert "2 runs in this folder have scored these test rows, first on 2026-11-01" in headline.note
+    assert "2 runs in this folder have scored these test rows, the first on 2026-11-01" in headline.note
     report.write_run_report(classification)
     for page in ("report.md", "report.html"):
         assert "2 runs in this folder have scored" in (classification / page).read_text(encoding="utf-8")

@@ -187,7 +187,7 @@ def _build_next_commands(survey: Survey, plan: Plan | None) -> list[Element]:
         where = "with methods: [full, lora] in the recipe instead of method, on one machine, without ZeRO"
         blocks.append(Paragraph(f"to decide on your own rows: fulltune compare, {where}"))
     if survey.command:
-        machines = "; RANK counts the machines from 0, HOST is the name of machine 0" if survey.num_machines > 1 else ""
+        machines = "; RANK numbers the machines from 0, HOST is machine 0" if survey.num_machines > 1 else ""
         blocks += [Paragraph(f"to run this plan{machines}"), Code(survey.command, "sh")]
     return blocks
 

@@ -303,7 +303,7 @@ def list_comparison_facts(comparison: Comparison) -> list[NameAndValue]:
     """List facts about rows, time, seeds and the use of the test rows."""
     expected, openings = comparison.expectation, comparison.openings
     cores, full = counted(comparison.cores, "core"), _full_row(comparison)
-    took = f"{format_seconds(comparison.seconds)} in all"
+    took = f"{format_seconds(comparison.seconds)} in total"
     if full is not None and full.train_seconds > 0:
         full_seconds = full.train_seconds
         took += f", {format_ratio(comparison.seconds / full_seconds)} one full run ({format_seconds(full_seconds)})"

@@ -115,8 +115,8 @@ def warn_of_repeated_scoring(accesses: Sequence[Access]) -> str:
     compared, since = list(runs.values()).count(COMPARISON), min(one.time for one in accesses)[:10]
     among = f" ({counted(compared, 'comparison')} among them)" if compared else ""
     return (
-        f"{len(runs)} runs in this folder have scored these test rows{among}, first on {since}. The best of several "
-        "test scores is optimistic, so choose a run by its eval score."
+        f"{len(runs)} runs in this folder have scored these test rows{among}, the first on {since}. The best of "
+        "several test scores is optimistic, so choose a run by its eval score."
     )
 
 

@@ -257,7 +257,7 @@ def _unavailable_parts(view: RunView) -> Iterator[tuple[str, str]]:
 
 def _explain_missing_scores(view: RunView) -> str:
     if not view.attempts:
-        return "the run folder holds no attempt to train it." if view.trial else "no trial was planned or started."
+        return "the run folder contains no training attempt." if view.trial else "no trial was planned or started."
     if view.outcome is None:
         return "training has no recorded end, so there was nothing to score."
     if view.outcome.status == "done":
