@@ -107,7 +107,7 @@ def test_generated_code_gives_the_same_curve(tmp_path: Path, monkeypatch: pytest
     ("model", "compilers", "problem"),
     [
         (torch.nn.Linear(2, 2), "/bin", "Linear has no repeated blocks .* to compile; remove the setting"),
-        (torch.nn.ModuleList([torch.nn.Linear(2, 2)]), "", r"needs a C\+\+ compiler .* which was not found"),
+        (torch.nn.ModuleList([torch.nn.Linear(2, 2)]), "", r"no C\+\+ compiler .* was found"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(
