@@ -87,8 +87,8 @@ def test_judged_by_the_metric_of_the_run_or_by_the_loss_where_rows_do_not_add_up
     labels = tuple("abcdefghijkl") if problem == "single_label" else ()
     found = _metric_for_comparison(task, Target(problem, labels, None), metric, kept)
     assert found.name == judged
-    assert found.counts is not None
-    assert len(found.counts(kept)) == len(next(iter(kept.values())))
+    assert found.row_terms is not None
+    assert len(found.row_terms(kept)) == len(next(iter(kept.values())))
 
 
 def upwards(trainer: Any, inputs: dict[str, Any]) -> Callable[[], None]:

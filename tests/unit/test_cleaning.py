@@ -73,16 +73,16 @@ def test_a_row_whose_equal_twin_a_patch_dropped_keeps_its_number(tmp_path: Path)
 
 
 def _accuracy() -> ResamplableMetric:
-    def counts(kept: object) -> np.ndarray:
+    def row_terms(kept: object) -> np.ndarray:
         right = np.asarray(kept["right"], np.float64)  # type: ignore[index]  # of any kind here
         return np.stack([right, np.ones(len(right))], axis=1)
 
     return ResamplableMetric(
         name="accuracy",
         greater_is_better=True,
-        whole=lambda kept: float(kept["right"].mean()),
-        counts=counts,
-        value=lambda sums: sums[..., 0] / sums[..., 1],
+        compute=lambda kept: float(kept["right"].mean()),
+        row_terms=row_terms,
+        from_sums=lambda sums: sums[..., 0] / sums[..., 1],
     )
 
 

@@ -227,7 +227,7 @@ def write_model_cards(seed_runs: SeedRuns) -> None:
         eval_outputs, test = (
             load_outputs(context.folder / place / f"{name}.npz") for place in (EVAL_OUTPUTS, TEST_OUTPUTS)
         )
-        metrics = scoring.estimate_metrics(test, metrics=context.resamplable_metric.alone)
+        metrics = scoring.estimate_metrics(test, metrics=context.resamplable_metric.compute_as_dict)
         calibration = None
         if context.summary.form.is_calibrated:
             calibration = calibrate(eval_outputs["logits"], eval_outputs["labels"], test["logits"], test["labels"])

@@ -153,13 +153,13 @@ def score_trained_model(scoring: Scoring, outcome: Outcome) -> Scores:
 def train_and_eval_losses(scoring: Scoring) -> dict[SplitName, SplitLosses]:
     """Compute the trained model's loss on each train and eval row. Losses on test rows would bias later choices."""
     measure = find_metric(scoring.recipe.task, scoring.target, "loss")
-    assert measure.counts is not None, "a loss is a mean"
+    assert measure.row_terms is not None, "a loss is a mean"
     by_split: dict[SplitName, SplitLosses] = {}
     with _explain_out_of_memory("reading rows with the trained model"):
         model, processor = scoring.load_model_and_processor(scoring.data.parent / scoring.plan.model_folder)
         for split in SPLITS:
             predictions = scoring.predict_split(model, processor, split)
-            counts = measure.counts(predictions)
+            counts = measure.row_terms(predictions)
             labels: list[str | None] = [None] * len(counts)
             if "logits" in predictions:
                 predicted = predict_labels(predictions["logits"], scoring.target)

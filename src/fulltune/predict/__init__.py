@@ -97,7 +97,7 @@ class Predictor:
         """Yield each row's answer, or the reason why there is none, reading few rows at a time. `report` receives the
         progress."""
         writes = self.task.FACTS.writes
-        # Models that write are slow: their first answers must not wait for two thousand others.
+        # Generation is slow: the first answers must not wait for two thousand others.
         for window in in_batches(rows, _WINDOW_PROMPTS) if writes else in_batches(rows):
             questions = [self.task.with_placeholder_answer(row, self.target) for row in window]
             predicted = [PredictedRow(None, self._find_refusal(row)) for row in questions]

@@ -184,7 +184,7 @@ def check_all_reduce(device: str) -> CheckOutcome:
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
         text=True,
-        # Safe path: a file in the user's folder must not stand in for a library.
+        # Safe path: a file in the user's folder must not shadow a library.
         env={**os.environ, **spawn.loopback_variables(), "PYTHONSAFEPATH": "1"},
     )
     try:

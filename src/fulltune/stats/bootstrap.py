@@ -39,14 +39,14 @@ class ResamplableMetric:
 
     name: str
     greater_is_better: bool
-    whole: Callable[[Predictions], float]
+    compute: Callable[[Predictions], float]
     """Computes the metric from all predictions."""
-    counts: RowTerms | None
+    row_terms: RowTerms | None
     """Computes each row's terms, or None if the metric is not a function of sums over rows."""
-    value: FromSums | None
+    from_sums: FromSums | None
 
-    def alone(self, outputs: Predictions) -> dict[str, float]:
-        return {self.name: self.whole(outputs)}
+    def compute_as_dict(self, outputs: Predictions) -> dict[str, float]:
+        return {self.name: self.compute(outputs)}
 
     @property
     def bounds(self) -> tuple[float, float] | None:
@@ -73,9 +73,9 @@ def find_metric(task_name: TaskName, target: Target, metric: str) -> Resamplable
     facts = FACTS[task_name]
     if metric not in facts.metrics:
         raise SetupError(f"{task_name} has no metric '{metric}'; choose one of {', '.join(facts.metrics)}")
-    counts, value = task_named(task_name).metrics_from_sums(target, metric).get(metric, (None, None))
+    row_terms, from_sums = task_named(task_name).metrics_from_sums(target, metric).get(metric, (None, None))
     return ResamplableMetric(
-        metric, greater_is_better(metric), _function_for_metric(task_name, target, metric), counts, value
+        metric, greater_is_better(metric), _function_for_metric(task_name, target, metric), row_terms, from_sums
     )
 
 
@@ -175,10 +175,10 @@ def resample_metrics(
 def paired_improvement(measure: ResamplableMetric, before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
     """Return a metric's improvement (positive is better) from row terms `before` to `after` [rows, k], and its standard
     error."""
-    assert measure.value is not None
+    assert measure.from_sums is not None
     both = np.stack([before, after], axis=1)
-    difference = np.diff(measure.value(both.sum(axis=0)))[0]
-    draws = np.diff(_resample_sums(both, measure.value, _MIN_SAMPLES), axis=1)
+    difference = np.diff(measure.from_sums(both.sum(axis=0)))[0]
+    draws = np.diff(_resample_sums(both, measure.from_sums, _MIN_SAMPLES), axis=1)
     return float(measure.sign * difference), float(np.std(draws))
 
 
@@ -214,13 +214,13 @@ def resample_trials(
         raise ValueError(f"all trials and the clusters must have the same rows; the trials have {sorted(rows)} rows")
     num_rows = rows.pop()
     of_row, num_clusters = _cluster_indices(clusters, num_rows)
-    if measure.counts is not None and measure.value is not None:
-        sums = np.stack([_cluster_sums(measure.counts, outputs, of_row) for outputs in trials], axis=1)
-        point, drawn = measure.value(sums.sum(axis=0)), _resample_sums(sums, measure.value, samples)
+    if measure.row_terms is not None and measure.from_sums is not None:
+        sums = np.stack([_cluster_sums(measure.row_terms, outputs, of_row) for outputs in trials], axis=1)
+        point, drawn = measure.from_sums(sums.sum(axis=0)), _resample_sums(sums, measure.from_sums, samples)
     else:
         samples = min(samples, SAMPLES_ANEW)
         anew = [
-            resample_metrics(outputs, measure.alone, samples=samples, clusters=clusters)[measure.name]
+            resample_metrics(outputs, measure.compute_as_dict, samples=samples, clusters=clusters)[measure.name]
             for outputs in trials
         ]
         # A metric that is undefined on a resample counts as 0.

@@ -63,7 +63,7 @@ def test_draw_metric_computed_anew_is_like_that_by_sums(monkeypatch: pytest.Monk
     clusters = chance.integers(0, 150, 300)
     assert resample_trials(anew, [[trial]], clusters, 5000).num_draws == 150
     one = resample_trials(rmse, [[trial]], clusters, 2000)
-    two = resample_trials(replace(rmse, counts=None), [[trial]], clusters, 5000)
+    two = resample_trials(replace(rmse, row_terms=None), [[trial]], clusters, 5000)
     assert two.point[0] == pytest.approx(one.point[0])
     assert two.draws[0].std() == pytest.approx(one.draws[0].std(), rel=0.2)
 

@@ -108,7 +108,7 @@ def test_every_metric_of_every_task_is_compared() -> None:
 )
 def test_measure_equals_the_tasks_own_metric(task: TaskName, target: Target, make: Any, metric: str) -> None:
     measure = find_metric(task, target, metric)
-    assert (measure.counts is None) == (metric in ANEW)
+    assert (measure.row_terms is None) == (metric in ANEW)
     for seed in range(3):
         chance = np.random.default_rng(seed)
         outputs = make(chance)
@@ -116,11 +116,11 @@ def test_measure_equals_the_tasks_own_metric(task: TaskName, target: Target, mak
         drawn = chance.integers(0, ROWS, (40, 15, ROWS)[seed])
         resample = {name: array[drawn] for name, array in outputs.items()}
         expected = task_named(task).metrics(resample, target)[metric]
-        assert measure.whole(resample) == expected
-        if measure.counts is not None and measure.value is not None:
-            by_sums = measure.value(measure.counts(outputs)[drawn].sum(axis=0)) if metric != "r2" else expected
+        assert measure.compute(resample) == expected
+        if measure.row_terms is not None and measure.from_sums is not None:
+            by_sums = measure.from_sums(measure.row_terms(outputs)[drawn].sum(axis=0)) if metric != "r2" else expected
             assert float(by_sums) == pytest.approx(expected, rel=1e-5, abs=1e-12)
-            whole = measure.value(measure.counts(outputs).sum(axis=0))
+            whole = measure.from_sums(measure.row_terms(outputs).sum(axis=0))
             assert float(whole) == pytest.approx(task_named(task).metrics(outputs, target)[metric], rel=1e-5, abs=1e-12)
 
 
@@ -128,10 +128,10 @@ def test_measure_r2_of_resample_far_from_zero_keeps_its_digits() -> None:
     target = Target("regression", {})
     measure, kept = find_metric("text-classification", target, "r2"), numbers(np.random.default_rng(0))
     drawn = np.random.default_rng(1).integers(0, ROWS, ROWS)
-    assert measure.counts is not None
-    assert measure.value is not None
-    expected = measure.whole({name: array[drawn].astype(np.float64) for name, array in kept.items()})
-    assert float(measure.value(measure.counts(kept)[drawn].sum(axis=0))) == pytest.approx(expected, rel=1e-6)
+    assert measure.row_terms is not None
+    assert measure.from_sums is not None
+    expected = measure.compute({name: array[drawn].astype(np.float64) for name, array in kept.items()})
+    assert float(measure.from_sums(measure.row_terms(kept)[drawn].sum(axis=0))) == pytest.approx(expected, rel=1e-6)
 
 
 def test_measure_many_resamples_at_once_are_the_same() -> None:
@@ -139,12 +139,12 @@ def test_measure_many_resamples_at_once_are_the_same() -> None:
     outputs = single_label(np.random.default_rng(0))
     for metric in ("accuracy", "f1_macro", "mcc"):
         measure = find_metric("text-classification", target, metric)
-        assert measure.counts is not None
-        assert measure.value is not None
-        counts = measure.counts(outputs)
+        assert measure.row_terms is not None
+        assert measure.from_sums is not None
+        counts = measure.row_terms(outputs)
         sums = np.stack([[counts[:50].sum(axis=0), counts[50:].sum(axis=0)]])
-        assert measure.value(sums).shape == (1, 2)
-        assert measure.value(sums)[0, 1] == pytest.approx(measure.whole({k: v[50:] for k, v in outputs.items()}))
+        assert measure.from_sums(sums).shape == (1, 2)
+        assert measure.from_sums(sums)[0, 1] == pytest.approx(measure.compute({k: v[50:] for k, v in outputs.items()}))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from fulltune.train.usage import ResourceUsage
 MEASUREMENTS = 20
 SAMPLED_VALUES = 256
 LOW_IN_A_ROW = 3
-"""This many measurements in a row below `EATEN` cause a warning."""
+"""This many measurements in a row below `MIN_CHANGED_SHARE` cause a warning."""
 
 
 @dataclass(eq=False)

@@ -109,9 +109,9 @@ class Evaluator(TrainingPart):
         if inputs.has_own_loss or inputs.summary.splits["eval"].rows < MIN_ROWS_FOR_STANDARD_ERROR:
             return
         measure = _metric_for_comparison(inputs.recipe.task, self.target, inputs.plan.metric, predictions)
-        if measure.counts is None:
+        if measure.row_terms is None:
             return
-        now = measure.counts(predictions)
+        now = measure.row_terms(predictions)
         if state.global_step == 0:
             self.start_counts = now
         elif self.start_counts is not None:
@@ -157,6 +157,6 @@ class Evaluator(TrainingPart):
 def _metric_for_comparison(task: TaskName, target: Target, metric: str, predictions: Predictions) -> ResamplableMetric:
     """Return the run's metric if it follows from few sums over rows, else the loss."""
     measure = find_metric(task, target, metric)
-    if measure.counts is None or measure.counts(predictions).shape[1] > MAX_COUNTS:
+    if measure.row_terms is None or measure.row_terms(predictions).shape[1] > MAX_COUNTS:
         return find_metric(task, target, "loss")
     return measure
