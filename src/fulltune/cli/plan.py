@@ -241,5 +241,5 @@ def plan_as_json(survey: Survey, plan: Plan | None, measured: Measurements | Non
 
 def does_not_fit_error(survey: Survey, alternatives_shown: bool) -> FulltuneError:
     """Return the error for a plan that does not fit, with alternatives unless these were shown."""
-    ways = [] if alternatives_shown else format_alternatives(survey.ways_out)
-    return DoesNotFitError([*survey.notes, *ways])
+    remedies = [] if alternatives_shown else format_alternatives(survey.ways_out)
+    return DoesNotFitError([*survey.notes, *remedies])

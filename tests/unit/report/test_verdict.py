@@ -101,7 +101,7 @@ def test_bar_is_the_best_untrained_row_in_the_metric_s_direction(kit: SimpleName
         kit.scores("full-seed42", "trained", 1.2, 0.02, "loss", False),
     ]
     assert "for the best baseline, low." in judge_scores(rows).sentence
-    assert "for the model before training." in judge_scores([rows[0], *rows[2:]]).sentence
+    assert "for the pretrained model." in judge_scores([rows[0], *rows[2:]]).sentence
 
 
 def test_verdict_metric_not_finite_is_none(kit: SimpleNamespace) -> None:

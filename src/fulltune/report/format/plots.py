@@ -98,6 +98,7 @@ def _new_figure(height: int, columns: int = 1) -> Iterator[tuple[Figure, list[Ax
 
 
 def _style_axes(axes: Axes, metric: str, metric_axis: Literal["x", "y"]) -> None:
+    """Hide the frame and ticks, and format the metric's axis."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_frame_on(False)

@@ -58,7 +58,7 @@ def judge_scores(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
     if bar is None:
         return _build_headline("alone", f"{claim}; no baseline was scored to compare it with.")
     elsewhere = "" if bar.rows == row.rows else f" on {counted(bar.rows, 'row')}"
-    which = "the model before training" if bar.kind == "untouched" else f"the best baseline, {bar.name}"
+    which = "the pretrained model" if bar.kind == "untouched" else f"the best baseline, {bar.name}"
     claim = f"{claim}, against {words.format_estimate(name, bar.metrics[name])}{elsewhere} for {which}"
     ahead = row.differences.get(bar.name)
     if ahead is None or not _is_finite(ahead):
@@ -136,7 +136,6 @@ class RunFacts:
     """Number of labels if each row has one, else 0."""
     rate_searched: bool = False
     best_untrained_name: str = "the baseline"
-    """Name of the baseline or model to beat."""
     blind: str = ""
     """Sentence saying that all predictions are the same, or an empty string."""
     predicts_majority: bool = False
