@@ -20,7 +20,8 @@ from fulltune.text import is_share, typed_seconds
 
 EXPECTATION = f"{FOLDER}/expectation.json"
 FEW_TRAIN_ROWS = 10_000
-"""Train rows below which five seeds are planned instead of three (Bouthillier et al. 2021; Mosbach et al. 2020)."""
+"""Number of train rows below which five seeds are planned instead of three (Bouthillier et al. 2021; Mosbach et al.
+2020)."""
 LEAST_SEEDS = 2
 GOOD_SEEDS = 3
 """Number of seeds below which a tight budget first drops methods, because two seeds show little of the spread."""

@@ -60,7 +60,7 @@ RuleHits = Iterator[tuple[str, str, str]]
 
 
 def lint_comparison(seed_runs: SeedRuns, comparison: Comparison) -> tuple[Finding, ...]:
-    """Check a comparison for unfair settings and weak evidence; unfair findings come first."""
+    """Check a comparison for unfair settings and weak evidence. Unfair findings come first."""
     context, trained = seed_runs.context, [row for row in comparison.rows if row.kind != "base"]
     findings = [
         *_check_rates(trained, full_wins=comparison.decision.verdict == "FULL"),

@@ -105,7 +105,7 @@ def _search_rate(job: Run, summary: DataSummary) -> Searched:
 
 
 def _forecast_search(context: Context) -> Expectation:
-    """Forecast and announce the search's time; raise a `RecipeError` if the budget is too short."""
+    """Forecast and announce the search's time. Raise a `RecipeError` if the budget is too short."""
     method, limit = context.full.label, context.budget_seconds
     share = share_of_steps(context.recipe.compare.search_share, context.method_setup(method).plan.total_steps)
     cost = budget.forecast_costs(context)[0][method]

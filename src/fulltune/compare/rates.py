@@ -84,8 +84,7 @@ def best_rates(metrics_by_rate: Mapping[float, float], scale: MetricScale) -> li
 
 
 def choose_rate(metrics_by_rate: Mapping[float, float], scale: MetricScale, default_rate: float | None) -> float:
-    """Return the best rate if it leads the default rate by more than the tolerance (or no default was tried), else the
-    default."""
+    """Return the best rate if no default rate was tried or the lead exceeds the tolerance, else the default rate."""
     best, *_ = best_rates(metrics_by_rate, scale)
     if default_rate is None or default_rate not in metrics_by_rate:
         return best
@@ -171,7 +170,7 @@ def search_after_whole_runs(search: Search, whole_run_metrics: Mapping[float, fl
 
 
 def lower_rate_after_divergence(search: Search) -> float | None:
-    """Return the next lower rate, or None if there is none left to try."""
+    """Return the next lower rate, or None if no lower rate is left."""
     if not search.tried:
         return None
     lower, lowest = rounded(search.chosen / STEP), min(search.tried)

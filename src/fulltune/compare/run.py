@@ -59,7 +59,7 @@ def run_comparison(job: Run, command: str, budget: str | None = None) -> Compare
 
 
 def comparison_recipe(recipe: Recipe) -> Recipe:
-    """Return the recipe with near duplicates in one split, unless it sets another rule; raise a `RecipeError` if it
+    """Return the recipe with near duplicates in one split, unless it sets another rule. Raise a `RecipeError` if it
     names no methods."""
     if not recipe.methods:
         raise RecipeError(

@@ -221,7 +221,7 @@ class SeedRuns:
         return {} if self._is_second_look(self.looks[:-1]) else dict.fromkeys(better, len(full))
 
     def _lower_rate(self, result: TrialResult) -> None:
-        """Restart a method at a lower rate after a trial diverged; raise `Diverged` if no rate is left."""
+        """Restart a method at a lower rate after a trial diverged. Raise `Diverged` if no rate is left."""
         context, trial, search = self.context, result.trial, self.searches[result.trial.method]
         lower = rates.lower_rate_after_divergence(search)
         if lower is None:

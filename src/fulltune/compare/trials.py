@@ -52,7 +52,7 @@ def run_trial(context: Context, trial: Trial) -> TrialResult:
 
 
 def train_trial(context: Context, trial: Trial) -> tuple[Plan, Outcome, TrialResult]:
-    """Train a trial, and return its plan, outcome and result; raise `Diverged` if a guard stops it."""
+    """Train a trial, and return its plan, outcome and result. Raise `Diverged` if a guard stops it."""
     recipe = context.trial_recipe(trial)
     planned = context.trial_plan(trial, recipe)
     run_folder.save_plan(context.folder, recipe, planned)

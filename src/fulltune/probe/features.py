@@ -41,7 +41,7 @@ class Features:
     last: np.ndarray | None
     """Inputs of the head's last layer, or None if not extracted."""
     dense: np.ndarray | None
-    """Inputs of the head's dense layer, if it has one."""
+    """Inputs of the head's dense layer, or None if it has none."""
     mean: np.ndarray | None
     """Mean hidden state, scaled to length 1. None for single tokens and for bodies that pool tokens."""
     labels: np.ndarray
@@ -206,7 +206,7 @@ def _item_features(
 
 
 def _check_finite(values: np.ndarray) -> np.ndarray:
-    """Return the values; raise `NoProbe` if any is not finite."""
+    """Return the values. Raise `NoProbe` if any is not finite."""
     if not np.isfinite(values).all():
         raise NoProbe("the pretrained model's features are not finite")
     return values

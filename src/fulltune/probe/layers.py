@@ -29,7 +29,7 @@ HeadLayers = tuple[str, str | None]
 
 
 def find_head_layers(model: PreTrainedModel, task: TaskName, num_outputs: int) -> HeadLayers:
-    """Return the names of a head's last linear layer and of its dense layer (or None); raise `NoProbe` if no layer has
+    """Return the names of a head's last linear layer and of its dense layer (or None). Raise `NoProbe` if no layer has
     `num_outputs` outputs."""
     from torch.nn import Linear
 
@@ -53,7 +53,7 @@ def find_head_layers(model: PreTrainedModel, task: TaskName, num_outputs: int) -
 
 
 def model_without_head(model: PreTrainedModel) -> torch.nn.Module:
-    """Return the model without its head; raise `NoProbe` if the model's class does not separate them."""
+    """Return the model without its head. Raise `NoProbe` if the model's class does not separate them."""
     body = getattr(model, model.base_model_prefix, None)
     if body is None:
         raise NoProbe(f"{type(model).__name__} has no separate body")

@@ -72,7 +72,7 @@ class Items:
 def fit_at_strengths(
     items: Items, has_bias: bool = True, strengths: Sequence[float] = STRENGTHS
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Yield each regularisation strength and a classifier fitted at it; raise `NoProbe` if none can be fitted."""
+    """Yield each regularisation strength and a classifier fitted at it. Raise `NoProbe` if none can be fitted."""
     count, width = items.features.shape
     if solver_bytes(items.kind, count, items.num_outputs, width) > MOST_SOLVER_BYTES:
         raise NoProbe(f"{items.num_outputs:,} classes with {width:,} features each are too many to fit")
@@ -240,7 +240,7 @@ Criterion = Callable[[Items, LinearClassifier], float]
 def select_classifier(
     items: Items, held_out: Items | None, candidates: Candidates[Key], criterion: Criterion, tolerance: float = 0.0
 ) -> tuple[float, Key, LinearClassifier]:
-    """Select the candidate with the lowest criterion on held-out rows, fitted on all items; raise `NoProbe` if none can
+    """Select the candidate with the lowest criterion on held-out rows, fitted on all items. Raise `NoProbe` if none can
     be fitted.
 
     `candidates` yields keys and fitted classifiers. Without `held_out`, cross-validation decides. An earlier candidate

@@ -51,7 +51,7 @@ class DataBlock(Block):
     """Settings for reading, splitting and tokenizing the rows."""
 
     train: _Train
-    """File, list of files, or folder with csv, tsv, jsonl, json, parquet, arrow, CoNLL or txt files; for images, a
+    """File, list of files, or folder with csv, tsv, jsonl, json, parquet, arrow, CoNLL or txt files. For images, a
     folder with one subfolder per class. Files without a weight hold the task's rows, from which eval and test are
     split off. To reduce forgetting, mix in other rows by weight: `[task.jsonl, {path: generic.jsonl, weight:
     0.05}]`. Mixed-in rows need the task's columns, but causal-lm also accepts other kinds of rows, such as raw text.
@@ -139,7 +139,7 @@ class DataBlock(Block):
     """Random seed of the split. It is separate from `train.seed`, so that runs with other seeds use the same rows."""
     near_duplicates: float = Field(default=1.0, gt=0, le=1)
     """Minimum similarity (Jaccard index of 5-character sequences) at which two rows are put into the same split. 1
-    matches only equal texts; 0.8 also matches texts that differ in a word or two."""
+    matches only equal texts. 0.8 also matches texts that differ in a word or two."""
     group: str | None = None
     """Column that identifies a row's customer, patient or document. Rows of one group are never divided between splits.
     Every row of the task needs a value. Groups that eval or test files share with train are reported. Mixed-in rows
@@ -222,5 +222,6 @@ class DataBlock(Block):
 
 
 def rows_per_epoch(task_rows: int, weights: Sequence[float]) -> tuple[int, ...]:
-    """Return how many rows each mixed-in file contributes to an epoch, so that it has its weight among all rows."""
+    """Return how many rows each mixed-in file contributes to an epoch, so that its share of all rows equals its
+    weight."""
     return tuple(round(task_rows * weight / (1 - sum(weights))) for weight in weights)

@@ -40,7 +40,7 @@ class Recipe(Block):
     method: Method = FullMethod(kind="full")
     """How the model is trained. `lora` is short for `{kind: lora}`, and the default kind is `full`."""
     methods: tuple[ComparedMethod, ...] = ()
-    """Methods for `fulltune compare`, instead of `method`. Each is a block like `method`, or only its kind."""
+    """Methods for `fulltune compare`, instead of `method`. Each is a block like `method`, or just its kind."""
     train: TrainBlock = TrainBlock()
     preserve: PreserveBlock = PreserveBlock()
     evaluate: EvaluateBlock = EvaluateBlock()

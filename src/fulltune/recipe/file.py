@@ -348,7 +348,7 @@ _SHORT_FORMS = {"model": "name", "method": "kind"}
 
 
 def _apply_override(values: PlainSettings, override: str) -> str:
-    """Apply one `block.name=value` to `values` and return its dotted name; raise `ValueError` if the override is
+    """Apply one `block.name=value` to `values` and return its dotted name. Raise `ValueError` if the override is
     invalid."""
     name, separator, text = (part.strip() for part in override.partition("="))
     *blocks, last = name.split(".")

@@ -14,7 +14,7 @@ SEARCH: Literal["search"] = "search"
 
 
 def _parse_rate(text: str) -> float:
-    """Parse a learning rate between 0 and 1, or return 0 for `search`; raise `ValueError` otherwise."""
+    """Parse a learning rate between 0 and 1, or return 0 for `search`. Raise `ValueError` otherwise."""
     try:
         rate = float(text)
     except ValueError:
@@ -61,7 +61,7 @@ class _TrainedMethod(_MethodSettings):
     head` and for tasks without a new head."""
     head_init: Literal["probe", "random"] | None = None
     """Initial weights of a new head. `probe` (the default) takes a linear classifier fitted on the pretrained model's
-    features; `random` draws weights whose first gradients distort the body. This setting is refused for tasks
+    features. `random` draws weights whose first gradients distort the body. This setting is refused for tasks
     without a new head."""
 
     @model_validator(mode="after")

@@ -330,7 +330,7 @@ def _parse_transformers_file(file: str) -> list[ast.stmt]:
 
 
 def _find_definition(file: str, name: str) -> Any:
-    """Return the syntax tree of a class or constant in a transformers file; raise `LookupError` if there is none."""
+    """Return the syntax tree of a class or constant in a transformers file. Raise `LookupError` if there is none."""
     for line in _parse_transformers_file(file):
         if name == getattr(line, "name", None) or (
             isinstance(line, ast.Assign) and name == ast.unparse(line.targets[0])

@@ -34,7 +34,7 @@ class TrainBlock(Block):
     """Number of rows per optimizer step over all devices, which determines the gradient accumulation. Default: 32, or
     16 for language models, and fewer for small data sets."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Number of rows per device in one pass; it must divide the global batch size. Lower values save memory with the
+    """Number of rows per device in one pass. It must divide the global batch size. Lower values save memory with the
     same result. Default: the fastest that fits into memory. If training runs out of memory, the micro batch size is
     halved, even if the recipe sets it."""
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
@@ -87,8 +87,8 @@ class TrainBlock(Block):
     """Random seed for dropout, the order of rows, and a randomly initialised head."""
     precision: Precision = "auto"
     """Data type of the computations. On a GPU, `auto` means bf16 from compute capability 8.0 (Ampere), fp16 with loss
-    scaling from 7.0 (Volta, Turing), otherwise fp32; on a CPU, the faster of bf16 and fp32. With several GPUs, the
-    oldest GPU decides. fp16 needs a GPU."""
+    scaling from 7.0 (Volta, Turing), otherwise fp32. On a CPU, it means the faster of bf16 and fp32. With several
+    GPUs, the oldest GPU decides. fp16 needs a GPU."""
     activation_checkpointing: bool | None = None
     """Recompute activations in the backward pass, which needs far less memory but about a third more compute. Default:
     on if the run would not fit otherwise, or if larger micro batches make it faster."""

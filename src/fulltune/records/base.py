@@ -38,7 +38,7 @@ class Record(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Load a saved record; raise `SetupError` if the file is damaged, unreadable or from another version."""
+        """Load a saved record. Raise `SetupError` if the file is damaged, unreadable or from another version."""
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except PermissionError:

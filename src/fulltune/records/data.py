@@ -88,7 +88,7 @@ class DataSummary(Record):
 
     @classmethod
     def of_run(cls, folder: Path) -> Self:
-        """Load the data summary of a run folder; raise `SetupError` if that fails."""
+        """Load the data summary of a run folder. Raise `SetupError` if that fails."""
         return cls.load(folder / "data" / "summary.json")
 
     @property

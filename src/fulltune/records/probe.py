@@ -10,7 +10,7 @@ MOST_FEATURE_BYTES = 2**28
 MOST_SOLVER_BYTES = 2**30
 """Maximum size of the solver's weights, history and logits, in bytes."""
 OTHER_TOKENS = 8
-"""Number of random tokens used from each window, besides those where the answer begins and ends."""
+"""Number of random tokens used from each window, besides the tokens where the answer begins and ends."""
 PAIRS = 5 / 3
 """Size of a pair's features relative to a single text's: five vectors instead of three, because each text is also read
 alone."""
@@ -19,7 +19,7 @@ LEAST_HELD_OUT, MOST_HELD_OUT = 200, 2_000
 
 
 def items_per_row(problem_type: str, words: float, num_choices: int) -> float:
-    """Return the number of items per row: its words, its choices, the tokens used of a window, or else 1."""
+    """Return the number of items per row: its words, its choices, a window's sampled tokens, or else 1."""
     return {"tags": words, "choice": num_choices, "span": OTHER_TOKENS + 2}.get(problem_type, 1)
 
 
