@@ -321,7 +321,7 @@ def report_section_of_page(page: Page) -> Section:
         (check.ran, check.device, check.status.replace("fail", "FAIL"), check.result, f"{check.seconds:.1f}")
         for check in page.findings
     )
-    header = ("what was run", "on", "status", "result", "seconds")
+    header = ("check", "device", "status", "result", "seconds")
     passed, failed, absent = (
         sum(one.status == status for one in page.findings) for status in ("pass", "fail", "not here")
     )

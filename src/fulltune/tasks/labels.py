@@ -105,7 +105,7 @@ def _multi_label_target(counts: LabelCounts, columns: Mapping[str, str], file: s
     if not labels:
         first = counts[0][0]
         raise DataError(
-            f"{file}: no row of column '{column}' names a label: {str(first)[:60]!r}{_first_at(counts, first)}. "
+            f"{file}: no row has a label in column '{column}': {str(first)[:60]!r}{_first_at(counts, first)}. "
             'Write names such as ["food", "travel"], without nested lists'
         )
     of_each = [parse_label_list(value) for value in values]

@@ -200,7 +200,7 @@ def test_json_number_without_an_end_is_no_class(
         (["[0.1, 0.9]", "[1, 0]"], r"soft or one-hot: \[0.1, 0.9\], first: a.jsonl:1\).*expected the names"),
         ([[1, 0, 0], [0, 1, 0], [0, 0, 1]], r"soft or one-hot: \[1, 0, 0\], first: a.jsonl:1\).*expected the names"),
         ([[1.0, 0.0], [1.0, 1.0]], r"soft or one-hot: \[1.0, 0.0\], first: a.jsonl:1\).*expected the names"),
-        ([[["a"]], [["b"], "a"]], r"no row of column 'label' names a label: .*first: a.jsonl:1"),
+        ([[["a"]], [["b"], "a"]], r"no row has a label in column 'label': .*first: a.jsonl:1"),
     ],
 )
 def test_lists_that_name_no_labels_are_refused(
