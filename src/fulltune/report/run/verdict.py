@@ -20,8 +20,8 @@ _LABELS = {
     "better": "Better than without training",
     "contested": "Generated answers are no better",
     "worse": "Worse than without training",
-    "unresolved": "Difference not resolved",
-    "unpaired": "Difference not known",
+    "unresolved": "Difference inconclusive",
+    "unpaired": "Difference unknown",
     "alone": "Nothing to compare with",
     "none": "No verdict",
 }
