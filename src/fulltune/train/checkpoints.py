@@ -114,8 +114,8 @@ def save_trained_weights(model: PreTrainedModel, checkpoint: Path) -> None:
 
 
 def load_weights(model: PreTrainedModel, checkpoint: Path, trained_only: bool = False) -> None:
-    """Load a checkpoint's weights into the model, by `from_pretrained` because it renames some tensors, or with
-    `trained_only` those of `save_trained_weights`."""
+    """Load a checkpoint's weights into the model with `from_pretrained`, which renames some tensors. With
+    `trained_only`, load those of `save_trained_weights`."""
     if trained_only:
         from safetensors.torch import load_file
 

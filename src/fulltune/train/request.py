@@ -34,7 +34,7 @@ class Request(Record):
 
     @property
     def folder(self) -> Path:
-        """Folder of this attempt, or of this measurement with `probe`."""
+        """Folder of this attempt; measurements (`probe`) have their own."""
         if self.probe:
             return Path(self.run_folder) / "plan" / "probes" / f"{self.attempt:02d}"
         return Path(self.run_folder) / "attempts" / f"{self.plan.trial}-{self.attempt:02d}"

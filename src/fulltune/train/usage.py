@@ -28,7 +28,7 @@ class ResourceUsage:
     memory_growth_per_process: tuple[int, ...] = ()
 
     def start_measuring(self, device: str, generates_text: bool) -> None:
-        """Start measuring memory after importing the metrics' libraries, unneeded if `generates_text`."""
+        """Start measuring memory. Import the metrics' libraries first, unless `generates_text`."""
         if not generates_text:
             for name in ("scipy.stats", "sklearn.metrics"):
                 importlib.import_module(name)

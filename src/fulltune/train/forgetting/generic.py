@@ -88,7 +88,7 @@ class DriftMonitor(TrainingPart):
         return {} if drift is None else {"drift": drift.mean, "drift_error": drift.error}
 
     def measure_drift(self) -> Drift | None:
-        """Measure the drift from the pretrained model; return None if that is impossible."""
+        """Measure the drift from the pretrained model, or return None if drift cannot be measured."""
         trainer, plan = self.trainer, self.inputs.plan
         is_start = trainer.state.global_step == 0
         # Without a start there is nothing to compare with.
@@ -118,8 +118,8 @@ class DriftMonitor(TrainingPart):
         self.start = state.get("generic")
 
     def _handle_changed_texts(self, saved_digest: str | None) -> None:
-        """If the generic texts changed since the checkpoint, raise `SetupError`, or without a budget warn and measure
-        no more drift."""
+        """If the generic texts changed since the checkpoint, raise `SetupError`. Without a budget, warn and stop
+        measuring drift instead."""
         if self.text is None or saved_digest in (None, self.texts_digest):
             return
         probe = self.inputs.recipe.preserve.probe or BUNDLED
@@ -149,7 +149,7 @@ class Replay(TrainingPart):
         [tokens, `TOP_TOKENS`]; for others the mean hidden state, float64 [hidden]."""
 
     def texts_of_step(self, step: int) -> list[int]:
-        """Return the positions of the texts that a step, counted from 1, replays. No text repeats before all were
+        """Return the positions of the texts that a step, counted from 1, replays. No text repeats before all have been
         replayed."""
         plan, count = self.inputs.plan, len(self.text.ids)
         places = range((step - 1) * plan.generic.replay_rows, step * plan.generic.replay_rows)
@@ -257,8 +257,8 @@ def create_replay(inputs: AttemptInputs, monitor: DriftMonitor) -> list[Training
 
 
 def kl_divergence(pretrained: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
-    """Return the summed KL divergence in nats between log probabilities [positions, tokens]; missing tokens are treated
-    as one."""
+    """Return the summed KL divergence in nats between log probabilities [positions, tokens]. The missing tokens are
+    treated as one token."""
     rest_pretrained, rest_current = (
         (1 - logs.exp().sum(dim=-1)).clamp(min=_MIN_REST) for logs in (pretrained, current)
     )
@@ -268,7 +268,7 @@ def kl_divergence(pretrained: torch.Tensor, current: torch.Tensor) -> torch.Tens
 
 
 def _shuffled_order(count: int, seed: int, cycle: int) -> list[int]:
-    """Shuffle the numbers below `count` by seed and cycle."""
+    """Return the numbers below `count`, shuffled by seed and cycle."""
     order = list(range(count))
     random.Random(f"{seed}:replay:{cycle}").shuffle(order)
     return order

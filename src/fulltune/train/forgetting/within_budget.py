@@ -102,8 +102,8 @@ def _choose_and_certify(
     score: Callable[[Sequence[Row]], float],
     opening_times: tuple[str, ...],
 ) -> BudgetResult:
-    """Choose the best interpolation within the budget and measure its drift on held-out texts. Earlier such
-    measurements were at `opening_times`."""
+    """Choose the best interpolation within the budget and measure its drift on held-out texts, which were read before
+    at `opening_times`."""
     plan, trainer, stop = inputs.plan, monitor.trainer, inputs.stop
     budget = plan.generic.budget
     assert budget is not None

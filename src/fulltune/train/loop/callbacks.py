@@ -150,7 +150,8 @@ class Checkpoints(TrainerCallback):
             control.should_training_stop = True
 
     def should_stop_early(self, state: TrainerState) -> bool:
-        """Return whether early stopping ends the run, by logged metrics because a counter would restart on resume."""
+        """Return whether early stopping ends the run. The logged metrics decide, because a counter would restart on
+        resume."""
         plan, train = self.request.plan, self.request.recipe.train
         return train.early_stopping_patience is not None and should_stop_early(
             logged(state, f"eval_{plan.metric}"),

@@ -57,7 +57,7 @@ class GlobalBatchSampler:
     drop_last = False
 
     lengths: Any
-    """Number of tokens in each row: [rows]."""
+    """Tokens in each row: [rows]."""
     global_batch_size: int
     micro_batch_size: int
     seed: int

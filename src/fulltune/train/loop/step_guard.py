@@ -27,7 +27,6 @@ MIN_RISE = 0.1
 """Smallest rise that stops a run, relative to the loss at the start."""
 MAX_NON_FINITE_IN_A_ROW = 3
 MAX_RECENTLY_SKIPPED = 5
-"""Skipped steps among the last `RECENT_STEPS` that stop a run."""
 MAD = 1.4826
 """Standard deviation divided by median absolute deviation, for normal values."""
 
@@ -206,7 +205,7 @@ ROLLBACK_RATE_FACTOR = 0.5
 
 
 def learning_rate_factor(rollbacks: Sequence[int]) -> float:
-    """Return the factor by which rollbacks to these steps lower the learning rate. A first rollback to a checkpoint
-    does not, because most causes do not recur (docs/concepts/guards.md)."""
+    """Return the factor by which rollbacks to these steps lower the learning rate. The first rollback to a checkpoint
+    does not lower it, because most causes do not recur (docs/concepts/guards.md)."""
     is_first_free = bool(rollbacks) and rollbacks[0] > 0
     return float(ROLLBACK_RATE_FACTOR ** (len(rollbacks) - is_first_free))

@@ -195,7 +195,7 @@ class FullTrainer(Guarded, Trainer):
         self, labels: torch.Tensor, trained_positions: torch.Tensor | None = None, *, all_logits: bool = False
     ) -> contextlib.AbstractContextManager[None]:
         """Return a context in which the model computes only the logits that the loss needs (or `all_logits`), chunked
-        if planned. Without `trained_positions` they are read from `labels`."""
+        if planned. Without `trained_positions`, `labels` tell the positions."""
         if self.head is None:
             return contextlib.nullcontext()
         chunked = self.head.can_chunk and self._plan.chunked_loss and not all_logits
@@ -207,7 +207,7 @@ class FullTrainer(Guarded, Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Train on one micro batch; before a step's first one, each part adds its gradients."""
+        """Train on one micro batch. Before the first one of a step, each part adds its gradients."""
         if not self.batches:
             for part in self.parts:
                 part.add_gradient()
@@ -273,7 +273,7 @@ class FullTrainer(Guarded, Trainer):
         self.load_weights(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load optimizer and scheduler from a checkpoint, sharded or not, unless it is None."""
+        """Load a checkpoint's optimizer and scheduler, sharded or not; do nothing for None."""
         if checkpoint is None or not (self.is_shared or fsdp2.is_sharded_checkpoint(Path(checkpoint))):
             super()._load_optimizer_and_scheduler(checkpoint)
             return

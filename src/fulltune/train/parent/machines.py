@@ -77,7 +77,7 @@ class MachineGroup:
         return hardware.weakest_machine([member.machine for member in self.members])
 
     def wait_for_machines(self) -> None:
-        """Wait until all machines answer; raise an error if one stays silent, has ended or differs."""
+        """Wait until all machines answer; raise an error if one stays silent, has ended or would train differently."""
         until, named = time.monotonic() + self._machine.wait_seconds, None
         missing = list(self._others)
         # A machine is waited for only once, as a file server may show changes late.

@@ -24,8 +24,7 @@ _WHERE: dict[Phase | None, str] = {
     "resuming": " while resuming",
 }
 _MIN_REPORTED_BYTES = 2**20
-_MIN_GROWTH_BYTES = 64 * 2**20
-"""Memory growth that libraries alone cause."""
+_GROWTH_BYTES_OF_LIBRARIES = 64 * 2**20
 _NO_SECOND_ATTEMPT = "with your own compute_loss, training runs in this process, so a second attempt is impossible"
 
 
@@ -65,7 +64,7 @@ def plan_next_attempt(
 
     def fits(changes: Changes) -> bool:
         """Return False if the changes need more memory than was available."""
-        if last.memory_growth_bytes < _MIN_GROWTH_BYTES:
+        if last.memory_growth_bytes < _GROWTH_BYTES_OF_LIBRARIES:
             return True
         memory = estimate_memory(plan.model_copy(update=changes))
         return memory is None or memory.phases["step"] <= last.memory_growth_bytes + requested_bytes(last.reason)
@@ -186,7 +185,7 @@ def memory_fallbacks(
 
 
 def _with_scaled_eval_batch(plan: Plan, changes: Changes) -> Changes:
-    """Scale the eval batch size with the micro batch size."""
+    """Return the changes with the eval batch size scaled like the micro batch size."""
     size = changes.get("micro_batch_size")
     if size is None:
         return changes

@@ -93,7 +93,7 @@ def _temporary_training_state(trainer: FullTrainer, plan: Plan) -> Iterator[tupl
 
 @contextlib.contextmanager
 def restored_random_state(*, on_gpu: bool = True) -> Iterator[None]:
-    """Restore all random generators after the block, if `on_gpu` also the GPUs', which initialises the GPUs."""
+    """Restore all random generators after the block, including the GPUs' if `on_gpu`; this initialises the GPUs."""
     python, numbers = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if on_gpu else ()):

@@ -25,8 +25,7 @@ from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer, TrainingPart
 from fulltune.train.worker import distributed
 
-MAX_COUNTS = 8
-"""Maximum number of values per eval row in a checkpoint."""
+MAX_SAVED_TERMS_PER_ROW = 8
 MIN_ROWS_FOR_STANDARD_ERROR = 30
 
 
@@ -34,7 +33,7 @@ class Evaluator(TrainingPart):
     """Scores the eval rows, and stops a run that diverges or gets worse, unless the user supplies the loss."""
 
     def __init__(self, inputs: AttemptInputs, trainer: FullTrainer, target: Target, head_is_new: bool) -> None:
-        """`head_is_new` means that the head starts at chance."""
+        """With `head_is_new`, assume that the head starts at chance."""
         self.inputs, self.trainer, self.target, self.head_is_new = inputs, trainer, target, head_is_new
         self.start_counts: np.ndarray | None = None
         """Contributions of the eval rows to the metric before step 1: float64 [rows, k]."""
@@ -155,8 +154,8 @@ class Evaluator(TrainingPart):
 
 
 def _metric_for_comparison(task: TaskName, target: Target, metric: str, predictions: Predictions) -> ResamplableMetric:
-    """Return the run's metric if it follows from few sums over rows, else the loss."""
+    """Return the run's metric if it can be computed from a few sums over rows, else the loss."""
     measure = find_metric(task, target, metric)
-    if measure.row_terms is None or measure.row_terms(predictions).shape[1] > MAX_COUNTS:
+    if measure.row_terms is None or measure.row_terms(predictions).shape[1] > MAX_SAVED_TERMS_PER_ROW:
         return find_metric(task, target, "loss")
     return measure
