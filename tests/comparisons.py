@@ -86,7 +86,7 @@ def comparison(methods: Sequence[Method] = CLASSIFICATION, **changes: Any) -> Co
         values={method.name: (method.metric,) * method.seeds for method in methods},
         seed_sds={method.name: 0.002 for method in methods},
         differences=differences,
-        headline="Take lora: it is as good as full within the margin and trains fewer weights.",
+        headline="Use lora: it is as good as full within the margin and trains fewer weights.",
         because=tuple(
             f"full minus {one.method}: {MetricFormatter(metric, 0.01).adjusted(one)}"
             for one in differences if one.decides

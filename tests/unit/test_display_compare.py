@@ -36,7 +36,7 @@ def expected(comparison: Comparison, metric: str, **changes: object) -> str:
 def test_verdict_classification_is_said_first_with_the_field_below() -> None:
     lines = [line.rstrip() for line in shown(comparisons.comparison()).splitlines()]
     text = " ".join(" ".join(lines).split())
-    assert text.startswith("EQUIVALENT: take lora. Take lora: it is as good as full within the margin and trains fewer")
+    assert text.startswith("EQUIVALENT: use lora. Use lora: it is as good as full within the margin and trains fewer")
     assert "▸ lora      973 k (4.3%)  92.2% [91.3, 93.0]     +0.34 [-0.27, +0.95]   99.6%" in lines
     assert "▸ lora   3 min 53 s · 0.86×    2.48 k  21.1 T · 0.68×  1.17 GiB · 0.81×" in lines
     assert "▸ lora   565 MiB · 0.62×   3.73 MiB · 0.043×  1.24 ms" in lines, "columns that do not fit stand below"

@@ -170,15 +170,15 @@ def _state_verdict(verdict: VerdictKind, recommended: str, full: str, difference
         case "FULL":
             return f"Updating every parameter is worth it here: {full} beats every other method by at least the margin."
         case "PEFT" | "VARIANT":
-            return f"Take {recommended}: it beats {full} by at least the margin."
+            return f"Use {recommended}: it beats {full} by at least the margin."
         case "EQUIVALENT" if recommended == full:
             equal = listed([one.method for one in differences if one.equivalent])
-            return f"Take {full}: {equal} {'are' if ' and ' in equal else 'is'} equally good within the margin."
+            return f"Use {full}: {equal} {'are' if ' and ' in equal else 'is'} equally good within the margin."
         case "EQUIVALENT":
-            return f"Take {recommended}: it is as good as {full} within the margin and trains fewer weights."
+            return f"Use {recommended}: it is as good as {full} within the margin and trains fewer weights."
     if recommended:
         loss = f"is not worse than {full} by the margin"
-        return f"It is undecided whether the methods are equal, but {recommended} {loss} and trains fewer weights."
+        return f"These rows do not show whether the methods are equal, but {recommended} {loss} and trains fewer weights."
     return "These rows and seeds cannot distinguish the methods."
 
 

@@ -34,14 +34,14 @@ def cells(markdown: str, method: str) -> list[list[str]]:
 
 def test_card_equivalent_says_which_to_take_with_margin_and_rows(tmp_path: Path) -> None:
     markdown, html = cards(tmp_path, comparisons.comparison())
-    sentence = "Take lora: it is as good as full within the margin and trains fewer weights."
+    sentence = "Use lora: it is as good as full within the margin and trains fewer weights."
     terms = (
         "Margin: differences below 1 point of accuracy do not matter. Confidence: 95% jointly for 3 methods. "
         "Measured on 3,080 test rows."
     )
-    assert f"**EQUIVALENT: take lora.** {sentence}" in markdown
+    assert f"**EQUIVALENT: use lora.** {sentence}" in markdown
     page = Page(html)
-    for text in ("EQUIVALENT: take lora", sentence, terms):
+    for text in ("EQUIVALENT: use lora", sentence, terms):
         assert text in page.text
         assert text in markdown
     assert "No unfair setting was found." in page.text
@@ -114,8 +114,8 @@ def test_headline_leads_with_what_trains_nothing_where_it_comes_near(tmp_path: P
         update={"metrics": {"accuracy": made.baselines[1].metrics["accuracy"].model_copy(update={"value": value})}}
     )
     markdown, _ = cards(tmp_path, made.model_copy(update={"baselines": (made.baselines[0], strong)}))
-    verdict = markdown[markdown.index("**EQUIVALENT: take lora.**") :]
-    assert verdict.startswith(f"**EQUIVALENT: take lora.** {lead or 'Take lora'}")
+    verdict = markdown[markdown.index("**EQUIVALENT: use lora.**") :]
+    assert verdict.startswith(f"**EQUIVALENT: use lora.** {lead or 'Use lora'}")
 
 
 def test_card_of_a_budget_that_ended_says_how_to_go_on_and_blames_the_budget(tmp_path: Path) -> None:

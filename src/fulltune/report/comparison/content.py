@@ -65,8 +65,8 @@ def build_comparison_terminal_report(comparison: Comparison) -> list[Headline | 
 def format_verdict(decision: Decision) -> str:
     """Return the verdict with the recommended method unless it is full fine-tuning, such as `PEFT: lora`."""
     name = decision.recommended
-    take = {"PEFT": f": {name}", "VARIANT": f": {name}", "EQUIVALENT": f": take {name}"}
-    return decision.verdict + take.get(decision.verdict, "")
+    advice = {"PEFT": f": {name}", "VARIANT": f": {name}", "EQUIVALENT": f": use {name}"}
+    return decision.verdict + advice.get(decision.verdict, "")
 
 
 def _build_headline(comparison: Comparison) -> Headline:
