@@ -145,7 +145,7 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
         base.processor,
         data.Limits.of(base, job.recipe),
         job.hooks.preprocess,
-        planned_for=Plan.load(job.plan_path).data_fingerprint if job.plan_path.exists() else None,
+        planned_fingerprint=Plan.load(job.plan_path).data_fingerprint if job.plan_path.exists() else None,
         cache_folder=job.folder.parent / ".fulltune-cache",
         listener=job.listener,
     )

@@ -23,7 +23,6 @@ _RELATED = {code: frozenset(family.split()) for family in PATTERNS["families"] f
 _LIKELY = 0.5
 MAIN = 0.05
 MIN_MAIN_SHARE = 0.9
-"""Minimum share of texts in the main languages."""
 MIN_ROWS = 20
 
 

@@ -108,7 +108,7 @@ class RowReader:
 PRECISION = 0.75
 """Wanted share of wrong labels among suspects."""
 PLANTED_SHARE, PLANTED, MAX_ROUNDS = 0.05, 200, 5
-"""Share of rows mislabelled per round. Rounds repeat until `PLANTED` errors or `MAX_ROUNDS` are reached."""
+"""Share of rows mislabelled per round."""
 PLANTED_QUANTILES = (0.25, 0.5)
 """Quantiles of planted errors' margins; correct labels rarely have lower margins."""
 MIN_ROWS, MIN_OF_A_CLASS = 100, 3

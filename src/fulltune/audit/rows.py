@@ -236,7 +236,6 @@ def find_foreign_language_rows(rows: AuditedRows, scan: RowScan) -> list[RowIssu
 
 DUPLICATE, LEAK, NEAR_LEAK, CONFLICT = "duplicate", "leak", "near leak", "conflicting labels"
 MIN_LEAK_SIMILARITY = 0.8
-"""Minimum Jaccard similarity of near leaks."""
 _CANDIDATE = 0.7
 _MAX_QUOTED = 80
 _MAX_COMPARED = 5000

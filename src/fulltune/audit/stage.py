@@ -170,7 +170,7 @@ def save_issues(folder: Path, issues: list[RowIssue]) -> None:
 
 
 def load_issues(folder: Path) -> list[RowIssue]:
-    """Read a run's issues, sorted by check."""
+    """Read a run's issues, sorted by check, or raise `SetupError` if the file is damaged."""
     try:
         with (folder / ISSUES).open(encoding="utf-8") as file:
             return [RowIssue.model_validate(json.loads(line)) for line in file]

@@ -88,8 +88,7 @@ class Stage:
     tokenizer: PreTrainedTokenizerBase
     limits: Limits
     preprocess: Preprocess | None = None
-    planned_for: str | None = None
-    """Fingerprint of the rows for which the run was planned."""
+    planned_fingerprint: str | None = None
     cache_folder: Path | None = None
     listener: Listener = lambda event: None
 
@@ -108,7 +107,7 @@ def prepare(stage: Stage) -> DataSummary:
     of_forbidden = list_forbidden_text_files(recipe)
     before = {file: file_state(file) for file in chain(of_forbidden, *(source.files for source in files.values()))}
     fingerprint = _fingerprint_inputs(stage, files, of_forbidden)
-    if stage.planned_for and stage.planned_for != fingerprint:
+    if stage.planned_fingerprint and stage.planned_fingerprint != fingerprint:
         changed = "the data files or the texts of preserve.probe" if recipe.preserve.probe else "the data files"
         raise SetupError(
             f"{folder.parent}: {changed} changed since this run was planned, so its checkpoints and scores belong to "
@@ -238,6 +237,7 @@ def _encode_sources(
             file.write(dropped_row_as_json_line(item))
 
         def report_progress(num_done: int) -> None:
+            """Report how many rows are tokenised so far."""
             nonlocal reported
             done = num_done + sum(source.num_read for source in encoded.values())
             if time.monotonic() - reported > _PROGRESS_SECONDS or done == total:
@@ -361,6 +361,7 @@ def link_cached_rows(cached: Path, folder: Path) -> None:
 
 
 def _hard_link_or_copy(source: str, target: str) -> None:
+    """Hard-link a file, or copy it if that fails."""
     try:
         os.link(source, target)
     except OSError:  # another file system, or one without hard links

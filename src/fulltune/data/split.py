@@ -208,10 +208,11 @@ def _refuse_small_splits(recipe: Recipe, splits: Mapping[SplitName, Split], num_
         )
     each = f", at least {sum(not split.has_own_file for split in splits.values()) + 1} different ones of each label"
     raise DataError(
-        f"{train.where}: {counted(train.num_read, 'row')}{of_labels} form {groups} that are never separated, by "
-        f"{' and '.join(by)}, and the largest has {largest:,}, which is too few for three splits of at least 2 rows "
-        f"({', '.join(small) or f'{num_held_out:,} are to be held out'}); add rows{each if train.names else ''}, raise "
-        f"data.eval_fraction and data.test_fraction, or set data.eval and data.test{sections}"
+        f"{train.where}: {counted(train.num_read, 'row')}{of_labels} form {groups} by {' and '.join(by)}. Groups are "
+        f"never separated, and the largest has {counted(largest, 'row')}, so they are too few or too large for three "
+        f"splits of at least 2 rows ({', '.join(small) or f'{num_held_out:,} are to be held out'}); add rows"
+        f"{each if train.names else ''}, raise data.eval_fraction and data.test_fraction, or set data.eval and "
+        f"data.test{sections}"
     )
 
 

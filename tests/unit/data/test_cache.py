@@ -153,7 +153,9 @@ def test_rows_that_were_damaged_are_named_and_made_anew(
         rows.write_bytes(before)
     damage(rows if stays else runs.cached()[0] / "train" / "rows.arrow")
     events: list[Event] = []
-    assert runs.prepare("one" if stays else "two", listener=events.append, planned_for=first.fingerprint) == first
+    assert (
+        runs.prepare("one" if stays else "two", listener=events.append, planned_fingerprint=first.fingerprint) == first
+    )
     damaged = [event.text for event in events if isinstance(event, Message)]
     of_cache = is_linked and (damage is not Path.unlink or not stays)
     assert runs.num_encoded == (2 if of_cache else 1)

@@ -264,13 +264,14 @@ def test_rows_that_nearly_all_hang_together_are_refused_with_numbers(
         prepare(tmp_path, rows, encoder_tokenizer, group="user")
     [problem] = caught.value.problems
     assert (
-        f"that are never separated, by 'user' (data.group) and their texts, and the largest has {largest}, " in problem
+        f"by 'user' (data.group) and their texts. Groups are never separated, and the largest has {largest} rows, "
+        in problem
     )
     assert "data.eval and data.test" in problem
 
 
 def test_few_users_are_refused_or_noted(tmp_path: Path, encoder_tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="100 rows of 2 labels form 2 groups that are never separated, by 'user'"):
+    with pytest.raises(DataError, match="100 rows of 2 labels form 2 groups by 'user'"):
         prepare(tmp_path / "2", rows_of(2), encoder_tokenizer, group="user")
     notes = prepare(tmp_path / "3", rows_of(3), encoder_tokenizer, group="user").notes
     assert any(

@@ -185,7 +185,7 @@ def _html_tag_names(text: str) -> list[str]:
 
 
 def _remove_markup(text: str) -> str:
-    """Remove HTML outside code blocks."""
+    """Return a text without its HTML outside code blocks."""
     pieces, place = list[str](), 0
     for code in RE["fenced"].finditer(text):
         pieces += [_remove_tags(text[place : code.start()]), code[0]]
@@ -194,7 +194,7 @@ def _remove_markup(text: str) -> str:
 
 
 def _remove_tags(text: str) -> str:
-    """Replace tags by white space, and decode entities."""
+    """Return HTML with tags replaced by white space, and entities decoded."""
     bare = RE["tag"].sub(_whitespace_for_tag, _remove_hidden_elements(text))
     if bare != text:
         bare = re.sub(r" ?\n[ \n]*\n ?", "\n\n", re.sub(r"[ \t]{2,}", " ", bare))
@@ -202,7 +202,7 @@ def _remove_tags(text: str) -> str:
 
 
 def _remove_hidden_elements(text: str) -> str:
-    """Remove comments, scripts and styles."""
+    """Return HTML without comments, scripts and styles."""
     for end, pattern in _HIDDEN:
         # Without an end tag behind it, each start tag would be searched in vain.
         if (last := text.lower().rfind(end)) >= 0:

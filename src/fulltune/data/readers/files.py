@@ -220,7 +220,7 @@ _JOINED_WORDS: dict[str, SplitName] = {
     for kind in ("set", "sets", "data", "split", "splits")
 }
 _PRECEDENCE: tuple[SplitName, ...] = ("test", "eval", "train")
-"""Order of splits for names that mention several, so that a file named test is never trained on."""
+"""A file whose name mentions several splits belongs to the first of these."""
 _SHARD = re.compile(r"\d+-of-\d+(-[0-9a-f]{8,})?$")
 _LAST_TWO = re.compile(rf"({'|'.join(_SPLIT_WORDS)})[\W_]+((?:set|data|split)s?)(?=[\W\d_v]*$)")
 

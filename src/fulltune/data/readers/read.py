@@ -45,7 +45,6 @@ class DataFiles:
     text_rows: TextRows = "auto"
     image_folder: Path | None = None
     has_relative_image_paths: bool = False
-    """True if image paths are relative to the table's folder."""
     image_column: str | None = None
     columns: tuple[str, ...] | None = None
     """Column names of tables without a header line."""
@@ -206,7 +205,7 @@ def _refuse_non_data_file(file: Path) -> None:
 
 
 def _refuse_nul_bytes(file: Path) -> None:
-    """Raise `DataError` for NUL bytes."""
+    """Raise `DataError` if a file contains NUL bytes, as UTF-16 does."""
     with file.open("rb") as stream:
         line = next((line for line, content in enumerate(stream, start=1) if 0 in content), None)
     if line is not None:

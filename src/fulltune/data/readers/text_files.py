@@ -202,7 +202,7 @@ def read_text_file(file: Path, text_rows: TextRows, encoding: str = UTF_8) -> It
 
 
 def has_blank_lines(file: Path, encoding: str = UTF_8) -> bool:
-    """Return whether blank lines separate texts."""
+    """Return whether a file has blank lines between texts."""
     with file.open(encoding=encoding) as stream:
         marks = "".join("x" if line.strip() else " " for line in islice(stream, _MAX_LINES_READ))
     return " " in marks.strip()
@@ -278,7 +278,7 @@ def _conll_line_error(columns: list[str], num_expected: int) -> str | None:
 SEPARATED = {".csv": ",", ".tsv": "\t"}
 _USUAL = {name for names in USUAL_NAMES.values() for name in names}
 _MAX_CELL = min(sys.maxsize, 2**31 - 1)
-"""Maximum characters per cell; the csv module's default is 128 Ki."""
+"""Maximum characters per cell."""
 _FEW, _ROWS = 100, 1000
 _MIN_TEXT_WORDS = 5
 
