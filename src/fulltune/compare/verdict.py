@@ -178,7 +178,7 @@ def _state_verdict(verdict: VerdictKind, recommended: str, full: str, difference
             return f"Use {recommended}: it is as good as {full} within the margin and trains fewer weights."
     if recommended:
         loss = f"is not worse than {full} by the margin"
-        return f"These rows do not show whether the methods are equal, but {recommended} {loss} and trains fewer weights."
+        return f"It is unclear whether the methods are equal, but {recommended} {loss} and trains fewer weights."
     return "These rows and seeds cannot distinguish the methods."
 
 
