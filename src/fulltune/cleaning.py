@@ -70,8 +70,8 @@ class CleaningStep:
 
 
 def cleaning_steps(issues: Sequence[RowIssue]) -> list[CleaningStep]:
-    """Return up to two steps per check, except leaks and high losses: drop the train rows it flagged, or apply its
-    remedies."""
+    """Return up to two steps per check, except leaks and high losses: drop the train rows that the check flagged, or
+    apply its remedies."""
     steps = []
     for check in dict.fromkeys(one.check for one in issues if one.check not in (LEAK, NEAR_LEAK, HIGH_LOSS)):
         # A row with several issues of a check, such as in both texts of a pair, counts with its first one.

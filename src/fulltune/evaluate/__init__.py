@@ -171,8 +171,7 @@ def train_and_eval_losses(scoring: Scoring) -> dict[SplitName, SplitLosses]:
 def save_differences(
     folder: Path, scores: Scores, difference: Callable[[Resampled, Resampled], Estimate | None]
 ) -> Scores:
-    """Add the `difference` between the trained model and each scored baseline to `scores`, save them, and return
-    them."""
+    """Add the `difference` between the trained model and each scored baseline to `scores`; save and return them."""
     differences = {}
     path = folder / "scores" / f"{scores.name}.json"
     for other_path in sorted(path.parent.glob("*.json")):

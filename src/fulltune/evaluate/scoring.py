@@ -175,8 +175,7 @@ class Scoring:
         )[0]
 
     def load_model_and_processor(self, model_folder: Path | None) -> tuple[PreTrainedModel, Any]:
-        """Load a finished model (the pretrained one if `model_folder` is None), and its tokenizer or image
-        processor."""
+        """Load a finished model, or the pretrained one for None, and its tokenizer or image processor."""
         block, head_is_new = self.recipe.model, self.task.FACTS.head_is_new
         if model_folder is None:
             processor = self.base.processor

@@ -64,8 +64,7 @@ def limit_for_most_gain(result: BudgetResult) -> float | None:
 
 
 def share_at_limit(inside: InterpolationPoint, outside: InterpolationPoint, limit: float) -> float:
-    """Estimate the interpolation share at which drift reaches `limit`, between a point within the limit and one
-    beyond."""
+    """Estimate the interpolation share at which drift reaches `limit`, from a point within and a point beyond."""
     low, high = (smallest_limit(point.drift) - limit for point in (inside, outside))
     fraction = low / (low - high) if math.isfinite(low - high) else 0.5
     return round(inside.share + fraction * (outside.share - inside.share), 3)

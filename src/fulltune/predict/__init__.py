@@ -94,8 +94,7 @@ class Predictor:
         max_new_tokens: int = 128,
         report: RowProgress = lambda done, total: None,
     ) -> Iterator[PredictedRow]:
-        """Yield each row's answer, or the reason why there is none, reading few rows at a time. `report` receives the
-        progress."""
+        """Yield each row's answer, or the reason why there is none, reading few rows at a time."""
         writes = self.task.FACTS.writes
         # Generation is slow: the first answers must not wait for two thousand others.
         for window in in_batches(rows, _WINDOW_PROMPTS) if writes else in_batches(rows):

@@ -68,8 +68,7 @@ def bounds_of(metric: str) -> tuple[float, float] | None:
 
 
 def find_metric(task_name: TaskName, target: Target, metric: str) -> ResamplableMetric:
-    """Return a task's metric with the functions that resampling needs; raise `SetupError` if the task has no such
-    metric."""
+    """Return a task's metric with functions for resampling, or raise `SetupError` if the task does not have it."""
     facts = FACTS[task_name]
     if metric not in facts.metrics:
         raise SetupError(f"{task_name} has no metric '{metric}'; choose one of {', '.join(facts.metrics)}")
@@ -100,8 +99,7 @@ def _draw_cluster_counts(random: np.random.Generator, num_clusters: int, size: i
 
 
 def _cluster_indices(clusters: np.ndarray | None, num_rows: int) -> tuple[np.ndarray, int]:
-    """Return each row's cluster as an index from 0, and the number of clusters. Without `clusters`, each row is its
-    own."""
+    """Return each row's cluster index and the number of clusters. Without `clusters`, each row is its own."""
     of_row = np.arange(num_rows) if clusters is None else np.unique(clusters, return_inverse=True)[1]
     return of_row, int(of_row.max(initial=-1)) + 1
 
@@ -156,8 +154,7 @@ def resample_metrics(
     clusters: np.ndarray | None = None,
     seed: int = 0,
 ) -> dict[str, Resampled]:
-    """Compute metrics by name on all rows and on `samples` resamples. Equal seeds give all models the same
-    resamples."""
+    """Compute metrics by name on all rows and on `samples` resamples, which equal seeds make the same."""
     value, num_rows = dict(metrics(outputs)), len(next(iter(outputs.values())))
     if clusters is not None and len(clusters) != num_rows:
         raise ValueError(f"expected a cluster for each of {num_rows} rows, found {len(clusters)}")
@@ -173,8 +170,7 @@ def resample_metrics(
 
 
 def paired_improvement(measure: ResamplableMetric, before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
-    """Return a metric's improvement (positive is better) from row terms `before` to `after` [rows, k], and its standard
-    error."""
+    """Return a metric's improvement from row terms `before` to `after` [rows, k], and its standard error."""
     assert measure.from_sums is not None
     both = np.stack([before, after], axis=1)
     difference = np.diff(measure.from_sums(both.sum(axis=0)))[0]

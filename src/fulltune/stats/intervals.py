@@ -123,8 +123,7 @@ class UncertainValue:
 def mean_of_method(
     drawn: ResampledTrials, method: int, spreads: Sequence[SeedSpread | None], span: float | None
 ) -> UncertainValue:
-    """Return a method's mean metric over its seeds, with its uncertainty. `span` is the metric's range, None if
-    unbounded."""
+    """Return a method's mean metric over its seeds, with its uncertainty. `span` is the metric's range or None."""
     centres = drawn.draws[method].mean(axis=1)
     return _uncertain_value(float(drawn.point[method].mean()), centres, [spreads[method]], drawn.num_clusters, span)
 
@@ -149,8 +148,7 @@ def difference_of_methods(
 def _uncertain_value(
     estimate: float, draws: np.ndarray, spreads: Sequence[SeedSpread | None], num_clusters: int, span: float | None
 ) -> UncertainValue:
-    """Return the distribution of an estimate from bootstrap draws and seed spreads, widened for few clusters or
-    seeds."""
+    """Return an estimate's distribution from bootstrap draws and seed spreads, widened for few clusters or seeds."""
     estimated = tuple(spread for spread in spreads if spread is not None)
     chance = np.random.default_rng(1)
     # With few clusters, the spread between clusters is uncertain as well.
@@ -173,8 +171,7 @@ def _uncertain_value(
 
 
 def paired_difference(first: Resampled, second: Resampled, span: float | None, confidence: float) -> Estimate | None:
-    """Return the difference of two models' metrics with its interval, or None if there are too few rows or no finite
-    values."""
+    """Return the difference of two models' metrics with its interval, or None if rows or finite values are too few."""
     sizes = [(model.num_rows, model.num_clusters, model.draws.shape) for model in (first, second)]
     if sizes[0] != sizes[1] or first.num_clusters < _MIN_CLUSTERS:
         return None

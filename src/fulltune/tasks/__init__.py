@@ -127,8 +127,7 @@ class Task(Protocol):
         """
 
     def find_target(self, rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, file: str) -> Target:
-        """Derive the problem type and labels from the train rows, read once; raise `DataError` if nothing can be
-        learned."""
+        """Derive the problem type and labels from the train rows, or raise `DataError` if nothing can be learned."""
 
     def why_unusable(self, row: Row, target: Target) -> Refused | None:
         """Return the reason to drop a row, or None."""
@@ -186,8 +185,7 @@ class Task(Protocol):
         """Compute the task's metrics from all rows' output of `reduce_logits`."""
 
     def metrics_from_sums(self, target: Target, metric: str) -> Mapping[str, tuple[RowTerms, FromSums]]:
-        """Return, by metric, a function for its row terms and one for its value from their sums, so that resampling is
-        fast."""
+        """Return, by metric, a function for its row terms and one for its value from their sums, for resampling."""
 
     # ---- prediction -----------------------------------------------------------------------------------------------
 
@@ -212,8 +210,8 @@ class Task(Protocol):
     def display_text(self, row: Row, target: Target) -> str:
         """Return a row as one line for lists of mistakes."""
 
-    def chance_loss(self, summary: DataSummary, weights: Sequence[float] | None) -> float:
-        """Return the loss of a model that ignores its input; `weights` are class weights."""
+    def chance_loss(self, summary: DataSummary, class_weights: Sequence[float] | None) -> float:
+        """Return the loss of a model that ignores its input."""
 
     # ---- only tasks whose model writes its answers ----------------------------------------------------------------
 

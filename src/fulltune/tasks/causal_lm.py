@@ -107,8 +107,7 @@ def raise_if_preference_data(columns: Sequence[str], sample: Sequence[Row], file
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, file: str) -> Target:
-    """Return the target for chat, raw text or pairs. Pairs are joined by a line break, unless white space separates
-    them."""
+    """Return the target for chat, raw text or pairs. Pairs without white space between them get a line break."""
     glued = False
     for number, row in enumerate(rows):
         if "prompt" in columns and not glued and number < 200:
@@ -185,8 +184,7 @@ def _messages_before_answer(row: Row, target: Target) -> list[dict[str, Any]]:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-    """Return each row's tokenised examples. Raw texts are trained whole, conversations and pairs only on their
-    answers."""
+    """Return each row's tokenised examples. Conversations and pairs are trained only on their answers."""
     if "messages" in target.columns and not tokenizer.chat_template:
         raise SetupError(
             "the tokenizer has no chat template; use an instruct model, or set data.chat_template to a Jinja file"
@@ -244,8 +242,7 @@ def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def with_prompt_template(tokenizer: Tokenizer, target: Target) -> Tokenizer:
-    """Return the tokenizer to save with the finished model. For pairs, its chat template formats prompts as in
-    training."""
+    """Return the tokenizer to save. For pairs, its chat template formats prompts as in training."""
     if "completion" not in target.columns:  # a chat model trained on raw text stays one
         return tokenizer
     tokenizer = copy.copy(tokenizer)

@@ -20,8 +20,7 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assist
 
 
 def clean_messages(messages: Any) -> list[dict[str, Any]]:
-    """Convert chat messages, including ShareGPT's, to dictionaries with `role` and `content`; raise `DataError` for
-    invalid ones."""
+    """Convert chat or ShareGPT messages to dictionaries with `role` and `content`, or raise `DataError`."""
     messages = parse_cell(messages)
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
         raise DataError(f"expected a list of messages {{role, content}}, found {str(messages)[:60]!r}")
@@ -115,8 +114,7 @@ def _turn_span(tokenizer: Tokenizer, messages: Sequence[ChatMessage], turn: int,
 
 
 def _first_turn_start(tokenizer: Tokenizer, text: str) -> int:
-    """Return the character at which the assistant's opening message starts in a rendered conversation, or 0 if
-    unknown."""
+    """Return the character at which the assistant's opening message starts in `text`, or 0 if unknown."""
     question = [{"role": "user", "content": "?"}]
     prompt = render(tokenizer, question, None)
     opening = render(tokenizer, question, None, add_generation_prompt=True).removeprefix(prompt)

@@ -306,8 +306,7 @@ def _is_right(predictions: Predictions, target: Target) -> np.ndarray:
 
 
 def _matches(predictions: Predictions, target: Target) -> np.ndarray:
-    """Return 0 or 1 for each row and class: whether it is a true positive, predicted, and expected [rows, classes,
-    3]."""
+    """Return 0 or 1 for each row and class: true positive, predicted, and expected [rows, classes, 3]."""
     predicted, true = predict_labels(predictions["logits"], target), predictions["labels"]
     if target.form.several_labels:
         guessed, expected = predicted > 0, true > 0
@@ -348,21 +347,22 @@ def metrics_from_sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, 
 # ---- guessing --------------------------------------------------------------------------------------------------
 
 
-def chance_loss(summary: DataSummary, weights: Sequence[float] | None) -> float:
-    """Return the loss of predicting the mean number, or equal probabilities for all classes; `weights` are class
-    weights."""
+def chance_loss(summary: DataSummary, class_weights: Sequence[float] | None) -> float:
+    """Return the loss of predicting the mean number, or the same probability for each class."""
     if summary.form.is_number:
         return 1.0
     if summary.num_choices:
         return math.log(summary.num_choices)
     guess, train = math.log(2 if summary.form.several_labels else max(2, len(summary.labels))), summary.splits["train"]
-    if weights is None:
+    if class_weights is None:
         return guess
     counts = [train.label_counts.get(label, 0) for label in summary.labels]
     if summary.form.one_label:
-        return guess * sum(map(math.prod, zip(weights, counts, strict=True))) / sum(counts)
+        return guess * sum(map(math.prod, zip(class_weights, counts, strict=True))) / sum(counts)
     shares = [count / train.rows for count in counts]
-    return guess * statistics.fmean(1 + (weight - 1) * share for weight, share in zip(weights, shares, strict=True))
+    return guess * statistics.fmean(
+        1 + (weight - 1) * share for weight, share in zip(class_weights, shares, strict=True)
+    )
 
 
 def full_row(target: Target, length: int) -> RowFeatures:

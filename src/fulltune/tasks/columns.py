@@ -111,8 +111,7 @@ def _has_adjacent_strings(text: str) -> bool:
 
 
 def find_usual_column(names: Sequence[str], columns: Sequence[str], file: str) -> str | None:
-    """Return the first column with one of these lower-case names in any case, or None. Raise `DataError` if two
-    match."""
+    """Return the first column with one of these names in any case, or None. Raise `DataError` if two match."""
     for name in names:
         alike = [column for column in columns if column.lower().strip() == name]
         if name in alike or len(alike) == 1:

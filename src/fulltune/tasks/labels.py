@@ -161,8 +161,7 @@ def _guess_problem_type(counts: LabelCounts, total: int) -> str:
 
 
 def _raise_if_words_and_numbers(counts: LabelCounts, column: str, file: str) -> None:
-    """Raise `DataError` for numbers among words, such as `1`, `2`, `positive`, which usually come from a broken
-    export."""
+    """Raise `DataError` for numbers among words, such as `1`, `2`, `positive`, as in broken exports."""
     words: Counter[str] = Counter()
     numbers: Counter[str] = Counter()
     for value, count, _ in counts:

@@ -23,8 +23,7 @@ def pad_features(
     *,
     label_per_token: bool = False,
 ) -> dict[str, Tensor]:
-    """Pad features to `input_ids[batch, tokens]`, `attention_mask`, `labels` and other lists, except those in
-    `omit`."""
+    """Pad features except those in `omit` to `input_ids[batch, tokens]`, `attention_mask`, `labels` and others."""
     fills = {"input_ids": pad_token_id, "labels": IGNORED}
     skipped = {LENGTH, "attention_mask", *omit, *(() if label_per_token else ("labels",))}
     batch = {
@@ -93,8 +92,7 @@ def cut_long_text(text: str, tokenizer: Tokenizer, max_length: int) -> str:
 def tokenise_and_cut(
     tokenizer: Tokenizer, texts: Sequence[Sequence[str] | Sequence[list[str]]], max_length: int, **options: bool
 ) -> tuple[BatchEncoding, list[str], list[bool]]:
-    """Tokenise texts, or pairs from two lists. Also return the model's input names, and True for each text that was
-    cut."""
+    """Tokenise texts, or pairs from two lists. Also return the model's input names, and whether each text was cut."""
     options |= {"return_attention_mask": False, "verbose": False}
     tokens = tokenizer(*texts, truncation=False, **options)  # to count which are too long
     is_cut = [len(ids) > max_length for ids in tokens["input_ids"]]

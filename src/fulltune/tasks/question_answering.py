@@ -190,8 +190,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
 
 
 def _encode_windows(row: Row, target: Target, tokenizer: Tokenizer, max_length: int) -> list[Example]:
-    """Tokenise a row into windows. If the question is too long or no window holds the answer, return one refused
-    example."""
+    """Tokenise a row into windows, or return one refused example if question or answer do not fit."""
     question = question_of(row, target)
     question_ids = tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"]
     # Each window must advance by some tokens, or a long context would give very many windows.
@@ -370,7 +369,7 @@ def metrics_from_sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, 
     return {metric: (terms_of_mean(lambda predictions: window_scores(predictions)[metric]), ratio)}
 
 
-def chance_loss(summary: DataSummary, weights: Sequence[float] | None) -> float:
+def chance_loss(summary: DataSummary, class_weights: Sequence[float] | None) -> float:
     return math.log(summary.max_length)
 
 

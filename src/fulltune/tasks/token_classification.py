@@ -371,8 +371,8 @@ def _entity_counts(predictions: Predictions) -> np.ndarray:
     return np.asarray(predictions["entities"].sum(axis=1), np.float64)
 
 
-def chance_loss(summary: DataSummary, weights: Sequence[float] | None) -> float:
-    return math.log(max(2, len(summary.labels))) * (1.0 if weights is None else max(weights))
+def chance_loss(summary: DataSummary, class_weights: Sequence[float] | None) -> float:
+    return math.log(max(2, len(summary.labels))) * (1.0 if class_weights is None else max(class_weights))
 
 
 def full_row(target: Target, length: int) -> RowFeatures:

@@ -111,8 +111,7 @@ def score_answers(answers: Sequence[str], expected: Sequence[str]) -> dict[str, 
 
 
 def bleu_counts(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return each answer's n-gram matches and totals and both lengths [answers, 10], or an empty dictionary without
-    sacrebleu."""
+    """Return each answer's n-gram matches, totals and both lengths [answers, 10], or {} without sacrebleu."""
     if not can_score("bleu"):
         return {}
     from sacrebleu.metrics.bleu import BLEU
