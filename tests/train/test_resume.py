@@ -323,7 +323,7 @@ def test_best_checkpoint_that_was_damaged_is_not_taken_and_the_run_says_so(
     assert (outcome.best_step, outcome.best_metric) == (9, 0.1)
     warnings = [event["text"] for event in runs.events(tmp_path, "message") if event["level"] == "warning"]
     assert len(warnings) == 1
-    assert warnings[0].startswith("the best weights (step 3) are lost")
+    assert warnings[0].startswith("the best checkpoint (step 3) cannot be used")
 
 
 @pytest.mark.long

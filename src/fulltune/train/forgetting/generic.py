@@ -48,7 +48,7 @@ class DriftMonitor(TrainingPart):
         """Tokenise the generic texts, if the plan measures drift."""
         self.inputs, self.trainer = inputs, trainer
         self.text: GenericText | None = None
-        """Texts on which drift is measured, or None if it is not."""
+        """Texts on which drift is measured, or None if drift is not measured."""
         self.texts_digest = ""
         self.start: np.ndarray | None = None
         """Output of `GenericText.measure` for the pretrained model."""

@@ -27,7 +27,7 @@ from fulltune.train.usage import ResourceUsage
 MEASUREMENTS = 20
 SAMPLED_VALUES = 256
 LOW_IN_A_ROW = 3
-"""This many measurements in a row below `MIN_CHANGED_SHARE` cause a warning."""
+"""Number of measurements in a row below `MIN_CHANGED_SHARE` that cause a warning."""
 
 
 @dataclass(eq=False)
@@ -67,7 +67,7 @@ class Progress(TrainerCallback):
     usage: ResourceUsage
     before_first_step: Callable[[], None]
     first: tuple[float, int, float] | None = None
-    """Time, step and token count at the start of training."""
+    """Time, step and tokens at the start of training."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object

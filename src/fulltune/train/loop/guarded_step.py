@@ -34,7 +34,7 @@ class Guarded:
 
     Skipping frees the gradients, so the optimizer's moments do not change either. DeepSpeed updates inside its backward
     pass, so each loss is judged before that pass, and no step is skipped. If skipping does not help, training raises
-    `Diverged`:
+    `Diverged`. Put the mixin first:
 
         class Mine(fulltune.Guarded, SFTTrainer): ...
     """

@@ -48,7 +48,7 @@ class MixedSource:
 class GlobalBatchSampler:
     """Yields micro batches in an order that depends only on the seed and the epoch.
 
-    A smaller last global batch is spread evenly over the processes; rows repeat only if they are fewer than the micro
+    A smaller last global batch is spread evenly over the processes; rows repeat only if there are fewer rows than micro
     batches.
     """
 

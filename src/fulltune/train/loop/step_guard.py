@@ -15,13 +15,13 @@ BASELINE_STEPS = 64
 MIN_CLEAN_STEPS = 32
 """After fewer accepted steps, only non-finite values count as bad."""
 NORM_SCORE, LOSS_SCORE = 3.0, 6.0
-"""Norm and loss are outliers this many robust standard deviations above the median."""
+"""Number of robust standard deviations above the median from which norm and loss are outliers."""
 MIN_NORM_SPREAD = 0.15
 """Smallest assumed standard deviation of the norm's logarithm."""
 MIN_LOSS_SPREAD = 0.05
 """Smallest assumed standard deviation of the loss, relative to its start."""
 RECENT_STEPS, STAY_SCORE = 20, 5.0
-"""A run stops if all of the last `RECENT_STEPS` losses are above the baseline, and the median by `STAY_SCORE` standard
+"""A run stops if the last `RECENT_STEPS` losses are all above the baseline, and their median by `STAY_SCORE` standard
 deviations."""
 MIN_RISE = 0.1
 """Smallest rise that stops a run, relative to the loss at the start."""

@@ -184,7 +184,7 @@ class LoadedModel:
     head_start: Probe | None
     scaled: ScaledHead | None
     scale_note: str | None
-    """Note on a regression head's units, or None for other tasks."""
+    """Note on a regression head's units, else None."""
     base_digest: str | None
     """Digest of the pretrained weights, or None if ZeRO shards them."""
 
