@@ -59,7 +59,7 @@ def test_forked_workers_end_with_the_weights_of_a_new_process(tiny_encoder: Path
         weights = runs.final_weights(tmp_path / name)
         assert all(torch.equal(weights[key], wanted[key]) for key in wanted)
     log = (tmp_path / "two" / "run" / "attempts" / "full-seed42-01" / "log.txt").read_text(encoding="utf-8")
-    assert "new weights, drawn at random" in log
+    assert "weights initialised at random" in log
 
 
 def test_forked_worker_saves_when_asked_to_stop_and_the_next_one_goes_on(tiny_encoder: Path, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_head_with_the_same_labels_in_another_order_gives_the_same_answers(
 ) -> None:
     before = _answers(_checkpoint(tmp_path, kind, task, LABELS))
     model, head = _loaded(tmp_path, task, ("good", "bad", "fine"))
-    assert head.in_words == "kept from the checkpoint: its 3 labels are the same, reordered by name"
+    assert head.description == "kept from the checkpoint: its 3 labels are the same, reordered by name"
     assert torch.allclose(_answers(model), before[..., [2, 0, 1]], atol=1e-6)
     assert model.config.id2label == {0: "good", 1: "bad", 2: "fine"}
 
@@ -119,7 +119,7 @@ def test_rows_of_a_head_are_the_numbers_in_the_config_not_their_order_in_the_fil
     config["id2label"] = {key: config["id2label"][key] for key in sorted(config["id2label"])}  # 0, 1, 10, 11, 2
     (tmp_path / "config.json").write_text(json.dumps(config))
     model, head = _loaded(tmp_path, "text-classification", labels)
-    assert head.in_words == "kept from the checkpoint: its 12 labels are the same"
+    assert head.description == "kept from the checkpoint: its 12 labels are the same"
     assert torch.allclose(_answers(model), before, atol=1e-6)
 
 
@@ -136,7 +136,7 @@ def test_head_without_labels_is_expected_of_its_own_class_only_and_taken_where_i
 def test_head_with_other_labels_is_drawn_anew(tmp_path: Path, kind: str) -> None:
     saved = _checkpoint(tmp_path, kind, "text-classification", LABELS)
     model, head = _loaded(tmp_path, "text-classification", ("a", "b", "c"))
-    assert head.in_words == "new, drawn at random: the checkpoint's 3 labels are different (bad, fine, good)"
+    assert head.description == "new, randomly initialised: the checkpoint's 3 labels are different (bad, fine, good)"
     theirs, ours = saved.state_dict(), model.state_dict()
     changed = {name for name in ours if not torch.equal(ours[name], theirs[name])}
     rows = "classifier" if kind == "bert" else "classifier.out_proj"
@@ -152,7 +152,7 @@ def test_head_with_other_labels_is_drawn_anew(tmp_path: Path, kind: str) -> None
 
 def test_checkpoint_without_a_head_says_so(tiny_encoder: Path) -> None:
     _, head = _loaded(tiny_encoder, "text-classification", ("LABEL_0", "LABEL_1"))
-    assert head.in_words == "new, drawn at random: the checkpoint has no head for this task"
+    assert head.description == "new, randomly initialised: the checkpoint has no head for this task"
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])
@@ -168,7 +168,7 @@ def test_head_is_drawn_as_transformers_draws_it(kind: str, tmp_path: Path) -> No
     torch.manual_seed(5)
     model = load_model(base, changes, head_is_new=True, on_head=heads.append)
     expected = {name: one.detach().clone() for name, one in model.named_parameters()}
-    assert "classifier.weight" in heads[0].drawn
+    assert "classifier.weight" in heads[0].missing
 
     state = torch.get_rng_state()
     initialise_missing_from_seed(model, heads[0], 6)
@@ -178,7 +178,7 @@ def test_head_is_drawn_as_transformers_draws_it(kind: str, tmp_path: Path) -> No
     again = dict(model.named_parameters())
 
     assert {name for name in expected if not torch.equal(expected[name], again[name])} == set()
-    matrices = {name for name in heads[0].drawn if expected[name].dim() > 1}
+    matrices = {name for name in heads[0].missing if expected[name].dim() > 1}
     assert {name for name in expected if not torch.equal(expected[name], other[name])} == matrices
 
     with process_group(tmp_path):  # of each process's own part another one would be drawn

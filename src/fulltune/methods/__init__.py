@@ -30,7 +30,7 @@ class AppliedMethod:
 
 
 def apply_method(model: PreTrainedModel, method: Method, task: TaskName) -> AppliedMethod:
-    """Add the method's parameters, drawn from torch's random state, and freeze what the method does not train."""
+    """Add the method's parameters, initialised from torch's random state, and freeze what the method does not train."""
     from fulltune.methods import added, head
 
     if method.kind == "full":

@@ -29,11 +29,11 @@ class HeadOrigin:
     order: tuple[int, ...] | None
     """For each label, its row in the checkpoint's head; empty for a head without labels; None for a new head."""
     why: str
-    drawn: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
     @property
-    def in_words(self) -> str:
-        return f"new, drawn at random: {self.why}" if self.order is None else f"kept from the checkpoint{self.why}"
+    def description(self) -> str:
+        return f"new, randomly initialised: {self.why}" if self.order is None else f"kept from the checkpoint{self.why}"
 
 
 _MISSING = HeadOrigin(None, "the checkpoint has no head for this task")
@@ -87,7 +87,7 @@ def load_model(
     if head_is_new:
         head = predict_head_origin(base.config, type(model).__name__, config_changes)
         head = arrange_head(model, missing, head, "id2label" in config_changes)
-        on_head(replace(head, drawn=tuple(name for name, _ in model.named_parameters() if name in missing)))
+        on_head(replace(head, missing=tuple(name for name, _ in model.named_parameters() if name in missing)))
     _clear_gguf_attributes(model)
     return model
 
@@ -242,7 +242,7 @@ def _find_label_axes(model: PreTrainedModel) -> dict[str, int]:
 
 
 def _initialise_parameters(model: PreTrainedModel, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-    """Overwrite parameters with initial values that transformers draws on an unsharded copy."""
+    """Reinitialise parameters as transformers would, on an unsharded copy."""
     import torch
 
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -261,17 +261,17 @@ def _initialise_parameters(model: PreTrainedModel, parameters: Mapping[str, torc
 
 
 def initialise_missing(model: PreTrainedModel, head: HeadOrigin) -> None:
-    """Draw new initial values for the parameters that the checkpoint lacks."""
+    """Initialise the parameters that the checkpoint lacks at random."""
     import torch
 
     sharding.free_gathered_weights(model)
-    parameters = {name: model.get_parameter(name) for name in head.drawn}
+    parameters = {name: model.get_parameter(name) for name in head.missing}
     with torch.no_grad(), sharding.gathered_to_modify(list(parameters.values())):
         _initialise_parameters(model, parameters)
 
 
 def initialise_missing_from_seed(model: PreTrainedModel, head: HeadOrigin, seed: int) -> None:
-    """Draw new values from `seed` for the parameters that the checkpoint lacks; keep torch's random state."""
+    """Initialise the parameters that the checkpoint lacks from `seed`, without changing torch's random state."""
     import torch
 
     with torch.random.fork_rng(devices=[]):

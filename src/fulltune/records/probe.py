@@ -76,7 +76,7 @@ class Probe(Record):
     def head_origin(self) -> str:
         """How the head was initialised, or why it was initialised at random."""
         if self.head is None:
-            return f"drawn at random: {self.failure}"
+            return f"randomly initialised: {self.failure}"
         dense = {"loaded": "", "scaled": ", pooler scaled", "mean": ", pooler set to the mean of all tokens", None: ""}
         few = f"{self.train_rows:,} of " if self.train_rows < self.available_rows else ""
         rows = f"{few}{self.available_rows:,} train rows"

@@ -271,7 +271,7 @@ def test_features_that_are_not_finite_say_so(tmp_path: Path) -> None:
     probe = load_or_fit_probe(tmp_path, lambda: extractor_of(model, "text-classification", "single_label"), rows, rows)
     assert (probe.head, probe.baseline) == (None, None)
     assert probe.failure == "the pretrained model's features are not finite"
-    assert probe.head_origin == "drawn at random: the pretrained model's features are not finite"
+    assert probe.head_origin == "randomly initialised: the pretrained model's features are not finite"
 
 
 def test_body_with_fewer_states_than_tokens_has_no_mean_and_still_a_probe(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def locate_data_files(
         except DataError as error:
             problems += error.problems
     problems += [
-        f"{file}: data.columns is for csv and tsv files without a header line only; remove data.columns"
+        f"{file}: data.columns applies only to csv and tsv files without a header line; remove data.columns"
         for file in files
         if columns and file.suffix.lower() not in SEPARATED
     ]

@@ -49,7 +49,7 @@ def run_checks(inputs: AttemptInputs, loaded: LoadedModel, trainer: FullTrainer)
     ]
     if loaded.head is not None:
         head, start = loaded.head, loaded.head_start
-        origin = head.in_words if start is None else f"new, {start.head_origin}; {head.why}"
+        origin = head.description if start is None else f"new, {start.head_origin}; {head.why}"
         problem = _bf16_resolution_problem(loaded.scaled, summary.scale)
         result = problem or "; ".join(filter(None, [origin, loaded.scale_note]))
         checks.append(Check(name="head", result=result, passed=problem is None))
