@@ -141,7 +141,8 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
 
 
 def check_proofs_possible(recipe: Recipe, summary: DataSummary, by_classifiers: bool, by_trainings: bool) -> None:
-    """Raise `RecipeError` if this recipe or its rows cannot be compared by classifiers or by trainings."""
+    """Raise `RecipeError` if classifiers or trainings cannot show the effect of cleaning for this recipe or its
+    rows."""
     if by_classifiers and not summary.form.one_label:
         raise RecipeError(
             "--prove: needs rows with one label each; compare other rows by whole trainings: --trainings 3"

@@ -20,14 +20,14 @@ def replace_atomically(path: Path, private: bool = False) -> Iterator[Path]:
     part = path.with_name(f"{path.name}.part")
     try:
         if private:
-            make_private(part)
+            create_private_file(part)
         yield part
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def make_private(path: Path) -> None:
+def create_private_file(path: Path) -> None:
     """Create an empty file that only its owner can read."""
     path.unlink(missing_ok=True)
     path.touch(0o600)

@@ -88,8 +88,8 @@ class Run:
 
 
 def run(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
-    """Run the stages up to `until`, resuming an interrupted run, and return their records. `measure` times settings
-    before training."""
+    """Run the stages up to `until`, resuming an interrupted run, and return their records. With `measure`, settings are
+    timed before training, and the fastest are used."""
     if until not in ("data", "plan") and job.recipe.methods:
         raise RecipeError(
             "methods: a run trains one method; use 'fulltune compare', or give one 'method' instead of 'methods'"

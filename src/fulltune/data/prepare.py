@@ -59,7 +59,7 @@ from fulltune.data.written import (
     write_splits,
 )
 from fulltune.errors import RecipeError, SetupError
-from fulltune.files import find_damage, make_private, write_checksums
+from fulltune.files import create_private_file, find_damage, write_checksums
 from fulltune.models.base import processor_fingerprint
 from fulltune.recipe.data import DataBlock, codec_for_encoding
 from fulltune.recipe.fields import Recipe
@@ -230,7 +230,7 @@ def _encode_sources(
     encoded: dict[SourceName, EncodedSource] = {}
     total, reported, folder = sum(num_rows.values()), 0.0, stage.folder
     folder.mkdir(parents=True)
-    make_private(folder / DROPPED)
+    create_private_file(folder / DROPPED)
     with (folder / DROPPED).open("w", encoding="utf-8") as file:
 
         def drop(item: DroppedRow) -> None:

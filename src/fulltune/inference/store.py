@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fulltune.files import make_private
+from fulltune.files import create_private_file
 from fulltune.tasks import PLACE, Row, RowFeatures
 
 FILE = "rows.arrow"
@@ -56,7 +56,7 @@ def write_rows(folder: Path, record_batches: Iterable[pa.RecordBatch]) -> None:
     record_batches = iter(record_batches)
     if (first := next(record_batches, None)) is None:
         return
-    make_private(folder / FILE)
+    create_private_file(folder / FILE)
     with pa.OSFile(str(folder / FILE), "wb") as file, pa.ipc.new_stream(file, first.schema) as writer:
         for part in chain([first], record_batches):
             waiting.append(part)

@@ -123,7 +123,8 @@ class UncertainValue:
 def mean_of_method(
     drawn: ResampledTrials, method: int, spreads: Sequence[SeedSpread | None], span: float | None
 ) -> UncertainValue:
-    """Return a method's mean metric over its seeds, with its uncertainty. `span` is the metric's range or None."""
+    """Return a method's mean metric over its seeds, with its uncertainty. `span` is the metric's range, or None if
+    unbounded."""
     centres = drawn.draws[method].mean(axis=1)
     return _uncertain_value(float(drawn.point[method].mean()), centres, [spreads[method]], drawn.num_clusters, span)
 

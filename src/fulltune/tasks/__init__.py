@@ -205,7 +205,7 @@ class Task(Protocol):
         target: Target,
         temperature: float,
     ) -> list[RowAnswer]:
-        """Return one answer per row, as `fulltune predict` writes them; `temperature` divides the logits."""
+        """Return one answer per row in the format that `fulltune predict` writes; `temperature` divides the logits."""
 
     def display_text(self, row: Row, target: Target) -> str:
         """Return a row as one line for lists of mistakes."""

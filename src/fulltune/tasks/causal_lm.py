@@ -107,7 +107,8 @@ def raise_if_preference_data(columns: Sequence[str], sample: Sequence[Row], file
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, file: str) -> Target:
-    """Return the target for chat, raw text or pairs. Pairs without white space between them get a line break."""
+    """Return the target for chat, raw text or pairs. Prompt and completion are joined by a line break unless white
+    space separates them."""
     glued = False
     for number, row in enumerate(rows):
         if "prompt" in columns and not glued and number < 200:
@@ -242,7 +243,8 @@ def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def with_prompt_template(tokenizer: Tokenizer, target: Target) -> Tokenizer:
-    """Return the tokenizer to save. For pairs, its chat template formats prompts as in training."""
+    """Return the tokenizer to save with the model. After training on pairs of prompt and completion, its chat template
+    formats prompts as in training."""
     if "completion" not in target.columns:  # a chat model trained on raw text stays one
         return tokenizer
     tokenizer = copy.copy(tokenizer)

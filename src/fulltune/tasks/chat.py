@@ -73,8 +73,8 @@ def is_trained(message: ChatMessage) -> bool:
 def tokenise_conversation(
     tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools = None, max_tokens: int = _ALL
 ) -> list[MaskedIds]:
-    """Tokenise a conversation with a mask of trained tokens, one sequence per answer if the template rewrites earlier
-    turns.
+    """Return a conversation's token ids with a mask of trained tokens: one sequence, or one per answer if the template
+    rewrites earlier turns.
 
     Answers beyond `max_tokens` may stay untrained.
     """

@@ -327,7 +327,7 @@ def _regression_terms(predictions: Predictions) -> np.ndarray:
 
 
 def metrics_from_sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
-    """Return, by metric, a function for its row terms and one for its value from their sums."""
+    """Return, by metric, a function that computes its row terms and one that computes its value from their sums."""
     loss: dict[str, tuple[RowTerms, FromSums]] = {"loss": (stack_arrays("loss", ROWS), ratio)}
     if target.form.is_number:
         return loss | {"r2": (_regression_terms, r2), "rmse": (_regression_terms, lambda sums: np.sqrt(ratio(sums)))}

@@ -353,7 +353,7 @@ def worst_rows(predictions: Predictions, texts: Sequence[str], target: Target, c
 
 
 def metrics_from_sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
-    """Return, by metric, a function for its row terms and one for its value from their sums."""
+    """Return, by metric, a function that computes its row terms and one that computes its value from their sums."""
     return {
         "f1": (_entity_counts, f1),
         "precision": (_entity_counts, lambda sums: share(sums[..., 0], sums[..., 1])),
