@@ -93,7 +93,7 @@ def rows_to_answer(scoring: Scoring) -> dict[int, Row]:
 
 
 def missing_metrics(scoring: Scoring) -> str | None:
-    """Say which answer metrics lack their package and how to install it, or return None if none does."""
+    """Return a message with the answer metrics whose package is missing and how to install it, or None."""
     missing = [name for name in scoring.task.FACTS.other_metrics if not written.can_score(name)]
     return f"not computed: {', '.join(missing)} (to install: pip install 'fulltune[text-metrics]')" if missing else None
 

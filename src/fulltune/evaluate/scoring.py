@@ -95,8 +95,8 @@ class Scoring:
     def estimate_user_metrics(
         self, predictions: Any, references: Any, positions: Sequence[int] | None = None
     ) -> dict[str, Resampled]:
-        """Estimate the metrics of the user's function, if set. It receives lists if `predictions` is a list, otherwise
-        arrays."""
+        """Estimate the metrics of the user's function, if set. The function receives lists if `predictions` is a list,
+        otherwise arrays."""
         if self.user_metrics is None:
             return {}
         call, plain = self.user_metrics, isinstance(predictions, list)
@@ -146,7 +146,7 @@ class Scoring:
         return scores, main
 
     def predict_split(self, model: PreTrainedModel, processor: Any, split: str = "test") -> Predictions:
-        """Run a model over a split, and return the numbers per row that the task's `reduce_logits` makes."""
+        """Run a model over a split, and return the arrays of the task's `reduce_logits` for all rows."""
         rows, pad_token_id = with_decoded_images(self.rows(split), processor), processor.pad_token_id
         head = self.selective_head(model, pad_token_id, rows)
         # Scores do not depend on the batch size.

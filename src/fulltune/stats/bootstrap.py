@@ -236,7 +236,7 @@ def _cluster_sums(row_terms: RowTerms, outputs: Predictions, row_clusters: np.nd
     return sums
 
 
-def _resample_sums(sums: np.ndarray, value: FromSums, samples: int) -> np.ndarray:
+def _resample_sums(sums: np.ndarray, from_sums: FromSums, samples: int) -> np.ndarray:
     """Compute the metric on resamples [draws, trials] from cluster sums [clusters, trials, k]."""
     num_clusters, *of_trials = sums.shape
     samples = min(samples, max(_MIN_SAMPLES, int(_MAX_PRODUCTS / sums.size)))
@@ -246,5 +246,5 @@ def _resample_sums(sums: np.ndarray, value: FromSums, samples: int) -> np.ndarra
         drawn = _draw_cluster_counts(np.random.default_rng((_SEED, start)), num_clusters, size).astype(
             np.float64
         ) @ sums.reshape(num_clusters, -1)
-        parts.append(value(drawn.reshape(size, *of_trials)))
+        parts.append(from_sums(drawn.reshape(size, *of_trials)))
     return np.concatenate(parts)

@@ -339,7 +339,7 @@ def _step_and_epoch(curves: Curves, step: int) -> str:
 
 
 def _model_step_sentence(curves: Curves, best: int) -> str:
-    """Say in a sentence whether the saved weights are from before or after step `best`; return "" if unknown."""
+    """Return a sentence on whether the saved weights are from before or after step `best`, or "" if unknown."""
     if curves.kept_step is None:
         return ""
     side = "this step" if curves.kept_step == best else "an earlier step" if curves.kept_step < best else "a later step"

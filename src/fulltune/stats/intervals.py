@@ -192,7 +192,7 @@ def variance_of_mean(spreads: Sequence[SeedSpread], *, by_rows: bool = False) ->
 
 
 def degrees_of_freedom(spreads: Sequence[SeedSpread]) -> float:
-    """Return the degrees of freedom of the estimate `variance_of_mean` (Welch and Satterthwaite)."""
+    """Return the degrees of freedom of `variance_of_mean` as an estimate (Welch and Satterthwaite)."""
     if any(spread.borrowed for spread in spreads):
         return min(spread.degrees for spread in spreads)
     # A variance below the rows' part only shows that the seeds' part is small.

@@ -114,7 +114,8 @@ def _inverse_chi_squared_quadrature(degrees: float) -> tuple[np.ndarray, np.ndar
 
 
 def _mixture_quantile(deviations: np.ndarray, shares: np.ndarray, alpha: float) -> float:
-    """Return the value that a mixture of centred normals (weights `shares`) exceeds with probability `alpha`/2."""
+    """Return the value that a mixture of centred normals (standard deviations `deviations`, weights `shares`) exceeds
+    with probability `alpha`/2."""
     if not deviations.any():
         return 0.0
 
