@@ -1,8 +1,7 @@
-"""Detects label errors and outliers by the pretrained model's mean hidden states.
+"""Detects label errors and outliers by the pretrained model's mean hidden states (see docs/guides/data.md).
 
-Linear classifiers judge the labels (see docs/guides/data.md). A label's *margin* is its out-of-fold probability minus
-that of the likeliest other label. A row's distance is the mean of 1 - cosine to its nearest train rows (arXiv
-2207.03061).
+A label's *margin* is its out-of-fold probability minus that of the likeliest other label. A row's distance is the mean
+of 1 - cosine to its nearest train rows (arXiv 2207.03061).
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class ForbiddenTexts:
     num_ngrams: np.ndarray
     """Number of distinct 8-grams in each text: int32 [texts]."""
     ngrams: np.ndarray
-    """Sorted hashes of the texts' 8-grams, except those in more than `MAX_TEXTS` texts: uint64 [8-grams]."""
+    """Sorted hashes of the texts' 8-grams, without frequent ones: uint64 [8-grams]."""
     text_of: np.ndarray
     """Index of the text that contains each 8-gram: int32 [8-grams]."""
 

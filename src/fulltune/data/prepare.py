@@ -83,6 +83,8 @@ _CACHE_ENTRY = re.compile(r"[0-9a-f]{16}(\.part-\d+)?")
 
 @dataclass(frozen=True)
 class Stage:
+    """Inputs for preparing the data of a run."""
+
     recipe: Recipe
     folder: Path
     tokenizer: PreTrainedTokenizerBase

@@ -27,6 +27,8 @@ ProgressCallback = Callable[[int, int, float], None]
 
 @dataclass(frozen=True)
 class Batching:
+    """Batch size, precision and hooks for running a model over rows."""
+
     batch_size: int
     precision: str = "fp32"
     head: SelectiveHead | None = None
@@ -183,6 +185,8 @@ def _recompute_in_float32(layer: nn.Linear, inputs: tuple[Tensor], output: Tenso
 
 
 class RowSubset(Sequence[RowFeatures]):
+    """Rows of another sequence, chosen by position and not copied."""
+
     def __init__(self, rows: Sequence[RowFeatures], positions: Sequence[int]) -> None:
         self.rows = rows
         self.positions = positions

@@ -23,6 +23,8 @@ BY_HOOKS = ("adapter", "prompt")
 
 @dataclass(frozen=True)
 class AppliedMethod:
+    """A model with its method's parameters; `peft_model` wraps `model` if PEFT added them."""
+
     model: PreTrainedModel
     """Model of its plain Hugging Face class; trainable parameters have `requires_grad`."""
     method: Method

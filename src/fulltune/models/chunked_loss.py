@@ -146,8 +146,8 @@ def _loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor, label_smooth
 
 
 def _multiply_by_weight(gradient: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """Write `gradient[tokens, vocabulary] @ weight[vocabulary, hidden]` to `out` in blocks of columns, which rounds
-    each number only once."""
+    """Write `gradient[tokens, vocabulary] @ weight[vocabulary, hidden]` to `out`, in blocks of columns so that each
+    number is rounded once."""
     if gradient.dtype == torch.float32:
         torch.mm(gradient, weight, out=out)
         return

@@ -261,7 +261,7 @@ def _initialise_parameters(model: PreTrainedModel, parameters: Mapping[str, torc
 
 
 def initialise_missing(model: PreTrainedModel, head: HeadOrigin) -> None:
-    """Initialise the parameters that the checkpoint lacks at random."""
+    """Randomly initialise the parameters that the checkpoint lacks."""
     import torch
 
     sharding.free_gathered_weights(model)

@@ -22,10 +22,12 @@ def is_installed(package: str) -> bool:
 
 @dataclass(frozen=True)
 class Flaw:
+    """A problem that a check found in a text."""
+
     check: str
     reason: str
     fixed: str | None = None
-    """The text after this check's repair, or None if the check repairs nothing."""
+    """The text after the check's repair, if any."""
 
 
 def to_regex(pattern: str) -> re.Pattern[str]:
