@@ -177,7 +177,7 @@ def why_texts_are_weak(
     if unknown_id is not None and unknown > MAX_UNKNOWN:
         return f"{unknown:.0%} of their tokens are unknown to the tokenizer, {advice}"
     loss, chance = float(np.mean(losses_or_states)), math.log(vocabulary_size) if vocabulary_size else math.inf
-    if generic_text.writes and loss > NEAR_CHANCE * chance:
+    if generic_text.is_language_model and loss > NEAR_CHANCE * chance:
         return f"the pretrained model's loss is {loss:.2f} nats per token (chance: {chance:.2f}), {advice}"
     return None
 

@@ -243,7 +243,7 @@ class GenericText:
 
     ids: tuple[list[int], ...]
     pad_token_id: int
-    writes: bool
+    is_language_model: bool
     precision: str
     batch: int = BATCH
 
@@ -268,7 +268,7 @@ class GenericText:
     ) -> np.ndarray:
         """Return each text's loss in nats per token [texts] for a language model, else its normalised mean hidden state
         [texts, hidden]."""
-        if not self.writes:
+        if not self.is_language_model:
             return self._measure_states(model, between_batches)
         rows = [{"input_ids": ids, "labels": [IGNORED, *ids[1:]], LENGTH: len(ids)} for ids in self.ids]
         batch_size = self.batch if head is not None and head.can_chunk else 1

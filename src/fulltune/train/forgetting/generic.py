@@ -142,7 +142,8 @@ class Replay(TrainingPart):
         """Replay `text`, `rows_per_pass` at a time, to keep drift below `budget`."""
         self.inputs, self.monitor, self.trainer = inputs, monitor, monitor.trainer
         self.text, self.rows_per_pass = text, rows_per_pass
-        self.bounds, self.limit = LANGUAGE_WEIGHTS if text.writes else STATE_WEIGHTS, limit_of(budget, text.writes)
+        self.bounds = LANGUAGE_WEIGHTS if text.is_language_model else STATE_WEIGHTS
+        self.limit = limit_of(budget, text.is_language_model)
         self.weight = self.bounds[0] / self.limit
         self.before: Sequence[Any] = ()
         """The pretrained model's outputs for each text: a language model's log probabilities and ids, float16 and int32
@@ -159,7 +160,7 @@ class Replay(TrainingPart):
     def store_pretrained_outputs(self) -> None:
         """Store the pretrained model's outputs for all texts."""
         model, between = self.trainer.model, self.trainer.write_heartbeat
-        if not self.text.writes:
+        if not self.text.is_language_model:
             self.before = list(self.text.measure(model, between_batches=between))
             return
         outputs: list[Any] = []
@@ -181,7 +182,7 @@ class Replay(TrainingPart):
         texts = self.texts_of_step(trainer.state.global_step + 1)
         mine = texts[arguments.process_index :: arguments.world_size]
         tokens = sum(len(self.text.ids[position]) - 1 for position in texts)
-        share = arguments.world_size / (tokens if self.text.writes else len(texts))
+        share = arguments.world_size / (tokens if self.text.is_language_model else len(texts))
         scaler = getattr(trainer.accelerator, "scaler", None)
         passes = [(list(positions), 1.0) for positions in batches(mine, self.rows_per_pass)]
         if trainer.is_shared:
@@ -215,7 +216,7 @@ class Replay(TrainingPart):
         """Return the KL divergence (language models) or cosine distance from the pretrained model's outputs, summed
         over these texts."""
         model, device = self.trainer.model, self.trainer.args.device
-        if not self.text.writes:
+        if not self.text.is_language_model:
             stacked = np.stack([self.before[position] for position in positions])
             before = torch.tensor(stacked, dtype=torch.float32, device=device)
             return (1 - F.cosine_similarity(self.text.mean_states(model, positions), before, dim=-1)).sum()
@@ -246,7 +247,7 @@ def create_replay(inputs: AttemptInputs, monitor: DriftMonitor) -> list[Training
     # Read at most the tokens of a micro batch, and few logits; with activation checkpointing one text, as that does
     # nothing in evaluation mode.
     at_once = plan.micro_batch_size * inputs.summary.max_length // monitor.max_tokens
-    if text.writes:
+    if text.is_language_model:
         at_once = min(at_once, _MAX_LOGITS // (monitor.max_tokens * monitor.trainer.model.config.vocab_size))
     at_once = 1 if plan.activation_checkpointing else max(1, min(rows, at_once))
     replay = Replay(inputs, monitor, text, at_once, budget)
