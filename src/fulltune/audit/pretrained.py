@@ -272,7 +272,7 @@ _SAME_SQUARE = 1e-8
 def find_outliers(
     reader: RowReader, train_keys: np.ndarray, rows_of_split: Mapping[SplitName, int]
 ) -> tuple[dict[SplitName, dict[int, float]], float, int]:
-    """Return, by split, the positions and distances of rows that are far from all train rows.
+    """Return each split's outliers, rows that are far from all train rows, as a dictionary from position to distance.
 
     Also returns the upper quartile of train distances, and the number of rows not sampled. Train rows with equal
     `train_keys` count once. Raises `NoProbe` for too few or too varied rows.

@@ -302,7 +302,7 @@ def mark_repeated_train_rows(content_hashes: np.ndarray, is_train: np.ndarray) -
 def _find_similar_held_out_rows(
     scan: RowScan, is_train: np.ndarray, is_leak: np.ndarray, near_groups: np.ndarray
 ) -> dict[int, list[int]]:
-    """Return the positions of equal or similar held-out rows, by position of the train row."""
+    """Map the positions of train rows to those of equal or similar held-out rows."""
     groups, first = dict[int, list[int]](), dict[int, int]()
     for position in np.flatnonzero(~is_train & np.isin(near_groups, near_groups[is_train])).tolist():
         groups.setdefault(int(near_groups[position]), []).append(position)
@@ -323,7 +323,7 @@ def _find_similar_held_out_rows(
 
 
 def _read_held_out(rows: AuditedRows, scan: RowScan, positions: set[int]) -> dict[int, tuple[str, str]]:
-    """Return, by position, the text of held-out rows, and their locations with a quotation."""
+    """Map the positions of held-out rows to their text, and their location with a quotation."""
     held_out = chain(rows.read("eval"), rows.read("test")) if positions else ()
     return {
         position: (rows.task.group_key(row, rows.target), f"{row[PLACE]}: '{rows.masked_start(row, _MAX_QUOTED)}'")

@@ -28,8 +28,8 @@ Decisions = Mapping[tuple[str, str], RowDecision]
 
 
 def load_patch(path: Path, setting: str = "data.patch") -> dict[tuple[str, str], RowDecision]:
-    """Load a patch file; return the last decision on each row by (source, row hash). Raises `DataError` for bad
-    lines."""
+    """Load a patch file; return a dictionary from (source, row hash) to the last decision on that row. Raises
+    `DataError` for bad lines."""
     expected = "expected a patch file written by 'fulltune data RECIPE --review'"
     try:
         # splitlines would also split at characters that a text may contain.

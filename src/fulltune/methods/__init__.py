@@ -69,7 +69,8 @@ def without_lora_input_casts(applied: AppliedMethod, autocast: bool) -> Abstract
 
 
 def sinusoidal_tables(model: nn.Module) -> dict[str, Parameter]:
-    """Return position tables computed by a formula (Marian, Pegasus, RoFormer) by name; they are not always saved."""
+    """Return position tables that a formula computes (Marian, Pegasus, RoFormer), by name. Checkpoints may lack
+    them."""
     return {
         f"{path}.{name}": parameter
         for path, module in model.named_modules()

@@ -61,7 +61,7 @@ def save_method_folder(applied: AppliedMethod, folder: Path, task: TaskName, bas
 
 
 def copy_permissions_from_config(folder: Path) -> None:
-    """Give all files the permissions of `config.json`; only the owner can read new safetensors files."""
+    """Give all files the permissions of `config.json`, because only the owner can read new safetensors files."""
     mode = (folder / "config.json").stat().st_mode & 0o777
     for file in folder.iterdir():
         if file.is_file():

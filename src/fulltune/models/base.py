@@ -70,7 +70,7 @@ class Base:
         return self._load_image_reader() if FACTS[self.task].reads == "image" else self._load_tokenizer()
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load and check the tokenizer. Without a padding token, its end token is used for padding."""
+        """Load and check the tokenizer. If it has no padding token, its end token is used for padding."""
         from transformers import AutoTokenizer
 
         block = self.block

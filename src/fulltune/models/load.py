@@ -224,7 +224,7 @@ def arrange_head(model: PreTrainedModel, missing: Iterable[str], head: HeadOrigi
 
 
 def _find_label_axes(model: PreTrainedModel) -> dict[str, int]:
-    """Return the parameters that have a row per label, by name, with the axis of these rows."""
+    """Map the names of parameters that have a row per label to the axis of these rows."""
     import torch
 
     larger: Any = copy.deepcopy(model.config)

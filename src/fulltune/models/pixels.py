@@ -93,7 +93,8 @@ def decode_image(path: str, content: bytes) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Keep the upper 8 of 16 bits, where Pillow would turn most values white; raise `ValueError` for 32 bits."""
+    """Keep the upper 8 bits of a 16-bit image, because Pillow would turn most values white; raise `ValueError` for 32
+    bits."""
     from PIL import Image
 
     # Older versions of Pillow open 16-bit images in mode I.

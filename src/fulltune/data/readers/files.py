@@ -264,7 +264,7 @@ def group_folders_by_split(folder: Path) -> dict[SplitName | None, list[Path]]:
 
 
 def find_held_out_files_beside(train: Path) -> dict[SplitName, list[Path]]:
-    """Return, by split, eval and test files beside a train file that differ only in the name's split word."""
+    """Map eval and test to the files next to a train file whose names differ only in the split word."""
     own, splits = _parse_split_from_name(train), dict[SplitName, list[Path]]()
     for file in sorted(train.parent.iterdir()) if own[0] == "train" and train.parent.is_dir() else ():
         split, rest = _parse_split_from_name(file)
