@@ -77,7 +77,7 @@ def test_a_missing_package_is_named_before_any_row_is_read(monkeypatch: pytest.M
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SetupError, match="'flash_attention_2' needs a missing package: flash-attn or kernels"):
         check_trainable(recipe("flash_attention_2"))
-    with pytest.raises(SetupError, match="is missing: flash-attn-interface or kernels"):
+    with pytest.raises(SetupError, match="needs a missing package: flash-attn-interface or kernels"):
         check_trainable(recipe("flash_attention_3"))
     check_trainable(recipe("flash_attention_3"), check_packages=False)
     check_trainable(recipe("sdpa"))

@@ -141,7 +141,7 @@ def test_first_line_that_is_a_row_is_recognised(
 
 def test_columns_given_are_refused_for_files_that_have_names(tmp_path: Path) -> None:
     data = _written(tmp_path / "rows.jsonl", '{"text": "a"}\n')
-    with pytest.raises(DataError, match=r"rows.jsonl: data.columns is for csv and tsv files"):
+    with pytest.raises(DataError, match=r"rows.jsonl: data.columns applies only to csv and tsv files"):
         locate_data_files([str(data)], columns=("text",))
     assert read([str(data)]).columns == ("text",)
 
