@@ -206,9 +206,7 @@ def test_script_with_the_import_changed_and_nothing_else_trains_as_with_a_tokeni
 
     left_out = script()
     words = {text.split(" ")[0] for text in notices(caught)}
-    assert words == {"the", "fp16=True:", "evaluation_strategy='epoch'", *(() if padding else ("no",))}, notices(
-        caught
-    )
+    assert words == {"the", "fp16=True:", "evaluation_strategy='epoch'", *(() if padding else ("no",))}, notices(caught)
     assert "which classification needs; token 0 is used (the model's end token)" in "".join(notices(caught))
     config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").config
     assert config.pad_token_id == tokenizer.pad_token_id

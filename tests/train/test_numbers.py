@@ -172,5 +172,7 @@ def test_own_loss_is_given_the_users_units(encoder: Path, tmp_path: Path) -> Non
 
 def test_bf16_weights_that_cannot_tell_the_targets_apart_are_refused(encoder: Path, tmp_path: Path) -> None:
     blocks: dict[str, Any] = {"model": {"weights_dtype": "bf16"}, "train": {"max_steps": 2, "precision": "bf16"}}
-    with pytest.raises(GuardStop, match=r"values are 4.1e[+]03 apart, but .* deviation is 1.*; set model.weights_dtype: fp32"):
+    with pytest.raises(
+        GuardStop, match=r"values are 4.1e[+]03 apart, but .* deviation is 1.*; set model.weights_dtype: fp32"
+    ):
         go(tmp_path / "far", encoder, SCALES["large"], "train", **blocks)
