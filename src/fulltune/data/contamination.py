@@ -60,7 +60,7 @@ class ForbiddenTexts:
 
 
 def _hash_word_ngrams(words: list[str]) -> np.ndarray:
-    """Return sorted hashes of the distinct 8-grams: uint64, empty below 8 words."""
+    """Return sorted hashes of a text's distinct word 8-grams: uint64, empty below 8 words."""
     count = len(words) - NUM_WORDS + 1
     if count < 1:
         return np.empty(0, np.uint64)
@@ -75,7 +75,7 @@ def _hash_word_ngrams(words: list[str]) -> np.ndarray:
 
 
 def list_forbidden_text_files(recipe: Recipe) -> tuple[Path, ...]:
-    """List the files of texts not to train on. Raises `DataError` if a setting's path contains none."""
+    """List the files whose texts must not be trained on. Raises `DataError` if a configured path has none."""
     return tuple(
         file for setting, path in recipe.excluded_text_paths.items() for file in _list_text_files(setting, path)
     )

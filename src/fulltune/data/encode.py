@@ -60,7 +60,6 @@ class Job:
     source: str = "train"
     where: str = ""
     is_mixed: bool = False
-    """True for a mixed-in source, whose rows with unknown labels are dropped."""
     known_labels: frozenset[str] | None = None
     forbidden: ForbiddenTexts | None = None
 
@@ -74,12 +73,12 @@ class DroppedRow:
     check: str
     reason: str
     row: dict[str, Any]
-    """Cells of the row; empty from its second dropped example on."""
+    """Cells of the row; empty for all but the first of its dropped examples."""
 
 
 @dataclass(frozen=True)
 class EncodedSource:
-    """Data about a source's or chunk's rows and examples that stay in memory. Arrays that the recipe does not need are
+    """In-memory data about the rows and examples of a source or chunk. Arrays that the recipe does not need are
     empty."""
 
     where: str
@@ -344,7 +343,7 @@ _job: Job | None = None
 
 
 def _init_worker(job: Job) -> None:
-    """Store the job once per worker process, so that chunks need not carry it."""
+    """Store the job once per worker process."""
     global _job
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # other workers use the other cores
     _job = job

@@ -72,7 +72,7 @@ def jaccard_similarity(first: set[str], second: set[str]) -> float:
 
 
 def character_5grams(text: str) -> set[str]:
-    """Return the set of a text's character 5-grams; a shorter text is padded."""
+    """Return the set of a text's character 5-grams."""
     text = text.ljust(_SHINGLE, "\0")
     return {text[place : place + _SHINGLE] for place in range(len(text) - _SHINGLE + 1)}
 
@@ -131,7 +131,7 @@ def _hash_rows(band: np.ndarray) -> np.ndarray:
 
 
 def join_near_duplicates(groups: np.ndarray, signatures: np.ndarray, threshold: float) -> np.ndarray:
-    """Return each row's group number, now equal for near duplicates: uint64 [rows]."""
+    """Return each row's group number after merging groups of near duplicates: uint64 [rows]."""
     numbers, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
     of_number = cluster_near_duplicates(signatures[first], threshold)
     sizes = np.bincount(of_number, minlength=len(numbers))
@@ -157,7 +157,7 @@ def _connected_components(pairs: np.ndarray, num_nodes: int) -> np.ndarray:
 def join_by_value(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Return group numbers that are equal for rows connected by equal groups or values: uint64 [rows].
 
-    Unconnected values keep their numbers.
+    Values not connected to others are returned unchanged.
     """
     if not len(groups):
         return groups
@@ -227,8 +227,8 @@ class RowCounts:
 def parse_groups_and_times(
     rows: Sequence[LocatedRow], group_column: str | None, time_column: str | None, seed: int, tally: RowCounts
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return each row's group hash (uint64 [rows]) and time (float64 [rows]), empty without a column; count bad cells
-    in `tally`."""
+    """Return each row's group hash (uint64 [rows]) and time (float64 [rows]); an array is empty if its column is None.
+    Bad cells are counted in `tally`."""
     values, times = np.zeros(len(rows) if group_column else 0, np.uint64), np.zeros(len(rows) if time_column else 0)
     for number, (place, row) in enumerate(rows):
         if group_column:

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits on a row that come from the model and the methods."""
+    """Limits that the model and the methods set for a row."""
 
     max_positions: int | None = None
     """Longest sequence in tokens, or None if unlimited."""
     model_fingerprint: str = ""
     packing_obstacle: Callable[[], str | None] = lambda: "it was not checked"
-    """Returns why packed texts would attend to each other, or None if they cannot."""
+    """Returns why packed texts would attend to each other, or None if they would not."""
     num_virtual_tokens: int = 0
 
     @classmethod
@@ -79,8 +79,8 @@ def length_limit(
 
 
 def can_pack(recipe: Recipe, target: Target, limits: Limits, mixed: Collection[Target] = ()) -> tuple[bool, list[str]]:
-    """Return whether several texts can share a row, and notes on why not. Raises `RecipeError` if the recipe requires
-    impossible packing."""
+    """Return whether several texts can share a row, and notes that explain why not. Raises `RecipeError` if the recipe
+    requires impossible packing."""
     wanted, is_raw = recipe.data.packing, target.form.is_raw_text
     if wanted is False:
         return False, []
@@ -122,7 +122,7 @@ def _block_to_row(block: list[TokenizedText]) -> dict[str, np.ndarray | int]:
 
 
 def _group_texts_by_best_fit(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[list[TokenizedText]]:
-    """Yield the texts of each row, putting a text into the fullest row that has room."""
+    """Yield the texts of each packed row. Each text goes into the fullest row with room for it."""
     opened, room = list[list[TokenizedText]](), list[int]()
     for text in _iterate_tokenized_texts(parts):
         at = min((at for at, free in enumerate(room) if free >= len(text[0])), key=room.__getitem__, default=None)

@@ -96,8 +96,8 @@ class Stage:
 
 
 def prepare(stage: Stage) -> DataSummary:
-    """Prepare the data files' rows in `stage.folder`, or reuse equal rows prepared earlier. If it fails, earlier rows
-    stay."""
+    """Prepare the data files' rows in `stage.folder`, or reuse equal rows prepared earlier. A failure leaves earlier
+    rows in place."""
     recipe, folder = stage.recipe, stage.folder
     is_image = FACTS[recipe.task].reads == "image"
     if is_image and recipe.data.near_duplicates < 1:
@@ -279,7 +279,7 @@ def _count_dropped(
     dropped_mixed: Iterable[DroppedRow],
     num_late: int,
 ) -> dict[str, int]:
-    """Return how many rows each check dropped; a time split dropped `num_late`."""
+    """Return how many rows each check dropped, including `num_late` rows dropped by a time split."""
     by_patch = (source.patched.dropped for source in sources.values() if source.patched)
     numbers = Counter(item.check for item in chain(dropped_mixed, *by_patch))
     for tally in (source.tally for source in encoded.values()):
@@ -289,7 +289,7 @@ def _count_dropped(
 
 
 def _load_earlier_summary(folder: Path, fingerprint: str, listener: Listener) -> DataSummary | None:
-    """Return the summary of earlier rows, or None if these are missing, damaged (with a warning), or have another
+    """Return the summary of earlier rows, or None if the rows are missing, damaged (with a warning), or have another
     fingerprint."""
     try:
         summary = DataSummary.load(folder / SUMMARY)

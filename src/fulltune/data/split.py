@@ -34,7 +34,7 @@ class Split:
 
     @cached_property
     def examples(self) -> np.ndarray:
-        """True for examples of the source in the split: bool [source examples]."""
+        """Marks the source's examples in the split: bool [source examples]."""
         return self.rows[self.source.row_of]
 
     @property
@@ -44,11 +44,11 @@ class Split:
 
     @property
     def groups(self) -> np.ndarray:
-        """Group of each row: uint64 [split rows]."""
         return self.source.groups[self.rows]
 
     def label_counts(self, row_repeats: np.ndarray | None = None) -> Counter[str]:
-        """Count the rows of each label; `row_repeats` says how often each source row counts."""
+        """Count the rows of each label. `row_repeats` holds how often each source row counts (default: once if in this
+        split)."""
         sets, counts = self.source.label_sets, Counter[str]()
         numbers = np.bincount(self.source.labels, self.rows if row_repeats is None else row_repeats, len(sets))
         for names, count in zip(sets, numbers, strict=True):
@@ -104,7 +104,7 @@ def _random_splits(
 def hold_out_groups(groups: np.ndarray, strata: np.ndarray, fraction: float) -> np.ndarray:
     """Choose whole groups to hold out, about the same share of each stratum: bool [rows].
 
-    A stratum (class) of two or more groups gives at least one.
+    At least one group of each stratum (class) with two or more groups is chosen.
     """
     fraction = min(fraction, MAX_HELD_OUT_ROWS / max(1, len(groups)))
     if not len(groups):
@@ -159,8 +159,8 @@ def rarest_class_in_group(strata: np.ndarray, split_groups: np.ndarray) -> np.nd
 def split_by_time(
     times: np.ndarray, split_groups: np.ndarray, wanted: Mapping[SplitName, int]
 ) -> dict[SplitName, np.ndarray]:
-    """Mark the rows of each split, without separating groups: bool [rows]. The newest rows go to the first split in
-    `wanted`."""
+    """Mark the rows of each split, without separating groups: bool [rows]. `wanted` holds row counts; its first split
+    gets the newest rows."""
     numbers, group = np.unique(split_groups, return_inverse=True)
     starts = np.full(len(numbers), np.inf)
     np.minimum.at(starts, group, times)

@@ -126,7 +126,8 @@ def write_splits(
 def make_previews(
     folder: Path, task: Task, target: Target, tokenizer: Tokenizer, span: range, max_previews: int
 ) -> tuple[Preview, ...]:
-    """Return up to `max_previews` rows of `span` as the model reads them, without rows that hold private data."""
+    """Return up to `max_previews` rows in the range `span` as the model reads them, without rows that hold private
+    data."""
     rows, shown = Rows(folder), list[Preview]()
     for position, words in enumerate(
         islice(read_original_rows(folder), span.start, min(span.stop, span.start + _MAX_PREVIEWED))
@@ -184,7 +185,7 @@ def exclude_held_out_rows(
 def write_mixed_in_rows(
     recipe: Recipe, folder: Path, job: Job, mixed: Mapping[SourceName, Split], packed: bool
 ) -> tuple[MixedSummary, ...]:
-    """Write the rows of all mixed-in sources. Raises `DataError` for each weight that selects no row."""
+    """Write the rows of all mixed-in sources. Raises `DataError` if a weight selects no row."""
     if not mixed:
         return ()
     task, summaries, ends = task_named(job.task), list[MixedSummary](), [0]

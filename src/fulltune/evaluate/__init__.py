@@ -68,7 +68,7 @@ def score_baselines(scoring: Scoring) -> list[Scores]:
 
 
 def _probe_baselines(scoring: Scoring, scorer: ModuleType) -> dict[str, Callable[[], Scored]]:
-    """Return scoring functions by file name: for the pretrained model with the linear probe as head, and for a
+    """Map names of score files to functions that score the pretrained model with the linear probe as head, and a
     classifier on its embeddings."""
     with_head = scoring.plan.head_init is not None
     if not with_head and scoring.target.form.has_windows:
@@ -129,7 +129,7 @@ def _score_probe_head(scoring: Scoring, scorer: ModuleType) -> Scored:
 
 
 def score_trained_model(scoring: Scoring, outcome: Outcome) -> Scores:
-    """Score the trained model on the test rows, log this access, and save a classifier's temperature."""
+    """Score the trained model on the test rows, log this use of them, and save a classifier's temperature."""
     plan, folder = scoring.plan, scoring.data.parent
     if outcome.model_folder is None:
         raise SetupError(f"{folder}: attempt {outcome.attempt} saved no model to evaluate")
@@ -151,7 +151,8 @@ def score_trained_model(scoring: Scoring, outcome: Outcome) -> Scores:
 
 
 def train_and_eval_losses(scoring: Scoring) -> dict[SplitName, SplitLosses]:
-    """Compute the trained model's loss on each train and eval row. Losses on test rows would bias later choices."""
+    """Compute the trained model's losses and predicted labels on train and eval rows. Losses on test rows would bias
+    later choices."""
     measure = find_metric(scoring.recipe.task, scoring.target, "loss")
     assert measure.row_terms is not None, "a loss is a mean"
     by_split: dict[SplitName, SplitLosses] = {}

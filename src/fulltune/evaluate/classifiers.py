@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """Return scoring functions by file name: for the majority class and, in multiple choice, the longest choice."""
+    """Map names of score files to functions that score the majority class and, in multiple choice, the longest
+    choice."""
     scorers: dict[str, Callable[[], Scored]] = {"baseline-majority": partial(score_majority_class, scoring)}
     if scoring.target.num_choices:
         scorers["baseline-longest"] = partial(_score_longest_choice, scoring)
@@ -68,7 +69,7 @@ def score_majority_class(scoring: Scoring) -> Scored:
 
 
 def _score_longest_choice(scoring: Scoring) -> Scored:
-    """Score the choice with the most characters, because right answers are often written with more care."""
+    """Score a baseline that picks the choice with the most characters."""
     texts = [multiple_choice.choice_texts(row, scoring.target) for row in scoring.texts]
     return _score_labels(scoring, "longest choice", np.array([int(np.argmax([*map(len, row)])) for row in texts]))
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """Return scoring functions by file name: for a copy of the source, if the rows have a source."""
+    """Map the score file's name to a function that scores a copy of the source; empty without a source."""
     if "source" not in scoring.target.columns or not scoring.recipe.evaluate.generate_rows:
         return {}
     return {"baseline-copy": lambda: _score_copied_source(scoring)}
@@ -69,7 +69,7 @@ def _generate_answers(
 
 
 def _score_copied_source(scoring: Scoring) -> Scored:
-    """Score a copy of the source as the answer; a model that summarises or corrects has to beat this."""
+    """Score a baseline that copies the source as its answer."""
     drawn = rows_to_answer(scoring)
     sources, expected = _prompts_and_answers(scoring, list(drawn.values()))
     scores = scoring.task.score_answers([source.strip() for source in sources], expected)

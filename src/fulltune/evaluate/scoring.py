@@ -73,7 +73,8 @@ class Scoring:
         positions: Sequence[int] | None = None,
         metrics: Callable[[Predictions], Mapping[str, float]] | None = None,
     ) -> dict[str, Resampled]:
-        """Compute metrics by name (default: the task's) on test rows or those at `positions`, and on resamples."""
+        """Compute metrics (default: the task's) on test rows or those at `positions`, and on bootstrap resamples;
+        return them by name."""
         scored = slice(None) if positions is None else np.asarray(positions, np.int64)
         clusters, in_train = (np.load(self.data / "test" / name)[scored] for name in (CLUSTERS, IN_TRAIN))
 
@@ -124,7 +125,8 @@ class Scoring:
         metrics: Mapping[str, Resampled],
         **fields: Any,
     ) -> Scored:
-        """Make the `Scores` of a model or baseline with an interval for each metric. `fields` are further fields."""
+        """Make the `Scores` of a model or baseline, with a confidence interval for each metric. `rows` counts the
+        scored rows; `fields` are other fields of `Scores`."""
         confidence, main = self.recipe.evaluate.confidence, metrics.get(self.plan.metric)
         for quoting in fields.keys() & {"worst", "answers"}:
             fields[quoting] = tuple(Answer.model_validate(masked_cells(one.model_dump())) for one in fields[quoting])
@@ -166,7 +168,8 @@ class Scoring:
     def selective_head(
         self, model: PreTrainedModel, pad_token_id: int, rows: Sequence[RowFeatures]
     ) -> SelectiveHead | None:
-        """Return a head that computes no logits for prompts, or None if it changes the other logits of a test row."""
+        """Return a head that computes no logits for prompts, or None if there are no prompts or the other logits would
+        change."""
         if not self.task.FACTS.writes:
             return None
         batch = model_batch(model, self.task, [rows[positions_by_length(rows)[-1]]], pad_token_id)

@@ -24,8 +24,8 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """Return scoring functions by file name: for the sentence nearest to the question and, if a question has no answer,
-    for an empty answer."""
+    """Map names of score files to functions that score the sentence nearest to the question and, if a question has no
+    answer, an empty answer."""
     scorers = {
         "baseline-sentence": lambda: _score_baseline(scoring, "sentence nearest to the question", nearest_sentence)
     }
@@ -99,7 +99,7 @@ def _first_windows(texts: Sequence[Row]) -> list[int]:
 
 
 def nearest_sentence(question: str, context: str) -> str:
-    """Return the context's sentence that shares the most words with the question, the first of equals."""
+    """Return the context's first sentence that shares the most words with the question."""
     wanted = set(plain_words(question))
     sentences = [sentence for sentence in _SENTENCE_END.split(context) if sentence.strip()]
     return max(sentences, key=lambda sentence: len(wanted & set(plain_words(sentence))), default="").strip()

@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """Return scoring functions by file name: for no entity at all, and for each word's most frequent tag."""
+    """Map names of score files to functions that score no entity at all, and each word's most frequent tag."""
     return {
         "baseline-no-entity": lambda: _score_tags(scoring, "every word O", _all_outside_tags(scoring)),
         "baseline-lexicon": partial(_score_lexicon, scoring),

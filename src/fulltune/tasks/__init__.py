@@ -1,5 +1,3 @@
-"""Tasks, such as text classification: each is a module with the functions of `Task`."""
-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +21,7 @@ else:  # torch and transformers are not imported only for types
     Tensor = Tokenizer = Any
 
 LENGTH = "length"
-"""Feature with a row's cost in tokens, for sorting by length; the model does not read it."""
+"""A row's cost in tokens, by default the number of `input_ids`. The model does not read this feature."""
 PLACE = "fulltune:place"
 """Key of a row's file and line, unique within a split."""
 Row = Mapping[str, Any]
@@ -36,7 +34,7 @@ Predictions = Mapping[str, np.ndarray]
 RowTerms = Callable[[Predictions], np.ndarray]
 """Computes each row's terms in a metric's sums: float64 [rows, k]."""
 FromSums = Callable[[np.ndarray], np.ndarray]
-"""Computes a metric [...] from sums of the terms over rows [..., k]."""
+"""Computes a metric [...] from its terms, summed over rows: [..., k]."""
 
 
 _IN_SUMMARY = ("problem_type", "columns", "labels", "joint", "num_choices")
@@ -56,11 +54,11 @@ class Target:
     stride: int | None = None
     """Overlap of a long context's windows in tokens; None means a third of a window."""
     scale: tuple[float, float] | None = None
-    """Mean and standard deviation of the train rows' numbers, or None if unknown. Losses are in units of this standard
-    deviation."""
+    """Mean and standard deviation of the train rows' numeric labels, or None if unknown. Losses are computed on labels
+    divided by this standard deviation."""
     logit_scale: tuple[float, float] = (0.0, 1.0)
-    """`(shift, factor)`: `factor * logit + shift` is in the user's units. It differs from the default only while a head
-    is trained in standardised units."""
+    """`(shift, factor)`: `factor * logit + shift` is in the label's units. Only a head trained on standardised labels
+    changes the default."""
 
     @property
     def form(self) -> Form:
@@ -79,14 +77,14 @@ class Target:
 
     @classmethod
     def from_notes(cls, notes: Mapping[str, Any]) -> Target:
-        """Restore the target from `as_notes`; older folders may lack `num_choices` and `stride`."""
+        """Restore a target from the output of `as_notes`; older folders may lack `num_choices` and `stride`."""
         more = {name: notes[name] for name in ("num_choices", "stride") if name in notes}
         return cls(notes["problem_type"], notes["columns"], tuple(notes["labels"]), notes["joint"], **more)
 
 
 @dataclass(frozen=True)
 class Refused:
-    """The reason to drop a row: the name of the failed check, for counting, and a message."""
+    """The reason for dropping a row: the name of the failed check and a message."""
 
     check: str
     reason: str
@@ -98,11 +96,10 @@ class Example:
 
     features: RowFeatures
     """`input_ids` [tokens], `labels` (a class id, a vector, or [tokens] with -100 for untrained tokens) and the task's
-    other features. `length` is the row's cost, if it differs from the number of `input_ids`."""
+    other features."""
     trained_tokens: int
     truncated: bool = False
     refused: Refused | None = None
-    """Reason to drop the row, found while tokenising."""
     longest: int | None = None
     """Length of the longest sequence that the model reads, if it differs from the number of `input_ids`."""
 
@@ -111,7 +108,7 @@ RowExamples = list[list[Example]]
 
 
 class Task(Protocol):
-    """The functions of a task module. A new task is a module `fulltune/tasks/<name>.py` and a row in
+    """Functions of a task module. A new task is a module `fulltune/tasks/<name>.py` and an entry in
     `fulltune/recipe/tasks.toml`."""
 
     @property
@@ -121,7 +118,8 @@ class Task(Protocol):
     # ---- rows -----------------------------------------------------------------------------------------------------
 
     def find_columns(self, columns: Sequence[str], sample: Sequence[Row], data: DataBlock, file: str) -> dict[str, str]:
-        """Map each role to a column, by the recipe's `data` block, usual names, or the content of `sample`.
+        """Map each role, such as `text`, to a column named in the recipe, with a usual name, or with typical content in
+        `sample`.
 
         Raises `DataError`, whose message starts with `file`, if a role has no column.
         """
@@ -133,7 +131,7 @@ class Task(Protocol):
         """Return the reason to drop a row, or None."""
 
     def group_key(self, row: Row, target: Target) -> str:
-        """Return a key that duplicates and questions about one passage share; such rows stay in one split."""
+        """Return a key that is equal for duplicates and for questions about one passage; these stay in one split."""
 
     def row_labels(self, row: Row, target: Target) -> list[str]:
         """Return the row's sorted class names, or an empty list for tasks without classes."""
@@ -169,7 +167,6 @@ class Task(Protocol):
         Args:
             logits: [batch, ...], or of trained tokens only [trained, vocabulary].
             labels: The labels of `collate` [batch, ...], or the trained tokens' ids [trained].
-            smoothing: Label smoothing.
             class_weights: Weights in the order of the labels.
         """
 
@@ -185,7 +182,8 @@ class Task(Protocol):
         """Compute the task's metrics from all rows' output of `reduce_logits`."""
 
     def metrics_from_sums(self, target: Target, metric: str) -> Mapping[str, tuple[RowTerms, FromSums]]:
-        """Return, by metric, a function for its row terms and one for its value from their sums, for resampling."""
+        """Map each metric to two functions, used for resampling: one computes its row terms, the other its value from
+        their sums."""
 
     # ---- prediction -----------------------------------------------------------------------------------------------
 

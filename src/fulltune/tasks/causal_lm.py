@@ -166,7 +166,7 @@ def prompt_text(row: Row, target: Target) -> str:
 
 
 def answer_text(row: Row, target: Target) -> str:
-    """Return the completion, or the last trained message's content or tool calls, as text."""
+    """Return the completion or, for chat, the content or tool calls of the last trained message as text."""
     if "completion" in target.columns:
         return as_text(row.get(target.columns["completion"])).strip()
     messages = chat.clean_messages(row[target.columns["messages"]])
@@ -235,7 +235,7 @@ def _tools(row: Row, target: Target) -> chat.Tools:
 
 
 def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Tokenise a prompt with opening special tokens, but no closing ones."""
+    """Tokenise a prompt with special tokens before it, but none after it."""
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     while ids and ids[-1] in {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}:
         ids.pop()
@@ -270,7 +270,7 @@ _PROBES = ("What is 6 x 7?", "Two lines\nof a prompt:", "name[Zizzi], food[Frenc
 
 
 def generation_ids(row: Row, target: Target, tokenizer: Tokenizer, max_length: int | None = None) -> list[int]:
-    """Return the prompt's token ids, uncut because `generate` truncates prompts on the left."""
+    """Return all token ids of the prompt, because `generate` truncates long prompts on the left."""
     if "messages" not in target.columns:
         return prompt_ids(prompt_text(row, target) + target.joint, tokenizer)
     text = chat.render(tokenizer, _messages_before_answer(row, target), _tools(row, target), add_generation_prompt=True)

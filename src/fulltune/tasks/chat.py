@@ -43,7 +43,8 @@ def clean_messages(messages: Any) -> list[dict[str, Any]]:
 
 
 def _normalised_content_and_calls(message: ChatMessage) -> dict[str, Any]:
-    """Return replacements for fields in other formats: `content` as text, `tool_calls` as a list."""
+    """Return converted fields of a message: `content` as text, `tool_calls` as a list. Raises `DataError` if
+    impossible."""
     changed: dict[str, Any] = {}
     content = message.get("content", "")
     if isinstance(content, (list, tuple)):
@@ -66,7 +67,7 @@ def _normalised_content_and_calls(message: ChatMessage) -> dict[str, Any]:
 
 
 def is_trained(message: ChatMessage) -> bool:
-    """Return True for assistant messages without OpenAI's `weight: 0`."""
+    """Return whether a message is trained: from the assistant, without OpenAI's `weight: 0`."""
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
@@ -126,7 +127,8 @@ def render(tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools, 
 
 
 def _apply_chat_template(tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools, **options: Any) -> Any:
-    """Apply the chat template; raise `SetupError` for a broken one, and `DataError` for messages that it refuses."""
+    """Return the output of `apply_chat_template`. Raises `SetupError` for a broken template, and `DataError` for
+    refused messages."""
     import jinja2
 
     try:

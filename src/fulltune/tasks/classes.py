@@ -42,7 +42,7 @@ def stack_arrays(*names: str) -> RowTerms:
 
 
 def terms_of_mean(score: Callable[[Predictions], np.ndarray]) -> RowTerms:
-    """Return a function that gives each row's score and a 1; the ratio of their sums is the mean."""
+    """Return a function that computes row terms [rows, 2]: the score and 1. The ratio of their sums is the mean."""
 
     def count(predictions: Predictions) -> np.ndarray:
         values = score(predictions)
@@ -84,7 +84,7 @@ def macro_f1(sums: np.ndarray) -> np.ndarray:
 
 
 def macro_f1_of_present_classes(sums: np.ndarray) -> np.ndarray:
-    """Average F1 over the classes that occur in predictions or targets, as scikit-learn does."""
+    """Average F1 over the classes that occur in predictions or targets, as in scikit-learn; see `mcc` for `sums`."""
     parts = split_into_threes(sums)
     present = (parts[..., 1] + parts[..., 2] > 0).sum(axis=-1)
     return share(f1(parts).sum(axis=-1), present)
@@ -151,10 +151,11 @@ def row_losses(
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Compute each row's loss: cross entropy, binary cross entropy averaged over labels, or squared error.
+    """Compute each row's loss: cross entropy, binary cross entropy averaged over labels, or squared error (relative to
+    the train rows' variance, if known).
 
     `logits` are [batch, classes], or [batch, 1] for numbers; `labels` are class ids or numbers [batch], or 0/1 [batch,
-    classes]. Squared errors are in units of the train rows' variance, if known.
+    classes].
     """
     import torch.nn.functional as F
 
@@ -190,7 +191,7 @@ def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
 
 
 def label_metrics(true: np.ndarray, predicted: np.ndarray, target: Target) -> dict[str, float]:
-    """Compute the same metrics as scikit-learn, but faster, from class ids, 0/1 matrices [rows, labels] or numbers."""
+    """Compute scikit-learn's metrics, but faster, from class ids, 0/1 matrices [rows, labels] or numbers."""
     form = target.form
     if form.is_number:
         both = true.astype(np.float64), predicted.astype(np.float64)
@@ -317,7 +318,7 @@ def _matches(predictions: Predictions, target: Target) -> np.ndarray:
 
 
 def _regression_terms(predictions: Predictions) -> np.ndarray:
-    """Return each row's squared error, 1, centred target and its square: [rows, 4]."""
+    """Return each row's squared error, 1, centred target and squared centred target: [rows, 4]."""
     true, predicted = (
         np.asarray(values, np.float64) for values in (predictions["labels"], predictions["logits"][:, 0])
     )
@@ -327,7 +328,7 @@ def _regression_terms(predictions: Predictions) -> np.ndarray:
 
 
 def metrics_from_sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
-    """Return, by metric, a function that computes its row terms and one that computes its value from their sums."""
+    """Map each metric to two functions: one computes its row terms, the other its value from their sums."""
     loss: dict[str, tuple[RowTerms, FromSums]] = {"loss": (stack_arrays("loss", ROWS), ratio)}
     if target.form.is_number:
         return loss | {"r2": (_regression_terms, r2), "rmse": (_regression_terms, lambda sums: np.sqrt(ratio(sums)))}

@@ -205,7 +205,6 @@ def as_text(value: object) -> str:
 
 
 def is_blank(text: str) -> bool:
-    """Return True for text of white space and zero-width characters alone."""
     return not text.strip() or not text.translate(_NO_WIDTH).strip()
 
 

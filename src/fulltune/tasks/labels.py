@@ -21,7 +21,7 @@ from fulltune.text import counted
 
 _MOST_FLOAT32 = float.fromhex("0x1.fffffep127")
 MOST_DISTINCT = 100_000
-"""Maximum number of distinct labels that are stored; further numbers are only counted."""
+"""Maximum number of distinct labels that are stored."""
 LabelCounts = list[tuple[Any, int, str]]
 """Distinct values of a label column, each with its number of rows and the first row's location."""
 
@@ -36,7 +36,8 @@ def _first_at(counts: LabelCounts, value: object) -> str:
 
 
 def count_label_values(rows: Iterable[Row], column: str, file: str) -> tuple[LabelCounts, int]:
-    """Return the distinct labels with counts, and the number of labelled rows; raise `DataError` if there are none."""
+    """Return the distinct labels with counts, and the number of labelled rows; raise `DataError` if no row has a
+    label."""
     distinct: dict[Any, list[Any]] = {}
     beyond = 0
     for row in rows:
@@ -124,7 +125,8 @@ def _multi_label_target(counts: LabelCounts, columns: Mapping[str, str], file: s
 
 
 def _single_label_target(counts: LabelCounts, total: int, columns: Mapping[str, str], file: str) -> Target:
-    """Return a target, or raise `DataError` for lists, mixed labels, a single class or too many."""
+    """Return a single-label target, or raise `DataError` for lists, words mixed with numbers, one class, or too
+    many."""
     column, values = columns["label"], [value for value, *_ in counts]
     several = [value for value in values if isinstance(value, (list, tuple)) and len(value) != 1]
     if several:
@@ -222,7 +224,7 @@ def is_infinite(value: object) -> bool:
 
 
 def is_broken_list(value: object) -> bool:
-    """Return True for a nested list or one that is cut off (`["a", "b`), but not for a name such as `a [b]`."""
+    """Return True for a nested or truncated list (`["a", "b`), but not for a name such as `a [b]`."""
     if not isinstance(value, str) or not (value.startswith("[") or (value.endswith("]") and "[" not in value)):
         return any(isinstance(part, (list, tuple, dict)) or is_infinite(part) for part in _list_items(value))
     parsed = parse_list(value)

@@ -23,7 +23,8 @@ def pad_features(
     *,
     label_per_token: bool = False,
 ) -> dict[str, Tensor]:
-    """Pad features except those in `omit` to `input_ids[batch, tokens]`, `attention_mask`, `labels` and others."""
+    """Pad features except those in `omit` to `input_ids[batch, tokens]`, `attention_mask`, `labels` and others. Labels
+    are stacked unless `label_per_token` is set."""
     fills = {"input_ids": pad_token_id, "labels": IGNORED}
     skipped = {LENGTH, "attention_mask", *omit, *(() if label_per_token else ("labels",))}
     batch = {
@@ -36,7 +37,7 @@ def pad_features(
 
 
 def stack_labels(features: Sequence[RowFeatures]) -> Tensor:
-    """Stack each row's class id or numbers: int64 or float32 [batch] or [batch, n]."""
+    """Stack the rows' labels: class ids (int64), numbers or vectors (float32), [batch] or [batch, n]."""
     import torch
 
     values = np.array([row["labels"] for row in features])
@@ -92,7 +93,7 @@ def cut_long_text(text: str, tokenizer: Tokenizer, max_length: int) -> str:
 def tokenise_and_cut(
     tokenizer: Tokenizer, texts: Sequence[Sequence[str] | Sequence[list[str]]], max_length: int, **options: bool
 ) -> tuple[BatchEncoding, list[str], list[bool]]:
-    """Tokenise texts, or pairs from two lists. Also return the model's input names, and whether each text was cut."""
+    """Return the tokenised texts (or pairs from two lists), the model's input names, and whether each text was cut."""
     options |= {"return_attention_mask": False, "verbose": False}
     tokens = tokenizer(*texts, truncation=False, **options)  # to count which are too long
     is_cut = [len(ids) > max_length for ids in tokens["input_ids"]]

@@ -1,7 +1,5 @@
-"""Extractive question answering: the model predicts the answer's first and last token within the context.
-
-Each window of a long context is an example. Windows without the answer point at the first token (CLS).
-"""
+"""Extractive question answering: the model predicts the answer's first and last token within the context. Each window
+of a long context is an example."""
 
 from __future__ import annotations
 
@@ -260,7 +258,8 @@ def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Prev
 
 
 def position_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
-    """Compute each token's log probability to be the answer's first or last, [batch, tokens, 2]; -inf for padding."""
+    """Compute each token's log probability of being the answer's first or last, [batch, tokens, 2]; -inf for
+    padding."""
     import torch
 
     is_token = torch.arange(logits.shape[1], device=logits.device) < labels[:, TOKENS, None]
@@ -274,7 +273,7 @@ def loss(
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Sum the windows' cross entropy, each averaged over the first and last token."""
+    """Sum the windows' cross entropies, each averaged over the answer's first and last token."""
     chances = position_log_probabilities(logits, labels)
     plain = -_answer_log_probabilities(chances, labels).mean(dim=-1)
     if not smoothing:
@@ -291,7 +290,8 @@ def _answer_log_probabilities(chances: Tensor, labels: Tensor) -> Tensor:
 
 
 def reduce_logits(logits: Tensor, labels: Tensor, target: Target) -> dict[str, Tensor]:
-    """Find each window's most probable answer from `logits[batch, tokens, 2]`: its tokens, log probability and loss."""
+    """Find each window's most probable answer in `logits[batch, tokens, 2]`: `first` and `last` token and log
+    probability `chance`. Also return that of no answer (`nowhere`), the true tokens and the `loss`."""
     import torch
     import torch.nn.functional as F
 
@@ -319,7 +319,7 @@ def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
 
 
 def window_scores(predictions: Predictions) -> dict[str, np.ndarray]:
-    """Return each window's token F1, exact match and loss; scores that `predictions` already holds are reused."""
+    """Return each window's token `f1`, `exact_match` and `loss`, reusing scores in `predictions`."""
     if "f1" in predictions:
         return {name: predictions[name] for name in FACTS.metrics if name in predictions}
     none, truly_none = predictions["nowhere"] > predictions["chance"], predictions["true_first"] == NOWHERE
@@ -334,7 +334,8 @@ def window_scores(predictions: Predictions) -> dict[str, np.ndarray]:
 def best_answers(
     predictions: Predictions, windows: Sequence[RowFeatures], questions: Sequence[Hashable], contexts: Sequence[str]
 ) -> dict[Hashable, RowAnswer]:
-    """Return each question's most probable answer over its windows; `questions` holds each window's question key."""
+    """Map each question to its most probable answer over all windows; `questions` and `contexts` have one entry per
+    window."""
     best: dict[Hashable, RowAnswer] = {}
     nowhere: dict[Hashable, float] = {}
     for number, (key, context) in enumerate(zip(questions, contexts, strict=True)):

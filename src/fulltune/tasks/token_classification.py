@@ -185,7 +185,7 @@ def row_labels(row: Row, target: Target) -> list[str]:
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
     """Tokenise word by word. A word's first sub-word has its label, all other tokens -100.
 
-    Raises `SetupError` for slow tokenizers, which lack the tokens' words.
+    Raises `SetupError` for slow tokenizers, which do not report each token's word.
     """
     if not tokenizer.is_fast:
         raise SetupError(
@@ -212,7 +212,8 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
 
 
 def add_leading_spaces(sentences: Sequence[list[str]], tokenizer: Tokenizer) -> list[list[str]]:
-    """Put a space before all words but the first, if the tokenizer (as GPT-2's) then reads them as in running text."""
+    """Put a space before all words but the first, if the tokenizer (such as GPT-2's) then reads them as in running
+    text."""
     plain = tokenizer("of the", add_special_tokens=False)["input_ids"]
 
     def split(words: list[str]) -> object:
@@ -254,8 +255,8 @@ def count_items(labels: Tensor) -> int:
 
 
 def reduce_logits(logits: Tensor, labels: Tensor, target: Target) -> dict[str, np.ndarray]:
-    """Return each row's entity counts, loss `nll`, number of words `seen`, and these words' `predicted` labels and
-    `probability`."""
+    """Return each row's entity counts, loss `nll`, number of words `seen`, and the `predicted` label and `probability`
+    of each of these words."""
     is_word = labels != IGNORED
     true = labels[is_word]
     log_probabilities = logits[is_word].float().log_softmax(dim=-1)
@@ -298,7 +299,8 @@ def count_spans(true: Iterable[np.ndarray], predicted: Iterable[np.ndarray], tar
 def add_words_without_token(
     predictions: Predictions, rows: Sequence[RowFeatures], target: Target
 ) -> dict[str, np.ndarray]:
-    """Add words without a token to the predictions, as `O`, and recompute `count_spans` with them."""
+    """Add words that have no token to the predictions, with the label `O`. Also add the true labels as `gold`, and new
+    counts from `count_spans`."""
     gold = object_array([np.asarray(row[TAGS]) for row in rows])
     positions = [words_with_token(row) for row in rows]
     everywhere = {}
@@ -312,7 +314,7 @@ def add_words_without_token(
 def answers(
     predictions: Predictions, rows: Sequence[Row], examples: RowExamples, target: Target, temperature: float
 ) -> list[RowAnswer]:
-    """Return each row's words, tags and entities; an entity has the lowest probability of its words."""
+    """Return each row's words, tags and entities. An entity's probability is the lowest of its words."""
     predictions = add_words_without_token(predictions, [example.features for [example] in examples], target)
     row_answers: list[RowAnswer] = []
     for row, labels, chances in zip(rows, predictions["predicted"], predictions["probability"], strict=True):
@@ -353,7 +355,7 @@ def worst_rows(predictions: Predictions, texts: Sequence[str], target: Target, c
 
 
 def metrics_from_sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
-    """Return, by metric, a function that computes its row terms and one that computes its value from their sums."""
+    """Map each metric to two functions: one computes its row terms, the other its value from their sums."""
     return {
         "f1": (_entity_counts, f1),
         "precision": (_entity_counts, lambda sums: share(sums[..., 0], sums[..., 1])),

@@ -18,7 +18,7 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def read_columnar_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield row numbers, starting at 1, and rows. Raises `DataError` for a damaged file or repeated columns.
+    """Yield `(row number, row)`, numbered from 1. Raises `DataError` for a damaged file or repeated columns.
 
     Values without a Python equivalent become a `BadCell`, and class numbers of `datasets` become names.
     """

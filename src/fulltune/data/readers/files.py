@@ -170,7 +170,7 @@ def is_image_folder(folder: Path) -> bool:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Return the sorted images of all class folders. Raises `DataError` for images outside of these."""
+    """Return the sorted images of all class folders. Raises `DataError` for images elsewhere."""
     expected = "expected one folder per class that contains its images"
     if has_images(folder):
         raise DataError(f"{folder}: images are directly in this folder; {expected}")
@@ -241,7 +241,7 @@ def _parse_split_from_name(file: Path) -> tuple[SplitName | None, tuple[str, ...
 def group_files_by_split(files: Sequence[Path]) -> dict[SplitName | None, list[Path]]:
     """Group a folder's files by the split in their names (None if there is no split).
 
-    The split in a longer name (`crash_test`) counts only if a name says train, or another differs only in the split
+    The split in a longer name (`crash_test`) counts only with a train file or a name that differs only in the split
     word.
     """
     names = {file: _parse_split_from_name(file) for file in files}
@@ -254,7 +254,8 @@ def group_files_by_split(files: Sequence[Path]) -> dict[SplitName | None, list[P
 
 
 def group_folders_by_split(folder: Path) -> dict[SplitName | None, list[Path]]:
-    """Group subfolders by the split in their names; return an empty dictionary if data files lie outside them."""
+    """Group subfolders by the split in their names. Return an empty dictionary if they are no splits or data files lie
+    beside them."""
     listed = folder.iterdir() if folder.is_dir() else ()
     if any(file.suffix.lower() in SUFFIXES and file.name != "dataset_dict.json" for file in listed):
         return {}

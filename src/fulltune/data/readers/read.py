@@ -149,7 +149,7 @@ def _image_columns(row: Row, column: str | None) -> list[str]:
 
 
 def resolve_image_paths(row: Row, folder: Path, column: str | None) -> dict[str, Any]:
-    """Return a row with `folder` prepended to the image paths, in `column` or in columns with a usual name."""
+    """Prepend `folder` to a row's image paths, in `column` or in columns with a usual name; return the new row."""
     changed = dict(row)
     for name in _image_columns(row, column):
         value = row[name]

@@ -65,7 +65,6 @@ def read_csv_or_tsv(
 
 
 def _cell_or_zero(cell: str) -> str:
-    """Return a cell, or "0" in place of a number."""
     return "0" if is_number(cell) else cell
 
 
@@ -278,7 +277,6 @@ def _conll_line_error(columns: list[str], num_expected: int) -> str | None:
 SEPARATED = {".csv": ",", ".tsv": "\t"}
 _USUAL = {name for names in USUAL_NAMES.values() for name in names}
 _MAX_CELL = min(sys.maxsize, 2**31 - 1)
-"""Maximum characters per cell."""
 _FEW, _ROWS = 100, 1000
 _MIN_TEXT_WORDS = 5
 
