@@ -24,12 +24,12 @@ FEW_TRAIN_ROWS = 10_000
 2020)."""
 LEAST_SEEDS = 2
 GOOD_SEEDS = 3
-"""Number of seeds below which a tight budget first drops methods, because two seeds show little of the spread."""
+"""A tight budget drops methods before it drops seeds below this number, because two seeds show little of the spread."""
 RESERVE = 0.2
-"""Share of the time left unplanned, because forecasts err."""
+"""Share of the time left unplanned, because forecasts can err."""
 FORECAST_AGAIN = 1.15
 SEEDS_ALIKE, SEEDS_APART = 0.005, 0.02
-"""Low and high standard deviation between seeds, assumed in forecasts."""
+"""Low and high standard deviations between seeds that forecasts assume."""
 START_SECONDS, SCORING_SECONDS, VERDICT_SECONDS = 5.0, 5.0, 10.0
 """First estimates, for small models on a slow CPU. Finished trials replace them."""
 _FIRST_SECONDS = 13.0
@@ -41,7 +41,7 @@ class MethodCost:
     """One method's forecast costs in seconds, and its finished runs."""
 
     run: float
-    """Duration of a whole run's steps in seconds."""
+    """Duration of a whole run's steps."""
     num_rates: int = 1
     decides: bool = True
     """False for a method that is only shown for reference and gets one run."""
@@ -117,8 +117,8 @@ def fit_design_to_budget(
 def with_detectable_differences(
     expected: Expectation, costs: Mapping[str, MethodCost], margin: float, alpha: float, test_rows: int
 ) -> Expectation:
-    """Return the design with the smallest differences it can detect, for low and high spread between seeds. A design
-    with two seeds is returned unchanged."""
+    """Return the design with `detectable` set to the smallest differences it can detect for low and high spread between
+    seeds, or unchanged if it has two seeds."""
     if expected.num_seeds < GOOD_SEEDS:
         return expected
     limited = expected.num_seeds < expected.most_seeds
@@ -145,7 +145,7 @@ def _design_notes(costs: Mapping[str, MethodCost], design: Expectation) -> Itera
 
 
 def _budget_too_short(least: Expectation, needed: float, seconds_spent: float) -> str:
-    """Return the error message for a budget that is too short for the smallest design."""
+    """Return the error message for a budget below the smallest design's forecast."""
     enough = typed_seconds(round_up_seconds(seconds_spent + FORECAST_AGAIN * needed / (1 - RESERVE)))
     each = "one run" if least.num_seeds == 1 else f"{least.num_seeds} runs"
     before = f" ({typed_seconds(seconds_spent)} already spent)" if seconds_spent > 1 else ""
@@ -157,7 +157,7 @@ def _budget_too_short(least: Expectation, needed: float, seconds_spent: float) -
 
 
 def round_up_seconds(time: float) -> float:
-    """Round seconds up to a multiple of 10 s, 30 s, 1 min or 5 min."""
+    """Round seconds up to a multiple of 10 s to 5 min, more coarsely for longer times."""
     step = 10 if time <= 120 else 30 if time <= 600 else 60 if time <= 3600 else 300
     return float(math.ceil(time / step) * step)
 
@@ -308,8 +308,8 @@ def has_time(context: Context, trials: Sequence[Trial], reserved_seconds: float 
 
 
 def forecast_remaining_seconds(context: Context, counts: Mapping[str, int], seeds: int) -> float:
-    """Forecast the time until full fine-tuning and its most expensive leading rival have `seeds` runs each. `counts`
-    holds each method's finished runs."""
+    """Forecast the seconds until full fine-tuning and its most expensive rival (of those with the most finished runs in
+    `counts`) have `seeds` runs each."""
     costs = {method: cost for method, cost in forecast_costs(context)[0].items() if cost.decides and method in counts}
 
     def rest(method: str) -> float:

@@ -30,7 +30,7 @@ from fulltune.text import format_metric
 
 _TEXT_SAMPLES = 2000
 median = statistics.median
-"""Median, because a command's first run loads cold files."""
+"""Robust against a command's slow first run, which loads cold files."""
 
 
 def judge_on_test_rows(seed_runs: SeedRuns) -> Comparison:
@@ -60,7 +60,7 @@ def judge_on_test_rows(seed_runs: SeedRuns) -> Comparison:
 def _verdict_on_rows(
     context: Context, compared: Sequence[MethodOutputs], clusters: np.ndarray, alpha: float
 ) -> Decision:
-    """Reach a verdict from outputs on the same rows. Rows with the same number in `clusters` depend on each other."""
+    """Reach a verdict from outputs on the same rows. Rows with equal numbers in `clusters` depend on each other."""
     recipe = context.recipe
     terms = Terms(context.resamplable_metric, recipe.compare.margin, recipe.evaluate.confidence, alpha)
     drawn = resample_trials(context.resamplable_metric, [method.trials for method in compared], clusters, SAMPLES)

@@ -23,7 +23,7 @@ FEWEST_RATES = 3
 MOST_TEST_IN_EVAL = 0.1
 """Largest share of test rows that may also be in eval."""
 _MOST_TOKENS_APART = 0.02
-"""Tolerated difference in train tokens, because a prompt's virtual tokens shorten the rows."""
+"""Tolerated relative difference in train tokens, because a prompt's virtual tokens shorten the rows."""
 _ATTENTION = {
     *("q", "k", "v", "o", "q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv", "qkv_proj", "in_proj"),
     *("query", "key", "value", "query_key_value", "c_attn", "wq", "wk", "wv", "wo", "to_q", "to_k", "to_v"),
@@ -132,7 +132,8 @@ def _tried_rates(row: MethodRow) -> list[float]:
 
 
 def _check_rates(trained: Sequence[MethodRow], *, full_wins: bool = False) -> RuleHits:
-    """Yield findings on rates that were searched too little or, if `full_wins`, less than full's."""
+    """Yield findings on methods whose rates were searched too little or, if `full_wins`, less thoroughly than
+    full's."""
     weak = "so the method may look weak because of a wrong rate"
     full = [row for row in trained if row.kind == "full"]
     highest = max((max(_tried_rates(row), default=0.0) for row in full), default=0.0)
@@ -168,7 +169,7 @@ def _check_rates(trained: Sequence[MethodRow], *, full_wins: bool = False) -> Ru
 
 
 def _check_methods(trained: Sequence[MethodRow], *, time_was_up: bool = False) -> RuleHits:
-    """Yield findings on too few seeds and on unfair settings of a method."""
+    """Yield findings on too few seeds (because of the budget if `time_was_up`) and on unfair settings."""
     for row in trained:
         count = len(set(row.seeds))
         seeds = counted(count, "seed")
@@ -222,7 +223,7 @@ def _check_equal_terms(trained: Sequence[MethodRow]) -> RuleHits:
 
 
 def _check_eval_rows(seed_runs: SeedRuns, trained: Sequence[MethodRow]) -> RuleHits:
-    """Yield findings on eval rows that are too few or also test rows."""
+    """Yield findings on too few eval rows and on their use as test rows."""
     scale, summary = seed_runs.context.metric_scale, seed_runs.context.summary
     resolution = max(scale.tolerance(row.metric.value) for row in trained) if scale.is_share else 0.0
     if resolution > seed_runs.context.recipe.compare.margin and any(len(_tried_rates(row)) > 1 for row in trained):
@@ -243,7 +244,8 @@ def _check_eval_rows(seed_runs: SeedRuns, trained: Sequence[MethodRow]) -> RuleH
 
 
 def _check_test_rows(folder: Path, in_train: str | None, verdicts: int) -> RuleHits:
-    """Yield findings on test rows that occur in train (described in `in_train`) or were used for other verdicts."""
+    """Yield findings on test rows that occur in train (described in `in_train`), or that several `verdicts` or other
+    comparisons used."""
     if in_train:
         yield "test-in-train", "test rows", f"{in_train}, especially for methods that memorise rows"
     if verdicts > 1:

@@ -59,8 +59,8 @@ def run_comparison(job: Run, command: str, budget: str | None = None) -> Compare
 
 
 def comparison_recipe(recipe: Recipe) -> Recipe:
-    """Return the recipe with near duplicates in one split, unless it sets another rule. Raise a `RecipeError` if it
-    names no methods."""
+    """Return the recipe, changed to keep near duplicates in one split unless it sets `near_duplicates`. Raise a
+    `RecipeError` if the recipe has no methods."""
     if not recipe.methods:
         raise RecipeError(
             "methods: no methods to compare; add for example 'methods: [base, full, lora, adapter, prompt]'"

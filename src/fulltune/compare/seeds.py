@@ -29,8 +29,8 @@ MOST_WHOLE_RUNS_ALONE = 3
 
 
 def search_all_rates(context: Context, expectation: Expectation) -> dict[str, Search]:
-    """Return each method's learning rate search. When time runs out, full fine-tuning and its first rival take the
-    default rate, and other methods are dropped."""
+    """Return each method's learning rate search by label. When time runs out, full fine-tuning and its first rival take
+    the default rate, and other methods are dropped."""
     planned = [one for one in context.trained_methods if one.label in expectation.methods]
     pair = [one.label for one in planned if one is context.full or context.recipe.compared_kind(one) in RIVALS][:2]
     keep = budget.forecast_remaining_seconds(

@@ -18,16 +18,16 @@ _LATE = 4.0
 _SURE = 0.95
 """Minimum probability of a clear answer at which no more seeds run."""
 _LIKELY = 0.5
-"""Minimum probability that full wins at which other methods catch up after the last seed."""
+"""Minimum probability of full winning at which other methods catch up after the last seed."""
 _CLEAR = "the answer is clear and would very likely be the same on the test rows"
 _HOPELESS = 0.2
 """Minimum probability of a clear answer for which more seeds run."""
 WAITING_SHARE = 0.25
-"""Part of a look's alpha for methods with fewer seeds."""
+"""Share of a look's alpha that methods with fewer seeds may spend."""
 
 
 TIME_UP_SHARE = 0.5
-"""Part of the unspent alpha for a verdict when time is up (Bonferroni)."""
+"""Share of the unspent alpha that a verdict may spend when time is up (Bonferroni)."""
 
 
 def alpha_spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = False) -> float:
@@ -92,8 +92,8 @@ def plan_next_seeds(
     *,
     again: bool = False,
 ) -> Look:
-    """Judge each rival on resamples (`drawn`) of the eval rows, and return how many seeds each method needs. `again`
-    marks a second look after the same seeds."""
+    """Judge each rival on bootstrap resamples (`drawn`) of the eval rows, and return how many seeds each method needs.
+    `again` marks a second look after the same seeds."""
     (full,) = (index for index, method in enumerate(methods) if method.kind == "full")
     counts, measure = [len(method.trials) for method in methods], terms.measure
     now, spreads = counts[full], estimate_seed_spreads(drawn, [method.kind == "base" for method in methods])
@@ -161,8 +161,8 @@ def _choose_next_seeds(
 def _answer_probabilities(
     difference: UncertainValue, margin: float, level: float, test_precision: ComparisonPrecision, seeds: tuple[int, int]
 ) -> tuple[float, float, float]:
-    """Estimate the probabilities that the test rows clearly show full as better, both as equal, or the rival as better.
-    `seeds` holds the numbers of seeds of full and rival."""
+    """Estimate (by normal approximation) the probabilities that the test rows clearly show full as better, both as
+    equal, or the rival as better. `seeds` holds the numbers of seeds of full and rival."""
     now, test_precision = ComparisonPrecision.of(difference), test_precision.with_seeds(seeds)
     same_seeds = all(one.num_seeds == count for one, count in zip(now.seeds, seeds, strict=True))
     scatter = math.sqrt(
@@ -185,8 +185,8 @@ def _answer_probabilities(
 def _normal_probabilities(
     estimate: float, scatter: float, half_width: float, one_sided_half_width: float, margin: float
 ) -> tuple[float, float, float]:
-    """Return the probabilities of the three clear answers for a normally distributed estimate, given the half widths of
-    its intervals."""
+    """Return the probabilities that full is better, both are equal, or the rival is better, for a normally distributed
+    estimate and the half widths of its intervals."""
     needed, room = max(margin, half_width), margin - one_sided_half_width
     normal = NormalDist(estimate, max(scatter, 1e-12))
     equal = normal.cdf(room) - normal.cdf(-room) if room > 0 else 0.0

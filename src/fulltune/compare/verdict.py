@@ -50,7 +50,7 @@ class Terms:
 
 
 def decide_verdict(methods: Sequence[MethodOutputs], drawn: ResampledTrials, terms: Terms) -> Decision:
-    """Compare full fine-tuning with every other method on resamples (`drawn`), and return the verdict."""
+    """Compare full fine-tuning with every other method on bootstrap resamples (`drawn`), and return the verdict."""
     measure = terms.measure
     (full,) = (index for index, method in enumerate(methods) if method.kind == "full")
     spreads = estimate_seed_spreads(drawn, [method.kind == "base" for method in methods])
@@ -106,7 +106,8 @@ def _test_difference(
     num_rows: int,
     terms: Terms,
 ) -> Difference:
-    """Test one difference. `p_values` holds the p-value and level of the tests for a difference and for equivalence."""
+    """Return the record of a method's difference from full. `p_values` holds p-value and level of the difference and
+    equivalence tests."""
     margin, alpha, span = terms.margin, terms.alpha * method.alpha_share, terms.measure.span
     bounds = None if span is None else (-span, span)
     (adjusted_p, level), (equivalence_p, equal_level) = ((p, of_test * method.alpha_share) for p, of_test in p_values)

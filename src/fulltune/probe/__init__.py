@@ -1,4 +1,4 @@
-"""Fit linear classifiers on the pretrained model, to initialise a new head and to serve as a baseline.
+"""Fit linear classifiers on the pretrained model's features, to initialise a new head and to serve as a baseline.
 
 A random head distorts the body in the first steps (Kumar et al. 2022, arXiv 2202.10054). A dense layer before the last
 one, such as a pooler's, is kept or replaced, whichever is better on held-out rows. Test rows are never used.
@@ -62,7 +62,7 @@ HEAD, START, FROZEN = "head.safetensors", "start.safetensors", "frozen.safetenso
 SEED = 0
 """Seed of weights that the checkpoint lacks, the same for all trials."""
 LOSS_TOLERANCE = 0.02
-"""How much higher, relative to the best, the held-out loss of a more regularised probe may be."""
+"""Relative increase of the held-out loss that is accepted for a more regularised probe."""
 START_STRENGTH_DIVISOR = 8.0
 """Divides the best strength when training starts, because a head that already fits leaves no gradient for the body."""
 _USUAL_HIDDEN_SIZE = 1_024

@@ -46,7 +46,7 @@ class Features:
     """Mean hidden state, scaled to length 1. None for single tokens and for bodies that pool tokens."""
     labels: np.ndarray
     """Labels by kind: class or number [items]; 0 or 1 per label [items, labels]; 1 for the right choice [items]; or 1
-    where the answer begins and ends [items, 2]."""
+    for the answer's first and last token [items, 2]."""
     rows: np.ndarray
     pair: np.ndarray | None = None
     """Features of pairs whose texts are read separately, [items, 2 hidden + 1]."""
@@ -242,7 +242,7 @@ def _word_embeddings(hidden: torch.Tensor, rows: EncodedRows) -> torch.Tensor:
 def _choose_answer_tokens(
     labels: np.ndarray, positions: np.ndarray
 ) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
-    """Choose random tokens of each window and the tokens where its answer begins and ends.
+    """Choose random tokens of each window and the first and last token of its answer.
 
     Returns:
         Window and position of each token, and 1 where the answer begins and ends [tokens, 2].

@@ -23,7 +23,7 @@ MIDDLE, RIDGE = 16.0, 4.0
 LEAST_SPREAD = 0.1
 MOST_COMPARED = 4_000
 MOST_STEPS, TOLERANCE = 300, 3e-4
-"""The solver's limits: three times the tolerance gave 5 % more errors (2026-11-26)."""
+"""Limits of the solver. Three times the tolerance gave 5 % more errors (2026-11-26)."""
 _MANY_MULTIPLICATIONS = 10**9
 """Number of multiplications above which several threads are faster (about 0.2 s in one thread)."""
 _LEAST_CHANCE = 1e-4
@@ -150,8 +150,8 @@ def _fit_logistic(
 
 
 def _limit_threads(multiplications: int) -> contextlib.AbstractContextManager[object]:
-    """Return a context that limits small products to one thread, because two threads took 2.4 times as long, or 30
-    times on two busy cores."""
+    """Return a context manager that limits small matrix products to one thread, because two took 2.4 times as long, or
+    30 times on two busy cores."""
     if multiplications > _MANY_MULTIPLICATIONS:
         return contextlib.nullcontext()
     return cast("contextlib.AbstractContextManager[object]", _thread_pools().limit(limits=1))
@@ -159,7 +159,7 @@ def _limit_threads(multiplications: int) -> contextlib.AbstractContextManager[ob
 
 @cache
 def _thread_pools() -> Any:
-    """Return the loaded thread pools, cached because finding them is slow."""
+    """Return threadpoolctl's controller, cached because finding thread pools is slow."""
     from threadpoolctl import ThreadpoolController
 
     return ThreadpoolController()

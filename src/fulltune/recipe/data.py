@@ -13,12 +13,12 @@ UTF_8 = "utf-8-sig"
 
 
 _MAX_WEIGHT_SUM = 0.999
-"""Largest sum of the weights: 999 mixed-in rows for each row of the task."""
+"""Maximum sum of the weights: 999 mixed-in rows per row of the task."""
 
 
 def codec_for_encoding(encoding: str) -> str:
-    """Return the Python codec for an encoding, which skips a byte order mark in UTF-8. Raise `ValueError` if the
-    encoding is unknown."""
+    """Return the name of Python's codec for an encoding (for UTF-8, one that skips a byte order mark). Raise
+    `ValueError` if unknown."""
     try:
         "a".encode(encoding)
     except (LookupError, ValueError):
@@ -61,8 +61,8 @@ class DataBlock(Block):
     test: str | None = Field(default=None, coerce_numbers_to_str=True)
     """Rows for the final scores, never used to select anything. Default: split off from train."""
     columns: tuple[str, ...] | None = Field(default=None, min_length=1)
-    """Names of the columns of csv and tsv files without a header line, such as `[text, label]`. Default: the first
-    line."""
+    """Names of the columns of csv and tsv files without a header line, such as `[text, label]`. Default: the names in
+    the first line."""
     encoding: str = "utf-8"
     """Character encoding of all text files, such as `utf-8`, `cp1252` (Excel's csv in Western Europe), `latin-1`,
     `utf-16` or `shift_jis`."""
@@ -150,15 +150,15 @@ class DataBlock(Block):
     is dropped and listed if its text or `group` occurs in an earlier split. Only train files are split."""
     contamination: str | None = Field(default=None, coerce_numbers_to_str=True)
     """File or folder of texts that must not be trained on, such as benchmarks (txt: one text per line or paragraph;
-    tables: every text column). Train rows with the same text, or with half of the shorter text's 8-word sequences,
-    are reported but not dropped. Case, white space, answers under 8 words and sequences in over 100 texts are
-    ignored. Images are not supported."""
+    tables: every text column). Train rows that equal such a text, or share half of the shorter text's 8-word
+    sequences, are reported but not dropped. Case, white space, answers under 8 words and sequences in over 100 texts
+    are ignored. Images are not supported."""
     patch: str | None = Field(default=None, coerce_numbers_to_str=True)
     """Patch file, written by `fulltune data --review`, that lists rows to drop and texts or labels to replace. A patch
     written for other rows is refused."""
     max_rows: int | None = Field(default=None, ge=10)
-    """Maximum number of rows from each file, for a quick try. Rows are drawn with `split_seed`, including up to three
-    of each label."""
+    """Maximum number of rows from each file, for a quick try. Rows are sampled with `split_seed` and include up to
+    three of each label."""
 
     @field_validator("train", mode="before")
     @classmethod

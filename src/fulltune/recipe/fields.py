@@ -30,7 +30,7 @@ _DECIDING_KINDS = tuple(kind for kind in RIVALS if kind != VARIANT)
 
 
 class Recipe(Block):
-    """All settings of a run: model, task, data, method, training, evaluation and output."""
+    """All settings of a run."""
 
     model: ModelBlock
     """The pretrained model. A plain name is short for `{name: ...}`."""
@@ -111,7 +111,7 @@ class Recipe(Block):
         return VARIANT if kind == "full" and method != first else kind
 
     def with_method(self, method: ComparedMethod) -> Recipe:
-        """Return the recipe of a single run with `method`, after applying the method's own `train` settings."""
+        """Return the recipe of a single run with `method`, with the method's own `train` settings applied."""
         changes = {"method": method, "methods": (), "train": self.train}
         if train_changes := getattr(method, "train", {}):
             changes["train"] = TrainBlock.model_validate({**self.train.model_dump(exclude_unset=True), **train_changes})

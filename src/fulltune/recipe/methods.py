@@ -28,7 +28,7 @@ PROMPT_MODULE = "prompt_encoder"
 
 
 class _MethodSettings(Block):
-    """Settings of every method."""
+    """Base class of the method blocks."""
 
     name: str | None = Field(default=None, pattern=NAME)
     """Name of the method in tables and of its model folder. Default: the kind and the settings that are not defaults,
@@ -41,7 +41,7 @@ class _MethodSettings(Block):
         return self
 
     def name_parts(self) -> tuple[str, ...]:
-        """Return settings that are not defaults as parts of a name, such as `r64`."""
+        """Return settings that are not defaults, such as `r64`."""
         return ()
 
     @property
@@ -51,8 +51,8 @@ class _MethodSettings(Block):
 
 class _TrainedMethod(_MethodSettings):
     learning_rate: Annotated[float | Literal["search"], validated_by(_parse_rate)] | None = None
-    """Peak learning rate, between 0 and 1. Default: depends on method, model family and size. `search` finds a rate
-    with short trials and whole runs on the eval rows, which takes 2 to 3.5 times as long as one run (more below 150
+    """Peak learning rate, between 0 and 1. Default: depends on method, model family and size. `search` compares rates
+    on the eval rows in short trials and whole runs, which takes 2 to 3.5 times as long as one run (more below 150
     steps)."""
     learning_rates: tuple[float, ...] | None = Field(default=None, min_length=1)
     """Learning rates to search. Default: three rates around the default learning rate."""
@@ -61,8 +61,8 @@ class _TrainedMethod(_MethodSettings):
     head` and for tasks without a new head."""
     head_init: Literal["probe", "random"] | None = None
     """Initial weights of a new head. `probe` (the default) takes a linear classifier fitted on the pretrained model's
-    features. `random` draws weights whose first gradients distort the body. This setting is refused for tasks
-    without a new head."""
+    features. `random` draws random weights, whose first gradients distort the body. This setting is refused for
+    tasks without a new head."""
 
     @model_validator(mode="after")
     def _rates_must_be_usable(self) -> _TrainedMethod:
@@ -98,10 +98,10 @@ class FullMethod(_TrainedMethod):
     """Every parameter is trained."""
     layerwise_lr_decay: float = Field(default=1.0, gt=0, le=1)
     """Learning rate of each layer relative to the layer above, where 1 means the same rate everywhere. 0.8 to 0.95 can
-    help encoders with few rows and a random head, but gained nothing with a linear probe."""
+    help encoders with few rows and a random head, but did not help heads initialised from a linear probe."""
     train: PlainSettings = Field(default_factory=dict)
-    """Changes to the block `train` for this method of a comparison, to measure their effect, such as
-    `{label_smoothing_factor: 0.1}`. The first `full` is the reference."""
+    """Changes to the `train` block for this method of a comparison, such as `{label_smoothing_factor: 0.1}`, to measure
+    their effect. The first `full` is the reference."""
 
 
 class HeadMethod(_TrainedMethod):
@@ -112,7 +112,7 @@ class HeadMethod(_TrainedMethod):
 
 
 class LoraMethod(_TrainedMethod):
-    """Train low-rank updates of frozen matrices (Hu et al. 2021), and the task's head."""
+    """Train low-rank updates of frozen matrices (Hu et al. 2021) and the task's head."""
 
     kind: Literal["lora"]
     """Two low-rank matrices are trained beside each frozen one."""
@@ -129,7 +129,7 @@ class LoraMethod(_TrainedMethod):
     except the head's. Updating only the attention is known to be worse."""
 
     def name_parts(self) -> tuple[str, ...]:
-        """Return settings that are not defaults as parts of a name, such as `r64`."""
+        """Return settings that are not defaults, such as `r64`."""
         names = () if self.target_modules == "all-linear" else self.target_modules
         return (
             *((f"r{self.rank}",) if self.rank != 16 else ()),
@@ -147,7 +147,8 @@ class LoraMethod(_TrainedMethod):
 
 
 class AdapterMethod(_TrainedMethod):
-    """Train small bottlenecks inside a frozen body (Houlsby et al. 2019), its layer norms and the task's head."""
+    """Train bottleneck layers inside the frozen body (Houlsby et al. 2019), the body's layer norms and the task's
+    head."""
 
     kind: Literal["adapter"]
     """A bottleneck is trained after the attention and the feed-forward part of each layer."""
@@ -157,7 +158,7 @@ class AdapterMethod(_TrainedMethod):
     """Activation function of the bottleneck."""
 
     def name_parts(self) -> tuple[str, ...]:
-        """Return settings that are not defaults as parts of a name, such as `f8`."""
+        """Return settings that are not defaults, such as `f8`."""
         return (
             *((f"f{self.reduction_factor}",) if self.reduction_factor != 16 else ()),
             *((self.non_linearity,) if self.non_linearity != "gelu" else ()),
@@ -165,7 +166,7 @@ class AdapterMethod(_TrainedMethod):
 
 
 class PromptMethod(_TrainedMethod):
-    """Train virtual tokens before each text (Lester et al. 2021), and the task's head."""
+    """Train virtual tokens before each text (Lester et al. 2021) and the task's head."""
 
     kind: Literal["prompt"]
     """Vectors before each text are trained, which leaves less of `data.max_length` for the text."""
@@ -173,10 +174,10 @@ class PromptMethod(_TrainedMethod):
     """Number of virtual tokens."""
     init: Literal["vocabulary", "random"] = "vocabulary"
     """Initial values of the virtual tokens. `vocabulary` copies the vectors of random tokens, and `random` draws
-    numbers of the same size."""
+    numbers of similar size."""
 
     def name_parts(self) -> tuple[str, ...]:
-        """Return settings that are not defaults as parts of a name, such as `50`."""
+        """Return settings that are not defaults, such as `50`."""
         return (
             *((str(self.num_virtual_tokens),) if self.num_virtual_tokens != 20 else ()),
             *((self.init,) if self.init != "vocabulary" else ()),
@@ -184,7 +185,7 @@ class PromptMethod(_TrainedMethod):
 
 
 class PeftMethod(_TrainedMethod):
-    """Train any other PEFT method that changes layers, and the task's head."""
+    """Train the task's head and the parameters that another PEFT method adds to the layers."""
 
     kind: Literal["peft"]
     """A method of the PEFT library is trained."""
@@ -201,7 +202,7 @@ class BaseMethod(_MethodSettings):
     """Score the pretrained model without training it, for comparison."""
 
     kind: Literal["base"]
-    """Language models are scored unchanged, while classifiers always answer with the most frequent class."""
+    """Language models are scored unchanged. For classifiers, the baseline always predicts the most frequent class."""
 
 
 Method = Annotated[

@@ -54,8 +54,8 @@ class ModelBlock(Block):
     """Dropout probability of all dropout layers. Default: the model's own values."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = None
     """Attention kernel. Default: chosen by transformers, usually `sdpa`. `flash_attention_2` (package flash-attn) needs
-    a GPU of compute capability 8.0 (Ampere), `flash_attention_3` one of 9.0 (Hopper). Both compute in 16 bits and
-    have not been tested with fulltune."""
+    a GPU with compute capability 8.0 (Ampere), `flash_attention_3` one with 9.0 (Hopper). Both compute in 16 bits
+    and have not been tested with fulltune."""
     trust_remote_code: bool = False
     """Run Python files that come with the model. Read these files first, because they can do anything that your account
     can do."""
@@ -139,5 +139,5 @@ class CompareBlock(Block):
     """Length of each short trial in the learning rate search, as a share of a whole run, at least 10 steps. Methods
     that continue also get whole runs at their two best rates, or at more while the metric improves."""
     budget: Duration | None = None
-    """Maximum time for all commands on a comparison together, such as `30m` or `2h`. A later `--budget` continues an
+    """Time limit for all commands on a comparison together, such as `30m` or `2h`. A later `--budget` continues an
     undecided comparison. With `learning_rate: search`, the budget limits the search, including the final run."""

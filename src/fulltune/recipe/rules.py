@@ -287,13 +287,13 @@ def _load_table(name: str) -> dict[str, Any]:
 
 
 def pinned() -> Mapping[str, str]:
-    """Map fields of `TrainingArguments` that `train.extra` refuses to what to do instead."""
+    """Map each `TrainingArguments` field forbidden in `train.extra` to what to do instead."""
     return dict(_load_table("elsewhere")["pinned"])
 
 
 @cache
 def replacement_hints() -> Mapping[str, str]:
-    """Map other tools' settings, in lower case, to what to write instead."""
+    """Map other tools' settings, in lower case, to hints on replacing them."""
     by_name = {name: hint for hint, names in _load_table("elsewhere")["answers"].items() for name in names.split()}
     return {**by_name, **pinned()}
 

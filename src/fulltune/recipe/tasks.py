@@ -39,7 +39,7 @@ _SHARED_CONTENT = {
 
 @dataclass(frozen=True)
 class Form:
-    """Facts about the rows of one problem type. Code should read these facts instead of comparing types."""
+    """Facts about the rows of one problem type. Code should read them instead of comparing types."""
 
     name: ProblemType
     metrics: tuple[str, ...]
@@ -71,7 +71,7 @@ class Form:
     several_labels: bool = False
     tags_words: bool = False
     row_shares: tuple[str, ...] = ()
-    """Metrics that are a share of the rows, or of about as many items."""
+    """Metrics that are a share of the rows or of a similar number of items."""
     has_windows: bool = False
     """True if a long row becomes several examples (windows) but gets one answer."""
     reads_any_text: bool = False
@@ -79,7 +79,7 @@ class Form:
     is_raw_text: bool = False
     """True if texts have no prompts. Short texts may then share a sequence."""
     writes_answers: bool = False
-    """True if only the answer to a prompt is trained."""
+    """True if the loss covers only the answer to a prompt."""
 
     @property
     def labels_rows(self) -> bool:
@@ -142,7 +142,7 @@ READ_BY: Mapping[str, tuple[str, ...]] = {
     setting: tuple(task for task, facts in FACTS.items() if setting in facts.data)
     for setting in dict.fromkeys(setting for facts in FACTS.values() for setting in facts.data)
 }
-"""Tasks that read each setting of `data`. Settings that are not listed are read by all tasks."""
+"""Map settings of `data` to the tasks that read them. All tasks read settings that are not listed."""
 
 
 def greater_is_better(metric: str) -> bool:
@@ -154,7 +154,7 @@ def shared_content(columns: Collection[str]) -> str:
 
 
 ALSO_OCCURS = "also occurs in"
-"""Phrase in each note on rows that occur in two splits, by which comparisons find these notes."""
+"""Phrase that marks notes on rows in two splits, so that comparisons can find these notes."""
 
 
 def leaked_content(columns: Collection[str], near: bool) -> str:

@@ -102,9 +102,9 @@ class TrainBlock(Block):
     """Save memory with Liger's Triton kernels for norms, feed-forward layers and rotary positions (`pip install
     'fulltune[liger]'`). The kernels need a GPU and have not been tested with fulltune."""
     memory_limit: Annotated[str, validated_by(parse_bytes)] | None = None
-    """Maximum memory per training process, such as `6GiB`: GPU memory, or without a GPU host memory (about 0.7 GiB of
-    it for Python and libraries). The plan stays below the limit, and exceeding it counts as running out of memory.
-    Without a GPU, the limit needs Linux, and mapped files do not count."""
+    """Maximum memory per training process, such as `6GiB`: GPU memory, or host memory if there is no GPU (about 0.7 GiB
+    of it for Python and libraries). The plan stays below the limit, and exceeding it counts as running out of
+    memory. Without a GPU, the limit needs Linux, and mapped files do not count."""
     group_by_length: bool | None = None
     """Put rows of similar length into the same batch to save padding. Default: on, unless the target explains a quarter
     of the length's variance, because batches would then have similar targets."""
@@ -140,7 +140,8 @@ class TrainBlock(Block):
     num_processes: int = Field(default=1, ge=1)
     """Total number of training processes on all machines: one per GPU, or several on a CPU (gloo)."""
     num_machines: int = Field(default=1, ge=1)
-    """Number of machines. All machines run equally many processes and need a shared folder (docs/guides/scale.md)."""
+    """Number of machines. All machines run the same number of processes and need a shared folder
+    (docs/guides/scale.md)."""
     placement: Placement = "auto"
     """How weights, gradients and optimizer state are laid out. `single` is one process, `ddp` replicates everything,
     `fsdp2` (PyTorch) shards everything, `zero2` (DeepSpeed) shards gradients and optimizer state, and `zero3` also
@@ -161,8 +162,8 @@ class TrainBlock(Block):
         return self.extra.get("deepspeed")
 
     def with_engine_settings(self, settings: str | PlainSettings | None) -> TrainBlock:
-        """Return a copy of the block with these DeepSpeed settings (a JSON file or its content), or without any if
-        None."""
+        """Return a copy of the block with these DeepSpeed settings (a JSON file or its content), or without DeepSpeed
+        settings if None."""
         others = {name: value for name, value in self.extra.items() if name != "deepspeed"}
         return self.model_copy(update={"extra": others if settings is None else {**others, "deepspeed": settings}})
 

@@ -14,7 +14,7 @@ _SHORT_REPR.maxother = _SHORT_REPR.maxstring = 60
 
 
 class Record(BaseModel):
-    """A frozen value that can be saved as JSON and loaded again. Unknown fields are refused."""
+    """A frozen object that is saved as JSON. Unknown fields are refused."""
 
     model_config = ConfigDict(
         frozen=True,

@@ -81,7 +81,7 @@ class Searched(Record):
 
 
 class Expectation(Record):
-    """The design of a comparison, with its forecast duration and the differences that it can detect."""
+    """The design of a comparison, with its forecast duration and detectable differences."""
 
     methods: tuple[str, ...]
     num_seeds: int
@@ -92,7 +92,8 @@ class Expectation(Record):
     seconds: float = 0.0
     """Forecast time if only full fine-tuning and the best other method get all seeds."""
     detectable: tuple[float, float] | None = None
-    """Smallest differences usually detected if seeds differ by half a point, and by two points, or None if unknown."""
+    """Smallest differences usually detected if the standard deviation between seeds is 0.5 or 2 points, or None if
+    unknown."""
     notes: tuple[str, ...] = ()
     search_share: float = 0.06
     budget_seconds: float | None = None
@@ -111,7 +112,7 @@ class Finding(Record):
 
 
 class Look(Record):
-    """A decision, made on the eval rows after some seeds, about which methods get more seeds."""
+    """An interim decision on the eval rows about which methods get more seeds."""
 
     num_seeds: int
     max_seeds: int
@@ -124,7 +125,7 @@ class Look(Record):
 
 
 class TestRowsUse(Record):
-    """The log entry of a command that used the test rows for a verdict."""
+    """Log entry of a command that used the test rows for a verdict."""
 
     time: str
     by: str
@@ -165,9 +166,9 @@ class Difference(Record):
     detectable: float
     """Smallest true difference that is detected with a probability of 80 %, at least the margin."""
     rows_needed: int | None = None
-    """Number of test rows that would decide, or None if no number would."""
+    """Number of test rows needed for a decision, or None if no number suffices."""
     seeds_needed: int | None = None
-    """Number of seeds per method that would decide, or None if no number would."""
+    """Number of seeds per method needed for a decision, or None if no number suffices."""
 
     @property
     def is_open(self) -> bool:
@@ -180,11 +181,12 @@ VerdictKind = Literal["FULL", "PEFT", "VARIANT", "EQUIVALENT", "UNDECIDED"]
 
 
 class Decision(Record):
-    """The verdict for one set of rows, with the numbers behind it."""
+    """A verdict for one set of rows, with its numbers."""
 
     verdict: VerdictKind
     recommended: str
-    """Recommended method. If UNDECIDED, the cheapest that loses less than the margin, or an empty string."""
+    """Recommended method. If the verdict is UNDECIDED, the cheapest that loses less than the margin, or an empty
+    string."""
     metric: str
     greater_is_better: bool
     margin: float
@@ -197,7 +199,7 @@ class Decision(Record):
     scores: dict[str, Estimate]
     values: dict[str, tuple[float, ...]]
     seed_sds: dict[str, float]
-    """Standard deviation between the seeds of each method, without the noise of the rows."""
+    """Standard deviation of each method's metric between seeds, excluding the variance between rows."""
     differences: tuple[Difference, ...]
     headline: str
     because: tuple[str, ...]
@@ -212,7 +214,7 @@ UNKNOWN = Estimate(value=math.nan, low=math.nan, high=math.nan)
 
 
 class MethodRow(Record):
-    """One method's settings, costs (medians over seeds), maximum memory and scores. An untrained method keeps the
+    """One method's settings, costs (medians over seeds), maximum memory and scores. Untrained methods keep the
     defaults."""
 
     method: str

@@ -68,7 +68,7 @@ class ChecksDone(Event):
 
 
 class Forecast(Event):
-    """Duration and memory of the run, as measured by a dry run."""
+    """Duration and memory of the run, measured by a dry run."""
 
     kind = "forecast"
     time: TimeNeed

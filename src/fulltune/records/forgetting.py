@@ -41,7 +41,7 @@ class InterpolationPoint(Record):
 
 
 class BudgetResult(Record):
-    """How a trial stayed within its drift budget."""
+    """The result of choosing weights within a trial's drift budget."""
 
     trial: str
     budget: float

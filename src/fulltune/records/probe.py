@@ -8,14 +8,14 @@ Pooling = Literal["head", "mean", "pair"]
 MOST_ROWS = 20_000
 MOST_FEATURE_BYTES = 2**28
 MOST_SOLVER_BYTES = 2**30
-"""Maximum size of the solver's weights, history and logits, in bytes."""
+"""Maximum size of the solver's weights, history and logits."""
 OTHER_TOKENS = 8
-"""Number of random tokens used from each window, besides the tokens where the answer begins and ends."""
+"""Number of random tokens used from each window, besides the answer's first and last token."""
 PAIRS = 5 / 3
 """Size of a pair's features relative to a single text's: five vectors instead of three, because each text is also read
 alone."""
 LEAST_HELD_OUT, MOST_HELD_OUT = 200, 2_000
-"""Limits of the eval rows that select strength and features. With fewer, cross-validation selects them."""
+"""Minimum and maximum eval rows that select strength and features. With fewer, cross-validation selects them."""
 
 
 def items_per_row(problem_type: str, words: float, num_choices: int) -> float:
@@ -54,11 +54,11 @@ class FrozenBaseline(Record):
 
     pooling: Pooling
     """Embedding: the `mean` over all tokens, the vector that the model's `head` reads, or features of a `pair` whose
-    texts are read alone."""
+    texts are read separately."""
     kind: Literal["logistic regression", "ridge regression", "nearest centroid"]
     loss: float
-    """Held-out loss: the share of errors, for numbers the unexplained share of the variance, for several labels the
-    cross entropy."""
+    """Held-out loss: share of errors (classes), unexplained share of the variance (numbers), or cross entropy (several
+    labels)."""
 
 
 class Probe(Record):

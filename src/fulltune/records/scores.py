@@ -14,7 +14,7 @@ class Estimate(Record):
     low: float
     high: float
     rows: int | None = None
-    """Number of scored rows, or None if unknown. Only some rows get generated answers."""
+    """Number of scored rows, or None if unknown."""
     clusters: int | None = None
     """Number of groups of dependent rows that are resampled together, or None if all rows are independent."""
 

@@ -94,12 +94,12 @@ class MeasuredSetting(Record):
 
     name: str
     kind: Literal["lever", "micro batch", "compile"]
-    """Each `lever` row adds one setting. Other rows change one setting of the best row."""
+    """Each `lever` row adds one setting. Other rows change one setting of the fastest row."""
     changes: dict[str, Any]
     peak_memory_bytes: int = 0
     tokens_per_second: float = 0.0
     train_seconds: float = 0.0
-    """Duration of the whole training at this speed, in seconds."""
+    """Duration of the whole training at this speed."""
     loss: float | None = None
     problem: str | None = None
     is_best: bool = False
