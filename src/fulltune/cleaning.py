@@ -38,10 +38,11 @@ LEAST_EVAL_ROWS = 50
 _RESAMPLES = 1000
 Action = Literal["drop", "replace"]
 ALPHA = 0.05
-"""Probability that any interval is wrong (Bonferroni)."""
+"""Probability that at least one interval misses the true difference (Bonferroni)."""
 FOLDER = "cleaning"
 LEAST_SHARE, MOST_SHARE = 0.002, 0.5
-"""Smallest and largest share of train rows that a step may change: fewer show no effect, more make different data."""
+"""Smallest and largest share of train rows that a step may change: smaller changes show no effect, larger ones make
+different data."""
 
 
 _IDS, _CLUSTERS = "row_ids", "row_clusters"
@@ -84,8 +85,7 @@ def cleaning_steps(issues: Sequence[RowIssue]) -> list[CleaningStep]:
 
 
 def row_ids(folder: Path, decisions: Decisions | None = None) -> Iterator[str]:
-    """Yield each row's id, with a number that distinguishes equal rows. Numbers of rows that `decisions` drop are
-    skipped."""
+    """Yield each row's id; equal rows are numbered as they were before `decisions` dropped some."""
     times = Counter[str]()
     of_train = [line for (source, _), line in (decisions or {}).items() if source == "train"]
     dropped = {line.row for line in of_train if line.remedy.action == "drop"}
@@ -141,7 +141,7 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
 
 
 def check_proofs_possible(recipe: Recipe, summary: DataSummary, by_classifiers: bool, by_trainings: bool) -> None:
-    """Raise `RecipeError` if classifiers or trainings cannot show the effect of cleaning for this recipe or its
+    """Raise `RecipeError` if classifiers or trainings cannot show the effect of cleaning with this recipe or its
     rows."""
     if by_classifiers and not summary.form.one_label:
         raise RecipeError(
@@ -185,7 +185,7 @@ def _steps_to_train(steps: Sequence[CleaningStep], summary: DataSummary, checks:
 
 
 def _leaves_enough(step: CleaningStep, summary: DataSummary) -> bool:
-    """Return True if a step keeps at least half of the train rows and some of each label."""
+    """Return whether a step keeps at least half of the train rows, and rows of every label."""
     if step.action == "replace":
         return True
     labels, counts = Counter(one.label for one in step.issues), summary.splits["train"].label_counts
@@ -223,7 +223,8 @@ def _compare_runs(
     patches: Sequence[str],
     eval_outputs: Sequence[Sequence[Predictions]],
 ) -> tuple[list[Proof], int]:
-    """Compare runs with and without each cleaning step; return the comparisons and the number of shared eval rows."""
+    """Compare runs with and without each cleaning step; return the comparisons and the number of eval rows common to
+    all runs."""
     common = reduce(np.intersect1d, [one[_IDS] for trials in eval_outputs for one in trials])
     if len(common) < 2:
         raise RecipeError("--trainings: the runs have no eval rows in common; give the eval rows in a file (data.eval)")
@@ -296,8 +297,8 @@ def _fit_and_compare(
     regularization: float,
     untried: list[str],
 ) -> Iterator[Proof]:
-    """Yield comparisons of classifiers with and without each cleaning step. Steps that leave nothing to fit are added
-    to `untried`."""
+    """Yield comparisons of classifiers with and without each cleaning step. Steps after which no classifier can be
+    fitted are added to `untried`."""
     fitted = partial(_correct_rows, held_out=held_out, regularization=regularization)
     drawn = np.random.default_rng(0)
     parts = [drawn.random(len(train.labels)) >= LEFT_OUT for _ in range(TIMES)]

@@ -44,11 +44,11 @@ class GuardStop(FulltuneError):
 
 
 class Diverged(GuardStop):
-    """The loss or a gradient became non-finite, or the loss rose back to its start or higher."""
+    """The loss or a gradient became non-finite, or the loss rose back to its initial value or higher."""
 
 
 class Spiked(Diverged):
-    """Training went wrong at step `since`; an earlier checkpoint may still be good."""
+    """Training became unstable at step `since`; an earlier checkpoint may still be good."""
 
     def __init__(self, problems: str | list[str], since: int) -> None:
         super().__init__(problems)

@@ -53,7 +53,7 @@ class Run:
     """Start of the whole command in seconds since 1970, or None for single stages."""
 
     group: MachineGroup | None = None
-    """All machines (set on the first machine), or None on a single machine."""
+    """All machines (set only on the first), or None on a single machine."""
 
     @property
     def plan_path(self) -> Path:
@@ -157,7 +157,7 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
 
 
 def check_recipe(recipe: Recipe, base: Base, runs_here: bool) -> None:
-    """Raise an error for settings that the libraries, the model or the method forbid, before rows are read."""
+    """Before rows are read, raise an error for settings that the libraries, the model or the method do not support."""
     check_trainable(recipe, check_packages=runs_here)
     check_model(recipe, base)
     methods.check_methods(recipe, base.config)

@@ -29,7 +29,7 @@ def recipe(folder: Path, methods: list[Any], rows: list[dict[str, Any]] | None =
         (
             ["full", {"kind": "prompt", "num_virtual_tokens": 100}],
             2,
-            "100 are more than half of the model's maximum length of 128 tokens",
+            "100 is more than half of the model's maximum length of 128 tokens",
         ),
         (["full", "lora", "lora"], 2, "methods: two methods are called 'lora'; give one of them a different 'name'"),
     ],

@@ -76,9 +76,9 @@ def _num_letter_bytes(words: str) -> int:
 
 
 def _likeliest_language(words: str, main_languages: Collection[str]) -> tuple[str, float] | None:
-    """Return the likeliest language and its probability, or None for no language.
+    """Return the likeliest language and its probability, or None if the words are in no language.
 
-    The probability includes related languages, except main ones.
+    The probability includes related languages other than main ones.
     """
     shares = Counter[str]()
     for code, share in _load_identifier().rank(words):
@@ -95,7 +95,7 @@ class ColumnLanguages:
 
     counts: Counter[str] = field(default_factory=Counter)
     confident: array[int] = field(default_factory=lambda: array("h"))
-    """Index in `codes` of each row's language, or -1 if unsure."""
+    """Index in `codes` of each row's language, or -1 if uncertain."""
     codes: dict[str, int] = field(default_factory=dict)
 
     def add(self, text: str) -> None:
@@ -125,7 +125,7 @@ class ColumnLanguages:
 
 
 def add_languages(languages: dict[str, ColumnLanguages], row: Row, columns: Mapping[str, str]) -> None:
-    """Count the language of each column's text in a row, if py3langid is installed."""
+    """Count a row's language in each column of texts, if py3langid is installed. Updates `languages`."""
     if not is_installed(PACKAGE):
         return
     for column, text in join_texts_by_column(row, columns).items():

@@ -1,4 +1,4 @@
-"""Detects label errors and outliers by the pretrained model's mean hidden states (see docs/guides/data.md).
+"""Detects label errors and outliers by the pretrained model's mean hidden states.
 
 A label's *margin* is its out-of-fold probability minus that of the likeliest other label. A row's distance is the mean
 of 1 - cosine to its nearest train rows (arXiv 2207.03061).
@@ -48,7 +48,7 @@ class RowReader:
 
     @cached_property
     def extractor(self) -> probe.FeatureExtractor:
-        """Return the pretrained model's feature extractor, loaded on first use."""
+        """Return the pretrained model's feature extractor."""
         import torch
 
         task, target = task_named(self.recipe.task), Target.of(self.summary)
@@ -105,7 +105,7 @@ class RowReader:
 # ---- labels that are probably wrong --------------------------------------------------------------------------------
 
 PRECISION = 0.75
-"""Wanted share of wrong labels among suspects."""
+"""Minimum share of wrong labels among suspects."""
 PLANTED_SHARE, PLANTED, MAX_ROUNDS = 0.05, 200, 5
 """Share of rows mislabelled per round."""
 PLANTED_QUANTILES = (0.25, 0.5)
@@ -138,7 +138,8 @@ def judge_labels(reader: RowReader) -> tuple[np.ndarray, JudgedLabels]:
 
 
 def judge_labels_of(items: Items) -> JudgedLabels:
-    """Judge the labels of `items`. Raises `NoProbe` for too few rows or features that do not separate the classes."""
+    """Judge the labels of `items`. Raises `NoProbe` if the features do not separate the classes, or for too few
+    rows."""
     labels = items.labels.astype(np.int64)
     counts = np.bincount(labels, minlength=items.num_outputs)
     if len(labels) < MIN_ROWS or np.count_nonzero(counts >= MIN_OF_A_CLASS) < 2:
@@ -169,10 +170,10 @@ def judge_labels_of(items: Items) -> JudgedLabels:
 
 
 def choose_suspect_margin(margins: np.ndarray, planted_margins: np.ndarray) -> tuple[float, float, float, float]:
-    """Return the margin below which labels are suspects, the suspects' recall and precision, and the estimated number
-    of errors.
+    """Return the margin below which labels are suspects (-inf without suspects), the suspects' estimated recall and
+    precision, and the estimated number of wrong labels.
 
-    `planted_margins` belong to deliberately wrong labels.
+    `planted_margins` are margins of deliberately wrong labels.
     """
     margins, planted_margins = np.sort(margins), np.sort(planted_margins)
     wrong = max(_estimate_min_errors(margins, planted_margins, share) for share in PLANTED_QUANTILES)
@@ -189,7 +190,8 @@ def choose_suspect_margin(margins: np.ndarray, planted_margins: np.ndarray) -> t
 
 
 def _estimate_min_errors(margins: np.ndarray, planted_margins: np.ndarray, quantile: float) -> float:
-    """Estimate the number of errors from the margins below a quantile of planted ones, minus one standard error."""
+    """Estimate how many labels are wrong from the margins below a quantile of `planted_margins`, minus one standard
+    error."""
     num_below = int(np.searchsorted(margins, np.quantile(planted_margins, quantile)))
     # Relative standard error of a count of rows, and of a share of the planted errors.
     error = math.sqrt(1 / max(1, num_below) + (1 - quantile) / (quantile * len(planted_margins)))
@@ -240,7 +242,7 @@ def predict_out_of_fold(items: Items, is_trained_on: np.ndarray, seed: int) -> n
 
 
 def _is_likely_error(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Mark rows to which another class gives at least its mean probability over its own rows: bool [rows]."""
+    """Mark rows in which another class is at least as probable as on average in that class's own rows: bool [rows]."""
     rows = np.arange(len(labels))
     counts = np.bincount(labels, minlength=probabilities.shape[1])
     sums = np.bincount(labels, probabilities[rows, labels], minlength=probabilities.shape[1])
@@ -262,7 +264,8 @@ def label_margins(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.nda
 
 NEIGHBOURS = 20
 OUTLIER_IQRS = 2.5
-"""Interquartile ranges from the upper quartile to the outlier threshold (Tukey 1977: 1.5, or 3 for far outliers)."""
+"""Interquartile ranges between the upper quartile and the outlier threshold (Tukey 1977: 1.5, or 3 for far
+outliers)."""
 MIN_TEXTS = 200
 MAX_FAR = 0.1
 _MAX_FAR_ROUNDS = 10
@@ -272,10 +275,10 @@ _SAME_SQUARE = 1e-8
 def find_outliers(
     reader: RowReader, train_keys: np.ndarray, rows_of_split: Mapping[SplitName, int]
 ) -> tuple[dict[SplitName, dict[int, float]], float, int]:
-    """Return each split's outliers, rows that are far from all train rows, as a dictionary from position to distance.
+    """Return each split's outliers (rows far from all train rows) as a dictionary from position to distance, the upper
+    quartile of train distances, and the number of rows not sampled.
 
-    Also returns the upper quartile of train distances, and the number of rows not sampled. Train rows with equal
-    `train_keys` count once. Raises `NoProbe` for too few or too varied rows.
+    Train rows with equal `train_keys` count once. Raises `NoProbe` for too few or too varied rows.
     """
     items, positions = reader.items("train")
     unique_keys, first, inverse = np.unique(train_keys[positions], return_index=True, return_inverse=True)
@@ -300,8 +303,8 @@ def find_outliers(
 
 
 def mark_outliers(states: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Return distances, outliers (bool [rows]), the other rows' upper quartile, and the distance above which rows are
-    outliers."""
+    """Return each row's distance, whether it is an outlier (bool [rows]), the upper quartile of other rows' distances,
+    and the outlier threshold."""
     is_far = np.zeros(len(states), bool)
     for _ in range(_MAX_FAR_ROUNDS):
         distances = mean_distance_to_nearest(states, states[~is_far])
@@ -315,7 +318,8 @@ def mark_outliers(states: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, fl
 
 
 def mean_distance_to_nearest(states: np.ndarray, others: np.ndarray, count: int = NEIGHBOURS) -> np.ndarray:
-    """Return the mean of 1 - cosine to the `count` nearest other states, ignoring an equal state: float64 [rows]."""
+    """Return each state's mean distance (1 - cosine) to the `count` nearest `others`, not counting itself: float64
+    [rows]."""
     from sklearn.neighbors import NearestNeighbors
 
     search = NearestNeighbors(n_neighbors=count + 1, algorithm="brute", metric="sqeuclidean").fit(others)

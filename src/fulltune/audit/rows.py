@@ -88,14 +88,14 @@ class AuditedRows:
         return split if split in self.own_files else "train"
 
     def content_text(self, row: Row, group_key: str) -> str:
-        """Return everything in a row that a model learns from, as one text that starts with `group_key`."""
+        """Return everything that a model learns from a row as one text, beginning with `group_key`."""
         columns = [column for role, column in self.target.columns.items() if role not in _IN_KEY]
         return "\0".join([group_key, *(normalised(as_text(row.get(column))) for column in columns)])
 
     def issue(
         self, check: str, item: tuple[SplitName, Row], reason: str, remedy: Remedy | None = None, score: float = 0.0
     ) -> RowIssue:
-        """Return an issue about a row. Without `remedy`, the row is dropped; issues with high scores come first."""
+        """Create an issue about a row. The default remedy drops the row. Issues with high scores come first."""
         split, row = item
         return RowIssue(
             check=check,
@@ -164,7 +164,7 @@ def scan_rows(rows: AuditedRows, expected_rows: int, listener: Listener) -> RowS
 
 
 def number_equal_rows(rows: AuditedRows, scan: RowScan, issues: list[RowIssue], decisions: Decisions) -> list[RowIssue]:
-    """Return the issues with hashes of equal rows numbered. Rows that `decisions` drop count as well."""
+    """Return the issues with numbers added to hashes that several rows share. Rows that `decisions` drop count too."""
     values, counts = np.unique(np.array(scan.ids, np.uint64), return_counts=True)
     several = {f"{value:016x}" for value in values[counts > 1].tolist()}
     several |= {row.partition("-")[0] for _, row in decisions}
@@ -177,7 +177,8 @@ def number_equal_rows(rows: AuditedRows, scan: RowScan, issues: list[RowIssue], 
 def identify_rows(
     rows: AuditedRows, decisions: Decisions, only_hashes: Collection[str] | None = None
 ) -> Iterator[tuple[SplitName, Row, str]]:
-    """Yield split, row and hash of each row, or of rows in `only_hashes`. Hashes of equal rows are numbered."""
+    """Yield split, row and hash of each row, or only of rows in `only_hashes`. A number is added to hashes that several
+    rows share."""
     times = Counter[tuple[str, str]]()
     for split, row in rows.all_rows():
         key = rows.source_of(split), row_id(row)
@@ -193,7 +194,7 @@ def identify_rows(
 
 
 def _flaw_to_issue(rows: AuditedRows, split: SplitName, row: Row, column: str, flaw: Flaw) -> RowIssue:
-    """Return an issue that replaces the cell by its repaired text, or drops the row."""
+    """Return an issue whose remedy is the repaired text or, if the cell cannot be repaired, to drop the row."""
     # A turn of a conversation is not a cell, so it cannot be replaced.
     repairable = flaw.fixed is not None and isinstance(row[column], str)
     remedy = Remedy(action="replace", column=column, value=flaw.fixed) if repairable else None
@@ -201,7 +202,7 @@ def _flaw_to_issue(rows: AuditedRows, split: SplitName, row: Row, column: str, f
 
 
 def find_misspelt_classes(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
-    """Return issues for rows of classes that may be misspelt; the remedy is the more frequent similar class."""
+    """Return issues for rows whose class may be misspelt; each remedy is the most frequent similar class."""
     of_number, counts = Counter(scan.labels), Counter[str]()
     for names, number in scan.names.items():
         counts.update(dict.fromkeys(names, of_number[number]))
@@ -323,7 +324,7 @@ def _find_similar_held_out_rows(
 
 
 def _read_held_out(rows: AuditedRows, scan: RowScan, positions: set[int]) -> dict[int, tuple[str, str]]:
-    """Map the positions of held-out rows to their text, and their location with a quotation."""
+    """Map each held-out row's position to its text, and its location followed by a quotation."""
     held_out = chain(rows.read("eval"), rows.read("test")) if positions else ()
     return {
         position: (rows.task.group_key(row, rows.target), f"{row[PLACE]}: '{rows.masked_start(row, _MAX_QUOTED)}'")

@@ -155,7 +155,7 @@ def _load_audit_of_same_rows(folder: Path, summary: DataSummary) -> Audit | None
 
 
 def count_issues_by_check(issues: Sequence[RowIssue]) -> dict[str, Any]:
-    """Return the audit's `checks` (issues per check) and `examples`, most frequent check first."""
+    """Return the audit's fields `checks` (issues per check) and `examples`, most frequent check first."""
     of_check = {check: list(group) for check, group in groupby(issues, key=lambda issue: issue.check)}
     order = sorted(of_check, key=lambda check: (check == HIGH_LOSS, -len(of_check[check])))
     counts = {check: len({(issue.split, issue.place) for issue in of_check[check]}) for check in order}
@@ -251,7 +251,7 @@ def _row_losses(
 ) -> list[tuple[float, int, str | None, bool]]:
     """Return each row's mean loss, number of items, predicted answer, and whether the loss is among the highest.
 
-    `sums` holds the loss sum and number of items of each example.
+    `sums[examples, 2]` holds loss sums and numbers of items.
     """
     losses: list[tuple[float, int, str | None]] = []
     for _, group in groupby(

@@ -55,8 +55,8 @@ MOST_GAIN = 0.9
 
 
 def limit_for_most_gain(result: BudgetResult) -> float | None:
-    """Return the smallest drift limit that allows `MOST_GAIN` of the trained model's gain, or None if the chosen point
-    already has it."""
+    """Return the smallest drift limit that allows the share `MOST_GAIN` of the trained model's gain, or None if the
+    chosen point already has it."""
     most = result.metric_gain(result.end)
     if result.metric_gain(result.choice) >= MOST_GAIN * most:
         return None
@@ -64,7 +64,8 @@ def limit_for_most_gain(result: BudgetResult) -> float | None:
 
 
 def share_at_limit(inside: InterpolationPoint, outside: InterpolationPoint, limit: float) -> float:
-    """Estimate the interpolation share at which drift reaches `limit`, from a point within and a point beyond."""
+    """Estimate the interpolation share at which drift reaches `limit`, given a point within the limit and one beyond
+    it."""
     low, high = (smallest_limit(point.drift) - limit for point in (inside, outside))
     fraction = low / (low - high) if math.isfinite(low - high) else 0.5
     return round(inside.share + fraction * (outside.share - inside.share), 3)

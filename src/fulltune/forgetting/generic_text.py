@@ -167,11 +167,11 @@ NEAR_CHANCE, MAX_UNKNOWN = 0.8, 0.3
 def why_texts_are_weak(
     generic_text: GenericText, losses_or_states: np.ndarray, vocabulary_size: int | None, unknown_id: int | None
 ) -> str | None:
-    """Return why drift on these texts says little about the pretrained model's abilities, or None.
+    """Return why drift on these texts is a weak measure of forgetting, or None.
 
     `losses_or_states` is the pretrained model's result of `GenericText.measure`.
     """
-    advice = "so drift on these texts says little; set preserve.probe to texts that the model was pretrained on"
+    advice = "so drift on these texts means little; set preserve.probe to texts that the model was pretrained on"
     tokens = [token for ids in generic_text.ids for token in ids]
     unknown = sum(token == unknown_id for token in tokens) / max(1, len(tokens))
     if unknown_id is not None and unknown > MAX_UNKNOWN:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 64
 BATCH, STATES_BATCH = 8, 32
-"""Generic texts per batch: for language models, and for others."""
+"""Generic texts per batch for language models, and for other models."""
 ProgressCallback = Callable[[int, int, float], None]
-"""Called with the number of rows done, the total number of rows and the share of work done."""
+"""Called with rows done, total rows and the share of work done."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,8 @@ def batches(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 def batches_with_progress(
     order: Sequence[int], batch_size: int, work: np.ndarray, on_progress: ProgressCallback
 ) -> Iterator[Sequence[int]]:
-    """Yield batches of `order`, and report progress after each. `work[rows]` is each row's cost in any unit."""
+    """Yield batches of the positions in `order`, and report progress after each. `work[rows]` is each row's cost in any
+    unit."""
     shares = np.cumsum(np.asarray(work, np.float64)[list(order)]) if len(order) else np.zeros(1)
     on_progress(0, len(order), 0.0)
     done = 0

@@ -29,7 +29,8 @@ class SelectiveHead:
 
     @contextlib.contextmanager
     def computing_only(self, labels: Tensor, trained: Tensor | None = None, *, chunked: bool = False) -> Iterator[None]:
-        """Compute, inside the context, only the logits that `labels[batch, length]` need, in chunks if `chunked`.
+        """Inside the context, make the model return only the logits that `labels[batch, length]` need: [tokens,
+        vocabulary], or `ChunkedLogits` if `chunked`.
 
         `trained` may pass a computed `padding.trained_positions`.
         """
@@ -37,7 +38,8 @@ class SelectiveHead:
         states: list[Tensor] = []
 
         def select_hidden(_: object, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            """Return the hidden states of the needed tokens as the head's input (a pre-hook); None changes nothing."""
+            """Pre-hook: replace the head's input by the needed tokens' hidden states, or return None to keep the
+            input."""
             # Inputs that are not these rows' hidden states pass unchanged: logits stay 3-dimensional, and tasks select.
             if not args or args[0].shape[:2] != labels.shape:
                 return None
@@ -99,7 +101,7 @@ def _cut_to_few_tokens(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def verify_selective_head(
     model: PreTrainedModel, task: Task, batch: Mapping[str, Tensor]
 ) -> tuple[SelectiveHead | None, str]:
-    """Return a selective head and a note, or None and the reason if it gives other logits than the whole model on a few
+    """Return a selective head and a note, or None and the reason if its logits differ from the whole model's on a few
     tokens.
 
     `batch` is collated and on the model's device.

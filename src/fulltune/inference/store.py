@@ -16,7 +16,7 @@ from fulltune.tasks import PLACE, Row, RowFeatures
 
 FILE = "rows.arrow"
 CLUSTERS = "clusters.npy"
-"""File next to eval or test rows: each row's cluster (duplicates, one passage, one customer), int64 [rows]."""
+"""File next to eval or test rows: each row's cluster (duplicates, or rows of one passage or customer), int64 [rows]."""
 IN_TRAIN = "in_train.npy"
 """File next to test rows: True where a train row has the same text, prompt or passage, bool [rows]."""
 MIXED = "mixed"
@@ -74,10 +74,10 @@ def read_record_batches(folder: Path) -> Iterator[pa.RecordBatch]:
 
 
 class Rows(Sequence[dict[str, Any]]):
-    """The memory-mapped features of one split, or of several folders concatenated."""
+    """Memory-mapped features of a split's rows; several folders are concatenated."""
 
     def __init__(self, *folders: Path) -> None:
-        """Map the Arrow files in these folders."""
+        """Memory-map the Arrow file of each folder."""
         self.folders = folders
         # Not closed explicitly: arrays are views of the map, which closes with the last of them.
         mapped = (pa.ipc.open_stream(pa.memory_map(str(folder / FILE))) for folder in folders)
@@ -134,7 +134,7 @@ class Rows(Sequence[dict[str, Any]]):
 
 
 def read_original_rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield each example's original row and location, as a dictionary that one row's examples share.
+    """Yield each example's original row with its location. Examples of one row share a dictionary.
 
     A packed block gives the row of its first text, or only the location if that text started in another block.
     """
@@ -149,7 +149,7 @@ def read_original_rows(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def row_id(row: Row) -> str:
-    """Hash all columns of a row; the hash is the same before and after the row is stored."""
+    """Return a hash of a row's columns, the same before and after storing."""
     columns = {name: value for name, value in row.items() if name != PLACE}
     return hashlib.sha256(json.dumps(columns, sort_keys=True, default=to_json_value).encode()).hexdigest()[:16]
 

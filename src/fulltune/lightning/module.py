@@ -32,10 +32,8 @@ PREFIX = "eval_"
 
 
 class FineTuningModule:
-    """Fine-tunes all parameters of a model by its plan; `with_lightning_base` adds `LightningModule` as a base.
-
-    It logs `train_loss` of each step over all processes, `eval_loss`, `eval_accuracy` and other eval metrics.
-    """
+    """Fine-tunes all parameters as planned; `with_lightning_base` adds `LightningModule` as a base. It logs
+    `train_loss` of each step over all processes, `eval_loss`, `eval_accuracy` and other eval metrics."""
 
     # Attributes of `LightningModule`.
     trainer: Any
@@ -242,7 +240,7 @@ class TrainBatches:
 
 
 class FineTuningData:
-    """The rows of a recipe in a run's order; `with_lightning_base` adds `LightningDataModule`."""
+    """Data loaders of a recipe's rows in a run's order; `with_lightning_base` adds `LightningDataModule`."""
 
     trainer: Any
 

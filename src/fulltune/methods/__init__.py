@@ -23,10 +23,10 @@ BY_HOOKS = ("adapter", "prompt")
 
 @dataclass(frozen=True)
 class AppliedMethod:
-    """A model with its method's parameters; `peft_model` wraps `model` if PEFT added them."""
+    """A model with a method applied; `peft_model` wraps `model` if the method uses PEFT."""
 
     model: PreTrainedModel
-    """Model of its plain Hugging Face class; trainable parameters have `requires_grad`."""
+    """The unwrapped Hugging Face model, with `requires_grad=True` only for trained parameters."""
     method: Method
     peft_model: PeftModel | None = None
 
@@ -58,8 +58,7 @@ def apply_method(model: PreTrainedModel, method: Method, task: TaskName) -> Appl
 
 
 def without_lora_input_casts(applied: AppliedMethod, autocast: bool) -> AbstractContextManager[None]:
-    """Return a context in which LoRA layers under autocast do not cast inputs to float32. It does nothing for other
-    methods."""
+    """Return a context in which LoRA layers under autocast do not cast inputs to float32."""
     if applied.method.kind != "lora" or applied.peft_model is None or not autocast:
         return nullcontext()
     from peft.helpers import disable_input_dtype_casting
@@ -121,7 +120,7 @@ def method_problems(recipe: Recipe, config: PretrainedConfig, method: ComparedMe
             lines.append("images have no tokens, so they cannot have virtual tokens; use lora, adapter or head")
         elif limit is not None and method.num_virtual_tokens > limit // 2:
             lines.append(
-                f"num_virtual_tokens: {method.num_virtual_tokens} are more than half of the model's "
+                f"num_virtual_tokens: {method.num_virtual_tokens} is more than half of the model's "
                 f"maximum length of {limit} tokens; use fewer"
             )
     if method.kind == "peft":

@@ -31,10 +31,10 @@ PROJECTIONS = (
     *("self_attention.dense", "mlp.dense_4h_to_h", "attention.dense"),  # Bloom, Falcon, GPT-NeoX
     *("SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo"),  # T5
 )
-"""Name endings of the projections back to the hidden size, after which adapters are added."""
+"""Name suffixes of projections to the hidden size; an adapter is added after each."""
 _IN_LAYER = re.compile(r"\.\d+\.")
 STANDARD_DEVIATION = 1e-2
-"""Standard deviation of an adapter's initial weights, truncated at twice that (section 3.6 of the paper)."""
+"""Standard deviation of an adapter's initial weights, truncated at two deviations (section 3.6 of the paper)."""
 
 
 class Bottleneck(nn.Module):
@@ -185,7 +185,7 @@ class Prompt(nn.Module):
     """
 
     def __init__(self, weight: torch.Tensor, filler_id: int) -> None:
-        """Take the initial virtual tokens; `filler_id` is their token id in `input_ids`."""
+        """Store the initial virtual tokens; `filler_id` is their placeholder id in `input_ids`."""
         super().__init__()
         self.size = len(weight)
         self.weight = nn.Parameter(weight)
@@ -196,8 +196,8 @@ class Prompt(nn.Module):
         """True if the current pass starts with virtual tokens instead of a cache."""
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Replace the first positions of `embeddings[rows, tokens, size]` by virtual tokens. Being a module call, this
-        makes ZeRO gather the weight."""
+        """Replace the first positions of `embeddings[rows, tokens, size]` by virtual tokens. ZeRO gathers the weight
+        because this is a module call."""
         ahead = self.weight.to(embeddings.dtype).expand(len(embeddings), -1, -1)
         return torch.cat((ahead, embeddings[:, self.size :]), dim=1)
 
@@ -245,7 +245,8 @@ class Prompt(nn.Module):
 
 
 def add_virtual_tokens(model: PreTrainedModel, method: PromptMethod, task: TaskName) -> None:
-    """Add virtual tokens before the model's input; raise `RecipeError` without a separate body or embeddings."""
+    """Add virtual tokens before the model's input; raise `RecipeError` if the model has no separate body or token
+    embeddings."""
     from fulltune.models.shapes import is_decoder
 
     body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model

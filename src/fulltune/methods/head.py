@@ -56,7 +56,7 @@ def _has_weights(module: nn.Module | None) -> bool:
 
 
 def keep_frozen_batch_norms_in_eval(model: nn.Module) -> None:
-    """Keep frozen batch norms in evaluation mode from now on, because their running statistics are not saved."""
+    """Keep frozen batch norms in evaluation mode, because their running statistics are not saved."""
     from torch.nn.modules.batchnorm import _BatchNorm
 
     for module in model.modules():

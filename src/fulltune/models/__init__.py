@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode inside the context, and restore its mode after it."""
+    """Return a context in which a model is in evaluation mode."""
     was_training = model.training
     model.eval()
     try:

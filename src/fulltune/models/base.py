@@ -56,7 +56,7 @@ class Base:
         chat_template: str | None = None,
         has_processor: bool = True,
     ) -> Base:
-        """Find the model that `block` names and read its config; raise `SetupError` if that fails."""
+        """Find the model of a recipe's `model` block and read its config, or raise `SetupError`."""
         from transformers import AutoConfig
 
         path = find_model_path(block)
@@ -168,7 +168,7 @@ def with_decoded_images(rows: Any, processor: Any) -> Any:
 
 
 def processor_fingerprint(processor: Any) -> str:
-    """Return a text that changes if a tokenizer or image processor may return other outputs."""
+    """Return a text that differs for tokenizers or image processors whose outputs may differ."""
     if not hasattr(processor, "get_vocab"):
         return str(processor.to_json_string())
     parts = [processor.get_vocab(), str(processor.chat_template), list(processor.model_input_names)]
@@ -268,7 +268,8 @@ def _resolve_package_path(name: str) -> Path:
 
 
 def check_weights(base: Base) -> None:
-    """Raise `SetupError` if a model folder has no weights, damaged ones, or only pickled ones that are not allowed."""
+    """Raise `SetupError` if a local model's weights are missing, damaged, or pickled without
+    `allow_pickled_weights`."""
     if base.path is None or base.path.is_file():
         return
     name, files = base.block.name, sorted(file.name for file in base.path.iterdir())

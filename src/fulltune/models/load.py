@@ -194,7 +194,7 @@ def _first_three(names: tuple[str, ...]) -> str:
 
 
 def arrange_head(model: PreTrainedModel, missing: Iterable[str], head: HeadOrigin, task_has_labels: bool) -> HeadOrigin:
-    """Reorder or reinitialise a loaded head's rows according to `head`, and return the actual origin. `missing` names
+    """Reorder or reinitialise a loaded head's rows as `head` predicts, and return the actual origin. `missing` names
     the parameters that the checkpoint lacks."""
     import torch
 

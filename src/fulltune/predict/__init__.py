@@ -179,7 +179,7 @@ def load_predictor(run: Path, method: str | None = None) -> Predictor:
 
 def choose_model_folder(run: Path, method: str | None = None) -> tuple[Path, str]:
     """Return a model's folder and, if a comparison's verdict chose the model, the reason, else "". Raise `SetupError`
-    without a unique model."""
+    if no single model matches."""
     there = model_folders(run)
     names = ", ".join(there)
     if method is not None:
@@ -211,8 +211,8 @@ def model_folders(run: Path) -> dict[str, Path]:
 
 
 def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row with the text in the column that the model reads; raise `DataError` for several. `notes` are the
-    model folder's."""
+    """Return a row with the text in the column that the model reads, or raise `DataError` if it reads several. `notes`
+    belong to the model folder."""
     columns, read = notes["columns"], columns_read(notes)
     if len(read) > 1:
         raise DataError(f"this model reads several columns; give a file with the columns {', '.join(read)}")

@@ -64,7 +64,7 @@ def write_example(output: Path, chat: bool) -> Path:
 
 def write_docstring_topics(folder: Path) -> tuple[Path, Path]:
     """Write `train.csv` and `test.csv`: a docstring's first sentences as text, its file's topic as label. Raise
-    `DataError` if the installed packages have too few docstrings."""
+    `DataError` if there are too few docstrings."""
     rows = _drop_near_copies(_read_docstrings(TOPIC_SOURCES), _first_sentences)
     splits = [_split_by_file([row for row in rows if row[0].topic == topic], *_TOPIC_ROWS) for topic in TOPIC_SOURCES]
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,7 +197,7 @@ def _one_sentence_answer(doc: _Doc) -> str:
 def _public_name(doc: _Doc) -> str:
     """Return the name under which users import a function, or "" if the package does not export it.
 
-    Many packages define `package.area.function` in `package/area/_file.py`, and NumPy defines much in `numpy/lib`.
+    Many packages define `package.area.function` in `package/area/_file.py`.
     """
     parts = doc.module.split(".")
     shown = next((parts[:index] for index, part in enumerate(parts) if part.startswith("_")), parts)
@@ -219,8 +219,8 @@ def _exported_names(package: tuple[str, ...]) -> frozenset[str]:
 
 
 def _drop_near_copies(docs: Iterable[_Doc], make_text: Callable[[_Doc], str]) -> list[_Row]:
-    """Return docstrings with their texts, except texts that differ from an earlier one only in names or, with six words
-    or more, in one word."""
+    """Return each docstring with its text, except texts that differ from an earlier one only in names or, in texts of
+    six words or more, in one word."""
     known_masks: set[tuple[str, ...]] = set()
     rows: list[_Row] = []
     for doc, text in ((doc, text) for doc in docs if (text := make_text(doc))):
@@ -244,7 +244,8 @@ def _digest(text: str) -> str:
 
 
 def _split_by_file(rows: list[_Row], most_train: int, most_test: int) -> tuple[list[_Row], list[_Row]]:
-    """Return train and test rows. Each source file is in one split, chosen by digests of module names."""
+    """Return train and test rows. All rows of a source file are in the same split, chosen by digests of module
+    names."""
     by_module: dict[str, list[_Row]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: _digest(row[1])):
         if len(by_module[row[0].module]) < _ROWS_PER_FILE:

@@ -38,7 +38,7 @@ CheckOutcome = tuple[bool, str]
 
 
 class NotHere(Exception):
-    """Raised by a check that cannot run on this machine, with the reason."""
+    """Raised by a check that cannot run on this machine; the message is the reason."""
 
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -35,7 +35,7 @@ def checks_without_package() -> list[str]:
 
 
 def masked_text(text: str) -> str:
-    """Return a text with secrets and personal data replaced. Mask before shortening."""
+    """Return a text with secrets and personal data replaced. Call this before shortening."""
     shown = repair_text(text, _PRIVATE)
     whole = repair_text(RE["unseen"].sub("", shown), _UNCOVERING)
     if whole == shown == text:
@@ -67,7 +67,7 @@ def find_flaws(text: str, checks: Collection[str] = CHECKS_OF_READ_TEXTS) -> lis
 
 
 def _mask_flaw(flaw: Flaw, masked: str) -> Flaw:
-    """Return the flaw with quotations from the masked text only."""
+    """Return the flaw with quotations from the masked text."""
     again = flaw if flaw.check in _PRIVATE else _CHECKS[flaw.check](masked)
     reason = again.reason if again is not None else "in masked text"
     return replace(flaw, reason=reason, fixed=flaw.fixed and masked_text(flaw.fixed))
@@ -92,13 +92,13 @@ ROLES_AND_CHECKS: Mapping[TextUse, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "written": (_WRITTEN_ROLES, CHECKS_OF_WRITTEN_TEXTS),
 }
 CHEAP_CHECKS = ("broken encoding", "control characters", "markup", "placeholder", "chat tokens", "refusal")
-"""Checks that run on every row, in 15 % of the time to tokenise short texts."""
+"""Checks that run on every row; they take 15 % of the time to tokenise short texts."""
 MAX_CHECKED = 100_000
 """Maximum characters checked per text."""
 
 
 def select_checks(columns: Mapping[str, str], wanted: Collection[str] = tuple(_CHECKS)) -> dict[TextUse, list[str]]:
-    """Return the installed checks for texts that the model reads, and for texts that it learns to write."""
+    """Return the installed checks for texts that the model reads (`read`) or learns to write (`written`)."""
     possible = [check for check in wanted if check not in checks_without_package()]
     return {
         part: [check for check in of if check in possible]
@@ -121,7 +121,7 @@ def iterate_texts(row: Mapping[str, object], columns: Mapping[str, str], use: Te
 
 
 def join_texts_by_column(row: Mapping[str, object], columns: Mapping[str, str]) -> dict[str, str]:
-    """Return all running text of a row by column."""
+    """Map each text column to all its running text in a row."""
     whole = {columns[role]: "" for roles, _ in ROLES_AND_CHECKS.values() for role in roles if role in columns}
     for part in ROLES_AND_CHECKS:
         for column, text in iterate_texts(row, columns, part):

@@ -34,7 +34,7 @@ def check_no_words(text: str) -> Flaw | None:
 
 
 STRESSED, MAX_STRESSED = 20, 30
-"""Shorter runs of a letter count as emphasis: in any text, and in a text of mostly other letters."""
+"""Runs of a letter shorter than these limits count as emphasis: in any text, and in a text of mostly other letters."""
 MIN_WORDS = 8
 MAX_REPEATED = 0.5
 
@@ -105,7 +105,7 @@ def check_encoding(text: str) -> Flaw | None:
 
 
 def check_control_characters(text: str) -> Flaw | None:
-    """Detect invisible characters, except those that spell a script or an emoji."""
+    """Detect invisible characters that no script or emoji requires."""
     if not RE["ascii_control" if text.isascii() else "suspect"].search(text):
         return None
     whole, num_pairs = RE["surrogates"].subn(
@@ -122,7 +122,7 @@ def check_control_characters(text: str) -> Flaw | None:
 
 
 def _invisible_positions(text: str) -> list[int]:
-    """Return positions of invisible characters that neither a script nor an emoji needs."""
+    """Return the positions of invisible characters that no script or emoji requires."""
     spelling = ["flag", "chinese_variant", "joined_emoji"]
     spelling += ["direction"] if RE["right_to_left"].search(text) else []
     spelling += ["joiner"] if RE["joined_script"].search(text) else []
@@ -211,7 +211,6 @@ def _remove_hidden_elements(text: str) -> str:
 
 
 def _whitespace_for_tag(tag: re.Match[str]) -> str:
-    """Return the white space that replaces an HTML tag."""
     if tag[2].lower() in ("td", "th"):
         return " "
     return "\n" if RE["block"].fullmatch(tag[2]) else ""
@@ -249,11 +248,11 @@ def check_chat_tokens(text: str) -> Flaw | None:
 
 
 _PHRASES = [(signs.split("|"), to_regex(pattern)) for signs, pattern in PATTERNS["refusal"]]
-"""Strings without which a pattern is not tried, which saves 90 % of the time."""
+"""Each pattern is tried only if one of its strings occurs, which saves 90 % of the time."""
 
 
 def check_refusal(text: str) -> Flaw | None:
-    """Detect an answer that declines, or in which an assistant refers to itself."""
+    """Detect an answer that refuses a request, or in which an assistant mentions itself."""
     lowered = text.lower().replace("’", "'")
     for signs, pattern in _PHRASES:
         if any(map(lowered.__contains__, signs)) and (match := pattern.search(lowered)):

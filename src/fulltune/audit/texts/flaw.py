@@ -41,7 +41,8 @@ RE = {name: to_regex(pattern) for name, pattern in PATTERNS["expressions"].items
 
 
 def redact_hits(check: str, text: str, hits: Iterable[tuple[int, int, str, str]]) -> Flaw | None:
-    """Return a flaw that masks and lists all hits (start, end, kind, replacement), or None if there are none."""
+    """Mask all hits (start, end, kind, replacement) in a text, and return one flaw that lists them, or None without
+    hits."""
     pieces, named, place = list[str](), list[str](), 0
     for start, end, what, instead in sorted(hits, key=lambda hit: (hit[0], -hit[1])):
         # A token used as a password matches twice.

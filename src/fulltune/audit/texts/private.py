@@ -91,7 +91,7 @@ _KINDS = {
 
 
 def check_phone_number(text: str) -> Flaw | None:
-    """Detect valid phone numbers that are international, North American, or labelled as such."""
+    """Detect valid phone numbers that are international, North American, or labelled as phone numbers."""
     if not RE["maybe_phone"].search(text):
         return None
     from phonenumbers import PhoneNumberMatcher
