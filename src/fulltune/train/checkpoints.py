@@ -56,7 +56,7 @@ def save_guard_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_guard_state(checkpoint: Path, required: Iterable[str] = ()) -> dict[str, Any]:
-    """Return a checkpoint's guard state by name; raise `SetupError` if a `required` name is missing."""
+    """Return the guard state saved in a checkpoint, by name; raise `SetupError` if a `required` name is missing."""
     state: dict[str, Any] = json.loads((checkpoint / GUARD).read_text(encoding="utf-8"))
     state |= {file.stem: np.load(file, allow_pickle=False) for file in checkpoint.glob("*.npy")}
     if missing := sorted(set(required) - state.keys()):
@@ -98,7 +98,6 @@ def delete_unfinished_checkpoints(folder: Path) -> None:
 
 
 def delete_checkpoints_after(folder: Path, step: int) -> None:
-    """Delete the checkpoints of steps after `step`."""
     for checkpoint in folder.glob("checkpoint-*"):
         if number_in(checkpoint) > step:
             shutil.rmtree(checkpoint)
@@ -114,8 +113,8 @@ def save_trained_weights(model: PreTrainedModel, checkpoint: Path) -> None:
 
 
 def load_weights(model: PreTrainedModel, checkpoint: Path, trained_only: bool = False) -> None:
-    """Load a checkpoint's weights into the model with `from_pretrained`, which renames some tensors. With
-    `trained_only`, load those of `save_trained_weights`."""
+    """Load a checkpoint's weights into the model with `from_pretrained`, which renames some tensors, or with
+    `trained_only` those that `save_trained_weights` wrote."""
     if trained_only:
         from safetensors.torch import load_file
 
@@ -127,7 +126,8 @@ def load_weights(model: PreTrainedModel, checkpoint: Path, trained_only: bool = 
 
 
 def load_into_new_model(model: PreTrainedModel, checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a checkpoint into a new model, sharded like `model`; raise `SetupError` if the tensors differ."""
+    """Load a checkpoint into a new model with the class and sharding of `model`, and return it. Raises `SetupError` if
+    the tensors differ."""
     import torch
 
     model_class: Any = type(model)

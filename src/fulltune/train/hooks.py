@@ -14,7 +14,8 @@ from fulltune.records.data import DataSummary
 
 
 def _stable_description(value: object) -> str:
-    """Describe a value by text that is the same in every process, such as a function by code, defaults and closure."""
+    """Return a string that describes a value identically in every process; functions are described by code, defaults
+    and closure."""
     match value:
         case Mapping():
             return "{" + ",".join(f"{key}:{_stable_description(inner)}" for key, inner in value.items()) + "}"
@@ -45,13 +46,13 @@ class Hooks:
     lists of tags per row (taggers), answers, which may be empty, and lists of accepted answers (question answering),
     or generated and expected answers (other text tasks)."""
     preprocess: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-    """`preprocess(row)` returns the changed row after it is read."""
+    """`preprocess(row)` returns the changed row; called for each row read."""
     compute_loss: Callable[..., Any] | None = None
     """`compute_loss(outputs, labels, num_items_in_batch)` returns the training loss, as in `transformers.Trainer`,
     divided by `num_items_in_batch`, the rows (or trained tokens) of the global batch."""
 
     def digest(self) -> str:
-        """Hash the hooks that change rows or weights; return "" without such hooks."""
+        """Return a hash of the hooks that change rows or weights, or "" without such hooks."""
         relevant = {name: value for name, value in vars(self).items() if value is not None and name != "metrics"}
         return "" if not relevant else hashlib.sha256(_stable_description(relevant).encode()).hexdigest()[:16]
 

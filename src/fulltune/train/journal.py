@@ -30,14 +30,15 @@ def read_phase(folder: Path) -> Phase | None:
 
 
 def read_completed_steps(folder: Path) -> int:
-    """Return the completed steps at an attempt's last heartbeat, or 0."""
+    """Return the number of steps completed at an attempt's last heartbeat, or 0."""
     path = folder / HEARTBEAT_FILE
     text = path.read_text(encoding="ascii") if path.exists() else ""
     return int(text) if text.isdigit() else 0
 
 
 class Journal:
-    """Writes events to `journal.jsonl`, one JSON line each, and the heartbeat, or nothing if `path` is None."""
+    """Writes events to `journal.jsonl`, one JSON line each, and the heartbeat. If `path` is None, nothing is
+    written."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -61,12 +62,12 @@ class Journal:
         self.set_phase(before)
 
     def write_heartbeat(self, steps: int) -> None:
-        """Write a heartbeat. The parent kills a process whose heartbeat stops."""
+        """Write a heartbeat with the number of completed steps. The parent kills a process whose heartbeat stops."""
         if self._heartbeat is not None:
             self._heartbeat.write_text(str(steps), encoding="ascii")
 
     def remove_heartbeat(self) -> None:
-        """Remove the heartbeat, so that the parent expects no more."""
+        """Remove the heartbeat, so that the parent stops watching it."""
         if self._heartbeat is not None:
             self._heartbeat.unlink(missing_ok=True)
 
@@ -80,8 +81,8 @@ class Journal:
 
 
 def trial_seconds(folder: Path, trial: str) -> float:
-    """Return a trial's duration in seconds over all attempts, from the first import to the saved model, without
-    repeated steps, linear probe and checks."""
+    """Return a trial's duration in seconds over all attempts, from importing libraries to saving the model, excluding
+    repeated steps, the linear probe and checks."""
     *earlier, last = attempt_folders(folder, trial)
     begins = [event for event in _recorded_events(last) if isinstance(event, PhaseBegan)]
     excluded = sum(end.seconds - begin.seconds for begin, end in pairwise(begins) if begin.name in (PROBING, CHECKS))
@@ -101,7 +102,7 @@ def _recorded_events(attempt: Path) -> list[Event]:
 
 
 def _seconds_of_steps(events: list[Event], until: int) -> float:
-    """Return an attempt's seconds for scoring and training up to step `until`."""
+    """Return the seconds that an attempt spent scoring and training up to step `until`."""
     begins = [event.seconds for event in events if isinstance(event, PhaseBegan) and event.name in (SCORING, TRAINING)]
     done = [event.seconds for event in events if isinstance(event, StepLogged | Evaluated) and event.step <= until]
     return max(0.0, done[-1] - begins[0]) if begins and done else 0.0

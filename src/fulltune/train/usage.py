@@ -39,7 +39,7 @@ class ResourceUsage:
         return 0 if self.meter is None else self.meter.growth_bytes()
 
     def update_peak_disk(self, *paths: Path) -> None:
-        """Update the peak disk usage with these files' and folders' current size."""
+        """Update the peak disk usage with the current size of these files and folders."""
         files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
         self.disk_bytes = max(self.disk_bytes, sum(file.stat().st_size for file in files if file.is_file()))
 
@@ -84,7 +84,8 @@ def memory_limit(limit_bytes: int | None, device: str, warn: Callable[[str], Non
 
 
 def _data_limit(limit_bytes: int, current: tuple[int, int]) -> int:
-    """Return the RLIMIT_DATA in bytes for `limit_bytes` of resident memory, at most the `current` limits."""
+    """Return the RLIMIT_DATA in bytes that leaves `limit_bytes` of resident memory, without exceeding the `current`
+    limits."""
     used = status_bytes("VmRSS")
     if limit_bytes <= used:
         raise DoesNotFitError(

@@ -42,10 +42,9 @@ _MAX_LOGITS = 2**24
 
 
 class DriftMonitor(TrainingPart):
-    """Measures the drift on the plan's generic texts at each evaluation, from step 0 on."""
+    """Measures drift on the plan's generic texts at each evaluation, beginning before step 1."""
 
     def __init__(self, inputs: AttemptInputs, trainer: FullTrainer) -> None:
-        """Tokenise the generic texts, if the plan measures drift."""
         self.inputs, self.trainer = inputs, trainer
         self.text: GenericText | None = None
         """Texts on which drift is measured, or None if drift is not measured."""
@@ -68,7 +67,6 @@ class DriftMonitor(TrainingPart):
         return min(MOST_TOKENS, (position_limit(model.config) or MOST_TOKENS) - virtual_tokens_of(model))
 
     def tokenize(self, texts: Sequence[str]) -> GenericText:
-        """Tokenise texts for this model."""
         plan, writes = self.inputs.plan, self.inputs.summary.form.reads_any_text
         # Not above the eval batch size, which falls when an evaluation runs out of memory.
         batch = min(BATCH if writes else STATES_BATCH, plan.eval_batch_size)
@@ -77,7 +75,7 @@ class DriftMonitor(TrainingPart):
         )
 
     def weak_texts_reason(self, text: GenericText, pretrained_output: np.ndarray) -> str | None:
-        """Return why drift on these texts says little about this model, or None."""
+        """Return why these texts cannot show drift well, or None if they can."""
         tokenizer: Any = self.trainer.processing_class
         vocabulary = getattr(self.trainer.model.config.get_text_config(), "vocab_size", None)
         return why_texts_are_weak(text, pretrained_output, vocabulary, tokenizer.unk_token_id)
@@ -131,10 +129,8 @@ class DriftMonitor(TrainingPart):
 
 
 class Replay(TrainingPart):
-    """Adds to each step the gradient of a distillation loss on generic texts, against the pretrained model's outputs.
-
-    The loss's weight follows the measured drift, to stay within the forgetting budget.
-    """
+    """Adds to each step the gradient of a distillation loss that keeps outputs on generic texts close to the pretrained
+    model's. The loss's weight follows the measured drift, to stay within the forgetting budget."""
 
     def __init__(
         self, inputs: AttemptInputs, monitor: DriftMonitor, text: GenericText, rows_per_pass: int, budget: float
@@ -150,15 +146,14 @@ class Replay(TrainingPart):
         [tokens, `TOP_TOKENS`]; for others the mean hidden state, float64 [hidden]."""
 
     def texts_of_step(self, step: int) -> list[int]:
-        """Return the positions of the texts that a step, counted from 1, replays. No text repeats before all have been
-        replayed."""
+        """Return the positions of the texts replayed at a step (from 1). All texts are replayed once before any
+        repeats."""
         plan, count = self.inputs.plan, len(self.text.ids)
         places = range((step - 1) * plan.generic.replay_rows, step * plan.generic.replay_rows)
         orders = {cycle: _shuffled_order(count, plan.seed, cycle) for cycle in {place // count for place in places}}
         return [orders[place // count][place % count] for place in places]
 
     def store_pretrained_outputs(self) -> None:
-        """Store the pretrained model's outputs for all texts."""
         model, between = self.trainer.model, self.trainer.write_heartbeat
         if not self.text.is_language_model:
             self.before = list(self.text.measure(model, between_batches=between))
@@ -237,8 +232,8 @@ class Replay(TrainingPart):
 
 
 def create_replay(inputs: AttemptInputs, monitor: DriftMonitor) -> list[TrainingPart]:
-    """Create the replay of generic text, or return [] if none is planned. Call this before training changes the
-    weights."""
+    """Create the replay of generic text, in a list, or return [] if the plan has none. Call this before training
+    changes the weights."""
     plan, rows, budget = inputs.plan, inputs.plan.generic.replay_rows, inputs.plan.generic.budget
     if budget is None or not rows or inputs.request.probe:
         return []
@@ -258,8 +253,8 @@ def create_replay(inputs: AttemptInputs, monitor: DriftMonitor) -> list[Training
 
 
 def kl_divergence(pretrained: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
-    """Return the summed KL divergence in nats between log probabilities [positions, tokens]. The missing tokens are
-    treated as one token."""
+    """Return the summed KL divergence in nats between log probabilities [positions, tokens] of the most likely tokens.
+    All other tokens count as one."""
     rest_pretrained, rest_current = (
         (1 - logs.exp().sum(dim=-1)).clamp(min=_MIN_REST) for logs in (pretrained, current)
     )
@@ -269,7 +264,7 @@ def kl_divergence(pretrained: torch.Tensor, current: torch.Tensor) -> torch.Tens
 
 
 def _shuffled_order(count: int, seed: int, cycle: int) -> list[int]:
-    """Return the numbers below `count`, shuffled by seed and cycle."""
+    """Shuffle the numbers from 0 to `count` - 1."""
     order = list(range(count))
     random.Random(f"{seed}:replay:{cycle}").shuffle(order)
     return order

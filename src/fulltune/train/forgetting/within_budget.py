@@ -37,10 +37,10 @@ PHASE = "choosing weights within the budget for forgetting"
 
 
 class WeightInterpolation:
-    """Interpolates a model's trained weights between those before step 1 and those after training."""
+    """Interpolates between a model's trainable weights before step 1 and after training."""
 
     def __init__(self, model: PreTrainedModel, before: Path, after: Path) -> None:
-        """Save the trained weights to `after`; `before` holds those before step 1."""
+        """Save the trained weights to `after`. `before` holds the weights before step 1."""
         sharding.free_gathered_weights(model)
         self.model, self.trained, self.before, self.after = model, methods.trainable_parameters(model), before, after
         tensors = {name: sharding.local_tensor(parameter.detach()).cpu() for name, parameter in self.trained.items()}
@@ -51,7 +51,7 @@ class WeightInterpolation:
         self.digest = digest.hexdigest()[:16]
 
     def set_weights(self, share: float) -> None:
-        """Set the weights to `share` of the way from pretrained (0) to trained (1); of LoRA's matrices only B is
+        """Set the weights to `share` of the way from pretrained (0) to trained (1). For LoRA, only the B matrices are
         scaled."""
         sharding.free_gathered_weights(self.model)
         with safe_open(self.before, "pt") as before, safe_open(self.after, "pt") as after, torch.no_grad():
@@ -66,8 +66,8 @@ class WeightInterpolation:
 def keep_within_budget(
     inputs: AttemptInputs, trainer: FullTrainer, monitor: DriftMonitor, score: Callable[[Sequence[Row]], float]
 ) -> BudgetResult | None:
-    """Interpolate the weights so that drift stays within the budget, and measure drift on held-out texts. Returns None
-    without a budget, and a saved result for the same weights. `score` returns the metric of eval rows."""
+    """Interpolate the weights so that drift stays within the budget, and measure drift on held-out texts. Reuses a
+    result saved for the same weights. Returns None if no budget is set. `score` computes the metric on eval rows."""
     plan, request = inputs.plan, inputs.request
     if plan.generic.budget is None:
         return None
@@ -102,8 +102,8 @@ def _choose_and_certify(
     score: Callable[[Sequence[Row]], float],
     opening_times: tuple[str, ...],
 ) -> BudgetResult:
-    """Choose the best interpolation within the budget and measure its drift on held-out texts, which were read before
-    at `opening_times`."""
+    """Choose the best interpolation within the budget and measure its drift on held-out texts. `opening_times` lists
+    earlier uses of these texts."""
     plan, trainer, stop = inputs.plan, monitor.trainer, inputs.stop
     budget = plan.generic.budget
     assert budget is not None
@@ -120,7 +120,7 @@ def _choose_and_certify(
     start = measure_outputs(0.0, selection)
 
     def measure_point(share: float) -> InterpolationPoint:
-        """Measure drift and metric at this share; raise `InterruptedRun` if asked to stop."""
+        """Measure drift and metric with this share of the update; raise `InterruptedRun` after a stop request."""
         # With sharded weights all ranks run this and must stop together; otherwise only rank 0 does.
         if stop.is_requested_on_any_rank(trainer.args) if trainer.is_shared else stop.is_requested:
             raise InterruptedRun("stopped on request while choosing weights within the budget; training is complete")
@@ -169,7 +169,7 @@ def _sample_eval_rows(inputs: AttemptInputs, trainer: FullTrainer) -> Sequence[R
 def _refine_near_limit(
     points: list[InterpolationPoint], limit: float, measure: Callable[[float], InterpolationPoint]
 ) -> list[InterpolationPoint]:
-    """Measure further points near where drift first exceeds `limit`, and return only those."""
+    """Measure further points near the share at which drift first exceeds `limit`, and return only these."""
     refined: list[InterpolationPoint] = []
     for _ in range(REFINEMENTS):
         tried = sorted([*points, *refined], key=lambda point: point.share)

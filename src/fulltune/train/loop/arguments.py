@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def check_trainable(recipe: Recipe, *, check_packages: bool = True) -> None:
-    """Raise `RecipeError` if settings cannot be trained, or `SetupError` if packages are missing and `check_packages`
-    is set."""
+    """Raise `RecipeError` if the recipe's settings conflict, or `SetupError` if `check_packages` is set and packages
+    are missing."""
     problems = recipe_rules.problems_of(recipe)
     if recipe.train.zero_enabled_by:
         try:

@@ -72,7 +72,7 @@ class Progress(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """Run what must precede step 1 (`before_first_step`), then record that training starts."""
+        """Call `before_first_step`, then record that training starts."""
         self.before_first_step()
         self.recorder.phase(TRAINING)
         self.first = (time.monotonic(), state.global_step, float(self.trainer.tokens_seen))
@@ -117,7 +117,6 @@ class Progress(TrainerCallback):
     on_substep_end = on_step_end = on_save = on_step_begin
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
-        """Record the metrics of an evaluation."""
         self.journal.write_heartbeat(state.global_step)
         if not state.is_world_process_zero:
             return
@@ -150,7 +149,7 @@ class Checkpoints(TrainerCallback):
             control.should_training_stop = True
 
     def should_stop_early(self, state: TrainerState) -> bool:
-        """Return whether early stopping ends the run. The logged metrics decide, because a counter would restart on
+        """Return whether early stopping ends the run, according to the logged metrics. A counter would restart on
         resume."""
         plan, train = self.request.plan, self.request.recipe.train
         return train.early_stopping_patience is not None and should_stop_early(
@@ -176,7 +175,7 @@ class Checkpoints(TrainerCallback):
 
 
 class StopOnRequest(TrainerCallback):
-    """After a stop signal to any rank, saves a checkpoint and stops training on all ranks."""
+    """Saves a checkpoint and stops training on all ranks after any rank receives a stop signal."""
 
     is_requested = False
 
@@ -191,7 +190,6 @@ class StopOnRequest(TrainerCallback):
         return is_any
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Save a checkpoint and stop if any rank received a stop signal."""
         # The evaluation before step 1 has no step to save.
         if state.global_step and self.is_requested_on_any_rank(args):
             control.should_save = True
@@ -202,7 +200,7 @@ class StopOnRequest(TrainerCallback):
 
 @dataclass(eq=False)
 class UpdateMeter(TrainerCallback):
-    """Measures how much some steps change the weights, and warns once if rounding removes most updates."""
+    """Measures how much selected steps change the weights, and warns once if rounding cancels most updates."""
 
     trainer: Guarded
     plan: Plan
@@ -211,7 +209,7 @@ class UpdateMeter(TrainerCallback):
     _eaten: int = 0
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Copy samples of the weights if this step is measured."""
+        """Sample the weights if this step is measured."""
         step, total = state.global_step + 1, self.plan.total_steps
         # Only after the learning rate has risen from 0.
         is_measured = step % max(1, total // MEASUREMENTS) == 0 and step >= min(self.plan.warmup_steps + 2, total // 2)
@@ -219,7 +217,7 @@ class UpdateMeter(TrainerCallback):
             self._before = _sample_weights(self.trainer.model)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Record how much the copied samples changed."""
+        """Record how much the sampled weights changed."""
         before, self._before = self._before, {}
         if not before or state.global_step in self.trainer.guard_history.skipped or not state.is_world_process_zero:
             return
@@ -237,7 +235,8 @@ class UpdateMeter(TrainerCallback):
 
 
 def compare_samples(step: int, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> UpdatesMeasured:
-    """Compute the share of sampled values that a step changed, and the median relative size of a tensor's update."""
+    """Compute the share of sampled values that a step changed, and the median over tensors of the relative update
+    size."""
     numbers = [
         torch.stack([(after[name] != old).sum(), old.float().norm(), (after[name].float() - old.float()).norm()])
         for name, old in before.items()
@@ -253,7 +252,8 @@ def compare_samples(step: int, before: dict[str, torch.Tensor], after: dict[str,
 
 
 def _sample_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copy up to `SAMPLED_VALUES` evenly spaced values of each trained tensor, by name, except token embeddings."""
+    """Copy up to `SAMPLED_VALUES` evenly spaced values of each trained tensor except token embeddings, by tensor
+    name."""
     # Without token embeddings, of which a step updates only the rows of tokens that it read.
     sharding.free_gathered_weights(model)
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()

@@ -92,8 +92,8 @@ class Guarded:
         return torch.where(loss.isfinite(), loss, self.usual_loss / self.args.gradient_accumulation_steps)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **keywords: Any) -> Any:
-        """Return the Trainer's loss for a micro batch. Raise `Spiked` if it is not finite and its backward pass updates
-        weights."""
+        """Return the Trainer's loss for a micro batch. Raise `Spiked` if the loss is not finite and the backward pass
+        would update weights."""
         loss = super().compute_loss(model, inputs, *rest, **keywords)  # type: ignore[misc]  # the Trainer's
         if self._updates_in_backward and model.training:
             (total,) = self._sum_over_ranks(loss.detach().float())
@@ -104,8 +104,8 @@ class Guarded:
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> float | None:
-        """Judge the step between clipping and update, and skip it or raise `Spiked` if it is bad. Return the unclipped
-        norm, or None if it is not finite."""
+        """Judge the step after clipping and before the update. Skip a bad step or raise `Spiked`. Return the unclipped
+        norm, or None if the norm is not finite."""
         losses, self._losses = self._losses, 0.0
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]  # the Trainer's
         if self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped:
@@ -156,7 +156,7 @@ class Guarded:
     def _judge_step(
         self, losses: torch.Tensor | float, norm: torch.Tensor | float | None
     ) -> tuple[StepVerdict, float, float | None]:
-        """Return the verdict, the mean loss over the ranks, and the gradient norm or None."""
+        """Return the verdict, the mean loss over the ranks, and the mean gradient norm or None."""
         in_engine = bool(self.is_deepspeed_enabled)
         if isinstance(norm, torch.Tensor):  # sharded by FSDP2
             norm = sharding.full_tensor(norm)
@@ -195,7 +195,7 @@ def explain_non_finite(model: nn.Module, batches: Sequence[Mapping[str, object]]
 
 
 def _find_non_finite_cause(model: nn.Module, batches: Sequence[Mapping[str, object]]) -> str:
-    """Like `explain_non_finite`, but errors of the forward pass are not caught."""
+    """Like `explain_non_finite`, but let errors of the forward pass propagate."""
     if all(_is_all_masked(batch.get("labels")) for batch in batches):
         return "all labels are masked, so there is nothing to learn from"
     for name, parameter in model.named_parameters():

@@ -57,7 +57,7 @@ class AttemptInputs:
 
     @property
     def highest_learning_rate(self) -> float:
-        """Highest learning rate of body and head after past rollbacks."""
+        """The higher of the body's and the head's learning rate, as lowered by past rollbacks."""
         highest = max(self.plan.learning_rate, self.plan.head_learning_rate or 0.0)
         return highest * learning_rate_factor(self.plan.rollbacks)
 

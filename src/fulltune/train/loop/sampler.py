@@ -16,15 +16,15 @@ POOL = 50
 
 @dataclass(frozen=True)
 class MixedSource:
-    """A source of mixed-in rows, of which each epoch uses `rows_per_epoch`."""
+    """A source of mixed-in rows; each epoch uses `rows_per_epoch` of them."""
 
     rows: range
     """Row numbers, which follow the task's own."""
     rows_per_epoch: int
 
     def rows_of_epoch(self, seed: int, epoch: int) -> list[int]:
-        """Return the row numbers for an epoch, which continues where the previous one ended. Once all rows have been
-        used, they are reshuffled."""
+        """Return an epoch's row numbers, continuing where the previous epoch ended. Once all rows have been used, they
+        are reshuffled."""
         start, end = epoch * self.rows_per_epoch, (epoch + 1) * self.rows_per_epoch
         size = len(self.rows)
         drawn: list[int] = []
@@ -83,7 +83,7 @@ class GlobalBatchSampler:
             yield from self.micro_batches(batch)
 
     def micro_batches(self, batch: list[int]) -> Iterator[list[int]]:
-        """Yield a global batch's micro batches, for each process in turn and equally many."""
+        """Split a global batch into micro batches, equally many for each process, and yield them in process order."""
         count = self._num_micro_batches(len(batch))
         if len(batch) < count:
             batch = (batch * count)[:count]
@@ -127,7 +127,7 @@ class GlobalBatchSampler:
         return batches
 
     def tokens_by_source(self, steps: int) -> tuple[int, ...]:
-        """Count the tokens of the first `steps` steps: the task's, then those of each mixed-in source."""
+        """Count the tokens of the first `steps` steps: those of the task's rows, then those of each mixed-in source."""
         starts = [source.rows.start for source in self.mixed]
         tokens = np.zeros(1 + len(starts))
         for rows in self.batches_of_steps(0, steps):
@@ -135,7 +135,8 @@ class GlobalBatchSampler:
         return tuple(tokens.astype(np.int64).tolist())
 
     def _shuffled_batches(self, order: list[int], seed: str) -> list[list[int]]:
-        """Shuffle row numbers and split them into global batches, by similar length if `group_by_length` is set."""
+        """Shuffle row numbers and split them into global batches, of rows with similar lengths if `group_by_length` is
+        set."""
         draw = random.Random(seed)
         draw.shuffle(order)
         size = self.global_batch_size
@@ -151,8 +152,8 @@ class GlobalBatchSampler:
         return batches + ([rest] if rest else [])
 
     def forward_passes(self, first_step: int, last_step: int) -> Iterator[list[list[int]]]:
-        """Yield each step's forward passes, as lists of row numbers, for steps `first_step` + 1 to `last_step`; of
-        passes that ranks run together only the longest."""
+        """Yield each step's forward passes, as lists of row numbers, for steps `first_step` + 1 to `last_step`. Of
+        passes that ranks run simultaneously, only the longest is yielded."""
         for batch in self.batches_of_steps(first_step, last_step):
             parts = list(self.micro_batches(batch))
             together = range(0, len(parts), self.num_processes)

@@ -33,7 +33,7 @@ MAD = 1.4826
 
 @dataclass(frozen=True)
 class StepHistory:
-    """Losses and gradient norms of earlier steps, to which a new step is compared."""
+    """Losses and gradient norms of earlier steps, with which a new step is compared."""
 
     losses: tuple[float, ...] = ()
     log_norms: tuple[float, ...] = ()
@@ -76,7 +76,8 @@ def judge_step(
     steps.
 
     `rows` is the number of rows per process; with fewer rows the limits are wider. If the fp16 loss is scaled, a
-    non-finite norm passes, because the gradient scaler skips that step. With `finite_only` every finite step passes.
+    non-finite norm is accepted, because the gradient scaler skips that step. With `finite_only` every finite step is
+    accepted.
     """
     history = replace(history, most_rows=max(history.most_rows, rows))
     if is_loss_scaled and math.isfinite(loss) and norm is not None and not math.isfinite(norm):
@@ -174,7 +175,8 @@ def _median_and_spread(values: Sequence[float], min_spread: float) -> tuple[floa
 def judge_parameter_changes(
     changes: ParameterChanges, has_gradients: bool, largest_grad_norm: float | None
 ) -> GuardDecision:
-    """Return the decision to stop if no parameter value changed, else to go on."""
+    """Decide to stop if no parameter value changed, else to go on. The gradient arguments only determine the stated
+    reason."""
     if changes.num_values_changed > 0:
         return GO_ON
     if not has_gradients:
@@ -190,8 +192,8 @@ def judge_parameter_changes(
 
 
 def short_notice_warning(notice: str | None, stop_seconds: float) -> str | None:
-    """Return a warning if a step, an evaluation and a checkpoint together (`stop_seconds`) take longer than
-    `train.notice`, else None."""
+    """Return a warning if `stop_seconds`, the time for a step, an evaluation and a checkpoint, exceeds `train.notice`,
+    else None."""
     if notice is None or stop_seconds <= parse_seconds(notice):
         return None
     return (
@@ -205,7 +207,7 @@ ROLLBACK_RATE_FACTOR = 0.5
 
 
 def learning_rate_factor(rollbacks: Sequence[int]) -> float:
-    """Return the factor by which rollbacks to these steps lower the learning rate. The first rollback to a checkpoint
-    does not lower it, because most causes do not recur (docs/concepts/guards.md)."""
+    """Return the factor that multiplies the learning rate after rollbacks to these steps. The first rollback to a
+    checkpoint does not lower the rate, because most causes do not recur (docs/concepts/guards.md)."""
     is_first_free = bool(rollbacks) and rollbacks[0] > 0
     return float(ROLLBACK_RATE_FACTOR ** (len(rollbacks) - is_first_free))

@@ -46,8 +46,8 @@ def collate_with_counts(
     count_items: Callable[[torch.Tensor], int],
     head: SelectiveHead | None,
 ) -> dict[str, Any]:
-    """Collate rows on the host, and add the number of items in the loss and, with a selective head, the trained
-    positions, which are slow to read from the device."""
+    """Collate rows and add the number of items in the loss and, with a selective head, the trained positions. All are
+    computed on the host, because reading them from the device is slow."""
     batch = collate(rows)
     batch = batch | {ITEMS: count_items(batch["labels"])}
     if head is not None:
@@ -56,7 +56,7 @@ def collate_with_counts(
 
 
 class TrainingPart(TrainerCallback):
-    """A Trainer callback with four more hooks."""
+    """A Trainer callback with four additional hooks."""
 
     def add_gradient(self) -> None:
         """Add gradients before a step's first micro batch."""
@@ -120,7 +120,7 @@ class FullTrainer(Guarded, Trainer):
 
     @property
     def forward_model(self) -> nn.Module:
-        """DeepSpeed's engine if it is used, else the model."""
+        """DeepSpeed's engine if used, else the model."""
         return self.model_wrapped if self.is_deepspeed_enabled else self.model
 
     @property
@@ -153,7 +153,7 @@ class FullTrainer(Guarded, Trainer):
         return state
 
     def restore_guard_state(self, state: Mapping[str, Any]) -> None:
-        """Restore the step guard's history and all parts from a checkpoint's state."""
+        """Restore what `guard_state` returned."""
         self.guard_history = StepHistory.from_json(state)
         for part in self.parts:
             part.resume(state)
@@ -175,7 +175,7 @@ class FullTrainer(Guarded, Trainer):
         self._recorder.write(StepSkipped(step=step, reason=verdict.reason, rows=tuple(rows)))
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        """Create the Trainer's schedule, with rates lowered by past rollbacks."""
+        """Create the Trainer's schedule with learning rates lowered by past rollbacks."""
         schedule: Any = super().create_scheduler(num_training_steps, optimizer)
         if (lower := learning_rate_factor(self._plan.rollbacks)) < 1:
             schedule.lr_lambdas = [lambda step, theirs=theirs: theirs(step) * lower for theirs in schedule.lr_lambdas]
@@ -195,7 +195,7 @@ class FullTrainer(Guarded, Trainer):
         self, labels: torch.Tensor, trained_positions: torch.Tensor | None = None, *, all_logits: bool = False
     ) -> contextlib.AbstractContextManager[None]:
         """Return a context in which the model computes only the logits that the loss needs (or `all_logits`), chunked
-        if planned. Without `trained_positions`, `labels` tell the positions."""
+        if planned. By default `trained_positions` are derived from `labels`."""
         if self.head is None:
             return contextlib.nullcontext()
         chunked = self.head.can_chunk and self._plan.chunked_loss and not all_logits
@@ -207,14 +207,14 @@ class FullTrainer(Guarded, Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Train on one micro batch. Before the first one of a step, each part adds its gradients."""
+        """Train on one micro batch. Before a step's first micro batch, each part adds its gradients."""
         if not self.batches:
             for part in self.parts:
                 part.add_gradient()
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **keywords: Any) -> Any:
-        """Compute the loss; a selective head computes only trained tokens' logits."""
+        """Compute the loss; with a selective head, only from trained tokens' logits."""
         inputs = dict(inputs)
         labels, trained = inputs["labels"], inputs.pop(TRAINED, None)
         if self.head is not None and trained is not None:
@@ -238,7 +238,6 @@ class FullTrainer(Guarded, Trainer):
         return norm
 
     def get_train_dataloader(self) -> DataLoader[Row]:
-        """Return a loader of the sampler's micro batches."""
         loader = DataLoader(
             cast("Dataset[Row]", self.train_dataset),
             batch_sampler=self.sampler,
@@ -254,7 +253,6 @@ class FullTrainer(Guarded, Trainer):
         return self.accelerator.prepare(loader)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
-        """Return how many items count in a step's loss, over all ranks."""
         # The Trainer counts every label that is not -100: each label of a row for multi_label, and no number -100.0 for
         # regression. Filled on the device: copying would make the host wait.
         count = torch.full((), sum(batch.pop(ITEMS) for batch in batch_samples), dtype=torch.int64, device=device)
@@ -291,7 +289,7 @@ class FullTrainer(Guarded, Trainer):
         yield
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint, with sharded state and guard state, which the Trainer does not save."""
+        """Save a checkpoint, including the sharded state and guard state that the Trainer does not save."""
         with self._journal.phase_within("saving"):
             super()._save_checkpoint(model, trial)
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
@@ -313,7 +311,7 @@ class FullTrainer(Guarded, Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save the processor and the weights, for LoRA and similar methods only the trained ones."""
+        """Save the processor and the weights (for LoRA and similar methods, only the trained ones)."""
         if not self.trained_only:
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
@@ -343,8 +341,8 @@ class FullTrainer(Guarded, Trainer):
 
     @contextlib.contextmanager
     def zero_rate_optimizer(self) -> Iterator[torch.optim.Optimizer]:
-        """Yield an optimizer like the run's, but with rate and weight decay 0, so that no weight changes (not for
-        ZeRO)."""
+        """Yield an optimizer like the run's, but with learning rate and weight decay 0, so that no weight changes. ZeRO
+        is not supported."""
         sharding.free_gathered_weights(self.model)
         present, self.optimizer = self.optimizer, None
         optimizer = self.create_optimizer()

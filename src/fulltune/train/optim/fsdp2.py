@@ -75,7 +75,7 @@ def read_into_tensors(state: Mapping[str, torch.Tensor], checkpoint: Path) -> No
 
 
 def tensor_types(checkpoint: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Return the shape and dtype of each tensor in a sharded checkpoint, by key."""
+    """Return the shape and dtype of each tensor in a sharded checkpoint, by checkpoint key."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -99,8 +99,8 @@ def write_gathered_by_file(
     folder: Path,
     max_bytes: int = GATHERED_FILE_BYTES,
 ) -> None:
-    """Write plain safetensors with an index, calling `gather(name)` for one file's tensors at a time; all ranks must
-    call this. `shapes` holds meta tensors by name."""
+    """Write plain safetensors with an index, calling `gather(name)` for one file's tensors at a time. All ranks must
+    call this. `shapes` maps names to meta tensors."""
     split = split_torch_state_dict_into_shards(dict(shapes), max_shard_size=max_bytes)
     for file, names in split.filename_to_tensors.items():
         gathered = ((name, gather(name)) for name in names)
@@ -134,7 +134,7 @@ def gathered_state_dict(
 
 
 def _weights_by_key(model: PreTrainedModel, trained_only: bool) -> dict[str, torch.Tensor]:
-    """Return parameters (tied ones once) and persistent buffers, by checkpoint key."""
+    """Return parameters (tied ones once) and persistent buffers by checkpoint key, or only trained ones."""
     sharding.free_gathered_weights(model)
     tensors: dict[str, torch.Tensor] = dict(
         methods.trainable_parameters(model) if trained_only else model.named_parameters()
@@ -201,7 +201,7 @@ def _shard_optimizer_state(values: dict[str, torch.Tensor], parameter: torch.Ten
 
 
 def _read_sharded_state(model: PreTrainedModel, checkpoint: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Read this rank's optimizer state by parameter and state name, in the saved dtypes."""
+    """Read this rank's optimizer state in the saved dtypes: {parameter name: {state name: tensor}}."""
     parameters, state = dict(model.named_parameters()), dict[str, torch.Tensor]()
     for key, (size, dtype) in tensor_types(checkpoint).items():
         if key.startswith(OPTIMIZER):

@@ -38,7 +38,7 @@ def parameter_groups(
     names: Sequence[str], decayed: Collection[str], plan: Plan, weight_decay: float, head: Collection[str] = ()
 ) -> list[Group]:
     """Split parameter names into groups with weight decay (`decayed`) and without, in the order of transformers'
-    checkpoints; with layer-wise decay also by depth, top first. The `head` groups come last."""
+    checkpoints. Layer-wise decay also splits them by depth, top first. The `head` groups come last."""
     body = [name for name in names if name not in head]
     if plan.layerwise_lr_decay == 1.0:
         groups = _group_by_decay(body, decayed, weight_decay)
@@ -49,7 +49,7 @@ def parameter_groups(
 
 
 def _group_by_decay(names: Sequence[str], decayed: Collection[str], weight_decay: float) -> list[Group]:
-    """Return a group with weight decay, of the `decayed` names, and one without."""
+    """Return two groups: `decayed` names with weight decay, and the others without."""
     return [
         {"params": [name for name in names if name in decayed], "weight_decay": weight_decay},
         {"params": [name for name in names if name not in decayed], "weight_decay": 0.0},

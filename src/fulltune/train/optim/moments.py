@@ -33,7 +33,7 @@ _MIN_SCALE = 1e-30
 
 
 class Noise:
-    """Random numbers for rounding, from a table for speed. They depend only on seed, step and position."""
+    """Random numbers for rounding, read from a table for speed. They depend only on seed, step and position."""
 
     def __init__(self, seed: int, slice_values: int, device: torch.device) -> None:
         """Fill the table for draws of up to `slice_values` numbers."""
@@ -67,7 +67,7 @@ _64_BITS = 2**64 - 1
 
 
 def create_moments(num_values: int, moments: Format, device: torch.device) -> State:
-    """Create both moments as zeros: [values]; 8-bit ones are padded to whole groups, with `*_scale` [groups]."""
+    """Create both moments as zeros [values]. In 8 bits, each is padded to whole groups and has scales [groups]."""
     if moments == "8bit" and num_values >= SMALL:
         groups = -(-num_values // GROUP)
         return {
@@ -81,8 +81,8 @@ def create_moments(num_values: int, moments: Format, device: torch.device) -> St
 
 
 def read_moment(state: Mapping[str, Tensor], name: Name, begin: int, end: int, factor: float, out: Tensor) -> Tensor:
-    """Return `factor` times a moment from `begin` to `end`: fp32 [end - begin]. An fp32 moment is multiplied in place;
-    others are written to `out`, a buffer of whole groups."""
+    """Return values `begin` to `end` of a moment, multiplied by `factor`: fp32 [end - begin]. An fp32 moment is
+    multiplied in place; other formats are converted into the buffer `out`, which must hold whole groups."""
     moment = state[name]
     if moment.dtype != torch.int8:
         values = moment[begin:end]
@@ -101,9 +101,9 @@ def read_moment(state: Mapping[str, Tensor], name: Name, begin: int, end: int, f
 def write_moment(
     state: State, name: Name, begin: int, values: Tensor, other: Tensor, noise: Noise, numbers: tuple[int, ...]
 ) -> None:
-    """Store a moment's fp32 values[count] from `begin` on, overwriting their buffer.
+    """Store fp32 values[count] in a moment from position `begin`; `values` is overwritten.
 
-    `other` is the square root of the second moment, or scratch space for the first; `numbers` select the noise.
+    `other` holds the square roots for the second moment and scratch space for the first. `numbers` select the noise.
     """
     place = state[name][begin : begin + len(values)]
     if place.dtype == torch.bfloat16:
@@ -140,7 +140,7 @@ def round_at_random(values: Tensor, bits: Tensor) -> None:
 
 
 def root(values: Tensor, out: Tensor) -> Tensor:
-    """Write the square roots of values[count] to out[count]; on a CPU torch.sqrt takes five times as long."""
+    """Write the square roots of values[count] to out[count], five times as fast as torch.sqrt on a CPU."""
     return torch.clamp_min(values, _TINY, out=out).rsqrt_().mul_(values)
 
 
@@ -150,7 +150,7 @@ def _overlapping_groups(state: Mapping[str, Tensor], name: str, begin: int, end:
 
 
 def _pad_with_zeros(values: Tensor, length: int) -> Tensor:
-    """Lengthen a view on a larger buffer with zeros."""
+    """Extend `values`, a view of a larger buffer, to `length` with zeros."""
     longer = values if len(values) == length else values.as_strided((length,), (1,))
     longer[len(values) :] = 0.0
     return longer

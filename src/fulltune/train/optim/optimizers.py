@@ -112,7 +112,7 @@ class AdamW(torch.optim.Optimizer):
     def _update_slice(
         self, parameter: Tensor, stored: Tensor, gradient: Tensor, group: Mapping[str, Any], begin: int
     ) -> None:
-        """Update a slice `stored` of the weights, which starts at `begin`, and its moments."""
+        """Update the slice `stored` of the weights, which starts at position `begin`, and its moments."""
         state, buffers = self.state[parameter], self._buffers(parameter)
         end, step = begin + len(stored), int(state["step"])
         numbers = (step, self._places[parameter], begin)
@@ -143,7 +143,7 @@ class AdamW(torch.optim.Optimizer):
     def _store_rounded(
         self, weights: Tensor, stored: Tensor, compensation: Tensor | None, buffers: _Buffers, numbers: tuple[int, ...]
     ) -> None:
-        """Round fp32 `weights` to bf16 `stored`, and the rounding error to `compensation`; `weights` is overwritten."""
+        """Round fp32 `weights` to bf16 `stored`, and the rounding error to `compensation`. Overwrites `weights`."""
         noise = buffers.noise.bits(len(weights), *numbers, _WEIGHT)
         if self._rounding == "stochastic":
             moments.round_at_random(weights, noise)

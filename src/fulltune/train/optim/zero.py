@@ -26,7 +26,7 @@ def init_process_group(arguments: TrainingArguments) -> None:
 
 
 def build_extensions(on_cpu: bool, offload_optimizer: bool, report: Callable[[str], None]) -> None:
-    """Compile missing DeepSpeed extensions that training on the CPU or offloading needs; rank 0 compiles for all
+    """Compile missing DeepSpeed extensions for training on the CPU or offloading. Rank 0 compiles them for all
     ranks."""
     from deepspeed.accelerator import get_accelerator
     from torch.utils import cpp_extension
@@ -54,7 +54,8 @@ def build_extensions(on_cpu: bool, offload_optimizer: bool, report: Callable[[st
 
 
 def cast_to_model_dtype(model: PreTrainedModel) -> None:
-    """Cast parameters that a method adds to a ZeRO stage 3 model to its dtype, which DeepSpeed 0.19.8 does not do."""
+    """Cast parameters that a method adds to a ZeRO stage 3 model to the model's dtype, because DeepSpeed 0.19.8 does
+    not."""
     dtypes = [parameter.dtype for parameter in model.parameters() if hasattr(parameter, "ds_id")]
     for parameter in model.parameters() if dtypes else ():
         if not hasattr(parameter, "ds_id"):
@@ -62,11 +63,8 @@ def cast_to_model_dtype(model: PreTrainedModel) -> None:
 
 
 def remove_unused_conversions(model: PreTrainedModel) -> None:
-    """Remove name conversions that no tensor of the checkpoint needed.
-
-    transformers 5.24 does not do that under DeepSpeed, and would save every `LayerNorm.weight` as `LayerNorm.gamma`.
-    Delete this function when transformers does.
-    """
+    """Remove name conversions that no tensor of the checkpoint needed. Under DeepSpeed, transformers 5.24 keeps them
+    and would save every `LayerNorm.weight` as `LayerNorm.gamma`."""
     conversions: list[Any] | None = getattr(model, "_weight_conversions", None)
     if conversions:
         vars(model)["_weight_conversions"] = [conversion for conversion in conversions if conversion.was_used()]
@@ -88,15 +86,15 @@ def gather_tensor(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def gather_second_moment(parameter: torch.Tensor) -> torch.Tensor:
-    """Gather AdamW's running mean of squared gradients."""
+    """Gather a parameter's running mean of squared gradients from AdamW."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     return safe_get_full_optimizer_state(parameter, "exp_avg_sq")
 
 
 def link_moments(zero: Any) -> None:
-    """Link all groups' moments to their parameters. DeepSpeed 0.19.8 (stages 1 and 2) does so before the second group
-    has moments. Delete this function when that is fixed."""
+    """Link all groups' moments to their parameters. DeepSpeed 0.19.8 (stages 1 and 2) links them before the second
+    group has moments."""
     if hasattr(zero, "_hp_optimizer_states_linked"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
@@ -123,7 +121,7 @@ def write_gathered(model: PreTrainedModel, folder: Path) -> None:
 
 
 def set_values(parameter: Any, value: torch.Tensor) -> None:
-    """Set a trained parameter's values in DeepSpeed's fp32 copy, which is saved."""
+    """Set a trained parameter's values in DeepSpeed's fp32 master copy, from which checkpoints are saved."""
     import deepspeed
 
     if not hasattr(parameter, "ds_id"):

@@ -22,7 +22,7 @@ _POLL_SECONDS = 0.1
 
 
 def run_worker(request: Request, listener: Listener, start: spawn.Starter = spawn.start_in_new_process) -> Outcome:
-    """Run an attempt's worker and forward its events; save and return its outcome."""
+    """Run an attempt's worker, forward its events, save its outcome and return it."""
     kills, began = count_oom_kills(), time.monotonic()
     child = start(request, request.folder / "log.txt")
     with forwarding_signals(child) as stop_signals:
@@ -115,7 +115,7 @@ def _determine_outcome(
 
 
 _LOST = ("machine", "out_of_memory", "killed", "interrupted", "failed")
-"""Ways in which a machine is lost; earlier ones can cause later ones."""
+"""Ways to lose a machine; earlier ones can cause later ones."""
 
 
 def _explain_lost_machine(machine: LostMachine) -> tuple[OutcomeStatus, str]:
@@ -134,7 +134,6 @@ def forwarding_signals(child: spawn.WorkerProcess) -> Iterator[list[int]]:
     received: list[int] = []
 
     def forward_or_kill(signal_number: int, _: object) -> None:
-        """Ask the worker to stop; kill it at the third signal."""
         received.append(signal_number)
         if len(received) < 3:
             spawn.ask_workers_to_stop(child)

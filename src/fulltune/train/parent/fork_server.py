@@ -33,12 +33,11 @@ PRELOADED = ("fulltune.train.worker.attempt", "fulltune.train.worker.main", "pef
 
 @contextlib.contextmanager
 def fork_server() -> Iterator[Starter]:
-    """Yield a function that starts workers: by forks, one at a time, if each is a single CPU process on Linux, else in
-    new processes."""
+    """Yield a function that starts workers. It forks single CPU processes on Linux, one at a time, and starts new
+    processes otherwise."""
     servers: list[subprocess.Popen[bytes]] = []
 
     def start_worker(request: Request, log: Path) -> WorkerProcess:
-        """Start a worker that logs to `log`."""
         plan = request.plan
         alone = plan.device == "cpu" and plan.num_processes == 1 and not request.recipe.train.zero_enabled_by
         if not (alone and sys.platform == "linux"):
@@ -92,13 +91,11 @@ class ForkedWorker:
         self._answers = answers
 
     def poll(self) -> int | None:
-        """Return the exit code, or None while the worker runs."""
         if self._code is None and select.select([self._answers], [], [], 0)[0]:
             return self.wait()
         return self._code
 
     def wait(self) -> int:
-        """Wait for the worker and return its exit code."""
         if self._code is None:
             # Without an answer the server itself was killed, and its worker with it.
             self._code = int(self._answers.readline() or -signal.SIGKILL)

@@ -40,8 +40,8 @@ _CHECKING = "checking this machine and the recipe's files"
 
 @contextlib.contextmanager
 def lead_machines(machine: MachineAddress, recipe: Recipe, report: Callable[[str], None]) -> Iterator[MachineGroup]:
-    """Write machine 0's heartbeat and yield the group of all machines. Leaving the block also ends the other
-    machines."""
+    """Write machine 0's heartbeat and yield the group of all machines. Leaving the block also ends the other machines'
+    commands."""
     report(_CHECKING)
     own = machines.own_member(recipe, machine, hardware.measure_machine(), uuid.uuid4().hex)
     others = {rank: Peer(machine.file_of(recipe, rank)) for rank in range(1, recipe.train.num_machines)}
@@ -54,7 +54,7 @@ def lead_machines(machine: MachineAddress, recipe: Recipe, report: Callable[[str
 
 
 class MachineGroup:
-    """All machines of a run, as machine 0 sees them."""
+    """All machines of a run, observed from machine 0."""
 
     def __init__(self, machine: MachineAddress, heartbeat: Heartbeat, others: Mapping[int, Peer]) -> None:
         self._machine, self._heartbeat, self._others = machine, heartbeat, others
@@ -140,7 +140,7 @@ class MachineGroup:
         return True
 
     def _absence_error(self, missing: Sequence[int]) -> FulltuneError:
-        """Return the error for machines that do not answer in time."""
+        """Return the error for machines that did not answer in time."""
         waited = format_seconds(round(self._machine.wait_seconds))
         if self._has_begun:
             labels = [member.label for member in self.members if member.rank in missing]
@@ -182,12 +182,12 @@ def _check_port(machine: MachineAddress) -> None:
 
 
 class _AttemptOnAllMachines:
-    """A running attempt on all machines. If another machine is lost, this machine's processes are ended."""
+    """A running attempt on all machines. If another machine is lost, the attempt's processes here are killed."""
 
     def __init__(
         self, child: spawn.WorkerProcess, heartbeat: Heartbeat, attempt: str, others: Mapping[Peer, str]
     ) -> None:
-        """Follow `child` here and the attempt on `others`, each with its instance id."""
+        """Follow `child` on this machine and the attempt on `others`, which maps machines to instance ids."""
         self._child, self._heartbeat, self._attempt = child, heartbeat, attempt
         self._running = dict(others)
         self._over_at = 0.0
@@ -218,14 +218,13 @@ class _AttemptOnAllMachines:
         return 1 if self._was_ended else code
 
     def wait(self) -> int:
-        """Wait for the exit code and return it."""
         while (code := self.poll()) is None:
             time.sleep(POLL_SECONDS)
         return code
 
 
 def _status_elsewhere(peer: Peer, attempt: str, instance: str) -> tuple[bool, LostMachine | None]:
-    """Return whether an attempt has ended on another machine, and a record if that machine was lost, else None."""
+    """Return whether an attempt has ended on another machine, and the loss record of that machine or None."""
     member = peer.read()
     assert member is not None  # it has answered
     lost = partial(LostMachine, rank=member.rank, host=member.host)
@@ -243,7 +242,7 @@ def _status_elsewhere(peer: Peer, attempt: str, instance: str) -> tuple[bool, Lo
 
 
 def rendezvous_address(machine: MachineAddress, attempt: str, address: str) -> MachineAddress:
-    """Return the address where torchrun meets the other machines; machine 0 listens on `address` only."""
+    """Return torchrun's rendezvous address. Machine 0 listens only on `address`."""
     return replace(machine, host=machine.host if machine.rank else address, attempt=attempt, address=address)
 
 
@@ -251,7 +250,7 @@ def rendezvous_address(machine: MachineAddress, attempt: str, address: str) -> M
 
 
 def follow_machine_0(machine: MachineAddress, recipe: Recipe, report: Callable[[str], None]) -> None:
-    """Take part in all attempts until machine 0's command ends, and raise its error if it failed."""
+    """Take part in all attempts until machine 0's command ends; raise that command's error if it failed."""
     report(_CHECKING)
     own = machines.own_member(recipe, machine, hardware.measure_machine())
     with machines.send_heartbeats(machine.file_of(recipe, machine.rank), own) as heartbeat:
@@ -285,7 +284,7 @@ def _await_attempt(
 
 
 def _silence_error(leader: Peer, machine: MachineAddress, heartbeat: Heartbeat) -> FulltuneError:
-    """Return the error for a machine 0 that does not answer in time."""
+    """Return the error to raise when machine 0 did not answer in time."""
     waited = format_seconds(round(machine.wait_seconds))
     if heartbeat.record.token and leader.member is not None:
         return InterruptedRun(f"{leader.member.label} sent no heartbeat and did not come back in {waited}; {GO_ON}")

@@ -29,7 +29,7 @@ _DERIVED = ("gradient accumulation", "evaluate.batch_size")
 
 
 def speedups_to_measure(recipe: Recipe, plan: Plan) -> list[MeasuredSetting]:
-    """Return the settings to measure: first without optional speedups, then with one more speedup each time."""
+    """Return the settings to measure: first none of the optional speedups, then one more at a time."""
     measured = [(saving, saving.apply(recipe, plan)[-1]) for saving in MEMORY_SAVINGS if saving.measured]
     plain = {"precision": "fp32", "optim": plain_optim(plan.weights_dtype, plan.bf16_rounding)}
     now: Changes = {}
@@ -70,7 +70,8 @@ def micro_batches_to_measure(recipe: Recipe, plan: Plan, best: Changes) -> list[
 
 
 def compilation_to_measure(recipe: Recipe, best: MeasuredSetting, missing_tool: str | None) -> list[MeasuredSetting]:
-    """Return a setting with torch.compile (not tried if a tool is missing), or [] if the recipe decides already."""
+    """Return the best setting with torch.compile, in a list, or [] if the recipe already decides. Its `problem` is set
+    if a tool is missing or the run is short."""
     train = recipe.train
     if train.torch_compile is not None or train.zero_enabled_by or train.use_liger_kernel:
         return []
@@ -84,7 +85,7 @@ def compilation_to_measure(recipe: Recipe, best: MeasuredSetting, missing_tool: 
 
 
 def find_fastest(rows: Sequence[MeasuredSetting]) -> MeasuredSetting | None:
-    """Return the first setting that fits and is at most `MARGIN` slower than the fastest, or None if none fits."""
+    """Return the first setting that fits and takes at most `MARGIN` longer than the fastest, or None if none fits."""
     fitting = [row for row in rows if not row.problem]
     least = min((row.train_seconds for row in fitting), default=0.0)
     return next((row for row in fitting if row.train_seconds <= least * (1 + MARGIN)), None)
@@ -137,7 +138,7 @@ def choose_fastest_plan(trial: PlannedTrial, summary: DataSummary, available_byt
 
 
 def with_measurements(row: MeasuredSetting, outcome: Outcome, tokens: float, available_bytes: int) -> MeasuredSetting:
-    """Add an attempt's measurements, or its problem, to a setting. `tokens` are those of the whole training."""
+    """Add an attempt's measurements, or its problem, to a setting. `tokens` counts those of the whole training."""
     forecast, problem = outcome.forecast, textwrap.shorten(outcome.reason, 120)
     if outcome.status == "out_of_memory":
         problem = f"memory ran out: {problem}"

@@ -63,7 +63,7 @@ def plan_next_attempt(
         )
 
     def fits(changes: Changes) -> bool:
-        """Return False if the changes need more memory than was available."""
+        """Return False if the changes need more memory than was available, else True."""
         if last.memory_growth_bytes < _GROWTH_BYTES_OF_LIBRARIES:
             return True
         memory = estimate_memory(plan.model_copy(update=changes))
@@ -112,7 +112,7 @@ def describe_memory_shortage(outcome: Outcome, plan: Plan) -> str:
 
 
 def settings_with_reasons(plan: Plan, changes: Changes, reason: Callable[[Setting], str]) -> tuple[Setting, ...]:
-    """Return the plan's settings with the changed values; `reason` explains each change."""
+    """Return the plan's settings with the changed values; `reason` is called to explain each change."""
     present = {setting.name: setting for setting in plan.settings}
     for field, value in changes.items():
         name, before = SETTING_OF[field], getattr(plan, field)
@@ -124,7 +124,6 @@ def settings_with_reasons(plan: Plan, changes: Changes, reason: Callable[[Settin
 
 
 def killed_too_often_message(last: Outcome) -> str:
-    """Return the error message for training that is killed repeatedly."""
     return (
         f"{last.reason}. This happened {MAX_UNCHANGED['killed'] + 1} times in this command, without a sign that memory "
         "ran out. A person, a scheduler or a memory watcher (earlyoom, systemd-oomd) may have killed it. Prevent that, "
@@ -148,8 +147,8 @@ def out_of_memory_messages(recipe: Recipe, plan: Plan, last: Outcome, tried: Seq
 
 
 def plan_rollback(plan: Plan, max_rollbacks: int, outcome: Outcome, healthy_step: int) -> NextAttempt | None:
-    """Plan the attempt after a loss spike, from `healthy_step` (0: the start), or return None if a rollback cannot
-    help."""
+    """Plan the attempt after a loss spike, from checkpoint `healthy_step` (0: from the start), or return None if a
+    rollback cannot help."""
     since = outcome.first_bad_step
     # Since step 1: no healthy checkpoint exists, and starting over would spike again.
     if outcome.status != "spiked" or since is None or since <= 1 or len(plan.rollbacks) >= max_rollbacks:
@@ -171,8 +170,8 @@ def plan_rollback(plan: Plan, max_rollbacks: int, outcome: Outcome, healthy_step
 def memory_fallbacks(
     recipe: Recipe, plan: Plan, phase: Phase | None, fits: Callable[[Changes], bool]
 ) -> Iterator[tuple[str, Changes | None, str]]:
-    """Yield name, changed settings and description of each way to save memory in a phase (default: a step), mildest
-    first. Settings are None for a way that is ruled out. `fits` tells which changes save enough."""
+    """Yield (name, changed settings, description) for each way to save memory in a phase (default: a step), mildest
+    first. If a way is ruled out, the settings are None. `fits` returns whether changes save enough memory."""
     for saving in MEMORY_SAVINGS:
         if (phase or "step") not in saving.fallback:
             continue
@@ -185,7 +184,7 @@ def memory_fallbacks(
 
 
 def _with_scaled_eval_batch(plan: Plan, changes: Changes) -> Changes:
-    """Return the changes with the eval batch size scaled like the micro batch size."""
+    """Return the changes with the eval batch size scaled by the same factor as the micro batch size."""
     size = changes.get("micro_batch_size")
     if size is None:
         return changes

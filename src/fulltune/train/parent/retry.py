@@ -45,8 +45,8 @@ class PlannedTrial:
 def train_in_attempts(
     trial: PlannedTrial, start: Starter = start_in_new_process, dry_run: bool = True, max_rollbacks: int | None = None
 ) -> Outcome:
-    """Train a trial in as many attempts as allowed; return the final outcome or raise its error. `dry_run` concerns the
-    first attempt; `max_rollbacks` defaults to the recipe's."""
+    """Train a trial in as many attempts as allowed; return the final outcome or raise its error. With `dry_run` False,
+    the first attempt skips the dry run. `max_rollbacks` defaults to the recipe's."""
     recipe, plan, folder, hooks, listener = trial.recipe, trial.plan, trial.folder, trial.hooks, trial.listener
     done = earlier_outcomes(folder, plan.trial)
     model_folder = done[-1].model_folder if done and done[-1].status == "done" else None

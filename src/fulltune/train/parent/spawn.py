@@ -23,12 +23,12 @@ ALLOCATOR = f"{_JOINED}:glibc.malloc.mmap_threshold=33554432"
 """glibc settings that merge freed small blocks at once: 1.63 GB instead of 2.13 at the peak
 (docs/concepts/memory.md)."""
 FSDP2_ALLOCATOR = f"{_JOINED}:glibc.malloc.mmap_threshold=4194304:glibc.malloc.arena_max=1"
-"""glibc settings that return blocks from 4 MiB on and give threads no heaps: two ranks peaked at 745 MB instead of
-1,020 to 1,100, in steps 15 to 23 % longer."""
+"""glibc settings that return blocks of 4 MiB or more to the system and give threads no heaps: two ranks peaked at 745
+MB instead of 1,020 to 1,100, in steps 15 to 23 % longer."""
 
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
-"""Limits of the kernels that oneDNN and PyTorch cache per shape: 1,024, the default, took 280 MiB; a step needs under
-64."""
+"""Maximum number of kernels (one per shape) that oneDNN and PyTorch cache. The default, 1,024, took 280 MiB; a step
+needs under 64."""
 
 
 LAUNCHER = ranks.__name__  # starts several processes
@@ -61,7 +61,7 @@ def start_in_new_process(request: Request, log: Path, machine: MachineAddress | 
 
 
 def worker_command(request: Request, file: Path, machine: MachineAddress | None = None) -> list[str]:
-    """Return the command that starts this machine's workers."""
+    """Return the command that starts this machine's workers, which read the request from `file`."""
     worker = ["-m", "fulltune.train.worker.main", str(file)]
     processes = request.plan.num_processes
     torchrun = [sys.executable, "-m", LAUNCHER]
@@ -79,7 +79,6 @@ def worker_command(request: Request, file: Path, machine: MachineAddress | None 
 
 
 def worker_environment(request: Request) -> dict[str, str]:
-    """Return the workers' environment variables."""
     # A file in the user's folder must not shadow a library of the same name.
     variables = os.environ | {"PYTHONSAFEPATH": "1"}
     # A package may have installed ninja, which torch compiles with, beside a Python that is not in PATH.
@@ -98,7 +97,8 @@ def worker_environment(request: Request) -> dict[str, str]:
 
 
 def multi_machine_variables(machine: MachineAddress) -> dict[str, str]:
-    """Return environment variables for one of several machines; gloo's default interface is often the loopback."""
+    """Return environment variables for one of several machines. They set gloo's network interface, because gloo often
+    selects the loopback."""
     variables = dict(_PREFIX)
     if (interface := _interface_with_address(machine.address)) is not None:
         variables["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", interface)

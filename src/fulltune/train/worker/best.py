@@ -42,8 +42,8 @@ def _fields_of_last_weights(inputs: AttemptInputs, state: TrainerState) -> Field
 
 
 def _keep_last_if_as_good(inputs: AttemptInputs, state: TrainerState) -> Fields | None:
-    """Return fields of `Outcome` if the rate fell to 0 and the last weights' metric is within two standard errors of
-    the best, else None."""
+    """Return fields of `Outcome` for the last weights if the learning rate decayed to almost 0 and their metric is
+    within two standard errors of the best, else None."""
     plan, rows = inputs.plan, inputs.summary.splits["eval"].rows
     if plan.metric not in inputs.summary.form.row_shares:
         return None

@@ -149,7 +149,7 @@ def _check_chunked_loss(trainer: FullTrainer, head_result: str, is_required: boo
 
 
 def _check_end_tokens(inputs: AttemptInputs, loaded: LoadedModel, rows: Rows) -> Check:
-    """Check that each untruncated answer ends with a trained end token, which survives padding and stops generation."""
+    """Check that each untruncated answer ends with a trained end token that survives padding and stops generation."""
     tokenizer = loaded.tokenizer
     last, ends = count_last_tokens(rows, tokenizer)
     without = sum(count for token, count in last.items() if token not in ends)
@@ -167,7 +167,7 @@ def _check_end_tokens(inputs: AttemptInputs, loaded: LoadedModel, rows: Rows) ->
 
 
 def count_last_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[int, int], set[int]]:
-    """Count the rows by their last trained token; also return which of these tokens are special."""
+    """Count rows by their last trained token, {token id: rows}; also return which of these tokens are special."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     tokens, counts = np.unique(_last_trained_tokens(rows), return_counts=True)
     last = dict(zip(tokens.tolist(), counts.tolist(), strict=True))
@@ -206,7 +206,7 @@ def dry_run_in_engine(trainer: FullTrainer, rows: Rows, plan: Plan) -> Check:
 
 
 def _bf16_resolution_problem(scaled: ScaledHead | None, scale: tuple[float, float] | None) -> str | None:
-    """Return a message if bf16 weights are too coarse for the targets' mean and spread, else None."""
+    """Return a message if bf16 weights are too coarse for the targets' (mean, standard deviation), else None."""
     if scale is None or scaled is None or scaled.layer.weight.dtype != torch.bfloat16:
         return None
     size, spread = max(abs(scale[0]), scale[1]), scale[1]

@@ -21,7 +21,7 @@ def all_gather(value: T) -> list[T]:
 
 
 def sum_counts(counts: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """Sum each name's two counts over all ranks."""
+    """Sum each name's pair of counts over all ranks."""
     parts = all_gather(dict(counts))
     of_name = {name: [part[name] for part in parts if name in part] for part in parts for name in part}
     return {name: (sum(first for first, _ in pairs), sum(last for _, last in pairs)) for name, pairs in of_name.items()}
@@ -31,10 +31,10 @@ def sum_counts(counts: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, in
 
 
 def rows_of_rank(order: Sequence[int], batch_size: int, rank: int, num_processes: int) -> tuple[list[int], int]:
-    """Return the positions of the rows that a rank scores (every n-th batch of `order`), and how many count.
+    """Return the positions of the rows that a rank scores (every n-th batch of `order`), and how many of them count.
 
-    A rank with one batch fewer scores the last row again, uncounted, because sharded weights need equally many passes
-    on all ranks.
+    A rank with one batch fewer repeats its last row uncounted, because with sharded weights all ranks must run equally
+    many passes.
     """
     chunks = list(batches(order, batch_size))
     mine = chunks[rank::num_processes]

@@ -34,8 +34,8 @@ _WRAPPED = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
 def dry_run(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Callable[[RowSubset], object]) -> list[Check]:
-    """Run two steps and an evaluation on the longest rows, time some passes and restore everything. Stores loss and
-    forecast (None if the loss is not finite) in `inputs.usage`."""
+    """Run two steps and an evaluation on the longest rows, time some passes and restore everything. Stores the loss and
+    the forecast (None after a non-finite loss) in `inputs.usage`."""
     began, plan, rows = time.monotonic(), inputs.plan, trainer.train_rows
     longest = positions_by_length(rows)[: plan.micro_batch_size]
     forecast: TimeNeed | None = None
@@ -93,7 +93,7 @@ def _temporary_training_state(trainer: FullTrainer, plan: Plan) -> Iterator[tupl
 
 @contextlib.contextmanager
 def restored_random_state(*, on_gpu: bool = True) -> Iterator[None]:
-    """Restore all random generators after the block, including the GPUs' if `on_gpu`; this initialises the GPUs."""
+    """Restore all random generators after the block, including the GPUs' if `on_gpu`, which initialises the GPUs."""
     python, numbers = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if on_gpu else ()):
@@ -157,8 +157,8 @@ DISK_SAMPLE_BYTES = 2**25
 
 
 def pass_work(shapes: np.ndarray, quadratic: float) -> np.ndarray:
-    """Compute each pass's relative work from its rows and the tokens of its longest row: shapes[passes, 2]. `quadratic`
-    comes from `_attention_work_ratio`."""
+    """Compute the relative work of each pass from shapes[passes, 2]: its number of rows and its longest row's tokens.
+    `quadratic` comes from `_attention_work_ratio`."""
     rows, length = shapes.astype(float).T
     return rows * length * (1 + quadratic * length)
 
@@ -175,7 +175,7 @@ class PassTime:
 
 
 def fit_pass_time(longest: tuple[float, float], typical: tuple[float, float] | None) -> PassTime:
-    """Fit a line to two passes' (work, seconds), or a line through the origin if that is impossible."""
+    """Fit a line to two passes' (work, seconds), or a line through the origin if only one is usable."""
     work, seconds = longest if typical is None else typical
     through_origin = PassTime(0.0, seconds / work)
     if typical is None or longest[0] <= typical[0]:
@@ -192,7 +192,7 @@ class PassTimer:
     inputs: AttemptInputs
     trainer: FullTrainer
     model: nn.Module
-    """The model as the Trainer's loop prepares it: with autocast, compiled and wrapped."""
+    """The model as prepared by the Trainer: with autocast, compiled and wrapped."""
     optimizer: torch.optim.Optimizer
     evaluate: Callable[[RowSubset], object]
 
@@ -248,8 +248,8 @@ class PassTimer:
 def forecast_from_passes(
     passes: PassTimer, longest: Positions, longest_seconds: tuple[float, float], step_seconds: float
 ) -> TimeNeed:
-    """Forecast the remaining training time from the seconds of two passes on the longest rows and, if they are short,
-    from other passes."""
+    """Forecast the remaining training time from `longest_seconds`, the seconds of two passes on the longest rows, and,
+    if these are short, from further passes."""
     inputs, plan, quadratic = passes.inputs, passes.inputs.plan, _attention_work_ratio(passes.trainer.model)
     lengths, first_step = passes.trainer.sampler.lengths, inputs.request.first_step
     steps = max(0, plan.total_steps - first_step)
@@ -294,8 +294,8 @@ def _fit_train_time(
     longest: tuple[float, float, float],
     budget: float,
 ) -> tuple[PassTime, float]:
-    """Fit the pass time to the longest pass (work, first and second seconds) and, within `budget` seconds, a typical
-    one; also return the one-time seconds of compiling or of each shape."""
+    """Fit the pass time to the longest pass (work, first seconds, second seconds) and, if `budget` seconds allow, a
+    typical one. Also return one-time seconds, of compilation or for each shape."""
     long, first_seconds, seconds = longest
     compiled = max(0.0, first_seconds - seconds)
     at = int(np.argmin(abs(work - work.mean()))) if len(work) else 0
@@ -312,7 +312,7 @@ def _fit_train_time(
 
 
 def _forecast_evaluations(passes: PassTimer, train: PassTime, quadratic: float, budget: float) -> tuple[float, int]:
-    """Return the seconds of one evaluation, and the number of evaluations."""
+    """Return the seconds per evaluation and the number of evaluations. `budget` limits the measurement, in seconds."""
     plan, first_step = passes.inputs.plan, passes.inputs.request.first_step
     lengths = np.asarray(cast("Any", passes.trainer.eval_dataset)["length"])
     parts = list(batches(positions_longest_first(lengths), plan.eval_batch_size))
@@ -341,8 +341,8 @@ def _shapes(lengths: np.ndarray, parts: Iterable[Positions]) -> np.ndarray:
 
 
 def _attention_work_ratio(model: PreTrainedModel) -> float:
-    """Return the attention work per visible token, relative to the weights' work without embeddings (Kaplan et al.
-    2020, arXiv 2001.08361, table 1), or 0 if the layers' width is unknown."""
+    """Return the attention work per visible token, divided by the weights' work without embeddings (Kaplan et al. 2020,
+    arXiv 2001.08361, table 1), or 0 if the layers' width is unknown."""
     config = model.config.get_text_config()
     layers, hidden = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
     if not isinstance(layers, int) or not isinstance(hidden, int):
@@ -353,7 +353,7 @@ def _attention_work_ratio(model: PreTrainedModel) -> float:
 
 
 def _estimate_save_seconds(passes: PassTimer) -> float:
-    """Estimate the seconds to save a checkpoint by writing a sample."""
+    """Estimate the seconds to save a checkpoint by timing the writing of a sample."""
     trainer, trial = passes.trainer, passes.inputs.request.checkpoints / "write-trial"
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad or not trainer.trained_only]
     states = [value for state in passes.optimizer.state.values() for value in state.values()]

@@ -30,10 +30,10 @@ MIN_ROWS_FOR_STANDARD_ERROR = 30
 
 
 class Evaluator(TrainingPart):
-    """Scores the eval rows, and stops a run that diverges or gets worse, unless the user supplies the loss."""
+    """Scores the eval rows and stops a run that diverges or gets worse, unless the user supplies the loss."""
 
     def __init__(self, inputs: AttemptInputs, trainer: FullTrainer, target: Target, head_is_new: bool) -> None:
-        """With `head_is_new`, assume that the head starts at chance."""
+        """With `head_is_new`, assume that the head starts at chance level."""
         self.inputs, self.trainer, self.target, self.head_is_new = inputs, trainer, target, head_is_new
         self.start_counts: np.ndarray | None = None
         """Contributions of the eval rows to the metric before step 1: float64 [rows, k]."""
@@ -56,7 +56,7 @@ class Evaluator(TrainingPart):
         return self.inputs.task.metrics(self._predictions, self.target)
 
     def metric_of(self, rows: Sequence[Row]) -> float:
-        """Return the run's metric of these rows, scored in this process."""
+        """Compute the run's metric on these rows in this process."""
         return float(self.inputs.task.metrics(self.predict_rows(rows), self.target)[self.inputs.plan.metric])
 
     def predict_rows(self, rows: Sequence[Row]) -> Predictions:
@@ -83,7 +83,7 @@ class Evaluator(TrainingPart):
 
     @property
     def untrained_loss(self) -> float | None:
-        """Loss of the dry run, or None if unknown; for a new head at least the chance loss, because a head from a
+        """Loss of the dry run, or None if unknown. For a new head it is at least the chance loss, because a head from a
         linear probe starts lower."""
         inputs = self.inputs
         measured = inputs.usage.dry_run_loss
@@ -154,7 +154,7 @@ class Evaluator(TrainingPart):
 
 
 def _metric_for_comparison(task: TaskName, target: Target, metric: str, predictions: Predictions) -> ResamplableMetric:
-    """Return the run's metric if it can be computed from a few sums over rows, else the loss."""
+    """Return the run's metric if sums over rows are enough to compute it, else the loss."""
     measure = find_metric(task, target, metric)
     if measure.row_terms is None or measure.row_terms(predictions).shape[1] > MAX_SAVED_TERMS_PER_ROW:
         return find_metric(task, target, "loss")

@@ -44,8 +44,8 @@ def load_pretrained(
     before_weights: Callable[[], None] = lambda: None,
     num_ranks: int = 1,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, HeadOrigin | None]:
-    """Load the pretrained model with the task's head; return it, its processor, and the head's origin or None.
-    `before_weights` is called before weights are read."""
+    """Load the pretrained model with the task's head. Returns the model, its processor, and the head's origin or None.
+    `before_weights` is called just before reading weights."""
     base, heads = Base.from_block(recipe.model, recipe.task, recipe.data.chat_template), list[HeadOrigin]()
     model = load_model(
         base,
@@ -131,7 +131,7 @@ def scale_head(
     own_loss: bool = False,
 ) -> tuple[ScaledHead | None, str]:
     """Make the head's last layer learn standardized numbers; return the layer, or None if impossible, and a note.
-    `predicts_numbers` means that the layer was trained before."""
+    `scale` is (mean, standard deviation). `predicts_numbers` means that the layer was already trained."""
     layer, problem = find_output_layer(model, 1), ""
     if own_loss:
         problem = "you supply compute_loss"
@@ -254,7 +254,6 @@ def load_for_training(inputs: AttemptInputs) -> LoadedModel:
 
 
 def make_trainer(inputs: AttemptInputs, loaded: LoadedModel) -> FullTrainer:
-    """Create the Trainer for a loaded model."""
     plan, recipe, objective = inputs.plan, inputs.recipe, loaded.objective
     model = loaded.applied.model
     trainer = FullTrainer(
@@ -330,7 +329,8 @@ def _init_head_and_record(
 def init_head_from_probe(
     objective: Objective, head: HeadOrigin, tokenizer: PreTrainedTokenizerBase, folder: Path, device: torch.device
 ) -> Probe:
-    """Initialise a new head from the run folder's linear probe, fitted now if missing; without a probe, at random."""
+    """Initialise a new head from the run folder's linear probe, fitting the probe if it is missing. If fitting fails,
+    the head is random."""
     model, recipe, plan, target = objective.model, objective.recipe, objective.plan, objective.target
     together, reading = sharding.needs_all_ranks(model), contextlib.ExitStack()
 

@@ -122,7 +122,7 @@ def outcome_of_error(error: BaseException, folder: Path) -> tuple[OutcomeStatus,
 
 
 def _exit_with_parent(parent_pid: int) -> None:
-    """Start a thread that ends this process with its parent; an orphan would train beside the next attempt."""
+    """Start a thread that ends this process with its parent, because an orphan would train beside the next attempt."""
     started_by = os.getppid()
 
     def exit_when_orphaned() -> None:

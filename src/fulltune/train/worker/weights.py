@@ -49,7 +49,7 @@ def second_moment(parameter: torch.nn.Parameter, optimizer: Any) -> torch.Tensor
 
 
 class InitialWeights:
-    """The trainable weights before step 1, on disk; if they are sharded, each rank writes and compares its shard."""
+    """Trainable weights before step 1, on disk. If they are sharded, each rank writes and compares its shard."""
 
     def __init__(self, model: PreTrainedModel, path: Path, is_sharded: bool = False) -> None:
         """Save the trainable weights to `path`."""
@@ -63,8 +63,8 @@ class InitialWeights:
         save_file(tensors, path)
 
     def count_changes(self, model: PreTrainedModel, optimizer: Any, with_gradient: frozenset[str]) -> ParameterChanges:
-        """Count, over all ranks, the values that received a gradient (not unused tokens' embeddings) and those that
-        changed."""
+        """Count, over all ranks, the values that received a gradient (excluding unused tokens' embeddings) and those
+        that changed."""
         sharding.free_gathered_weights(model)
         inner = optimizer
         while inner is not None:
@@ -95,14 +95,13 @@ class InitialWeights:
         )
 
     def _is_counted_here(self, number: int, parameter: torch.nn.Parameter) -> bool:
-        """Return whether this rank counts a parameter. Ranks take turns with replicated ones, so none stores them
-        all."""
+        """Return whether this rank stores and counts a parameter. Replicated parameters are distributed over the
+        ranks."""
         if not self._is_sharded or hasattr(parameter, "placements"):
             return True
         return number % torch.distributed.get_world_size() == torch.distributed.get_rank()
 
     def _initial_values(self, name: str) -> torch.Tensor:
-        """Read a parameter's values before step 1."""
         # Opened for each tensor, or the whole file would stay in memory.
         with safe_open(self.path, framework="pt") as file:
             return file.get_tensor(name)
@@ -128,7 +127,7 @@ def _is_process_running(pid: int) -> bool:
 
 
 def load_finished_checkpoint(trainer: FullTrainer, checkpoint: Path, total_steps: int) -> torch.optim.Optimizer:
-    """Load the weights from a checkpoint after the last step; return an optimizer with its state."""
+    """Load the weights from a checkpoint saved after the last step; return an optimizer with the saved state."""
     # Only optimizers without second moments need this; an earlier attempt saw the gradients.
     trainer.tensors_with_gradient = frozenset(methods.trainable_parameters(trainer.model))
     if trainer.is_deepspeed_enabled:
@@ -149,8 +148,8 @@ def save_model(
     summary: DataSummary,
     is_main: bool = True,
 ) -> None:
-    """Write a Hugging Face model folder, or only the weights that a method such as LoRA trains, replacing an older one.
-    All ranks must call this; only `is_main` writes."""
+    """Write a Hugging Face model folder, or only the weights that a method such as LoRA trains, replacing older files.
+    All ranks must call this, but only `is_main` writes."""
     part = folder.with_name(folder.name + ".part")
     if is_main:
         shutil.rmtree(part, ignore_errors=True)
@@ -183,7 +182,7 @@ def save_model(
 
 
 def _gather_trained(model: PreTrainedModel) -> None:
-    """Replace sharded trained parameters by gathered ones."""
+    """Replace sharded trained parameters with gathered ones."""
     sharding.free_gathered_weights(model)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -194,7 +193,7 @@ def _gather_trained(model: PreTrainedModel) -> None:
 
 
 def _save_full(model: PreTrainedModel, folder: Path, is_main: bool) -> None:
-    """Save like `save_pretrained`; sharded weights are written file by file, so that no rank holds all of them."""
+    """Save like `save_pretrained`. Sharded weights are written file by file, so that no rank holds all of them."""
     in_engine = zero.is_in_use(model)
     is_shared = in_engine or sharding.is_fsdp2_sharded(model)
     # `save_pretrained` converts tensors that have other names in files.
