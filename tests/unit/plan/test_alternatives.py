@@ -1,4 +1,4 @@
-"""Ways out of too little memory or disk: what is freed, what is enough, the least harm first."""
+"""Alternatives when memory or disk is too small: what is freed, what is enough, the least harm first."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_alternatives_of_a_full_disk(
 
 
 def of_disk(monkeypatch: pytest.MonkeyPatch, free: int, kept: int) -> tuple[Alternative, ...]:
-    """Ways out for four checkpoints of 12 GiB (6 with 8-bit moments) and 8 GiB of models."""
+    """Alternatives for four checkpoints of 12 GiB (6 with 8-bit moments) and 8 GiB of models."""
 
     def need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> DiskNeed:
         one = 6 if settings.optim == "adamw_8bit" else 12
