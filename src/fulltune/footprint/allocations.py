@@ -63,7 +63,7 @@ class TraceCase:
 
 
 def build_model(case: TraceCase, config: PretrainedConfig) -> PreTrainedModel:
-    """Build the model with random weights, and apply the method and the dropout of training."""
+    """Build the model with random weights, the method and the dropout of training."""
     options: dict[str, Any] = {"dtype": torch_dtype(case.weights_dtype)}
     if case.attn_implementation:
         options["attn_implementation"] = case.attn_implementation
@@ -99,7 +99,7 @@ def layer_types(case: TraceCase) -> tuple[str, ...]:
 
 
 def config_with_layers(case: TraceCase, depths: Mapping[str, int], kinds: Sequence[str] = ()) -> PretrainedConfig:
-    """Return a copy of the config with `depths` layers of these `kinds`."""
+    """Return a copy of the config with these numbers of layers, by config attribute, and these types of layers."""
     config = copy.deepcopy(case.config)
     config.use_cache = False
     part = layer_config(case, config)
@@ -178,7 +178,8 @@ class AllocationLog(TorchDispatchMode):
         self._changes.clear()
 
     def timeline(self) -> dict[tuple[str, int], np.ndarray]:
-        """Return the bytes per `MemoryKind` after each allocation outside middle layers, keyed by place and number."""
+        """Return the bytes per `MemoryKind` after each allocation outside middle layers, keyed by (place, number at
+        this place)."""
         alive, counts, after = np.zeros(len(KINDS)), Counter[str](), {}
         for place, block, size in self._changes:
             alive[KINDS.index(self._kinds.get(block, "activations"))] += size
@@ -194,7 +195,7 @@ class AllocationLog(TorchDispatchMode):
                 self._kinds[self._blocks[parameter.grad.untyped_storage()._cdata][0]] = "gradients"
 
     def _log_storage(self, tensor: torch.Tensor, func: Any) -> None:
-        """Log a tensor's storage, if it is new, with its kind and later its release."""
+        """Log a tensor's storage, if it is new, and later its release."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._blocks:
@@ -254,7 +255,8 @@ def _replace_boolean_masks(indices: Any, num_true: int) -> Any:
 
 
 def track_layers(log: AllocationLog, stacks: list[nn.ModuleList]) -> None:
-    """Update the log's `place` as layers run: `forward 0:first`, `backward 1:last`, `backward 0:below` ..."""
+    """Install hooks that update the log's `place` as layers run: `forward 0:first`, `backward 1:last`, `backward
+    0:below` ..."""
 
     def set_position(hidden: object, forward: str, backward: str) -> None:
         """Set the log's position to `forward`, and to `backward` when the gradient of `hidden` is computed."""
@@ -362,7 +364,7 @@ def move_to_fake_cpu(model: nn.Module) -> None:
 def _trace_micro_batch(
     case: TraceCase, model: PreTrainedModel, batch: dict[str, torch.Tensor], log: AllocationLog, training: bool
 ) -> None:
-    """Run a micro batch's forward pass, and in training its backward pass, and set the log's position."""
+    """Run a micro batch's forward pass, and in training its backward pass, while updating the log's position."""
     head = _selective_head(case.task, model)
     log.place = "forward before layers"
     labels = batch.pop("labels")

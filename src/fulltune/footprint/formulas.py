@@ -89,7 +89,8 @@ _Copy = tuple[dict[str, int], tuple[str, ...]]
 
 
 def _reduced_copies(case: TraceCase) -> tuple[_Copy, list[tuple[dict[str, int], tuple[str, ...], int]]]:
-    """Return the smallest copy, and for each type of layer a copy with one more and the number of layers omitted."""
+    """Return the smallest copy as (depths, kinds), and for each type of layer (depths, kinds, number of omitted layers)
+    of a copy with one more."""
     depths, kinds = layer_counts(case), layer_types(case)
     if kinds:
         (name,) = depths
@@ -111,7 +112,6 @@ def _reduced_copies(case: TraceCase) -> tuple[_Copy, list[tuple[dict[str, int], 
 
 
 def _layer_terms(rows: int, length: int) -> tuple[int, ...]:
-    """Return the terms of a layer's memory: constant, tokens, token pairs of all rows, and of one row."""
     return (1, rows * length, rows * length * length, length * length)
 
 
@@ -124,7 +124,6 @@ _FAR = (16, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 
 
 def trace_footprint(case: TraceCase) -> Footprint:
-    """Trace a model, and return its footprint."""
     points = points_to_trace(case)
     evaluated = trace_model(case, points, recomputed=False, training=False)
     variants, of_training = [], 0.0

@@ -25,7 +25,8 @@ class LiveMemory(Record):
     """Bytes of each `MemoryKind`: a constant, then per row, token, row x length^2, length and length^2."""
 
     def bytes(self, rows: int, length: int) -> dict[MemoryKind, int]:
-        """Return the bytes per `MemoryKind` for `rows` sequences of `length` tokens; each choice is a sequence."""
+        """Return the bytes per `MemoryKind` for `rows` sequences of `length` tokens; each choice of a row is a
+        sequence."""
         factors = terms(rows, length)
         return {
             kind: max(0, round(sum(value * factor for value, factor in zip(values, factors, strict=True))))
@@ -51,7 +52,7 @@ class Footprint(Record):
     largest_tensor: int
     """Number of values of the largest trained parameter."""
     sequences_per_row: int
-    """Number of choices of a row, else 1."""
+    """Number of choices of a multiple-choice row, otherwise 1."""
     variants: tuple[Variant, ...]
     evaluation: dict[str, tuple[LiveMemory, ...]]
     """Points in a forward pass without gradients, by precision."""
@@ -64,7 +65,7 @@ class Footprint(Record):
     tensors: dict[int, int] = Field(default_factory=dict)
     """Number of trained tensors, by their size in values."""
     rough: str = ""
-    """Why a rule of thumb replaces the trace."""
+    """Why a rule of thumb replaces the trace, or empty if it does not."""
     assumed: str = ""
     """Assumption about the model's inputs, with its reason."""
 

@@ -39,7 +39,7 @@ PIXELS_OF_A_TOKEN = 32 * 32
 
 
 def estimate_footprint(case: TraceCase, why: str) -> Footprint:
-    """Estimate a footprint by a rule of thumb. `why` says why the model was not traced."""
+    """Estimate a footprint by a rule of thumb. `why` is the reason for not tracing the model."""
     shapes = _trained_parameter_shapes(case)
     num_trainable = case.num_parameters if case.all_trained else sum(map(math.prod, shapes))
     layers, hidden, vocab = _model_sizes(case)

@@ -24,7 +24,7 @@ def propose_for_memory(
 ) -> tuple[Alternative, ...]:
     """Propose at most three changes that make a process fit in memory; those that are enough alone come first.
 
-    The `smallest` settings do not fit; other `placements` are proposed if they fit.
+    `smallest` are the settings with the lowest memory, which do not fit. `placements` are proposed if they fit.
     """
     recipe, now = basis.recipe, basis.memory_need(smallest).peak
     ways, mild = [], 0
@@ -63,7 +63,8 @@ def make_alternative(
     change: str = "",
     where: Literal["device", "disk"] = "device",
 ) -> Alternative:
-    """Describe a change that frees memory or disk space; `enough` means that the run then fits."""
+    """Describe a change that frees memory or disk space; `enough` means that the run then fits. The text `change`
+    defaults to the settings."""
     first, *others = [f"{name}: {to_yaml(value)}" for name, value in settings.items()] or [""]
     words = change or (f"{first} with {listed(others)}" if others else first)
     return Alternative(
@@ -74,7 +75,7 @@ def make_alternative(
 def _usable_savings(
     recipe: Recipe, now: MemorySettings
 ) -> Iterator[tuple[MemorySaving, MemorySettings, dict[str, Any]]]:
-    """Yield each usable memory saving with the resulting memory settings and recipe settings, the mildest first."""
+    """Yield (saving, memory settings, recipe settings) for each usable memory saving, the least costly first."""
     for saving in MEMORY_SAVINGS:
         if saving.is_proposed and not saving.why_unusable(recipe, now):
             changes = saving.apply(recipe, now)[-1]
@@ -82,7 +83,8 @@ def _usable_savings(
 
 
 def _combine_savings(basis: Basis, now: MemorySettings) -> list[Alternative]:
-    """Return one alternative that combines as few memory savings as are enough, or an empty list."""
+    """Combine memory savings until the run fits; return one alternative in a list, or an empty list if it never
+    fits."""
     needed = basis.memory_need(now).peak
     costs: list[str] = []
     named: dict[str, Any] = {}

@@ -133,7 +133,7 @@ IN_ENGINE = (2, 4, 12)
 """ZeRO's bytes per parameter: bf16 weights, fp32 gradients, and fp32 weights with both moments."""
 LIVE_VALUES = 10**9
 HOST_BUFFERS = 1.22
-"""Factor for pinned buffers (measured: 176 GB for 8.03 B parameters of 18 bytes)."""
+"""Overhead factor of pinned buffers (measured: 176 GB for 8.03 B parameters of 18 bytes each)."""
 
 
 def zero_state_bytes(num_parameters: int, num_trainable: int | None = None) -> dict[MemoryKind, int]:
@@ -196,7 +196,7 @@ def disk_need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> 
 
 
 def disk_full_message(recipe: Recipe, needed: DiskNeed, free_bytes: int, folder: str) -> str:
-    """Return the error message for a full disk; an empty `folder` stands for the recipe's output."""
+    """Return the error message for a full disk; if `folder` is empty, the message names the recipe's output."""
     parts = f"{needed.num_checkpoints} x {format_bytes(needed.checkpoint_bytes)} and {format_bytes(needed.model)}"
     return (
         f"{folder or recipe.output}: checkpoints and the model need {format_bytes(needed.total)} on disk ({parts}), "

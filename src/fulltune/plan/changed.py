@@ -24,7 +24,7 @@ _PLACING = (
 
 
 def has_same_placement(plan: Plan, recipe: Recipe) -> bool:
-    """Return whether the recipe allows the plan's placement and sets the same offload, processes and machines."""
+    """Return whether the recipe allows the plan's placement, with the same offloading, processes and machines."""
     train = recipe.train
     same = all(getattr(plan, name) == getattr(train, name) for name in ("num_processes", "num_machines", "offload"))
     return same and train.placed_as in ("auto", plan.placement)
@@ -33,7 +33,8 @@ def has_same_placement(plan: Plan, recipe: Recipe) -> bool:
 def recipe_for_resuming(recipe: Recipe, plan: Plan) -> Recipe:
     """Return the recipe with the started run's global batch size, precision and optimizer.
 
-    Raises `RecipeError` if the new processes cannot divide the batch or run the optimizer.
+    Raises `RecipeError` if the batch cannot be divided among the new processes, or if ZeRO does not support the
+    optimizer.
     """
     train, rows = recipe.train, plan.global_batch_size
     problems = []
@@ -57,7 +58,7 @@ def recipe_for_resuming(recipe: Recipe, plan: Plan) -> Recipe:
 
 
 def with_new_placement(plan: Plan, replanned: Plan) -> Plan:
-    """Return a started run's plan with the fields and settings that depend on the placement taken from `replanned`."""
+    """Replace the placement-dependent fields and settings of a started run's plan by those of `replanned`."""
     names = {SETTING_OF.get(name, f"train.{name}") for name in _PLACING} | {"train.oversubscribe"}
     settings = {setting.name: setting for setting in plan.settings}
     settings |= {setting.name: setting for setting in replanned.settings if setting.name in names}

@@ -14,7 +14,7 @@ from fulltune.records.plan import MemoryNeed, MemorySettings
 from fulltune.text import format_bytes
 
 COMFORTABLE = 0.9
-"""Share of the available memory that a plan tries not to exceed."""
+"""Share of the available memory that a plan tries to stay below."""
 SAME_SPEED = 0.03
 """Relative difference below which two speeds count as equal."""
 PHASE_NAMES = {
@@ -84,8 +84,8 @@ def _candidate_settings(basis: Basis, start: MemorySettings) -> list[MemorySetti
 
 
 def _combine_automatic_savings(recipe: Recipe, start: MemorySettings, same_result: bool) -> list[MemorySettings]:
-    """Return `start` with each combination of automatic memory savings, which change the result unless
-    `same_result`."""
+    """Return `start` with each combination of automatic memory savings; `same_result` excludes those that change the
+    training result."""
     combinations = [start]
     for saving in MEMORY_SAVINGS:
         if saving.is_automatic and saving.same_result == same_result and not saving.why_not_automatic(recipe, start):
@@ -94,7 +94,7 @@ def _combine_automatic_savings(recipe: Recipe, start: MemorySettings, same_resul
 
 
 def _choose_eval_batch(basis: Basis, settings: MemorySettings, limit_bytes: float) -> SettingsOption:
-    """Return the settings with the recipe's eval batch, or else twice the micro batch, halved until it fits."""
+    """Set the eval batch size: the recipe's, or else twice the micro batch size, halved until it fits."""
     fixed = basis.recipe.evaluate.batch_size
     size = fixed or 2 * settings.micro_batch_size
     while True:
@@ -108,7 +108,7 @@ def _choose_eval_batch(basis: Basis, settings: MemorySettings, limit_bytes: floa
 def _explain_checkpointing(
     basis: Basis, option: SettingsOption, options: Sequence[SettingsOption], limit_bytes: float
 ) -> str:
-    """Return why `option` was chosen among `options` with or without activation checkpointing."""
+    """Return why the chosen `option` does or does not use activation checkpointing."""
     if not option.settings.can_recompute:
         return "this model does not support checkpointing"
     if not option.settings.activation_checkpointing:

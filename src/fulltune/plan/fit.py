@@ -107,8 +107,8 @@ def _fitting_option(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[cho
 def choose_placement(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Recipe, str]:
     """Return the recipe with a placement, and the reason, which is empty if the recipe sets the placement.
 
-    Several processes use ddp if it fits, because ddp sends least, else fsdp2. ZeRO is never automatic, because it
-    computes in other types.
+    Several processes use ddp, which sends the least data, if it fits, and otherwise fsdp2. ZeRO is never chosen
+    automatically, because it computes in other data types.
     """
     recipe = workload.recipe
     if recipe.train.placement != "auto" or recipe.train.engine_settings is not None:
@@ -117,7 +117,8 @@ def choose_placement(workload: Workload, fleet: Fleet, own_loss: bool = False) -
         return with_placement(recipe, "single"), "one process"
 
     def memory_with(placement: Placement) -> tuple[int, int, int]:
-        """Return the free bytes per process, and the lowest need without and with savings that change the result."""
+        """Return three sizes per process: the free bytes, and the lowest need without and with savings that change the
+        result."""
         own = with_placement(recipe, placement)
         basis = make_basis(replace(workload, recipe=own), fleet, own_loss=own_loss)
         exact, changed = (choose.lowest_memory_settings(basis, same_result=same).memory.peak for same in (True, False))
@@ -156,7 +157,7 @@ def why_not_fsdp2(recipe: Recipe, shapes: Shapes, machine: Machine) -> str | Non
 
 DISK_BYTES_PER_SECOND = 10**9
 START_SECONDS, LOADS = 20.0, 3
-"""Start-up time of two processes with torch (12 to 25 s on two cores), and how many times the model is read."""
+"""Start-up time of two processes with torch (12 to 25 s on two cores), and how many times the model is loaded."""
 CHECKS_SECONDS, SCORING_SECONDS, BASELINE_LINES = 0.5, 0.4, 3
 """Seconds that the checks and each score row take, and the number of baseline rows."""
 LONGEST_PASSES = 2

@@ -17,7 +17,7 @@ WHOLE_FILE_BYTES = 2**28
 TENSORS_OF_BLOCK = 3
 """Ratio of a block's size to its largest tensor, as in BERT."""
 NUM_SEND_BUFFERS = {"cpu": 2, "cuda": 1}
-"""Number of buffers that hold sent gradients; gloo needs a copy."""
+"""Number of buffers for gradients that are being sent; gloo needs a copy."""
 
 AT_HEAD = ("backward head", "forward loss")
 """Positions at which all blocks' activations are alive."""
@@ -36,7 +36,8 @@ def fsdp_units(shapes: Shapes) -> Units:
 
 @dataclass(frozen=True)
 class _Point:
-    """Bytes of one process at a point in a step, without its shards of the state; one value per unit or buffer."""
+    """Bytes of one process at a point in a step, excluding its shards of the state. Tuples have one value per unit or
+    buffer."""
 
     live: dict[MemoryKind, int]
     """Bytes per `MemoryKind` traced in a single process, without gradients."""
@@ -100,7 +101,6 @@ def fsdp2_memory_need(shapes: Shapes, footprint: Footprint, settings: MemorySett
 
 
 def _possible_peak_points(shapes: Shapes, footprint: Footprint, settings: MemorySettings, units: Units) -> list[_Point]:
-    """Return the points in an FSDP2 process's step at which memory may peak."""
     rows, value = memory.train_sequences(footprint, settings), BYTES[settings.weights_dtype]
     before = float(settings.gradient_accumulation_steps > 1)  # gradient shards of earlier micro batches
     copies, length = NUM_SEND_BUFFERS[settings.device], settings.longest_tokens
@@ -186,7 +186,8 @@ def _forward_tensor_bytes(units: Units, position: str) -> tuple[tuple[int, ...],
 def _block_estimators(
     traced: Sequence[tuple[str, dict[MemoryKind, int]]], units: Units, num_layers: int, head: int, recomputed: bool
 ) -> tuple[Callable[[dict[MemoryKind, int]], int], Callable[[str], dict[MemoryKind, int]]]:
-    """Return two functions that estimate a block's gradient bytes so far, and the bytes freed at its end."""
+    """Return two functions: one estimates the current block's gradient bytes at a traced point, the other the bytes
+    freed when a block ends at a position."""
     waiting = max((one["activations"] for place, one in traced if place in AT_HEAD), default=0)
     most = max((one["activations"] for place, one in traced if place.startswith("backward ")), default=0)
     of_blocks = units.freed - units.apart
@@ -198,7 +199,7 @@ def _block_estimators(
     passes = max(0, most - waiting) if waiting else 0  # recomputed and temporary activations
 
     def current_block_gradients(passing: dict[MemoryKind, int]) -> int:
-        """Return the current block's gradient bytes; if blocks differ in size, assume a whole block."""
+        """Return the current block's part of the gradient bytes; if blocks differ in size, assume a whole block."""
         are_equal = units.block and of_blocks % units.block == 0
         return (passing["gradients"] - head) % units.block if are_equal else units.block
 

@@ -46,7 +46,6 @@ class GpuModel:
 
     @property
     def idle_gpu(self) -> Gpu:
-        """A GPU of this model whose memory is free, except the driver's share."""
         size = self.memory_bytes
         return Gpu(name=self.name, memory_bytes=size, capability=self.capability, free_bytes=size - DEVICE_RESERVE)
 
@@ -140,7 +139,8 @@ def gpu_model_of(name: str, memory_bytes: int = 2**60) -> GpuModel | None:
 
 
 def find_gpu(name: str) -> GpuModel:
-    """Return the GPU model that a user names; raise `RecipeError` if the name is unknown or fits several sizes."""
+    """Return the GPU model that a user names; raise `RecipeError` if the name is unknown or matches several memory
+    sizes."""
     models = _models_named(name)
     if len(models) == 1:
         return models[0]
@@ -172,7 +172,7 @@ _DETAILS: dict[str, tuple[str, Callable[[str], float]]] = {
 def parse_hardware(text: str) -> Fleet:
     """Parse a value of `--for`, such as `1x RTX 4090, 64GB host`, or `4x 8x A100-80GB` for four machines.
 
-    Raises `RecipeError` with each part that cannot be read.
+    Raises `RecipeError` with each part that cannot be parsed.
     """
     first, *parts = (part.strip() for part in text.split(","))
     problems, details = list[str](), dict[str, Any]()
@@ -204,7 +204,7 @@ def parse_hardware(text: str) -> Fleet:
 
 
 def complete_hardware(named: NamedHardware) -> Fleet:
-    """Return the hardware that `--for` names, with typical values for omitted details."""
+    """Return the hardware described by `--for`, with typical values for omitted details."""
     gpu, count, host, cores = named.gpu, named.count, named.host_bytes, named.cores or 8 * named.count
     each_has, assumed = " in each machine" if named.machines > 1 else "", list[str]()
     if host is None:

@@ -27,7 +27,7 @@ CHUNK_TOKENS = {"cpu": 256, "cuda": 1024}
 
 
 def unsharded_need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> MemoryNeed:
-    """Compute the memory of one process that holds the whole training state, if its precision was traced."""
+    """Compute the memory of one process that holds the whole training state. The precision must have been traced."""
     state, on_cpu = state_bytes(shapes.num_parameters, settings), settings.device == "cpu"
     points = _possible_peaks(shapes, footprint, settings, state)
     kinds = max(points, key=lambda alive: sum(alive.values())).copy()
@@ -100,13 +100,13 @@ def _overhead_bytes(
 def peak_heap_bytes(points: Sequence[tuple[float, int, int]], block_bytes: int) -> tuple[float, float]:
     """Return the peak heap bytes and the peak total bytes of temporary tensors on a CPU.
 
-    Each of `points` holds the bytes of small blocks with their gaps, of large blocks, and of large blocks that may
-    reuse free heap in blocks of up to `block_bytes`.
+    Each point holds the bytes of small blocks with their gaps, of large blocks that need new memory, and of large
+    blocks of up to `block_bytes` each that may reuse free heap.
     """
     heap = max(small for small, _, _ in points)
 
     def reused(free: float, large: int) -> int:
-        """Return bytes of large blocks that reuse the heap: one per free stretch of twice its size."""
+        """Return how many bytes of large blocks reuse free heap; each block needs twice its size."""
         return block_bytes * min(large // block_bytes, int(free / 2 / block_bytes))
 
     return heap, max(heap - reused(heap - small, fits) + large + fits for small, large, fits in points)
@@ -131,10 +131,11 @@ def _possible_peaks(
 def with_chunked_loss(
     live: dict[MemoryKind, int], shapes: Shapes, settings: MemorySettings, tokens: int, earlier_gradients: int | None
 ) -> dict[MemoryKind, int]:
-    """Return the `live` bytes with one chunk's logits instead of all, or unchanged without a chunked loss.
+    """Return the `live` bytes with one chunk's logits and the head's whole gradient, or unchanged without a chunked
+    loss.
 
-    The head's whole gradient is added. `tokens` have logits; `earlier_gradients` are the bytes from earlier micro
-    batches, or None without a backward pass.
+    `tokens` is the number of tokens with logits; `earlier_gradients` are the bytes from earlier micro batches, or None
+    without a backward pass.
     """
     if not settings.chunked_loss:
         return live

@@ -29,7 +29,7 @@ def placement_table(basis: Basis) -> tuple[PlacementOption, ...]:
 
 
 def _placements_to_compare(basis: Basis) -> Iterator[dict[str, Any]]:
-    """Yield the settings of each placement, weight type and optimizer in the table."""
+    """Yield the recipe settings of each combination of placement, weight type and optimizer in the table."""
     train = basis.recipe.train
     many = train.num_processes > 1
     plain = _DEFAULTS | {"train.optim": "adamw_torch_fused"}
@@ -59,7 +59,7 @@ def _placements_to_compare(basis: Basis) -> Iterator[dict[str, Any]]:
 
 
 def _best_option(basis: Basis, settings: dict[str, Any]) -> PlacementOption:
-    """Return a table row with a placement's fastest settings that fit, else those with the lowest memory."""
+    """Return a placement's table row: the fastest settings that fit, or else those with the lowest memory."""
     recipe, narrow = with_settings(basis.recipe, settings), settings["model.weights_dtype"] == "bf16"
     start = basis.start.changed(
         weights_dtype=settings["model.weights_dtype"],
@@ -74,7 +74,7 @@ def _best_option(basis: Basis, settings: dict[str, Any]) -> PlacementOption:
 
 
 def table_row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, changes: dict[str, Any]) -> PlacementOption:
-    """Return a placement's row in the table of placements. `changes` are the settings that differ from the recipe's."""
+    """Return a placement's row in the table; `changes` are the settings that differ from the recipe's."""
     kinds, layout = dict(memory.kinds), basis.layout
     # Evaluation, saving or resuming may have the higher peak.
     kinds["buffers"] = kinds.get("buffers", 0) + memory.peak - sum(kinds.values())
@@ -96,7 +96,6 @@ def table_row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, change
 
 
 def placement_name(layout: ParallelLayout | None, settings: MemorySettings) -> str:
-    """Return a placement's name for tables and messages."""
     small = settings.optim == "adamw_8bit"
     if layout is None:
         each = f"{settings.num_processes} copies" if settings.num_processes > 1 else "one device"

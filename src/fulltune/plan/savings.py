@@ -12,7 +12,6 @@ from fulltune.records.plan import MemorySettings, Phase
 from fulltune.system import parallel_layout
 
 Changes = dict[str, Any]
-"""New values by field of the memory settings or the plan."""
 SETTING_OF = {
     "precision": "train.precision",
     "weights_dtype": "model.weights_dtype",
@@ -39,11 +38,11 @@ class MemorySaving:
     costs: str
     changes: Changes = field(default_factory=dict)
     options: Callable[[Recipe, MemorySettings], list[Changes]] | None = None
-    """Computes the possible changes, used instead of `changes`; the mildest comes first."""
+    """Returns the possible changes, the smallest first; used instead of `changes`."""
     unless: Callable[[Recipe, MemorySettings], str | None] = lambda recipe, now: None
-    """Returns why this setting is ruled out, or None."""
+    """Returns why this setting is ruled out, or None if it is not."""
     done: str = ""
-    """Template of the message after the change, with the new values and `now`, the previous plan."""
+    """Template of the message after the change; it may use the new values and the previous plan (`now`)."""
     same_result: bool = True
     is_automatic: bool = False
     is_proposed: bool = False
@@ -91,7 +90,8 @@ def plain_optim(weights_dtype: str, rounding: str | None) -> str:
 
 
 def why_loss_not_chunked(recipe: Recipe, plain_logits: bool, own_loss: bool = False) -> str | None:
-    """Return why the loss cannot be computed in chunks, or None; `plain_logits` means unscaled logits."""
+    """Return why the loss cannot be computed in chunks, or None if it can; `plain_logits` means that the model does not
+    scale its logits."""
     if not FACTS[recipe.task].writes:
         return f"{recipe.task} has no logits per token"
     if own_loss:

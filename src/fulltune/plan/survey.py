@@ -27,7 +27,7 @@ MORE, HOSTS = (2, 4, 8), (64, 128, 192, 256, 384, 512, 768, 1024, 2048)
 WithMethod = Callable[[str], Workload | None]
 """Returns the workload with another kind of method, or None if impossible."""
 PlannedSettings = tuple[Plan, dict[str, Any]]
-"""A plan, and its settings that differ from the recipe."""
+"""A plan, and its settings that differ from the recipe's."""
 
 
 def survey_placements(
@@ -83,7 +83,6 @@ def _layout_of(recipe: Recipe, planned: PlannedSettings) -> ParallelLayout | Non
 def _survey_without_plan(
     workload: Workload, basis: Basis, table: tuple[PlacementOption, ...], full_fits: bool, lora_fits: bool | None
 ) -> Survey:
-    """Return a survey of hardware, data, placements and advice that has no plan yet."""
     summary, shapes, fleet, train = workload.summary, workload.shapes, basis.fleet, workload.recipe.train
     splits = summary.splits
     return Survey(
@@ -177,7 +176,8 @@ def _with_reason_for_settings(plan: Plan, names: set[str], reason: str) -> Plan:
 
 
 def _plan_or_none(workload: Workload | None, fleet: Fleet, any_placement: bool = False) -> PlannedSettings | None:
-    """Return the plan, or None if none fits; `any_placement` also tries placements that are never automatic."""
+    """Return the plan, or None if nothing fits or `workload` is None; `any_placement` also tries placements that are
+    never automatic."""
     if workload is None:
         return None
     table = placements.placement_table(make_basis(workload, fleet))
@@ -193,7 +193,8 @@ def _plan_or_none(workload: Workload | None, fleet: Fleet, any_placement: bool =
 def _propose_alternatives(
     workload: Workload, basis: Basis, table: Sequence[PlacementOption], problem: str, lora: PlannedSettings | None
 ) -> tuple[str, tuple[Alternative, ...]]:
-    """Return the problem and alternatives: for the disk if only the disk is too small, else for memory."""
+    """Return the problem and alternatives, including the plan `lora`: for the disk if only the disk is too small, else
+    for memory."""
     fleet = basis.fleet
     outcome = _plan_or_error(workload, fleet.model_copy(update={"disk_bytes": None}), table)
     where: Literal["device", "disk"] = "device"
@@ -227,7 +228,8 @@ def _propose_alternatives(
 
 
 def _propose_larger_hardware(workload: Workload, fleet: Fleet, peak_now: int) -> Iterator[Alternative]:
-    """Yield the smallest increase of devices or machines, and of host memory, that makes the run fit."""
+    """Yield the smallest hardware that makes the run fit: one with more devices or machines, one with more host
+    memory."""
     named = fleet.named
     if named.gpu is None or fleet.here:
         return
@@ -250,7 +252,8 @@ def _propose_larger_hardware(workload: Workload, fleet: Fleet, peak_now: int) ->
 
 
 def _plan_on_hardware(workload: Workload, fleet: Fleet) -> PlannedSettings | None:
-    """Return the plan on other hardware, or None if the run does not fit or its batch cannot be divided."""
+    """Return the plan on other hardware, or None if the run does not fit or its batch cannot be divided among the
+    processes."""
     recipe, numbers = workload.recipe, {NUM_PROCESSES: fleet.num_devices, NUM_MACHINES: fleet.num_machines}
     left_open = {name for name in SPREAD if name in workload.spread or recipe_value(recipe, name) is None}
     recipe = with_settings(recipe, {name: numbers[name] for name in left_open})

@@ -69,7 +69,8 @@ def backward_cost(method: str, shapes: Shapes) -> float:
 def work_per_row(
     summary: DataSummary, footprint: Footprint, grouped_by_length: bool, prompt_tokens: int = 0, backward: float = 2.0
 ) -> Work:
-    """Return the operations of an average row; prompt tuning adds `prompt_tokens` to each text."""
+    """Estimate the work of an average row, to which prompt tuning adds `prompt_tokens`; a backward pass costs
+    `backward` forward passes."""
     if FACTS[summary.task].reads == "image":  # the footprint counts an image, not its patches
         return Work(footprint, 1.0, backward)
     longest, mean = summary.max_length, summary.tokens_per_epoch / max(1, summary.rows_per_epoch)
@@ -98,7 +99,8 @@ def device_flops(fleet: Fleet, precision: str, hidden_size: int) -> float | None
 def step_seconds(
     fleet: Fleet, shapes: Shapes, work: Work, rows: int, settings: MemorySettings, layout: ParallelLayout | None
 ) -> dict[str, float]:
-    """Estimate the seconds of each part of a step with `rows` rows; return {} if the speed is unknown."""
+    """Estimate the seconds of each part of a step over `rows` rows of all devices, such as `computing`; return {} if
+    the speed is unknown."""
     rate = device_flops(fleet, settings.precision, shapes.hidden_size)
     if rate is None:
         return {}
@@ -132,7 +134,6 @@ def step_seconds(
 def _estimate_optimizer_seconds(
     num_trained: int, fleet: Fleet, settings: MemorySettings, layout: ParallelLayout | None
 ) -> float:
-    """Estimate the seconds of one optimizer update."""
     host = fleet.host_memory_gb_per_second * 1e9
     if fleet.gpu_model is None:
         return UPDATE_BYTES * num_trained / host
@@ -148,7 +149,8 @@ def step_duration(seconds: Mapping[str, float]) -> float:
 
 
 def communication_bytes(shapes: Shapes, settings: MemorySettings, layout: ParallelLayout | None) -> tuple[int, int]:
-    """Return the bytes that a process sends per micro batch and per step (docs/guides/scale.md, "Traffic")."""
+    """Return the bytes that a process sends per micro batch, and those it also sends per step (docs/guides/scale.md,
+    "Traffic")."""
     processes, trained = settings.num_processes, memory.num_trainable(shapes.num_parameters, settings)
     narrow = 4 if settings.precision == "fp32" else 2
     each_pass, each_step = 0, 0
@@ -175,7 +177,7 @@ def probe_passes(summary: DataSummary) -> int:
 
 
 def linear_probe_cost(summary: DataSummary, hidden_size: int) -> tuple[int, int, float]:
-    """Estimate a linear probe's cost: rows through the model, bytes of host memory, and seconds of fitting."""
+    """Estimate a linear probe's cost: rows passed through the model, host memory in bytes, and seconds of fitting."""
     form, train, passes = summary.form, summary.splits["train"], probe_passes(summary)
     words = max(1.0, train.trained_tokens / max(1, train.rows))
     per_row = probe.items_per_row(form.name, words, summary.num_choices)
@@ -194,7 +196,8 @@ def linear_probe_cost(summary: DataSummary, hidden_size: int) -> tuple[int, int,
 
 
 def count_interval_steps(total_steps: int, *intervals: int, after: int = -1) -> int:
-    """Count the steps after `after` at which a run evaluates or saves: at these intervals and at the end."""
+    """Count the steps later than `after` at which a run evaluates or saves: multiples of the intervals, and the last
+    step."""
     at = {step for every in intervals if every for step in range(every, total_steps + 1, every)}
     return sum(step > after for step in at | {total_steps})
 
@@ -203,7 +206,8 @@ DevicePrice = tuple[float, str]
 
 
 def parse_price(text: str) -> DevicePrice:
-    """Parse an hourly price such as `2.5 USD` into amount and currency; raise `RecipeError` if it is no price."""
+    """Parse an hourly price such as `2.5 USD` into amount and currency; raise `RecipeError` if the text is not a
+    price."""
     match = re.fullmatch(r"\s*([^\d\s.+-]{0,3})\s*(\d+(?:\.\d+)?)\s*([^\d\s.+-]*)\s*", text)
     if match is None:
         raise RecipeError(f"--price: '{text}' is not a price; write the cost of one device per hour, such as 2.5")

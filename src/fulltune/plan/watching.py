@@ -60,7 +60,7 @@ def plan_generic_texts(
 def _texts_per_evaluation(
     recipe: Recipe, summary: DataSummary, global_batch_size: int, steps: Steps, reasons: Reasons
 ) -> int:
-    """Return how many generic texts each evaluation reads in `SHARE` of the training time; 0 if drift is off."""
+    """Return how many generic texts each evaluation can read within `SHARE` of the training time; 0 if drift is off."""
     name, against = (
         "preserve.drift",
         "drift is measured on text, but this task reads images" if FACTS[recipe.task].reads != "text" else "",

@@ -50,7 +50,7 @@ class Basis:
     start: MemorySettings
     """Settings that save no memory: a micro batch of one row, no checkpointing."""
     layout: ParallelLayout | None
-    """How the state is sharded, or None if it is not."""
+    """How the state is sharded, or None if each process holds all of it."""
     available_bytes: int
     where: str
     work: time.Work
@@ -154,7 +154,7 @@ SPREAD = (NUM_PROCESSES, NUM_MACHINES) = ("train.num_processes", "train.num_mach
 def set_one_process_per_device(recipe: Recipe, fleet: Fleet) -> tuple[Recipe, tuple[str, ...]]:
     """Return the recipe with one process for each `--for` device, and the names of the settings added.
 
-    Raises `RecipeError` if the devices cannot divide the batch, or the recipe names other hardware.
+    Raises `RecipeError` if the batch cannot be divided among the devices, or if the recipe contradicts `--for`.
     """
     if fleet.here:
         return recipe, ()

@@ -79,7 +79,7 @@ def find_metric(task_name: TaskName, target: Target, metric: str) -> Resamplable
 
 
 def _function_for_metric(task_name: TaskName, target: Target, metric: str) -> Callable[[Predictions], float]:
-    """Return a function that computes only this metric. Computing all of a task's metrics can be slow."""
+    """Return a function that computes only this metric, not all of the task's."""
     if target.form.is_number and metric in NUMBER_METRICS:
         return lambda outputs: NUMBER_METRICS[metric](
             outputs["labels"].astype(np.float64), predict_labels(outputs["logits"], target).astype(np.float64)
@@ -99,7 +99,7 @@ def _draw_cluster_counts(random: np.random.Generator, num_clusters: int, size: i
 
 
 def _cluster_indices(clusters: np.ndarray | None, num_rows: int) -> tuple[np.ndarray, int]:
-    """Return each row's cluster index and the number of clusters. Without `clusters`, each row is its own."""
+    """Return each row's cluster index and the number of clusters. Without `clusters`, each row is its own cluster."""
     of_row = np.arange(num_rows) if clusters is None else np.unique(clusters, return_inverse=True)[1]
     return of_row, int(of_row.max(initial=-1)) + 1
 
@@ -113,7 +113,7 @@ class Resampled:
 
     value: float
     draws: np.ndarray
-    """The metric on each resample, float64 [samples]. The same seed and clusters give the same resamples."""
+    """The metric on each resample, float64 [samples]."""
     num_rows: int
     num_clusters: int
     num_seen: int = 0
@@ -121,7 +121,7 @@ class Resampled:
     """The metric on rows that do not occur in train, or None if too few remain."""
 
     def estimate(self, confidence: float, bounds: tuple[float, float] | None = None) -> Estimate:
-        """Return the value with its percentile interval at level `confidence`, such as 0.95.
+        """Return the value with its percentile bootstrap interval at level `confidence`, such as 0.95.
 
         If all resamples give the same value, the interval is an exact binomial one within the metric's `bounds`.
         """
@@ -134,7 +134,6 @@ class Resampled:
         return Estimate(value=self.value, low=low, high=high, rows=self.num_rows, clusters=self.num_clusters)
 
     def save(self, path: Path) -> None:
-        """Save the value and its resamples as a NumPy `.npz` file."""
         names = ("value", "draws", "num_rows", "num_clusters")
         fields: dict[str, Any] = {name: getattr(self, name) for name in names}
         with replace_atomically(path) as part, part.open("wb") as file:
@@ -154,7 +153,8 @@ def resample_metrics(
     clusters: np.ndarray | None = None,
     seed: int = 0,
 ) -> dict[str, Resampled]:
-    """Compute metrics by name on all rows and on `samples` resamples, which equal seeds make the same."""
+    """Compute each metric on all rows and on `samples` bootstrap resamples; return the results by metric name. Equal
+    seeds and clusters give equal resamples."""
     value, num_rows = dict(metrics(outputs)), len(next(iter(outputs.values())))
     if clusters is not None and len(clusters) != num_rows:
         raise ValueError(f"expected a cluster for each of {num_rows} rows, found {len(clusters)}")
@@ -170,7 +170,8 @@ def resample_metrics(
 
 
 def paired_improvement(measure: ResamplableMetric, before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
-    """Return a metric's improvement from row terms `before` to `after` [rows, k], and its standard error."""
+    """Return how much a metric improved from row terms `before` to `after` (both [rows, k]), and the bootstrap standard
+    error."""
     assert measure.from_sums is not None
     both = np.stack([before, after], axis=1)
     difference = np.diff(measure.from_sums(both.sum(axis=0)))[0]
@@ -183,7 +184,7 @@ def paired_improvement(measure: ResamplableMetric, before: np.ndarray, after: np
 
 @dataclass(frozen=True)
 class ResampledTrials:
-    """A metric of each method's trials, on all rows and on resamples that the trials share."""
+    """A metric's values from `resample_trials`."""
 
     point: tuple[np.ndarray, ...]
     """Values on all rows, [seeds] for each method."""
@@ -237,7 +238,7 @@ def _cluster_sums(row_terms: RowTerms, outputs: Predictions, row_clusters: np.nd
 
 
 def _resample_sums(sums: np.ndarray, from_sums: FromSums, samples: int) -> np.ndarray:
-    """Compute the metric on resamples [draws, trials] from cluster sums [clusters, trials, k]."""
+    """Compute the metric on bootstrap resamples [draws, trials] from cluster sums [clusters, trials, k]."""
     num_clusters, *of_trials = sums.shape
     samples = min(samples, max(_MIN_SAMPLES, int(_MAX_PRODUCTS / sums.size)))
     at_once, parts = max(1, _WEIGHTS_AT_ONCE // num_clusters), []

@@ -50,7 +50,7 @@ def check_divergence(
     losses: Sequence[float], learning_rate: float, untrained_loss: float | None = None
 ) -> GuardDecision:
     """Decide to stop if the loss fell and rose again, or stays high; otherwise go on. `untrained_loss` is from before
-    training."""
+    training; `learning_rate` is for the message."""
     decision = check_fell_and_rose(losses, learning_rate, untrained_loss)
     return decision if decision.action == "stop" else check_stays_high(losses, learning_rate, untrained_loss)
 
@@ -79,8 +79,8 @@ def check_fell_and_rose(
 def check_stays_high(
     losses: Sequence[float], learning_rate: float, untrained_loss: float | None = None
 ) -> GuardDecision:
-    """Decide to stop if the last losses' median is over 3 times the start loss, and each is over 1.5 times the start
-    loss."""
+    """Decide to stop if the last losses' median is over 3 times the start loss, and each of them is over 1.5 times the
+    start loss."""
     begin, last = _start_loss(losses, untrained_loss), losses[-2 * LOSS_WINDOW :]
     if len(losses) <= 2 * LOSS_WINDOW or not _is_far_above(begin, last):
         return GO_ON
@@ -117,8 +117,8 @@ MAX_BEHIND = 2
 def check_got_worse(
     num_worse: int, worse_by: str, losses: Sequence[float], learning_rate: float, untrained_loss: float | None = None
 ) -> GuardDecision:
-    """Decide to stop if two evaluations in a row were worse than before step 1 and the train loss has not fallen.
-    `worse_by` says how much, as text."""
+    """Decide to stop if the last `num_worse` evaluations, at least two, were worse than before step 1 and the train
+    loss has not fallen. `worse_by` is the difference as text."""
     begin, now = _start_loss(losses, untrained_loss), statistics.median(losses[-2 * LOSS_WINDOW :] or [0.0])
     if num_worse < MAX_BEHIND or len(losses) < 2 * LOSS_WINDOW or now < begin:
         return GO_ON
@@ -133,7 +133,7 @@ def judge_got_worse(
     worse_by: str, losses: Sequence[float], learning_rate: float, untrained_loss: float | None = None
 ) -> GuardDecision:
     """Decide about a finished run that made the model worse: stop if the train loss did not fall, else warn. `worse_by`
-    says how much, as text."""
+    is the difference as text."""
     begin, last = _start_loss(losses, untrained_loss), losses[-min(2 * LOSS_WINDOW, max(1, len(losses) // 2)) :]
     now, worse = statistics.median(last or [0.0]), f"training made the model worse: {worse_by} than before step 1"
     if len(losses) < _MIN_AT_END or now < begin:
@@ -143,7 +143,6 @@ def judge_got_worse(
 
 
 def _start_loss(losses: Sequence[float], untrained_loss: float | None) -> float:
-    """Return the first loss, or the untrained model's loss if higher."""
     return max([*losses[:1], *([] if untrained_loss is None else [untrained_loss])], default=0.0)
 
 
@@ -161,7 +160,7 @@ def _divergence_message(start_loss: float, last_losses: Sequence[float], learnin
 
 
 def without_cause(reason: str) -> str:
-    """Return a guard's reason without usual cause and advice."""
+    """Return a guard's reason without the usual cause and advice."""
     return reason.partition(". Usual cause")[0]
 
 
@@ -170,7 +169,7 @@ def _cause(learning_rate: float, share: str = "tenth") -> str:
 
 
 def should_stop_early(values: Sequence[float], greater_is_better: bool, patience: int, threshold: float) -> bool:
-    """Return True if none of the last `patience` evaluations improved on the best one by over `threshold`."""
+    """Return True if none of the last `patience` evaluations improved on the best one by more than `threshold`."""
     best, since = None, 0
     for value in values:
         gain = 0.0 if best is None else (value - best if greater_is_better else best - value)
@@ -189,7 +188,7 @@ MIN_EVALUATIONS = 3
 RISE_RATIO = 1.1
 """Ratio of the last to the lowest eval loss that counts as a rise."""
 HARDLY_FELL = 0.97
-"""Ratio of the last train loss to an earlier one above which the loss counts as hardly fallen."""
+"""Ratio of the last to an earlier train loss above which the loss has hardly fallen."""
 CEILING = 0.995
 ASSUMED_ROWS = 1000
 MIN_RELATIVE_CHANGE = 0.02
@@ -197,7 +196,7 @@ MIN_RELATIVE_CHANGE = 0.02
 NO_GAP = 0.9
 """Ratio of train to eval loss above which the model fits train rows no better than eval rows."""
 STILL_BETTER = 0.99
-"""The eval loss was still falling if the last value divided by the one at half the run is below this."""
+"""The eval loss was still falling if the ratio of its last value to the value halfway is below this."""
 _STILL_FALLING = 0.05
 """The train loss counts as still falling if it fell by more than this fraction in the last quarter."""
 _LEARNED = 0.05
@@ -317,8 +316,8 @@ def judge_curves(curves: Curves) -> Fit:
 
 
 def _judge_no_decline(curves: Curves, evaluations: Sequence[Point], trained: dict[int, float], details: str) -> Fit:
-    """Judge whether a run that never got worse underfitted. `trained` maps each evaluation's step to the mean train
-    loss before it; `details` goes into the result."""
+    """Judge whether a run underfitted that never got worse. `trained` maps each evaluation's step to the mean train
+    loss before it; `details` is copied to the result."""
     if curves.is_mixed:
         reason = "no sign of overfitting, but the train loss is not comparable because it includes mixed-in rows"
         return Fit("not known", reason, None, details)
@@ -347,7 +346,7 @@ def _model_step_sentence(curves: Curves, best: int) -> str:
 
 
 def _mean_train_loss_by_evaluation(train: Sequence[Point], steps: Sequence[int]) -> dict[int, float]:
-    """Return each evaluation's step with the mean train loss since the previous evaluation."""
+    """Map each evaluation's step to the mean train loss since the previous evaluation."""
     means: dict[int, float] = {}
     for before, end in zip([0, *steps], steps, strict=False):
         if values := [value for step, value in train if before < step <= end and math.isfinite(value)]:
@@ -369,7 +368,8 @@ def _worse_than_untrained(curves: Curves) -> str | None:
 
 
 def _decline_since_best(curves: Curves) -> tuple[str, bool]:
-    """Return a sentence comparing the best and the last evaluation, and True if the decline exceeds chance."""
+    """Return a sentence comparing the best and the last evaluation, and whether the decline exceeds chance; ("", False)
+    if the metric is a loss."""
     finite = [value for _, value in curves.metric if math.isfinite(value)]
     if curves.is_loss or not finite:
         return "", False

@@ -1,8 +1,8 @@
 """Compute intervals for the difference of two methods over rows and seeds (docs/concepts/statistics.md).
 
-Each draw is the difference on resampled rows plus normal noise for the seeds. The noise's variance is drawn from a
-scaled chi-squared distribution with Welch-Satterthwaite degrees of freedom. With seed noise alone this gives Student's
-t, without it the usual bootstrap.
+Each draw is the difference on resampled rows plus normal noise for the seeds, with a variance drawn from a scaled
+chi-squared distribution with Welch-Satterthwaite degrees of freedom. With seed noise alone this gives Student's t,
+without it the usual bootstrap.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ NO_SPREAD = SeedSpread(1, 0.0, 0.0, math.inf)
 
 def estimate_seed_spreads(drawn: ResampledTrials, are_untrained: Sequence[bool]) -> list[SeedSpread | None]:
     """Estimate each method's variance between seeds, 0 for untrained methods. A method with one seed gets the others'
-    largest, or None without others."""
+    largest variance, or None without others."""
     spreads = [
         NO_SPREAD if is_fixed else _estimate_spread(point, draws, drawn.num_clusters)
         for point, draws, is_fixed in zip(drawn.point, drawn.draws, are_untrained, strict=True)
@@ -137,7 +137,7 @@ def difference_of_methods(
     sign: float,
     span: float | None,
 ) -> UncertainValue:
-    """Return the first method's mean metric over its seeds minus the second's, with its uncertainty.
+    """Return the mean metric over seeds of method `first` minus that of `second`, with its uncertainty.
 
     `sign` is -1 if smaller is better. `span` is the metric's range, or None if unbounded.
     """
@@ -172,7 +172,8 @@ def _uncertain_value(
 
 
 def paired_difference(first: Resampled, second: Resampled, span: float | None, confidence: float) -> Estimate | None:
-    """Return the difference of two models' metrics with its interval, or None if rows or finite values are too few."""
+    """Return the difference of two models' metrics with its bootstrap interval, or None if there are too few rows or no
+    finite values."""
     sizes = [(model.num_rows, model.num_clusters, model.draws.shape) for model in (first, second)]
     if sizes[0] != sizes[1] or first.num_clusters < _MIN_CLUSTERS:
         return None
@@ -187,12 +188,12 @@ def paired_difference(first: Resampled, second: Resampled, span: float | None, c
 
 
 def variance_of_mean(spreads: Sequence[SeedSpread], *, by_rows: bool = False) -> float:
-    """Return the variance of the methods' means due to seeds, or only the rows' part with `by_rows`."""
+    """Return the variance due to seeds of a mean or a difference of means; `by_rows` counts only the rows' part."""
     return sum((spread.by_rows if by_rows else spread.variance) / spread.num_seeds for spread in spreads)
 
 
 def degrees_of_freedom(spreads: Sequence[SeedSpread]) -> float:
-    """Return the degrees of freedom of `variance_of_mean` as an estimate (Welch and Satterthwaite)."""
+    """Return the Welch-Satterthwaite degrees of freedom of `variance_of_mean`."""
     if any(spread.borrowed for spread in spreads):
         return min(spread.degrees for spread in spreads)
     # A variance below the rows' part only shows that the seeds' part is small.
@@ -203,7 +204,6 @@ def degrees_of_freedom(spreads: Sequence[SeedSpread]) -> float:
 
 
 def _scaled_chi_squared(chance: np.random.Generator, degrees: float, count: int) -> np.ndarray:
-    """Draw `count` values of chi-squared / degrees, or ones for infinite degrees."""
     if math.isinf(degrees):
         return np.ones(count)
     return np.maximum(chance.chisquare(degrees, count) / degrees, 1e-12)

@@ -41,8 +41,8 @@ class ComparisonPrecision:
         return ComparisonPrecision(self.shared / factor, tuple(changed(one) for one in self.seeds))
 
     def with_seeds(self, counts: Sequence[int]) -> ComparisonPrecision:
-        """Return the precision expected with these numbers of seeds per method. A single seed borrows the other
-        method's variance."""
+        """Return the precision expected with these numbers of seeds per method. A method with one seed borrows the
+        other's variance."""
         most = max(counts)
 
         def changed(spread: SeedSpread, count: int) -> SeedSpread:
@@ -66,8 +66,8 @@ class ComparisonPrecision:
         return max(0.0, variance_of_mean(self.seeds) - variance_of_mean(self.seeds, by_rows=True))
 
     def half_width(self, alpha: float, ratio: float = 1.0) -> float:
-        """Return half the width of the two-sided interval. `ratio` is the estimated divided by the true variance
-        between seeds."""
+        """Return half the width of the two-sided interval at level 1 - `alpha`, if the variance between seeds is
+        estimated at `ratio` times its true value."""
         shares, inverse = _inverse_chi_squared_quadrature(self.degrees)
         by_rows = variance_of_mean(self.seeds, by_rows=True)
         # The estimated variance scatters around the true one, which is at least the rows' part.
@@ -76,8 +76,8 @@ class ComparisonPrecision:
         return _mixture_quantile(np.sqrt(self.row_variance + beyond), shares, alpha)
 
     def variance_ratios(self, *, same_seeds: bool) -> list[float]:
-        """Return equally likely values of the estimated divided by the true variance between seeds, in a repetition
-        with other rows and, unless `same_seeds`, other seeds."""
+        """Return equally likely ratios of the estimated to the true variance between seeds, in a repetition with other
+        rows and, unless `same_seeds`, other seeds."""
         total, by_rows = variance_of_mean(self.seeds), variance_of_mean(self.seeds, by_rows=True)
         if math.isinf(self.degrees) or not total or (same_seeds and not by_rows):
             return [1.0]
@@ -90,7 +90,7 @@ class ComparisonPrecision:
         return [float(chndtrix(share, self.degrees, apart)) * scale / most for share in shares]
 
     def detectable_difference(self, margin: float, alpha: float) -> float:
-        """Return the smallest true difference above `margin` that is detected with 80 % power."""
+        """Return the smallest true difference above `margin` that is detected with 80 % power at level `alpha`."""
         ratios = self.variance_ratios(same_seeds=False)
         bounds = np.array([max(margin, self.half_width(alpha, ratio)) for ratio in ratios])
         error = math.sqrt(self.row_variance + self.seed_variance)
@@ -127,8 +127,8 @@ def _mixture_quantile(deviations: np.ndarray, shares: np.ndarray, alpha: float) 
 
 
 def planned_detectable_difference(num_rows: int, num_seeds: int, seed_sd: float, margin: float, alpha: float) -> float:
-    """Return the smallest true difference above `margin` that a planned comparison detects with 80 % power. `seed_sd`
-    is the seeds' standard deviation."""
+    """Return the smallest true difference above `margin` that a planned comparison detects with 80 % power, if two runs
+    disagree on 10 % of the rows. `seed_sd` is the standard deviation between seeds."""
     # Disagreement between runs is assumed to be noise of single runs, which averages out over seeds.
     by_rows = _DISCORDANCE / num_rows / 2
     spread = SeedSpread(num_seeds, by_rows + seed_sd**2, by_rows, max(1, num_seeds - 1))
@@ -138,8 +138,8 @@ def planned_detectable_difference(num_rows: int, num_seeds: int, seed_sd: float,
 def rows_and_seeds_needed(
     uncertain: UncertainValue, num_rows: int, margin: float, alpha: float, equivalence_alpha: float
 ) -> tuple[int | None, int | None]:
-    """Return how many test rows, or how many seeds per method, would decide the comparison if the estimate were exact;
-    each is None if no number would."""
+    """Return how many test rows, or how many seeds per method, would show a difference or equivalence if the estimate
+    were exact; each is None if no number would."""
     now, size = ComparisonPrecision.of(uncertain), abs(uncertain.estimate)
 
     def decided(precision: ComparisonPrecision) -> bool:

@@ -43,7 +43,6 @@ class Gpu(Record):
 
     @property
     def label(self) -> str:
-        """Name and capability, such as `Tesla T4 (compute capability 7.5)`."""
         return "{} (compute capability {}.{})".format(self.name, *self.capability)
 
     @property
@@ -145,7 +144,7 @@ def _describe_differences(machines: Sequence[Machine]) -> str:
 
 
 def _format_range(values: Sequence[float], unit: str, digits: int = 0, ratio: float = 1.0) -> str:
-    """Return a range such as `16 to 64 cores`, or an empty string if the values are close."""
+    """Return a range such as `16 to 64 cores`, or an empty string if the lowest value is close to the highest."""
     least, most = min(values), max(values)
     return f"{least:,.{digits}f} to {most:,.{digits}f} {unit}" if least < ratio * most else ""
 

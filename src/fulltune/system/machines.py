@@ -68,7 +68,7 @@ class MachineAddress:
 
 
 def parse_machine_address(recipe: Recipe, rank: int | None, rendezvous: str | None, wait: str) -> MachineAddress | None:
-    """Parse this machine's options, or return None if the recipe uses one machine; raise `RecipeError` if they are
+    """Parse the options for several machines, or return None if the recipe uses one; raise `RecipeError` if they are
     invalid."""
     machines = recipe.train.num_machines
     if machines == 1:
@@ -105,7 +105,7 @@ def parse_machine_address(recipe: Recipe, rank: int | None, rendezvous: str | No
 
 
 def missing_rank_message(recipe: Recipe) -> str:
-    """Return the error message for a command without the rank that several machines need."""
+    """Return the error message for a command without the `--machine-rank` that several machines need."""
     return (
         f"train.num_machines: {recipe.train.num_machines}, but this command would train on one machine; start it on "
         "each machine with --machine-rank and --rendezvous ('fulltune launch' writes the commands), or set "
@@ -178,7 +178,7 @@ class Member(Record):
 
 
 def own_member(recipe: Recipe, machine_address: MachineAddress, machine: Machine, token: str = "") -> Member:
-    """Return this machine's heartbeat record. `token` identifies machine 0's command."""
+    """Return this machine's heartbeat record."""
     settings = flatten_settings(recipe.model_dump(mode="json"))
     return Member(
         rank=machine_address.rank,
@@ -306,7 +306,7 @@ class Peer:
         self._since, self._looked = time.monotonic(), -math.inf
 
     def read(self) -> Member | None:
-        """Return the machine's newest record, or None before the first; the file is read at most every second."""
+        """Return the machine's newest record, or None before the first; reads the file at most once a second."""
         if time.monotonic() - self._looked < HEARTBEAT_SECONDS / 2:
             return self.member
         member = self.member
@@ -330,7 +330,8 @@ class Peer:
 
 @contextlib.contextmanager
 def send_heartbeats(path: Path, record: Member, noticed: Callable[[], bool] = lambda: True) -> Iterator[Heartbeat]:
-    """Write heartbeats during the block and the outcome at its end; then wait a while for `noticed` to return True."""
+    """Write heartbeats during the block and the outcome at its end; then wait up to `LINGER_SECONDS` until `noticed`
+    returns True."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         try:

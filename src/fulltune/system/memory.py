@@ -56,7 +56,7 @@ class Meter:
         return status_bytes("VmRSS") or process_peak_bytes()
 
     def peak_bytes(self) -> int:
-        """Return the peak memory since `begin`."""
+        """Return the highest number of bytes in use since `begin`."""
         if self.on_gpu:
             import torch
 
@@ -129,7 +129,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def log_shows_out_of_memory(lines: Sequence[str], limited: bool) -> bool:
-    """Return whether a dead process's log says that memory ran out; `limited` is True under a memory limit."""
+    """Return whether a dead process's log shows that memory ran out; `limited` is True under a memory limit."""
     text = "\n".join(lines)
     return _LAST_WORDS.search(text) is not None or (limited and _NO_THREAD.search(text) is not None)
 
@@ -203,5 +203,4 @@ def allocator_variables(variables: Mapping[str, str], system: str, release: str)
 
 
 def describe_allocator(variables: Mapping[str, str]) -> str:
-    """Return the GPU allocator's settings for the journal."""
     return ", ".join(f"{name}={variables[name]}" for name in ALLOCATOR_NAMES if name in variables) or "torch's default"

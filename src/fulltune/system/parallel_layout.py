@@ -17,7 +17,7 @@ MemoryTier = Literal["device", "host"]
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """Says which training state is sharded, in ZeRO's stages, and which is offloaded."""
+    """How the training state is sharded, as a ZeRO stage, and what is offloaded."""
 
     stage: int
     """1 shards the optimizer's state; 2 also gradients; 3 also weights."""
@@ -81,7 +81,7 @@ _BACK = "use the same settings as before, or start a new run (--fresh)"
 
 
 def zero_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return DeepSpeed's settings, with "auto" where the plan decides; raise `RecipeError` with all problems."""
+    """Return DeepSpeed's settings, with "auto" where the plan decides; raise `RecipeError` that lists all problems."""
     block = recipe.train.engine_settings
     read = _zero_settings_of_placement(recipe) if block is None else _read_settings(block)
     problems = _problems_in_zero_settings(read, recipe)
@@ -97,7 +97,7 @@ def zero_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def missing_package_problems(recipe: Recipe) -> list[str]:
-    """Return a problem if DeepSpeed is needed but not installed, or an empty list."""
+    """Return a list with one problem if DeepSpeed is needed but not installed, else an empty list."""
     if not recipe.train.zero_enabled_by or importlib.util.find_spec(PACKAGE) is not None:
         return []
     return [f"{recipe.train.zero_enabled_by}: needs DeepSpeed; {INSTALL}"]

@@ -100,7 +100,7 @@ def load_trained_plan(recipe: Recipe, folder: Path, machine: Machine) -> Plan:
 
 
 def save_plan(folder: Path, recipe: Recipe, plan: Plan) -> None:
-    """Save the plan, after ZeRO's settings if the run uses ZeRO."""
+    """Save the plan; if the run uses ZeRO, save ZeRO's settings first."""
     settings = (folder / plan.file).with_suffix(parallel_layout.SETTINGS_FILE)
     if recipe.train.zero_enabled_by:
         write_json(settings, parallel_layout.resolve_settings(recipe, plan))
@@ -114,8 +114,9 @@ def find_or_make_folder(
 ) -> tuple[Path, bool]:
     """Return the folder of a recipe's run, and whether it resumes an earlier run.
 
-    The folder is `wanted_folder`, else the newest unfinished run unless `fresh`, else a new folder; `function_marks`
-    identify the user's functions. Raises `SetupError` if the folder is another recipe's or cannot be written.
+    Uses `wanted_folder` if set, otherwise the newest unfinished run unless `fresh`, otherwise a new folder;
+    `function_marks` identify the user's functions. Raises `SetupError` if the folder is another recipe's or cannot be
+    written.
     """
     fingerprint = recipe.fingerprint() + function_marks
     if wanted_folder is not None:
@@ -158,7 +159,6 @@ def record_duration(folder: Path, began: float) -> None:
 
 
 def change_environment(folder: Path, **changes: Any) -> None:
-    """Change fields of the run's environment record."""
     path = folder / ENVIRONMENT
     Environment.load(path).model_copy(update=changes).save(path)
 
@@ -186,7 +186,7 @@ def _is_resumable_comparison(folder: Path) -> bool:
 def _claim_folder(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> bool:
     """Write the recipe into a new or empty folder; return True if the folder was already this recipe's.
 
-    Raises `SetupError` if anything else is there.
+    Raises `SetupError` if the folder holds anything else.
     """
     identity = folder / IDENTITY
     if identity.exists():
@@ -219,7 +219,7 @@ def flatten_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, A
 
 
 def _differing_settings(folder: Path, recipe: Recipe) -> str:
-    """Return the names of settings that differ from the folder's recipe as text in brackets, or an empty string."""
+    """Return the names of settings that differ from the folder's recipe, in brackets, or an empty string."""
     before, now = (
         flatten_settings(load_run_recipe(folder).result_settings()),
         flatten_settings(recipe.result_settings()),
