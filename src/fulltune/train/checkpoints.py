@@ -27,7 +27,8 @@ _DIGEST_VALUES = 64
 
 
 def newest_undamaged_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint that matches its checksums, or None, and a warning for each newer, damaged one."""
+    """Return the newest checkpoint that matches its checksums, or None, and a warning for each newer, damaged
+    checkpoint."""
     damaged: list[str] = []
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=number_in, reverse=True):
         problem = find_damage(checkpoint)

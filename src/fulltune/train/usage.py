@@ -28,7 +28,7 @@ class ResourceUsage:
     memory_growth_per_process: tuple[int, ...] = ()
 
     def start_measuring(self, device: str, generates_text: bool) -> None:
-        """Start measuring memory. Import the metrics' libraries first, unless `generates_text`."""
+        """Start measuring memory, after importing the metrics' libraries unless `generates_text`."""
         if not generates_text:
             for name in ("scipy.stats", "sklearn.metrics"):
                 importlib.import_module(name)
@@ -56,11 +56,11 @@ class ResourceUsage:
 
 @contextlib.contextmanager
 def memory_limit(limit_bytes: int | None, device: str, warn: Callable[[str], None]) -> Iterator[None]:
-    """Make allocations beyond `train.memory_limit` fail as if memory had run out. Enter this after importing the
-    libraries.
+    """Make allocations beyond `train.memory_limit` fail as if memory had run out. Enter this context after importing
+    the libraries.
 
-    On CUDA torch's allocator is limited; on the CPU RLIMIT_DATA is set to VmData + (limit - VmRSS), because it counts
-    reserved memory, and libraries reserve far more than they use.
+    On CUDA torch's allocator is limited; on the CPU RLIMIT_DATA is set to VmData + (limit - VmRSS), because RLIMIT_DATA
+    counts reserved memory, and libraries reserve far more than they use.
 
     Raises:
         DoesNotFitError: More memory than the limit is already in use.

@@ -44,7 +44,6 @@ class StepHistory:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> StepHistory:
-        """Create a history from a checkpoint's guard state."""
         saved: dict[str, Any] = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         saved |= {name: tuple(value) for name, value in saved.items() if isinstance(value, list)}
         return cls(**saved)

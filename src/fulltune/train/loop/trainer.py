@@ -90,8 +90,8 @@ class FullTrainer(Guarded, Trainer):
         base_digest: str | None = None,
         **keywords: Any,
     ) -> None:
-        """Create the Trainer for train rows of these `lengths` in tokens. Modules in `head_modules` get their own
-        learning rate; `base_digest` is a hash of the pretrained weights, or None if they are sharded."""
+        """Create the Trainer for train rows with these `lengths` in tokens. Modules in `head_modules` get their own
+        learning rate. `base_digest` is a hash of the pretrained weights, or None if they are sharded."""
         super().__init__(**keywords)
         plan = self._plan = inputs.plan
         self.sampler = GlobalBatchSampler(

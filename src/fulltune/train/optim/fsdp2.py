@@ -189,7 +189,7 @@ def load_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer, che
 
 
 def _shard_optimizer_state(values: dict[str, torch.Tensor], parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Shard the unsharded tensors of a parameter's state like the parameter."""
+    """Return a parameter's state with unsharded tensors sharded like the parameter."""
     if "exp_avg" in values and values["exp_avg"].shape != parameter.shape:  # fulltune's AdamW, unsharded
         values = to_torch_state(values, parameter.shape)
     placed = {}

@@ -93,7 +93,7 @@ class MachineGroup:
             raise SetupError(problems)
 
     def start(self, request: Request, log: Path) -> spawn.WorkerProcess:
-        """Start an attempt's processes on all machines and return them as one."""
+        """Start an attempt's processes on all machines; return them as one process."""
         try:
             self.wait_for_machines()
         except InterruptedRun as error:
@@ -267,7 +267,7 @@ def follow_machine_0(machine: MachineAddress, recipe: Recipe, report: Callable[[
 def _await_attempt(
     leader: Peer, machine: MachineAddress, heartbeat: Heartbeat, report: Callable[[str], None]
 ) -> Member:
-    """Wait until machine 0 has an attempt for this machine, or has ended; return its record."""
+    """Wait until machine 0 has an attempt for this machine, or has ended; return machine 0's record."""
     until = time.monotonic() + machine.wait_seconds
     while True:
         member, own = leader.read(), heartbeat.record

@@ -77,7 +77,7 @@ def plan_next_attempt(
 
 
 def _changed_plan(plan: Plan, last: Outcome, changes: Changes, estimate_memory: EstimateMemory) -> Plan:
-    """Apply changes with their reason, and estimate the memory again."""
+    """Apply changes to the plan, explained by the memory shortage in `last`, and estimate memory again."""
 
     def reason(old: Setting) -> str:
         planned = old.reason.partition(_MARK)[0] if _MARK in old.reason else f"planned {old.value} ({old.reason})"

@@ -96,7 +96,8 @@ def train_in_attempts(
 
 
 def _roll_back_to_healthy(request: Request, outcome: Outcome, max_rollbacks: int | None) -> NextAttempt | None:
-    """Plan a rollback to the newest healthy checkpoint and delete later ones, or return None if it cannot help."""
+    """Plan a rollback to the newest healthy checkpoint and delete later ones, or return None if a rollback cannot
+    help."""
     if max_rollbacks is None:
         max_rollbacks = request.recipe.train.max_rollbacks
     healthy = checkpoints.newest_healthy_checkpoint(request.checkpoints, outcome.first_bad_step or 0)
@@ -108,8 +109,8 @@ def _roll_back_to_healthy(request: Request, outcome: Outcome, max_rollbacks: int
 
 
 def _prepare_folders(request: Request, resume: bool, listener: Listener, expected_step: int) -> Request:
-    """Create the attempt's folders; return the request with the newest undamaged checkpoint. Warn if it is older than
-    `expected_step`."""
+    """Create the attempt's folders; return the request, with the newest undamaged checkpoint if `resume` is set. Warn
+    if that checkpoint is older than `expected_step`."""
     request.checkpoints.mkdir(parents=True, exist_ok=True)
     sound, damaged = checkpoints.newest_undamaged_checkpoint(request.checkpoints) if resume else (None, [])
     if sound is not None and (problem := parallel_layout.why_resume_impossible(sound, request.recipe)):
@@ -144,7 +145,6 @@ def _delete_resume_files(folder: Path, trial: str) -> None:
 
 
 def earlier_outcomes(folder: Path, trial: str) -> list[Outcome]:
-    """Return the outcomes of a trial's earlier attempts."""
     outcomes = []
     for attempt in attempt_folders(folder, trial):
         path, reason = attempt / "outcome.json", "killed together with its parent"

@@ -27,7 +27,7 @@ FSDP2_ALLOCATOR = f"{_JOINED}:glibc.malloc.mmap_threshold=4194304:glibc.malloc.a
 MB instead of 1,020 to 1,100, in steps 15 to 23 % longer."""
 
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
-"""Maximum number of kernels (one per shape) that oneDNN and PyTorch cache. The default, 1,024, took 280 MiB; a step
+"""Maximum number of kernels that oneDNN and PyTorch cache, one per shape. The default, 1,024, took 280 MiB; a step
 needs under 64."""
 
 

@@ -39,8 +39,8 @@ class Training:
 
 
 def train_attempt(inputs: AttemptInputs) -> Fields:
-    """Load, check and train the model and save its final weights. Returns fields of `Outcome`, or {} on ranks except
-    0."""
+    """Load, check and train the model and save its final weights. Returns fields of `Outcome`, or {} on ranks other
+    than 0."""
     plan = inputs.plan
     loaded = loading.load_for_training(inputs)
     trainer = loading.make_trainer(inputs, loaded)
@@ -103,8 +103,8 @@ def _before_first_step(training: Training) -> None:
 
 
 def _train_and_save(training: Training) -> Fields:
-    """Train, check that parameters changed, and save final weights. Returns fields of `Outcome`, or {} on ranks except
-    0."""
+    """Train, check that parameters changed, and save final weights. Returns fields of `Outcome`, or {} on ranks other
+    than 0."""
     inputs, loaded, trainer = training.inputs, training.loaded, training.trainer
     request, recorder, journal, usage = inputs.request, inputs.recorder, inputs.journal, inputs.usage
     plan, is_sharded, initial = inputs.plan, inputs.layout is not None, None

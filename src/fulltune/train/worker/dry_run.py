@@ -130,7 +130,7 @@ def restored_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def dry_run_check(batch: Mapping[str, torch.Tensor], loss: float, started: float, passed: bool = True) -> Check:
-    """Return the dry run's result, which fails if the loss is not finite."""
+    """Return the dry run's check, which fails if `passed` is False or the loss is not finite."""
     # An image has no tokens; its shape is channels, height and width.
     first = batch["input_ids" if "input_ids" in batch else "pixel_values"]
     size = " x ".join(map(str, first.shape[1:])) + (" tokens" if "input_ids" in batch else " values")
@@ -214,7 +214,7 @@ class PassTimer:
         return value, self._seconds_since(began)
 
     def step(self) -> float:
-        """Clip, update at a rate of 0 and return the seconds, or 0 if gradients are not finite."""
+        """Clip gradients, update at learning rate 0 and return the seconds, or 0 if gradients are not finite."""
         model = self.trainer.model
         if not self._on_all_ranks(gradients_are_finite(model.parameters())):
             return 0.0
@@ -295,7 +295,7 @@ def _fit_train_time(
     budget: float,
 ) -> tuple[PassTime, float]:
     """Fit the pass time to the longest pass (work, first seconds, second seconds) and, if `budget` seconds allow, a
-    typical one. Also return one-time seconds, of compilation or for each shape."""
+    typical one. Also return one-time seconds: for compiling, or for each new shape."""
     long, first_seconds, seconds = longest
     compiled = max(0.0, first_seconds - seconds)
     at = int(np.argmin(abs(work - work.mean()))) if len(work) else 0

@@ -119,7 +119,7 @@ class Evaluator(TrainingPart):
     def _compare_with_start(
         self, measure: ResamplableMetric, start: np.ndarray, now: np.ndarray, state: TrainerState
     ) -> None:
-        """Count evaluations in a row that are worse than the start; raise `Diverged` if there are too many."""
+        """Count consecutive evaluations that are worse than before step 1; raise `Diverged` if there are too many."""
         better, error = paired_improvement(measure, start, now)
         is_worse = not math.isfinite(better) or better < -CHANCE_STANDARD_ERRORS * error
         is_early = state.global_step <= self.inputs.plan.warmup_steps

@@ -95,8 +95,7 @@ class InitialWeights:
         )
 
     def _is_counted_here(self, number: int, parameter: torch.nn.Parameter) -> bool:
-        """Return whether this rank stores and counts a parameter. Replicated parameters are distributed over the
-        ranks."""
+        """Return whether this rank stores and counts a parameter. Replicated parameters are distributed by `number`."""
         if not self._is_sharded or hasattr(parameter, "placements"):
             return True
         return number % torch.distributed.get_world_size() == torch.distributed.get_rank()
