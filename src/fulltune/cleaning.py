@@ -164,8 +164,8 @@ def check_proofs_possible(recipe: Recipe, summary: DataSummary, by_classifiers: 
 
 
 def _steps_to_train(steps: Sequence[CleaningStep], summary: DataSummary, checks: Sequence[str]) -> list[CleaningStep]:
-    """Return the steps of `checks` or, without checks, all that change enough rows. Raise `RecipeError` if there are
-    none."""
+    """Return the steps of the named `checks` or, if empty, all steps that change enough rows. Raise `RecipeError` if no
+    step is left."""
     steps = [step for step in steps if _leaves_enough(step, summary)]
     if checks:
         available = {step.check for step in steps}

@@ -106,7 +106,7 @@ def _read_trainer_state(path: Path) -> Log:
 
 
 def _finite_or_nan(value: Any) -> float:
-    """Return a logged value as a float, or NaN if it is not a number or is huge."""
+    """Return a logged value as a float, or NaN if it is huge or not a number."""
     try:
         return float(value) if abs(float(value)) < 1e100 else math.nan
     except (TypeError, ValueError):
@@ -158,7 +158,7 @@ def _log_from_series(source: Path, series: Mapping[str, Mapping[int, float]], be
 
 
 def summarise_log(log: Log) -> str:
-    """Describe a log in one line: source, number of steps and evaluations, and the metric that judges them."""
+    """Summarise a log in one line: source, number of steps and evaluations, and metric."""
     curves = log.curves
     evaluations = len(curves.metric or curves.eval_loss)
     by = f", judged by {curves.metric_name} and loss" if curves.metric and curves.metric_name != "loss" else ""

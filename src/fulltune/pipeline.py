@@ -164,7 +164,8 @@ def check_recipe(recipe: Recipe, base: Base, runs_here: bool) -> None:
 
 
 def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit:
-    """Audit the rows and return the issues. With `reads_rows`, the pretrained model judges labels and outliers."""
+    """Audit the rows and return the issues. If `reads_rows`, the pretrained model looks for label errors and
+    outliers."""
     if reads_rows and stage.checks_that_need_model(summary):
         check_weights(job.base)
     job.phase("auditing the rows")

@@ -41,7 +41,7 @@ def detect_language(text: str) -> tuple[str, float] | None:
 
 
 def detect_foreign_language(text: str, main_languages: Collection[str]) -> tuple[str, float] | None:
-    """Return a text's language and probability if it is certainly not in a main language, else None.
+    """Return a text's language and probability if the text is certainly in none of the main languages, else None.
 
     Both halves and the uncapitalised words must be likelier in another language.
     """

@@ -199,7 +199,8 @@ def _estimate_min_errors(margins: np.ndarray, planted_margins: np.ndarray, quant
 
 
 def _plant_errors(items: Items, probabilities: np.ndarray, margins: np.ndarray) -> np.ndarray:
-    """Mislabel rows as classes that the classifiers confuse; return the wrong labels' margins: float64 [errors]."""
+    """Give sampled rows wrong labels that the classifiers find plausible; return the margins of these labels: float64
+    [errors]."""
     good = np.flatnonzero(margins > 0)
     if len(good) < 2 * PLANTED_SHARE * len(margins):
         return np.zeros(0)
@@ -221,7 +222,8 @@ def _plant_errors(items: Items, probabilities: np.ndarray, margins: np.ndarray) 
 
 
 def _probabilities_without_errors(items: Items) -> np.ndarray:
-    """Return out-of-fold probabilities of classifiers trained without likely errors: float64 [rows, classes]."""
+    """Return out-of-fold probabilities of classifiers trained without rows that are probably mislabelled: float64
+    [rows, classes]."""
     every = np.ones(len(items.labels), bool)
     other = _is_likely_error(predict_out_of_fold(items, every, 0), items.labels.astype(np.int64))
     if other.mean() > MAX_OTHER:
@@ -230,8 +232,8 @@ def _probabilities_without_errors(items: Items) -> np.ndarray:
 
 
 def predict_out_of_fold(items: Items, is_trained_on: np.ndarray, seed: int) -> np.ndarray:
-    """Return each row's probabilities after training on `is_trained_on` rows of other folds: float64 [rows,
-    classes]."""
+    """Return each row's class probabilities, from a classifier trained on the `is_trained_on` rows of other folds:
+    float64 [rows, classes]."""
     fold = np.random.default_rng(seed).permutation(len(items.rows)) % FOLDS
     probabilities = np.zeros((len(items.rows), items.num_outputs))
     for number in range(FOLDS):

@@ -334,7 +334,7 @@ def _read_held_out(rows: AuditedRows, scan: RowScan, positions: set[int]) -> dic
 
 
 def _conflicting_label_counts(keys: np.ndarray, labels: np.ndarray) -> dict[int, Counter[int]]:
-    """For each key with several labels, count the rows of each label."""
+    """Map each key that has several labels to the number of rows of each label."""
     pairs = np.unique(np.stack([keys, labels]), axis=1)
     several, counts = np.unique(pairs[0], return_counts=True)
     conflicting = np.isin(keys, several[counts > 1])

@@ -15,14 +15,14 @@ from fulltune.text import did_you_mean
 
 
 class FulltuneNotice(UserWarning):
-    """Warns that an argument or call of the script was interpreted differently."""
+    """Warns that fulltune changed an argument, call or step of the user's script."""
 
 
 _NOT_THE_SCRIPT = ("fulltune", "transformers", "accelerate", "torch", "trl")
 
 
 def issue_notice(text: str) -> None:
-    """Issue a `FulltuneNotice` for the line of the user's script, so that Python shows each text once."""
+    """Issue a `FulltuneNotice` that points to a line of the user's script, so that Python shows each text once."""
     level, frame = 1, sys._getframe()
     while frame.f_back and str(frame.f_globals.get("__name__")).split(".")[0] in _NOT_THE_SCRIPT:
         level, frame = level + 1, frame.f_back

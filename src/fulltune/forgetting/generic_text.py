@@ -36,7 +36,7 @@ def load_generic_texts(
     file: str | None = None, max_texts: int = NUM_TEXTS, setting: str = "preserve.probe"
 ) -> tuple[list[str], str]:
     """Return at most `max_texts` texts in a fixed order, and their source: the file or, if None, the standard library's
-    docstrings. Errors name `setting`."""
+    docstrings. Error messages begin with `setting`."""
     if file is None:
         return _distinct_in_fixed_order(_docstrings_of_standard_library(max_texts))[:max_texts], BUNDLED
     if file.endswith((".json", ".jsonl", ".csv", ".parquet")):
@@ -75,8 +75,7 @@ class BudgetTexts:
 
 
 def load_budget_texts(block: PreserveBlock) -> BudgetTexts:
-    """Return disjoint texts for selection, final measurement and replay in a run with a drift budget. Raise `DataError`
-    if there are too few."""
+    """Return disjoint texts for selection, final measurement and replay. Raise `DataError` if there are too few."""
     replays_probe = block.replay == AUTO
     texts, source = load_generic_texts(block.probe, 2 * MAX_TEXTS + MAX_REPLAYED * replays_probe)
     each = min(MAX_TEXTS, count_texts_for(texts, SELECTION_TOKENS), len(texts) // (3 if replays_probe else 2))
@@ -103,7 +102,7 @@ def load_budget_texts(block: PreserveBlock) -> BudgetTexts:
 
 
 def count_texts_for(texts: Sequence[str], total_tokens: int) -> int:
-    """Return how many of the first texts fit into about this many tokens, after truncation."""
+    """Return how many texts, counted from the first, fit into about `total_tokens` after truncation."""
     # Scripts without spaces, or with several bytes per letter, have more tokens than words.
     sizes = (max(len(text.split()), len(text.encode()) // _WORD_BYTES) for text in texts)
     words = accumulate(min(size, _READ_WORDS) for size in sizes)
@@ -183,7 +182,7 @@ def why_texts_are_weak(
 
 
 def mean_drift(before: np.ndarray, after: np.ndarray) -> Drift:
-    """Return the mean drift over all texts, its standard error and the number of texts."""
+    """Return the mean of `drift_per_text`, its standard error and the number of texts."""
     drifts = drift_per_text(before, after)
     error = float(drifts.std(ddof=1)) / math.sqrt(len(drifts)) if len(drifts) > 1 else 0.0
     return Drift(mean=float(drifts.mean()), error=error, texts=len(drifts))

@@ -195,7 +195,7 @@ class RowSubset(Sequence[RowFeatures]):
         return len(self.positions)
 
     def __getitem__(self, i: Any) -> Any:
-        """Return a row by its position in the subset, or a column of the subset by its name."""
+        """Return a row by position in the subset, or a column by name."""
         if isinstance(i, str):
             return self.rows[i][self.positions]  # type: ignore[call-overload]  # columns have names
         return self.rows[self.positions[i]]
@@ -258,7 +258,7 @@ class GenericText:
         max_tokens: int,
         batch_size: int = BATCH,
     ) -> GenericText:
-        """Tokenise texts, cut to `max_tokens`, which must be equal for all compared models."""
+        """Tokenise texts, truncated to `max_tokens`, which must be the same for all compared models."""
         ids = [tokenizer(text, truncation=True, max_length=max_tokens, verbose=False)["input_ids"] for text in texts]
         # A single token has nothing to be predicted from.
         ids = [row for row in ids if len(row) > 1 or not is_language_model]

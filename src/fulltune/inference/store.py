@@ -129,7 +129,7 @@ class Rows(Sequence[dict[str, Any]]):
         return row
 
     def lists(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield the values of each part of a column of lists, and the offsets at which lists start and end."""
+        """Yield each batch's values of a list column, and the offsets at which lists start and end."""
         return (lists[name] for lists in self._lists)
 
 

@@ -68,8 +68,7 @@ def without_lora_input_casts(applied: AppliedMethod, autocast: bool) -> Abstract
 
 
 def sinusoidal_tables(model: nn.Module) -> dict[str, Parameter]:
-    """Return position tables that a formula computes (Marian, Pegasus, RoFormer), by name. Checkpoints may lack
-    them."""
+    """Return the fixed position embeddings of Marian, Pegasus or RoFormer by name. Checkpoints may lack them."""
     return {
         f"{path}.{name}": parameter
         for path, module in model.named_modules()
@@ -83,8 +82,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, Parameter]:
 
 
 def max_virtual_tokens(recipe: Recipe) -> int:
-    """Return the largest `num_virtual_tokens` of the recipe's prompt methods, or 0. Rows are shortened by this number
-    for all methods."""
+    """Return the largest `num_virtual_tokens` of the recipe's prompt methods, or 0. All methods shorten rows by this
+    number of tokens."""
     return max(
         (
             method.num_virtual_tokens

@@ -113,7 +113,7 @@ def load_processor(folder: Path) -> Any:
 
 
 def load_method_folder(folder: Path, processor: Any, base: Base | None = None) -> AppliedMethod:
-    """Load the pretrained model (by default the one that the folder names) with the folder's parameters, on the CPU."""
+    """Load the pretrained model (default: the one in the folder's notes) with the folder's parameters, on the CPU."""
     import torch
 
     notes = read_notes(folder)

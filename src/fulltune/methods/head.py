@@ -66,7 +66,7 @@ def keep_frozen_batch_norms_in_eval(model: nn.Module) -> None:
 
 
 def rescale_outputs(layer: nn.Linear, shift: float, factor: float) -> None:
-    """Change a layer in place so that its output is `output * factor + shift`; without a bias, `shift` is ignored."""
+    """Change a layer so that its output is `output * factor + shift`; without a bias, `shift` is ignored."""
     import torch
 
     parameters = dict(layer.named_parameters())

@@ -120,7 +120,7 @@ class Base:
 
     @cached_property
     def image_shape(self) -> tuple[tuple[int, int, int] | None, str]:
-        """Channels, height and width of images (None for texts), and a note if they are assumed, else ""."""
+        """Channels, height and width of images (None for texts), and a note if the size is assumed, else ""."""
         if FACTS[self.task].reads == "text":
             return None, ""
         part = getattr(self.config, "vision_config", self.config)

@@ -27,7 +27,8 @@ def missing_compiler(device: str) -> str | None:
 
 
 def compile_blocks(model: nn.Module, device: str, *, backend: str = "inductor", dynamic: bool | None = None) -> int:
-    """Compile each repeated block for training mode, and return their number; raise `SetupError` if that fails."""
+    """Compile each repeated block for training, and return the number of blocks; raise `SetupError` if compiling is
+    impossible."""
     import torch
 
     if missing := missing_compiler(device):
@@ -54,7 +55,7 @@ _KERNELS_OFF = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
 def apply_liger_kernels(model: PreTrainedModel) -> None:
-    """Replace modules by Liger's kernels in place, or raise `SetupError` if Liger has none for the model."""
+    """Replace modules by Liger's kernels in place, or raise `SetupError` if Liger does not support the model."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     from transformers.integrations.liger import apply_liger_kernel
 

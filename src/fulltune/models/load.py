@@ -102,7 +102,7 @@ def torch_dtype(name: str) -> torch.dtype:
 def _missing_parameters(
     model: PreTrainedModel, loading_info: Mapping[str, Any], block: ModelBlock, head_is_new: bool
 ) -> set[str]:
-    """Return the parameters that the checkpoint lacks; raise `SetupError` if these are not all in a new head."""
+    """Return the parameters that the checkpoint lacks; raise `SetupError` unless all belong to a new head."""
     prefix = model.base_model_prefix
     missing = set(loading_info["missing_keys"]) | {key for key, *_ in loading_info.get("mismatched_keys", ())}
     body = {key for key in missing if key.startswith(f"{prefix}.") and not key.startswith(f"{prefix}.pooler")}

@@ -244,8 +244,7 @@ def _digest(text: str) -> str:
 
 
 def _split_by_file(rows: list[_Row], most_train: int, most_test: int) -> tuple[list[_Row], list[_Row]]:
-    """Return train and test rows. All rows of a source file are in the same split, chosen by digests of module
-    names."""
+    """Return train and test rows. All rows of a source file are in the same split."""
     by_module: dict[str, list[_Row]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: _digest(row[1])):
         if len(by_module[row[0].module]) < _ROWS_PER_FILE:

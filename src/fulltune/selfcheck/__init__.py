@@ -43,7 +43,7 @@ class NotHere(Exception):
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRODUCT_BOUNDS = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}
-"""Largest relative error of a product. TensorFloat-32 (5e-4) does not pass as fp32."""
+"""Largest allowed relative error of a product. TensorFloat-32 (5e-4) does not pass as fp32."""
 BACKENDS = {
     "math": SDPBackend.MATH,
     "flash": SDPBackend.FLASH_ATTENTION,
