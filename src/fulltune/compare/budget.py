@@ -93,7 +93,7 @@ def smaller_designs(costs: Mapping[str, MethodCost], largest: Expectation) -> It
 def fit_design_to_budget(
     costs: Mapping[str, MethodCost], largest: Expectation, end_seconds: float = 0.0, seconds_spent: float = 0.0
 ) -> Expectation:
-    """Return the largest of `smaller_designs` that fits into the budget, less RESERVE, or raise a `RecipeError`.
+    """Return the largest of `smaller_designs` that fits into the budget minus `RESERVE`, or raise a `RecipeError`.
 
     `end_seconds` is the time after the last trial.
     """
@@ -181,7 +181,7 @@ def why_not_resumable(comparison: Comparison, budget_seconds: float | None) -> s
 
 
 def load_or_plan_design(context: Context) -> Expectation:
-    """Load the design for this budget, or plan and save one, and announce it."""
+    """Load the design for this budget, or plan and save one."""
     path = context.folder / EXPECTATION
     design = Expectation.load(path) if path.exists() else None
     if design is None or design.budget_seconds != context.budget_seconds:
@@ -226,13 +226,13 @@ def method_rates(context: Context, method: Method) -> tuple[float, ...]:
 
 
 def default_rate(context: Context, method: Method) -> float:
-    """Return the rate in the method's search grid that is closest to the planned rate."""
+    """Return the rate in the method's search grid that is closest to the plan's rate."""
     planned = context.method_setup(method.label).plan.learning_rate
     return rates.nearest_rate(method_rates(context, method), rates.rounded(planned))
 
 
 def forecast_costs(context: Context) -> tuple[dict[str, MethodCost], float]:
-    """Forecast each method's costs (full fine-tuning first) and the seconds after the last trial."""
+    """Forecast each method's costs by label (full fine-tuning first), and the seconds after the last trial."""
     steps, rest = actual_to_planned_time(context)
     results, costs, splits = context.saved_results(), dict[str, MethodCost](), context.summary.splits
     scored, rows = sum(splits[split].rows for split in ("eval", "test")), sum(one.rows for one in splits.values())

@@ -216,7 +216,7 @@ def _data_notes(context: Context) -> list[str]:
 
 
 def write_model_cards(seed_runs: SeedRuns) -> None:
-    """Write a model card beside each method's weights, with the test score of the saved seed."""
+    """Write a model card beside each method's weights, with the saved model's test score."""
     context, scoring = seed_runs.context, seed_runs.context.scoring
     for method, runs in seed_runs.results.items():
         folder = context.folder / "models" / method

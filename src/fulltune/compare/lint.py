@@ -193,12 +193,12 @@ def _check_methods(trained: Sequence[MethodRow], *, time_was_up: bool = False) -
 
 
 def _is_attention_matrix(name: str) -> bool:
-    """Recognise `q_proj`, `self_attn.q_proj`, `attention.self.query` or `attention.output.dense`."""
+    """Recognise names such as `q_proj`, `self_attn.q_proj` or `attention.output.dense`."""
     return name.split(".")[-1] in _ATTENTION or any("attn" in part or "attention" in part for part in name.split("."))
 
 
 def _check_equal_terms(trained: Sequence[MethodRow]) -> RuleHits:
-    """Yield findings on different token counts, different head initialisation, and a shared rate. Variants are not
+    """Yield findings on unequal token counts or head initialisation, and on one rate for all methods. Variants are not
     compared, because they differ on purpose."""
     if (
         len(trained) > 1

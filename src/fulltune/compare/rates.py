@@ -118,7 +118,7 @@ def next_rate_beyond_grid(metrics_by_rate: Mapping[float, float], scale: MetricS
 def search_from_short_trials(
     method: str, metrics_by_rate: Mapping[float, float], share: float, scale: MetricScale, default_rate: float
 ) -> Search:
-    """Choose a rate from the metrics of short trials with a share of the steps. Return the search's record."""
+    """Choose a rate from the metrics of short trials (`share` of a whole run's steps). Return the search's record."""
     rate = choose_rate(metrics_by_rate, scale, default_rate)
     tried = dict(metrics_by_rate)
     on_edge = rate in (min(tried), max(tried)) and scale.lead_in_tolerances(rate, tried) > 1
@@ -132,8 +132,8 @@ def next_rate_for_whole_run(
 ) -> float | None:
     """Return the rate of the next whole run, or None if no run is needed.
 
-    The default rate comes first, then the best of the short trials, then rates further out while the edge leads
-    clearly. `may_extend` allows rates without a short trial.
+    The default rate comes first, then the best of the short trials, then rates beyond those tried while the outermost
+    one leads clearly. `may_extend` allows rates without a short trial.
     """
     short = search.tried
     if len(short) < 2 or search.whole or len(whole_run_metrics) >= max_runs:

@@ -174,7 +174,8 @@ class SeedRuns:
         return budget.forecast_remaining_seconds(self.context, counts, seeds or self.expectation.num_seeds)
 
     def _first_unaffordable_method(self) -> str | None:
-        """Return a method for which no time remains after two seeds of full and its first rival, or None if all fit."""
+        """Return the first method that does not fit into the time left after two seeds of full and its first rival, or
+        None."""
         context = self.context
         pair = (context.full.label, next(method for method in self.results if self._kind(method) in RIVALS))
         keep = self._reserved_seconds(min(budget.LEAST_SEEDS, context.recipe.compare.seeds or budget.LEAST_SEEDS))

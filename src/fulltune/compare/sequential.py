@@ -16,12 +16,12 @@ from fulltune.stats.precision import ComparisonPrecision
 SAMPLES = 2_000
 _LATE = 4.0
 _SURE = 0.95
-"""Minimum probability of a clear answer at which no more seeds run."""
+"""If a clear answer is at least this probable, no more seeds run."""
 _LIKELY = 0.5
-"""Minimum probability of full winning at which other methods catch up after the last seed."""
+"""If full wins with at least this probability, other methods catch up after the last seed."""
 _CLEAR = "the answer is clear and would very likely be the same on the test rows"
 _HOPELESS = 0.2
-"""Minimum probability of a clear answer for which more seeds run."""
+"""If a clear answer is less probable than this, no more seeds run."""
 WAITING_SHARE = 0.25
 """Share of a look's alpha that methods with fewer seeds may spend."""
 
@@ -42,7 +42,8 @@ def alpha_spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = F
 
 
 def alpha_left(looks: Sequence[Look], alpha: float, *, time_was_up: bool = False) -> tuple[float, float]:
-    """Return the alpha left for the test rows after these looks, and the alpha left for later verdicts."""
+    """Return the alpha (error probability) that the test rows may spend after these looks, and the alpha left for later
+    verdicts."""
     of_seeds: dict[int, float] = {}
     for earlier in looks:
         of_seeds.setdefault(earlier.num_seeds, earlier.spent)  # a second look after the same seeds spends no more

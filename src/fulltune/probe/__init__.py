@@ -60,11 +60,12 @@ __all__ = [
 FOLDER, RECORD = "probe", "probe.json"
 HEAD, START, FROZEN = "head.safetensors", "start.safetensors", "frozen.safetensors"
 SEED = 0
-"""Seed of weights that the checkpoint lacks, the same for all trials."""
+"""Seed for weights that the checkpoint lacks, the same for all trials."""
 LOSS_TOLERANCE = 0.02
 """Relative increase of the held-out loss that is accepted for a more regularised probe."""
 START_STRENGTH_DIVISOR = 8.0
-"""Divides the best strength when training starts, because a head that already fits leaves no gradient for the body."""
+"""Divisor of the best strength for the start of training, because a head that already fits leaves no gradient for the
+body."""
 _USUAL_HIDDEN_SIZE = 1_024
 
 
@@ -221,8 +222,8 @@ def _feature_width(model: PreTrainedModel, layers: HeadLayers | None) -> int:
 
 @contextlib.contextmanager
 def _out_of_memory_as_no_probe(model: PreTrainedModel) -> Iterator[None]:
-    """Raise `NoProbe` instead of an out-of-memory error. If weights are sharded, keep the error, so that all processes
-    fail together."""
+    """In a `with` block, raise `NoProbe` instead of an out-of-memory error, except for sharded weights, so that all
+    processes fail together."""
     try:
         yield
     except Exception as error:
@@ -330,7 +331,7 @@ def _pooled_embeddings(features: Features) -> dict[Pooling, np.ndarray]:
 def predict_baseline(
     extractor: FeatureExtractor, rows: EncodedRows, baseline: FrozenBaseline, classifier: LinearClassifier
 ) -> list[tuple[int, np.ndarray]]:
-    """Return each row's index with the baseline's outputs [items, outputs] for the row."""
+    """Return each row's index with the baseline's outputs [items, outputs]."""
     layers = (
         None
         if baseline.pooling != "head"

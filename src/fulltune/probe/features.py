@@ -224,7 +224,7 @@ def _mean_embedding(hidden: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> 
 
 
 def _word_embeddings(hidden: torch.Tensor, rows: EncodedRows) -> torch.Tensor:
-    """Average the hidden states of each word's tokens and scale to length 1: [words of all rows, hidden]."""
+    """Return each word's mean hidden state over its tokens, scaled to length 1: [words of all rows, hidden]."""
     import torch
     import torch.nn.functional as F
 
@@ -295,7 +295,7 @@ def split_pairs(rows: EncodedRows, separators: frozenset[int]) -> list[dict[str,
 
 
 def combine_pair_embeddings(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Return difference, product and cosine of two embeddings of length 1, as [rows, 2 hidden + 1]."""
+    """Combine two embeddings of length 1 into difference, product and cosine: [rows, 2 hidden + 1]."""
     import torch
 
     product = first * second

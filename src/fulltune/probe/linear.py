@@ -18,7 +18,7 @@ SpaceName = TypeVar("SpaceName", bound=Hashable)
 Result = TypeVar("Result", bound=tuple[Any, ...])
 FOLDS = 5
 STRENGTHS = (1.0, 4.0, 16.0, 64.0, 256.0)
-"""Values of scikit-learn's C times the number of standardised features."""
+"""Regularisation strengths: scikit-learn's C times the number of features."""
 MIDDLE, RIDGE = 16.0, 4.0
 LEAST_SPREAD = 0.1
 MOST_COMPARED = 4_000
@@ -300,7 +300,7 @@ def _score_features(items: Items, held_out: Items | None, candidates: Candidates
 
 
 def mean_loss(items: Items, classifier: LinearClassifier) -> float:
-    """Return the mean cross entropy in nats with class weights. For numbers, return the squared error divided by the
+    """Return the class-weighted mean cross entropy in nats, or for numbers the mean squared error divided by the
     variance."""
     weights = None if items.class_weights is None else np.asarray(items.class_weights)
     outputs = classifier(items.features).astype(np.float64)

@@ -35,7 +35,7 @@ class Block(BaseModel):
 
 
 def raise_for_problems(problems: Mapping[str, object]) -> None:
-    """Raise a `ValueError` that lists the messages (keys) whose value is true, if there are any."""
+    """Raise a `ValueError` that lists the messages (keys) whose value is true, if any."""
     if texts := [text for text, is_wrong in problems.items() if is_wrong]:
         raise ValueError("\n".join(texts))
 
@@ -136,8 +136,8 @@ class CompareBlock(Block):
     """Decide on the eval rows after each seed which methods need another one. With `false`, every method gets all
     seeds."""
     search_share: float = Field(default=0.06, gt=0, le=1)
-    """Length of each short trial in the learning rate search, as a share of a whole run, at least 10 steps. Methods
-    that continue also get whole runs at their two best rates, or at more while the metric improves."""
+    """Length of each short trial in the learning rate search, as a share of a whole run (at least 10 steps). Methods
+    that get a second seed also get whole runs at their two best rates, or at more while the metric improves."""
     budget: Duration | None = None
     """Time limit for all commands on a comparison together, such as `30m` or `2h`. A later `--budget` continues an
     undecided comparison. With `learning_rate: search`, the budget limits the search, including the final run."""

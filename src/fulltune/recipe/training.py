@@ -88,7 +88,7 @@ class TrainBlock(Block):
     precision: Precision = "auto"
     """Data type of the computations. On a GPU, `auto` means bf16 from compute capability 8.0 (Ampere), fp16 with loss
     scaling from 7.0 (Volta, Turing), otherwise fp32. On a CPU, it means the faster of bf16 and fp32. With several
-    GPUs, the oldest GPU decides. fp16 needs a GPU."""
+    GPUs, the oldest one counts. fp16 needs a GPU."""
     activation_checkpointing: bool | None = None
     """Recompute activations in the backward pass, which needs far less memory but about a third more compute. Default:
     on if the run would not fit otherwise, or if larger micro batches make it faster."""

@@ -102,7 +102,7 @@ class Expectation(Record):
 
 
 class Finding(Record):
-    """A rule of fair comparison that this comparison breaks."""
+    """A violated rule of fair comparison."""
 
     rule: str
     level: Literal["unfair", "worth knowing"]
@@ -164,7 +164,7 @@ class Difference(Record):
     """True if the method is shown to be better by at least the margin."""
     seeds_known: bool
     detectable: float
-    """Smallest true difference that is detected with a probability of 80 %, at least the margin."""
+    """Smallest true difference (at least the margin) that is detected with 80 % probability."""
     rows_needed: int | None = None
     """Number of test rows needed for a decision, or None if no number suffices."""
     seeds_needed: int | None = None

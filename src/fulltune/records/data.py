@@ -71,11 +71,11 @@ class DataSummary(Record):
     max_length: int
     max_length_reason: str
     limit: int = 0
-    """Longest row that is not truncated, in tokens."""
+    """Maximum length of a row that is not truncated, in tokens."""
     scale: tuple[float, float] | None = None
     """Mean and standard deviation of the targets (regression)."""
     length_explained: float = 0.0
-    """Share of the variance of the lengths that the target explains."""
+    """Share of the length variance that the target explains."""
     splits: dict[SplitName, SplitSummary]
     sources: dict[SplitName, str]
     dropped: dict[str, int] = Field(default_factory=dict)

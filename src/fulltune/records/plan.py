@@ -59,7 +59,7 @@ BASELINES, TRAINED = "scoring the baselines", "scoring the trained model"
 
 
 class TimeNeed(Record):
-    """The duration of a run, computed before the start or measured in the dry run."""
+    """The duration of a run, forecast or measured in the dry run."""
 
     train_seconds: float
     eval_seconds: float

@@ -33,7 +33,7 @@ def max_probe_rows(problem_type: str, num_items_per_row: float, width: int, max_
 def solver_bytes(problem_type: str, num_items: int, num_outputs: int, width: int) -> int:
     """Return the memory in bytes that L-BFGS needs for `num_items` items of `width` features.
 
-    The solver holds ten changes of all weights and gradients, and the logits with their gradients, in 64 bits.
+    The solver stores ten updates of all weights and gradients, and the logits with their gradients, in 64 bits.
     """
     logits = 2 * num_items if problem_type in ("single_label", "tags") else 0
     return 8 * num_outputs * (25 * width + logits)

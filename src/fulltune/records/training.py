@@ -68,7 +68,7 @@ class Outcome(Record):
     weights_reason: str | None = None
     """Why the saved weights are not those of the best evaluation, or None if they are."""
     tokens_by_source: tuple[int, ...] = ()
-    """Number of tokens trained on, of the task and of each mixed-in source. Empty without mixed-in sources."""
+    """Number of tokens trained on by source (task or mixed-in), or empty without mixed-in sources."""
     parameter_changes: ParameterChanges | None = None
     checks: tuple[Check, ...] = ()
     train_seconds: float = 0.0
