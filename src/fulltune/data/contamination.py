@@ -20,7 +20,7 @@ from fulltune.text import counted
 
 NUM_WORDS = 8
 MAX_TEXTS = 100
-"""8-grams in more texts than this come from templates and are ignored."""
+"""8-grams in more texts than this probably come from templates and are ignored."""
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _hash_word = lru_cache(maxsize=50_000)(partial(hash_to_number, 0))
 _NOT_COMPARED = ("label", "tags", "tools", "context")
@@ -137,7 +137,7 @@ def hash_forbidden_texts(path_of_setting: Mapping[str, str], files: Iterable[Pat
 
 
 def texts_in_cell(cell: object) -> Iterator[str]:
-    """Yield all texts in a cell, also nested ones. A list of single words is one text."""
+    """Yield all texts in a cell, including nested ones. A list of single words is one text."""
     parts = cell.values() if isinstance(cell, Mapping) else cell if isinstance(cell, (list, tuple)) else ()
     if isinstance(cell, str):
         yield cell

@@ -66,7 +66,7 @@ class Job:
 
 @dataclass(frozen=True)
 class DroppedRow:
-    """A dropped row, or one of its examples."""
+    """A dropped row, or a dropped example of a row."""
 
     split: str
     place: str

@@ -87,7 +87,7 @@ def _mix_bits(values: np.ndarray) -> np.ndarray:
 def cluster_near_duplicates(signatures: np.ndarray, threshold: float) -> np.ndarray:
     """Return the index of the first member of each row's cluster: int64 [rows].
 
-    In a cluster, each row shares at least `threshold` of its signature positions with the next.
+    Rows are joined, also transitively, if they share at least `threshold` of their signature positions.
     """
     count = len(signatures)
     if count < 2:

@@ -122,7 +122,7 @@ def read_source_rows(
 
 
 def _row_labels(recipe: Recipe, files: DataFiles) -> list[list[str]]:
-    """Return the labels of each row, which are an empty list for an unusable row."""
+    """Return each row's labels, or an empty list for an unusable row."""
     task = task_named(recipe.task)
     try:
         target, _ = find_target_and_count_rows(recipe.data, task, {"train": SourceRows(files.where, files.rows)})

@@ -138,7 +138,7 @@ def _choose_groups(sizes: Sequence[int], wanted: int) -> list[int]:
 
 
 def _row_strata(source: EncodedSource, by_group: bool) -> np.ndarray:
-    """Return each row's class, the rarest of its labels (of its group if `by_group`): int64 [rows], -1 without
+    """Return each row's class (the rarest of its labels or, if `by_group`, of its group's): int64 [rows], -1 without
     labels."""
     counts = Split(source, np.ones(source.num_rows, bool), has_own_file=True).label_counts()
     places = {name: place for place, name in enumerate(source.names)}
@@ -175,7 +175,7 @@ def split_by_time(
 
 
 def _choose_split_time(oldest: np.ndarray, wanted: int) -> float:
-    """Return the time from which groups with about `wanted` rows start, or infinity if all groups start together.
+    """Return a split time for about `wanted` newer rows, or infinity if all groups start together.
 
     `oldest` is the first time of each row's group.
     """

@@ -254,8 +254,8 @@ def target_mean_and_std(targets: np.ndarray, file_name: str, column: str) -> tup
 
 
 def length_explained_by_class(lengths: np.ndarray, classes: np.ndarray) -> float:
-    """Compute the share of variance in length that the classes explain, corrected for chance (epsilon squared, Kelley
-    1935)."""
+    """Compute the share of the lengths' variance that the classes explain, corrected for chance (epsilon squared,
+    Kelley 1935)."""
     counts, total = np.bincount(classes), float(len(lengths) * np.var(lengths))
     num_groups = int((counts > 0).sum())
     if total == 0 or len(lengths) <= num_groups:
@@ -273,8 +273,8 @@ def length_explained_by_value(lengths: np.ndarray, values: np.ndarray) -> float:
 
 
 def target_statistics(target: Target, train: Split, folder: Path) -> tuple[tuple[float, float] | None, float]:
-    """Return numeric targets' mean and standard deviation (else None), and the share of variance in length that targets
-    explain."""
+    """Return the mean and standard deviation of numeric targets (else None), and the share of the lengths' variance
+    that the targets explain."""
     source, in_split = train.source, train.examples
     lengths = source.lengths[in_split]
     if target.form.is_number:

@@ -172,7 +172,8 @@ def train_and_eval_losses(scoring: Scoring) -> dict[SplitName, SplitLosses]:
 def save_differences(
     folder: Path, scores: Scores, difference: Callable[[Resampled, Resampled], Estimate | None]
 ) -> Scores:
-    """Add the `difference` between the trained model and each scored baseline to `scores`; save and return them."""
+    """Compute the `difference` between the trained model and each scored baseline. Add the results to `scores`, save
+    and return them."""
     differences = {}
     path = folder / "scores" / f"{scores.name}.json"
     for other_path in sorted(path.parent.glob("*.json")):
@@ -218,7 +219,7 @@ def _load_or_score(path: Path, score: Callable[[], Scored]) -> Scores:
 
 @contextlib.contextmanager
 def _explain_out_of_memory(activity: str) -> Iterator[None]:
-    """In the block, replace an out-of-memory error by a message that names the `activity` and what to do."""
+    """Replace an out-of-memory error in the block by a message that names the `activity` and a remedy."""
     try:
         yield
     except Exception as error:

@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 UserMetrics = Callable[[Any, Any], Mapping[str, float]]
 WORST = 25
 Scored = tuple[Scores, Resampled | None]
-"""Scores, and the main metric on resamples, or None if the main metric was not computed."""
+"""A model's scores, and its main metric on bootstrap resamples (None if not computed)."""
 MIN_UNSEEN = 20
-"""Minimum number of test groups absent from train for metrics on those rows alone."""
+"""Metrics on test rows that are not in train need at least this many groups."""
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """Loads a run's rows and models, and scores them on the test rows."""
+    """Loads a run's rows and models, and scores models on the test rows."""
 
     recipe: Recipe
     plan: Plan
@@ -73,12 +73,13 @@ class Scoring:
         positions: Sequence[int] | None = None,
         metrics: Callable[[Predictions], Mapping[str, float]] | None = None,
     ) -> dict[str, Resampled]:
-        """Compute metrics (default: the task's) on test rows or those at `positions`, and on bootstrap resamples;
-        return them by name."""
+        """Compute metrics (default: the task's) by name on test rows (or those at `positions`) and on bootstrap
+        resamples."""
         scored = slice(None) if positions is None else np.asarray(positions, np.int64)
         clusters, in_train = (np.load(self.data / "test" / name)[scored] for name in (CLUSTERS, IN_TRAIN))
 
         def resampled(rows: np.ndarray | slice) -> dict[str, Resampled]:
+            """Compute metrics by name on these rows and on bootstrap resamples of their clusters."""
             return resample_metrics(
                 {name: values[rows] for name, values in predictions.items()},
                 metrics or (lambda rows: self.task.metrics(rows, self.target)),
@@ -96,13 +97,14 @@ class Scoring:
     def estimate_user_metrics(
         self, predictions: Any, references: Any, positions: Sequence[int] | None = None
     ) -> dict[str, Resampled]:
-        """Estimate the metrics of the user's function, if set. The function receives lists if `predictions` is a list,
-        otherwise arrays."""
+        """Return the user's metrics with resamples, or {} if there is no such function. The function receives lists if
+        `predictions` is a list, otherwise arrays."""
         if self.user_metrics is None:
             return {}
         call, plain = self.user_metrics, isinstance(predictions, list)
 
         def metrics(rows: Mapping[str, np.ndarray]) -> Mapping[str, float]:
+            """Call the user's function on these rows, or raise `SetupError`."""
             predicted, true = (list(rows[name]) if plain else rows[name] for name in ("predicted", "true"))
             try:
                 return {str(name): float(value) for name, value in call(predicted, true).items()}
@@ -244,7 +246,7 @@ def compute_outputs(
 
 
 def save_outputs(path: Path, predictions: Predictions) -> None:
-    """Save the numeric arrays of predictions as `.npz`; other arrays would need pickle."""
+    """Save the numeric arrays of predictions as `.npz`."""
     numbers: dict[str, Any] = {name: array for name, array in predictions.items() if array.dtype != object}
     with replace_atomically(path) as part, part.open("wb") as file:
         np.savez_compressed(file, **numbers)

@@ -89,6 +89,7 @@ def _rows_by_question(scoring: Scoring) -> dict[str, Row]:
 
 
 def _accepted_answers(scoring: Scoring, questions: Mapping[str, Row]) -> list[list[str]]:
+    """Return each question's accepted answers, an empty list if it has none."""
     return [
         [text for text, _ in question_answering.accepted_answers(row, scoring.target)] for row in questions.values()
     ]

@@ -77,7 +77,7 @@ class Target:
 
     @classmethod
     def from_notes(cls, notes: Mapping[str, Any]) -> Target:
-        """Restore a target from the output of `as_notes`; older folders may lack `num_choices` and `stride`."""
+        """Restore a target from the output of `as_notes`."""
         more = {name: notes[name] for name in ("num_choices", "stride") if name in notes}
         return cls(notes["problem_type"], notes["columns"], tuple(notes["labels"]), notes["joint"], **more)
 
@@ -121,7 +121,7 @@ class Task(Protocol):
         """Map each role, such as `text`, to a column named in the recipe, with a usual name, or with typical content in
         `sample`.
 
-        Raises `DataError`, whose message starts with `file`, if a role has no column.
+        Raises `DataError` about `file` if a role has no column.
         """
 
     def find_target(self, rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, file: str) -> Target:

@@ -84,7 +84,7 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
 
 
 def raise_if_preference_data(columns: Sequence[str], sample: Sequence[Row], file: str) -> None:
-    """Raise `DataError` for preference data (DPO, KTO), because training would ignore the preferences."""
+    """Raise `DataError` for preference data (DPO, KTO), which this task cannot train on."""
 
     def column_named(name: str) -> str | None:
         return find_usual_column((name,), columns, file)
@@ -185,7 +185,7 @@ def _messages_before_answer(row: Row, target: Target) -> list[dict[str, Any]]:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-    """Return each row's tokenised examples. Conversations and pairs are trained only on their answers."""
+    """Return each row's tokenised examples. In conversations and pairs, only the answers are trained."""
     if "messages" in target.columns and not tokenizer.chat_template:
         raise SetupError(
             "the tokenizer has no chat template; use an instruct model, or set data.chat_template to a Jinja file"
@@ -243,8 +243,8 @@ def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def with_prompt_template(tokenizer: Tokenizer, target: Target) -> Tokenizer:
-    """Return the tokenizer to save with the model. After training on pairs of prompt and completion, its chat template
-    formats prompts as in training."""
+    """Return the tokenizer to save with the model; after training on pairs, its chat template formats prompts as in
+    training."""
     if "completion" not in target.columns:  # a chat model trained on raw text stays one
         return tokenizer
     tokenizer = copy.copy(tokenizer)

@@ -349,7 +349,7 @@ def metrics_from_sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, 
 
 
 def chance_loss(summary: DataSummary, class_weights: Sequence[float] | None) -> float:
-    """Return the loss of predicting the mean number, or the same probability for each class."""
+    """Return the loss of always predicting the mean number, or equal probabilities for all classes."""
     if summary.form.is_number:
         return 1.0
     if summary.num_choices:

@@ -53,7 +53,7 @@ def is_whole(row: Mapping[str, object]) -> bool:
 
 
 MOST_NESTED = 100
-"""Maximum nesting depth; deeper cells are damaged or malicious."""
+"""Maximum nesting depth of a cell."""
 
 
 def find_defect(value: object) -> str | None:
@@ -111,7 +111,7 @@ def _has_adjacent_strings(text: str) -> bool:
 
 
 def find_usual_column(names: Sequence[str], columns: Sequence[str], file: str) -> str | None:
-    """Return the first column with one of these names in any case, or None. Raise `DataError` if two match."""
+    """Return the first column with one of these names, ignoring case, or None. Raise `DataError` if two match."""
     for name in names:
         alike = [column for column in columns if column.lower().strip() == name]
         if name in alike or len(alike) == 1:
@@ -193,6 +193,7 @@ def similar_column(column: str, roles: Mapping[str, str], columns: Iterable[str]
     texts = {name: [cell for row in sample if isinstance(cell := row.get(name), str) and cell] for name in columns}
 
     def is_similar(cells: Sequence[str]) -> bool:
+        """Return whether a column's texts are long and varied enough."""
         words = sum(sum(map(str.isalpha, cell.split())) for cell in cells)
         is_long = 2 * sum(map(len, cells)) >= sum(map(len, texts.get(column, ())))
         return is_long and words > 2 * len(cells) < 4 * len(set(cells))

@@ -31,7 +31,7 @@ from fulltune.tasks.padding import stack_labels
 FACTS = recipe_tasks.FACTS["image-classification"]
 find_columns = partial(columns_of_roles, ("image", "label"))
 UNDECODABLE = "undecodable image"
-"""Check for images that stop the data stage, unless the recipe allows dropping them."""
+"""Check for undecodable images, which stop the data stage unless the recipe allows dropping them."""
 loss, count_items, reduce_logits = classes.loss, classes.count_items, classes.reduce_logits
 metrics, answers = classes.metrics, classes.answers
 metrics_from_sums, chance_loss = classes.metrics_from_sums, classes.chance_loss

@@ -55,7 +55,7 @@ def pad_right(values: Sequence[Sequence[int] | np.ndarray], fill: int) -> Tensor
 
 
 def object_array(values: Sequence[object]) -> np.ndarray:
-    """Make an object array [rows], also from equally long lists, which numpy would make two-dimensional."""
+    """Make an object array [rows], even from equally long lists, which numpy would make two-dimensional."""
     array = np.empty(len(values), dtype=object)
     for position, value in enumerate(values):
         array[position] = value
@@ -81,7 +81,7 @@ PART_CHARACTERS = 1_000_000
 
 
 def cut_long_text(text: str, tokenizer: Tokenizer, max_length: int) -> str:
-    """Cut a very long text well beyond `max_length` tokens, which saves time. Its first tokens stay the same."""
+    """To save time, cut a very long text well beyond `max_length` tokens; the first tokens stay the same."""
     most = max(_CHARACTERS, _CHARACTERS_PER_TOKEN * max_length)
     if len(text) <= most or getattr(tokenizer, "truncation_side", "right") != "right":
         return text
@@ -103,7 +103,8 @@ def tokenise_and_cut(
 
 
 def tokenise_long_text(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Tokenise a whole text. Over a million characters, tokenise it in parts if that gives the same tokens."""
+    """Tokenise a text without truncation. Texts over a million characters are tokenised in parts if the tokens stay the
+    same."""
     seam = _text_to_drop_at_cuts(tokenizer) if len(text) > PART_CHARACTERS else None
     if seam is not None and (parts := _cut_at_spaces(text, seam)) is not None:
         ids, closing = _opening_and_closing_ids(tokenizer)

@@ -177,7 +177,7 @@ def _as_list(value: Any) -> list[Any]:
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
     """Tokenise each question with its context, one example per window. Windows overlap by the stride, if there is room.
 
-    Raises `SetupError` for slow tokenizers, which lack token positions.
+    Raises `SetupError` for slow tokenizers.
     """
     if not tokenizer.is_fast:
         raise SetupError(
@@ -246,7 +246,7 @@ def _window_example(
 
 
 def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
-    """Decode a window and, if it is in the window, the answer."""
+    """Decode a window, and the answer if the window contains it."""
     ids = list(features["input_ids"])
     start, end = features["labels"][START], features["labels"][END]
     answer = str(tokenizer.decode(ids[start : end + 1])).strip()
@@ -291,7 +291,7 @@ def _answer_log_probabilities(chances: Tensor, labels: Tensor) -> Tensor:
 
 def reduce_logits(logits: Tensor, labels: Tensor, target: Target) -> dict[str, Tensor]:
     """Find each window's most probable answer in `logits[batch, tokens, 2]`: `first` and `last` token and log
-    probability `chance`. Also return that of no answer (`nowhere`), the true tokens and the `loss`."""
+    probability `chance`. Also return the log probability of no answer (`nowhere`), the true tokens and the `loss`."""
     import torch
     import torch.nn.functional as F
 

@@ -96,7 +96,7 @@ def why_unusable(row: Row, target: Target) -> Refused | None:
 
 
 def to_strict_bio(tags: Sequence[str]) -> list[str]:
-    """Rewrite tags so that each entity begins with `B-`, also one that begins with `I-` as in IOB1."""
+    """Rewrite tags so that each entity begins with `B-`, even one that begins with `I-`, as in IOB1."""
     return [
         f"B{tag[1:]}" if tag.startswith("I-") and before[2:] != tag[2:] else tag
         for before, tag in zip(["O", *tags], tags, strict=False)
@@ -185,7 +185,7 @@ def row_labels(row: Row, target: Target) -> list[str]:
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
     """Tokenise word by word. A word's first sub-word has its label, all other tokens -100.
 
-    Raises `SetupError` for slow tokenizers, which do not report each token's word.
+    Raises `SetupError` for slow tokenizers.
     """
     if not tokenizer.is_fast:
         raise SetupError(
@@ -299,8 +299,8 @@ def count_spans(true: Iterable[np.ndarray], predicted: Iterable[np.ndarray], tar
 def add_words_without_token(
     predictions: Predictions, rows: Sequence[RowFeatures], target: Target
 ) -> dict[str, np.ndarray]:
-    """Add words that have no token to the predictions, with the label `O`. Also add the true labels as `gold`, and new
-    counts from `count_spans`."""
+    """Add words that have no token to the predictions as `O`. Also add the true labels as `gold`, and new counts from
+    `count_spans`."""
     gold = object_array([np.asarray(row[TAGS]) for row in rows])
     positions = [words_with_token(row) for row in rows]
     everywhere = {}

@@ -94,7 +94,8 @@ def can_score(metric: str) -> bool:
 
 
 def score_answers(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
-    """Score each answer by exact match and, if their packages are installed, ROUGE-L (0 to 1) and chrF (0 to 100)."""
+    """Return each answer's `exact_match` and, if their packages are installed, `rougeL` (0 to 1) and `chrf` (0 to
+    100)."""
     pairs = list(zip(answers, expected, strict=True))
     scores = {"exact_match": np.array([float(normalised(one) == normalised(two)) for one, two in pairs])}
     if can_score("rougeL"):
@@ -111,7 +112,8 @@ def score_answers(answers: Sequence[str], expected: Sequence[str]) -> dict[str, 
 
 
 def bleu_counts(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return each answer's n-gram matches, totals and both lengths [answers, 10], or {} without sacrebleu."""
+    """Return each answer's n-gram matches, totals and both lengths as `bleu_counts` [answers, 10], or {} without
+    sacrebleu."""
     if not can_score("bleu"):
         return {}
     from sacrebleu.metrics.bleu import BLEU

@@ -104,7 +104,7 @@ def _stat_utf8_path(path: Path) -> os.stat_result:
 
 
 def _refuse_special_file(file: Path, status: os.stat_result) -> None:
-    """Raise `DataError` for pipes and devices, which may block or never end."""
+    """Raise `DataError` for pipes and devices."""
     if not stat.S_ISREG(status.st_mode):
         raise DataError(
             f"{file}: is a folder, pipe, socket or device, expected a file; rename it, or save its output in a file "
@@ -239,7 +239,7 @@ def _parse_split_from_name(file: Path) -> tuple[SplitName | None, tuple[str, ...
 
 
 def group_files_by_split(files: Sequence[Path]) -> dict[SplitName | None, list[Path]]:
-    """Group a folder's files by the split in their names (None if there is no split).
+    """Group a folder's files by the split in their names (or None).
 
     The split in a longer name (`crash_test`) counts only with a train file or a name that differs only in the split
     word.

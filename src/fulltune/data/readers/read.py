@@ -205,7 +205,7 @@ def _refuse_non_data_file(file: Path) -> None:
 
 
 def _refuse_nul_bytes(file: Path) -> None:
-    """Raise `DataError` if a file contains NUL bytes, as UTF-16 does."""
+    """Raise `DataError` if a file contains NUL bytes, as in UTF-16."""
     with file.open("rb") as stream:
         line = next((line for line, content in enumerate(stream, start=1) if 0 in content), None)
     if line is not None:

@@ -109,7 +109,7 @@ def read_json_lines(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, Ro
 
 
 def read_json_list(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrProblem]]:
-    """Yield `(number, row or error message)` for a JSON list of objects, which may be inside an object. Raises
+    """Yield `(number, row or error message)` for each object in a JSON list, which may be inside an object. Raises
     `DataError` for anything else."""
     text = file.read_text(encoding=encoding)
     try:
@@ -328,7 +328,7 @@ def guess_missing_header(file: Path, encoding: str = UTF_8) -> tuple[str, ...] |
 
 
 def _looks_like_data_cell(first_cell: str, cells_below: Sequence[str]) -> bool:
-    """Return whether a name in the first line resembles the cells below."""
+    """Return whether a column's first cell resembles the cells below."""
     if is_number(first_cell):
         return all(map(is_number, cells_below))
     if len(first_cell.split()) >= _MIN_TEXT_WORDS:
