@@ -48,7 +48,6 @@ class Request(Record):
         return sorted(self.folder.glob(f"{Path(INITIAL_WEIGHTS).stem}*.safetensors"))
 
     def trained_weights(self, rank: int) -> Path:
-        """Return the file of a rank's trained weights."""
         return self._rank_file("trained.safetensors", rank)
 
     def _rank_file(self, name: str, rank: int) -> Path:

@@ -86,7 +86,6 @@ def gather_tensor(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def gather_second_moment(parameter: torch.Tensor) -> torch.Tensor:
-    """Gather a parameter's running mean of squared gradients from AdamW."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     return safe_get_full_optimizer_state(parameter, "exp_avg_sq")
@@ -135,7 +134,6 @@ def set_values(parameter: Any, value: torch.Tensor) -> None:
 
 
 def load_engine_checkpoint(engine: Any, checkpoint: Path) -> None:
-    """Load weights, optimizer and schedule into DeepSpeed's engine."""
     from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
     deepspeed_load_checkpoint(engine, str(checkpoint))

@@ -79,6 +79,7 @@ def worker_command(request: Request, file: Path, machine: MachineAddress | None 
 
 
 def worker_environment(request: Request) -> dict[str, str]:
+    """Return a worker's complete environment."""
     # A file in the user's folder must not shadow a library of the same name.
     variables = os.environ | {"PYTHONSAFEPATH": "1"}
     # A package may have installed ninja, which torch compiles with, beside a Python that is not in PATH.

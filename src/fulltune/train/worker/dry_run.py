@@ -65,7 +65,7 @@ def dry_run(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Callable[[Row
     if not plan.num_frozen_parameters:
         return [check]
     result = f"all but {len(unreached)}, such as {unreached[0]}" if unreached else "all"
-    return [check, Check(name="trained tensors that the loss reaches", result=result, passed=not unreached)]
+    return [check, Check(name="trained tensors with a gradient", result=result, passed=not unreached)]
 
 
 @contextlib.contextmanager
