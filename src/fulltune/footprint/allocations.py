@@ -48,7 +48,7 @@ class TraceCase:
     task: Task
     target: Target
     prepare: Callable[[PreTrainedModel], object]
-    """Applies the method and the dropout of training; equal functions have the same `repr`."""
+    """Applies the method and the dropout of training; its `repr` identifies it in the cache of footprints."""
     num_parameters: int
     """Number of parameters of the model and its method, counting tied ones once."""
     all_trained: bool = True

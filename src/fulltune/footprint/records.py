@@ -65,7 +65,7 @@ class Footprint(Record):
     tensors: dict[int, int] = Field(default_factory=dict)
     """Number of trained tensors, by their size in values."""
     rough: str = ""
-    """Why a rule of thumb replaces the trace, or empty if it does not."""
+    """Why the model could not be traced, or empty if it was."""
     assumed: str = ""
     """Assumption about the model's inputs, with its reason."""
 

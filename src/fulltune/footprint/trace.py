@@ -28,7 +28,7 @@ from fulltune.tasks import Target, task_named
 
 VALUES, VALUES_RECOMPUTED = 2 * 34, 2
 """Values saved per token, layer and hidden unit, without and with checkpointing (Korthikanti et al. 2022, arXiv
-2205.05198; doubled for attention in windows)."""
+2205.05198; doubled for windowed attention)."""
 VALUES_PER_STATE = 12
 """Additional values per state of a state-space layer: six arrays of twice the hidden size."""
 LOGITS_BYTES = 3 * 4

@@ -108,7 +108,6 @@ def _propose_smaller_model(basis: Basis, settings: MemorySettings) -> Alternativ
 
 
 def format_alternatives(ways: Sequence[Alternative]) -> list[str]:
-    """Format alternatives as lines of an error message."""
     lines = []
     for way in ways:
         named = way.hardware or any(name not in way.change for name in way.settings)

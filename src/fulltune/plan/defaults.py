@@ -14,13 +14,13 @@ DefaultWithReason = tuple[float, str]
 ADAPTER_TIMES = 20.0
 """An adapter's best learning rate relative to full fine-tuning's (Houlsby et al. 2019: 1e-3, up to 3e-3)."""
 LORA_TIMES, MAX_LORA = 10.0, 8e-4
-"""LoRA's best learning rate relative to full fine-tuning's (Schulman et al. 2025), and its limit."""
+"""LoRA's best learning rate relative to full fine-tuning's (Schulman et al. 2025), and the highest default rate."""
 
 RATES = {
     "decoders": ((50, 2e-4), (1_000, 5e-5), (5_000, 2e-5), (15_000, 1e-5), (float("inf"), 5e-6)),
     "encoders": ((50, 2e-4), (200, 5e-5), (500, 2e-5), (float("inf"), 1e-5)),
 }
-"""Peak learning rates for models up to a size in millions of parameters."""
+"""Peak learning rates by maximum model size, in millions of parameters."""
 
 
 def full_learning_rate(num_parameters: int, is_decoder: bool) -> DefaultWithReason:
@@ -67,8 +67,8 @@ MAX_LENGTH_EXPLAINED = 0.25
 def should_group_by_length(explained_share: float) -> tuple[bool, str]:
     """Return whether to batch rows of similar length, and the reason.
 
-    `explained_share` is the share of the variance in length that the target explains. When labels followed the length,
-    F1 was 0.75 with grouping and 1.0 without (2026-11-24).
+    `explained_share` is the share of the variance in length that the target explains. When labels depended on the
+    length, F1 was 0.75 with grouping and 1.0 without (2026-11-24).
     """
     share = f"the target explains {explained_share:.0%} of the variance in length"
     if explained_share >= MAX_LENGTH_EXPLAINED:

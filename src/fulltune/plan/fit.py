@@ -107,7 +107,7 @@ def _fitting_option(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[cho
 def choose_placement(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Recipe, str]:
     """Return the recipe with a placement, and the reason, which is empty if the recipe sets the placement.
 
-    Several processes use ddp, which sends the least data, if it fits, and otherwise fsdp2. ZeRO is never chosen
+    Several processes use ddp if it fits, because it sends the least data, and otherwise fsdp2. ZeRO is never chosen
     automatically, because it computes in other data types.
     """
     recipe = workload.recipe

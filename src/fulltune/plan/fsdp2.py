@@ -13,7 +13,7 @@ from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase
 FILE_BYTES, MAX_FILES = 2**24, 64
 """Minimum size and maximum number of a checkpoint's files; a file exists twice while being written."""
 WHOLE_FILE_BYTES = 2**28
-"""Size of the finished model's files, gathered in host memory."""
+"""Maximum size of the finished model's files, which are gathered in host memory."""
 TENSORS_OF_BLOCK = 3
 """Ratio of a block's size to its largest tensor, as in BERT."""
 NUM_SEND_BUFFERS = {"cpu": 2, "cuda": 1}

@@ -19,10 +19,10 @@ from fulltune.system.hardware import BF16_FROM, TENSOR_CORES_FROM, Gpu, Machine
 from fulltune.text import counted, format_bytes
 
 MIN_BF16_SPEEDUP = 1.2
-"""Lowest speed-up by bf16 on a CPU that is worth the rounding."""
+"""Minimum speed-up on a CPU at which bf16 is worth its rounding errors."""
 MAX_WORKERS = 8
 MIN_SHARED_BYTES = 2**30
-"""Shared memory per GPU, where each worker queues two batches."""
+"""Minimum shared memory per GPU; each worker queues two batches there."""
 
 
 def device_and_precision(recipe: Recipe, machine: Machine) -> tuple[str, str]:
@@ -133,7 +133,6 @@ def oldest_gpu(recipe: Recipe, machine: Machine) -> Gpu:
 
 
 def _default_gpu_precision(gpu: Gpu) -> tuple[str, str]:
-    """Return a GPU's default precision, and the reason."""
     if gpu.bf16:
         return "bf16", f"{gpu.label} computes in bf16; weights stay fp32"
     if gpu.capability >= TENSOR_CORES_FROM:

@@ -37,7 +37,7 @@ def survey_placements(
     existing_plan: Plan | None = None,
     with_method: WithMethod = lambda kind: None,
 ) -> tuple[Survey, Plan | None]:
-    """Compare the placements possible on some hardware; also return a plan, or None if nothing fits.
+    """Compare the placements possible on this hardware; also return a plan, or None if nothing fits.
 
     `existing_plan` is used instead of a new one. `with_method` returns the workload with another method, to advise on
     methods.

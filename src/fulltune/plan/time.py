@@ -43,7 +43,7 @@ class Work:
 
     footprint: Footprint
     tokens_per_row: float
-    """Mean tokens of a row with padding; an image counts as one."""
+    """Mean tokens per row, including padding; an image counts as one."""
     backward: float = 2.0
     """Cost of a backward pass relative to a forward pass."""
 
@@ -51,7 +51,7 @@ class Work:
         return self.flops_of(rows * self.tokens_per_row, self.tokens_per_row)
 
     def flops_of(self, tokens: float, length: float) -> float:
-        """Return the operations of a forward pass over `tokens` in rows of `length`."""
+        """Return the operations of a forward pass over `tokens` tokens in rows of `length` tokens."""
         return tokens * (self.footprint.flops_per_token + self.footprint.attention_flops_per_pair * length)
 
     def step_flops(self, rows: float, recomputed: bool) -> float:

@@ -50,7 +50,7 @@ class Basis:
     start: MemorySettings
     """Settings that save no memory: a micro batch of one row, no checkpointing."""
     layout: ParallelLayout | None
-    """How the state is sharded, or None if each process holds all of it."""
+    """How the training state is sharded, or None if each process holds all of it."""
     available_bytes: int
     where: str
     work: time.Work

@@ -184,7 +184,7 @@ def paired_improvement(measure: ResamplableMetric, before: np.ndarray, after: np
 
 @dataclass(frozen=True)
 class ResampledTrials:
-    """A metric's values from `resample_trials`."""
+    """Metric values of each method's trials, as computed by `resample_trials`."""
 
     point: tuple[np.ndarray, ...]
     """Values on all rows, [seeds] for each method."""

@@ -36,9 +36,8 @@ def standard_error_of_share(share: float, count: int) -> float:
 
 
 LOSS_WINDOW = 10
-"""Number of logged losses to average."""
 _FELL_WELL = 0.75
-"""Largest ratio of the lowest window's mean loss to the first window's at which the loss has clearly fallen."""
+"""The loss has clearly fallen if the lowest window's mean is at most this fraction of the first window's."""
 _SURE_STANDARD_ERRORS = 4.0
 """Number of standard errors by which the loss must have fallen."""
 _FAR, _FAR_MORE, _NONE_NEAR = 3.0, 1.0, 1.5
@@ -132,8 +131,8 @@ def check_got_worse(
 def judge_got_worse(
     worse_by: str, losses: Sequence[float], learning_rate: float, untrained_loss: float | None = None
 ) -> GuardDecision:
-    """Decide about a finished run that made the model worse: stop if the train loss did not fall, else warn. `worse_by`
-    is the difference as text."""
+    """Decide what to do about a finished run that made the model worse: stop if the train loss did not fall, else warn.
+    `worse_by` is the difference as text."""
     begin, last = _start_loss(losses, untrained_loss), losses[-min(2 * LOSS_WINDOW, max(1, len(losses) // 2)) :]
     now, worse = statistics.median(last or [0.0]), f"training made the model worse: {worse_by} than before step 1"
     if len(losses) < _MIN_AT_END or now < begin:
@@ -316,7 +315,7 @@ def judge_curves(curves: Curves) -> Fit:
 
 
 def _judge_no_decline(curves: Curves, evaluations: Sequence[Point], trained: dict[int, float], details: str) -> Fit:
-    """Judge whether a run underfitted that never got worse. `trained` maps each evaluation's step to the mean train
+    """Judge whether a run that never got worse underfitted. `trained` maps each evaluation's step to the mean train
     loss before it; `details` is copied to the result."""
     if curves.is_mixed:
         reason = "no sign of overfitting, but the train loss is not comparable because it includes mixed-in rows"

@@ -21,8 +21,8 @@ BUSY = 1.5
 ALIKE = 0.9
 """Minimum ratio of two memory sizes for machines to count as equal."""
 BF16_FROM, TENSOR_CORES_FROM = (8, 0), (7, 0)
-"""Compute capabilities (Ampere, Volta); without tensor cores torch's fp16 is no faster than fp32 (cuBLAS's
-COMPUTE_32F)."""
+"""Compute capabilities with bf16 (Ampere) and with tensor cores (Volta), without which torch's fp16 is no faster than
+fp32 (cuBLAS's COMPUTE_32F)."""
 
 
 _REPEATS = 8
@@ -38,7 +38,7 @@ class Gpu(Record):
 
     @property
     def bf16(self) -> bool:
-        """True if the GPU computes in bf16; GPUs before Ampere only emulate bf16, slowly."""
+        """True if the GPU computes in bf16, which GPUs before Ampere only emulate."""
         return self.capability >= BF16_FROM
 
     @property
@@ -64,7 +64,7 @@ class Machine(Record):
     cpu_flops: float = 0.0
     """Measured FLOP/s of fp32 matrix products; 0 if unknown."""
     memory_bytes_per_second: float = 0.0
-    """Measured bytes read and written by a copy in host memory; 0 if unknown."""
+    """Measured bytes per second that a copy in host memory reads and writes; 0 if unknown."""
     shared_memory_bytes: int | None = None
     """Free bytes in /dev/shm, through which processes pass tensors."""
     load_average: float = 0.0

@@ -194,7 +194,7 @@ EXPANDABLE = "expandable_segments:True"
 def allocator_variables(variables: Mapping[str, str], system: str, release: str) -> dict[str, str]:
     """Return environment variables for expandable GPU memory segments, which avoid fragmentation.
 
-    The result is empty if the user has set one, outside Linux, and on WSL (pytorch issue 192330).
+    The result is empty if the user has set such a variable, outside Linux, and on WSL (pytorch issue 192330).
     """
     if system != "Linux" or "microsoft" in release.lower() or any(name in variables for name in ALLOCATOR_NAMES):
         return {}

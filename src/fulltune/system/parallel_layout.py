@@ -127,7 +127,7 @@ def plan_conflicts(
 def _fill_and_check(
     recipe: Recipe, micro_batch_size: int, accumulation: int, num_processes: int, precision: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """Replace "auto" in the settings by the plan's numbers; also return a problem for each contradiction."""
+    """Return the settings with "auto" replaced by the plan's numbers, and a problem for each contradiction."""
     filled, problems = zero_settings(recipe), []
     planned: dict[str, tuple[Any, str]] = {
         "train_micro_batch_size_per_gpu": (micro_batch_size, "train.micro_batch_size"),

@@ -151,7 +151,7 @@ def finished_at(folder: Path) -> datetime:
 
 
 def record_duration(folder: Path, began: float) -> None:
-    """Record how long the command took since `began` (Unix time), if it made the whole run from plan to report."""
+    """Record how long the command took since `began` (Unix time), if it did the whole run from plan to report."""
     files = [path for part in ("plan", "attempts/*", "scores") for path in folder.glob(f"{part}/*.json")]
     is_scored = any(folder.glob("scores/*-seed*.json"))
     if is_scored and all(path.stat().st_mtime >= began for path in files):
