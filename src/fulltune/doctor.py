@@ -183,7 +183,7 @@ def diagnose(log: Log) -> tuple[Diagnosis, ...]:
 
 
 def _diagnose_unfinished_or_failed(log: Log) -> Iterator[Diagnosis]:
-    """Yield a diagnosis if a fulltune run is unfinished or failed, else nothing."""
+    """Yield a diagnosis if a fulltune run is unfinished or failed."""
     if log.plan is None:
         return
     if log.outcome is None:
@@ -192,14 +192,14 @@ def _diagnose_unfinished_or_failed(log: Log) -> Iterator[Diagnosis]:
         )
         yield "unfinished", evidence, "if the run was killed, run the same command to resume"
     elif (name := words.readable_status(log.outcome.status)) != "done":
-        lower = f"try a lower rate: {_rate_setting(log, learning_rate_factor(log.plan.rollbacks) / 10)}"
+        lower = f"try a lower rate: {_advised_rate(log, learning_rate_factor(log.plan.rollbacks) / 10)}"
         advice = {"diverged": lower, "interrupted": "run the same command to resume"}.get(name, "")
         yield name, without_cause(log.outcome.reason), advice
 
 
 def _diagnose_divergence(log: Log) -> Iterator[Diagnosis]:
     """Yield a diagnosis if a loss or gradient norm is non-finite or the loss diverged."""
-    lower = f"try a lower rate: {_rate_setting(log, 1 / 10)}"
+    lower = f"try a lower rate: {_advised_rate(log, 1 / 10)}"
     last = log.grad_norm[-MIN_FOR_SHAPE:]
     # Occasional non-finite norms are normal with fp16: its loss scaler skips such updates.
     norms = log.grad_norm if sum(not math.isfinite(value) for _, value in last) * 2 > len(last) else ()
@@ -221,10 +221,10 @@ def _diagnose_fit(log: Log) -> Iterator[Diagnosis]:
     judged, losses = judge_curves(log.curves), log.curves.losses
     evidence = f"{judged.evidence}. {judged.details}".rstrip(". ")
     if judged.kind == "got worse":
-        yield judged.kind, evidence, f"{judged.helps}: {_rate_setting(log, 1 / 10 if judged.turn == 0 else 1 / 3)}"
+        yield judged.kind, evidence, f"{judged.helps}: {_advised_rate(log, 1 / 10 if judged.turn == 0 else 1 / 3)}"
     elif is_flat(losses):
         stayed = f"the train loss stayed at about {format_number(statistics.median(losses))} from start to end"
-        yield "plateau", stayed, f"try a higher rate: {_rate_setting(log, 3)}; check that the labels match the rows"
+        yield "plateau", stayed, f"try a higher rate: {_advised_rate(log, 3)}; check that the labels match the rows"
     elif judged.kind not in ("sound", "not known"):
         calibrate = "'fulltune run' calibrates the probabilities; more eval rows measure the metric more precisely"
         yield judged.kind, evidence, judged.helps or calibrate
@@ -243,6 +243,6 @@ def _diagnose_bad_steps(log: Log) -> Iterator[Diagnosis]:
         yield "lost updates", evidence, advice
 
 
-def _rate_setting(log: Log, factor: float) -> str:
+def _advised_rate(log: Log, factor: float) -> str:
     rate = f"{float(f'{factor * log.rate:.2g}'):g}" if log.rate else f"{factor:.2g} times the rate"
     return f"--set method.learning_rate={rate}" if log.plan else rate

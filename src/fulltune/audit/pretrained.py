@@ -131,7 +131,7 @@ class JudgedLabels:
 
 
 def judge_labels(reader: RowReader) -> tuple[np.ndarray, JudgedLabels]:
-    """Judge the train rows' labels. Return the judged rows' positions and the judgements. Raises `NoProbe` if judging
+    """Judge the train rows' labels; return the judged rows' positions and the judgements. Raises `NoProbe` if judging
     is impossible."""
     items, positions = reader.items("train")
     return positions, judge_labels_of(items)

@@ -50,8 +50,7 @@ def _have_unequal_lengths(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
 
 
 def with_padding(model: torch.nn.Module, tokenizer: object, collate: DataCollator) -> DataCollator:
-    """Set the model's padding token if it is missing. Return `collate`, or a padding collator if `collate` cannot
-    pad."""
+    """Set the model's padding token if missing. Return `collate`, or a padding collator if `collate` cannot pad."""
     reader = collate if tokenizer is None else tokenizer
     pad_of_reader = getattr(getattr(reader, "tokenizer", reader), "pad_token_id", None)
     lacks = collate is transformers.default_data_collator or type(collate) is PaddingCollator
@@ -73,7 +72,8 @@ def with_padding(model: torch.nn.Module, tokenizer: object, collate: DataCollato
 
 
 def _choose_padding_token(config: PretrainedConfig, text_config: PretrainedConfig) -> tuple[int | None, str]:
-    """Return the tokenizer's padding token or else the model's end token, with its source, or (None, "")."""
+    """Return the tokenizer's padding token id, or else the model's end token id, and its source as text; (None, "")
+    without either."""
     name, pad, end = getattr(config, "_name_or_path", ""), None, getattr(text_config, "eos_token_id", None)
     try:
         if name and get_tokenizer_config(name, local_files_only=True):  # else transformers creates an empty one

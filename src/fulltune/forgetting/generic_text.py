@@ -123,7 +123,7 @@ def _distinct_in_fixed_order(texts: Iterable[str]) -> list[str]:
 
 
 def text_key(text: str, words: int = _KEY_WORDS) -> str:
-    """Return the first words of a text as its key; a model reads no more of it."""
+    """Return a text's first normalised words, which identify the text."""
     return " ".join(normalised(text).split()[:words])
 
 

@@ -209,7 +209,7 @@ def _public_name(doc: _Doc) -> str:
 
 @cache
 def _exported_names(package: tuple[str, ...]) -> frozenset[str]:
-    """Return all words in a package's `__init__.py`, or an empty set without such a file."""
+    """Return all words in a package's `__init__.py`, if there is one."""
     root = _package_root(package[0])
     init = root.joinpath(*package[1:], "__init__.py") if root is not None else None
     return frozenset(re.findall(r"\w+", init.read_text(encoding="utf-8"))) if init and init.is_file() else frozenset()
@@ -235,6 +235,7 @@ def _drop_near_copies(docs: Iterable[_Doc], make_text: Callable[[_Doc], str]) ->
 
 
 def _masked_words(text: str) -> tuple[str, ...]:
+    """Return a text's words in lower case, with "#" for consecutive names."""
     words = ("#" if _NAME.search(word) else word.lower() for word in re.findall(r"\w+", text))
     return tuple(word for sign, run in groupby(words) for word in ("#" if sign == "#" else list(run)))
 

@@ -277,7 +277,7 @@ class CheckResult(Record):
 
 
 class Page(Record):
-    """The results of all checks, without host and user names."""
+    """Results of all checks, without host and user names."""
 
     date: str
     environment: dict[str, str]
