@@ -76,7 +76,7 @@ def newest_healthy_checkpoint(folder: Path, before: int) -> Path | None:
 
 
 def last_saved_step(folder: Path) -> int:
-    """Return the step of the newest complete checkpoint, or 0 if there is none."""
+    """Return the newest complete checkpoint's step, or 0 if there is none."""
     return max((number_in(path) for path in folder.glob("checkpoint-*") if (path / SEAL).exists()), default=0)
 
 

@@ -23,7 +23,7 @@ SCORING = "scoring the eval rows before step 1"
 
 
 def read_phase(folder: Path) -> Phase | None:
-    """Return the last phase that an attempt recorded, or None."""
+    """Return an attempt's last recorded phase, or None."""
     path = folder / PHASE_FILE
     text = path.read_text(encoding="ascii") if path.exists() else ""
     return next((phase for phase in get_args(Phase) if phase == text), None)

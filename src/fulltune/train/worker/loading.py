@@ -279,7 +279,8 @@ def make_trainer(inputs: AttemptInputs, loaded: LoadedModel) -> FullTrainer:
 
 
 def install_speedups(model: PreTrainedModel, recipe: Recipe, plan: Plan, summary: DataSummary) -> None:
-    """Install Liger's kernels and compile blocks if planned, or a faster dropout on a CPU."""
+    """Apply Liger's kernels if the recipe enables them. Compile blocks if planned, or else use faster dropout on
+    CPU."""
     if recipe.train.use_liger_kernel:
         apply_liger_kernels(model)
     if plan.torch_compile:

@@ -138,7 +138,8 @@ def _exit_with_parent(parent_pid: int) -> None:
 
 
 def main(file: str, parent: str | None = None) -> int:
-    """Run the request in `file` until process `parent` (default: the request's) ends; return the exit code."""
+    """Run the request in `file`, but exit if process `parent` (default: the request's) ends. Return 0 if training is
+    done, else 1."""
     request = Request.load(Path(file))
     parent_pid = request.parent_pid if parent is None else int(parent)
     if parent_pid is not None:
