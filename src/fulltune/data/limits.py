@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits that the model and the methods set for a row."""
+    """Limits on rows that depend on the model and the methods."""
 
     max_positions: int | None = None
     """Longest sequence in tokens, or None if unlimited."""

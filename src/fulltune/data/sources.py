@@ -138,7 +138,7 @@ def _row_labels(recipe: Recipe, files: DataFiles) -> list[list[str]]:
 def find_target_and_count_rows(
     block: DataBlock, task: Task, sources: Mapping[SourceName, SourceRows]
 ) -> tuple[Target, dict[SourceName, int]]:
-    """Return the target and each source's number of rows. Raises `DataError` for broken files, missing columns, or if
+    """Return the target and each source's number of rows. Raises `DataError` for broken files or missing columns, or if
     nothing can be learned."""
     problems: list[str] = []
     counts, columns = dict.fromkeys(sources, 0), {name: dict[str, None]() for name in sources}

@@ -129,7 +129,7 @@ def _score_probe_head(scoring: Scoring, scorer: ModuleType) -> Scored:
 
 
 def score_trained_model(scoring: Scoring, outcome: Outcome) -> Scores:
-    """Score the trained model on the test rows, log this use of them, and save a classifier's temperature."""
+    """Score the trained model on the test rows, log the access, and save a classifier's temperature."""
     plan, folder = scoring.plan, scoring.data.parent
     if outcome.model_folder is None:
         raise SetupError(f"{folder}: attempt {outcome.attempt} saved no model to evaluate")

@@ -78,7 +78,7 @@ def _score_copied_source(scoring: Scoring) -> Scored:
 
 
 def rows_to_answer(scoring: Scoring) -> dict[int, Row]:
-    """Draw up to `evaluate.generate_rows` test rows with different prompts; return them by index among test rows."""
+    """Sample up to `evaluate.generate_rows` test rows with different prompts; map their indices to rows."""
     wanted = scoring.recipe.evaluate.generate_rows
     if not scoring.target.form.writes_answers or not wanted:
         return {}

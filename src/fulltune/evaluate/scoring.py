@@ -198,7 +198,7 @@ class Scoring:
 
 
 def log_test_access(folder: Path, listener: Listener, outcome: Outcome | None = None) -> None:
-    """Log beside the run folder that its test rows were scored. `outcome` is None for a comparison's verdict."""
+    """Log beside the run folder that a trained model (or, if `outcome` is None, a comparison) used the test rows."""
     folder = folder.resolve()
     access = Access(
         time=datetime.now().astimezone().isoformat(timespec="seconds"),

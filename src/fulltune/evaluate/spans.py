@@ -37,7 +37,7 @@ def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
 
 
 def score_model(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> Scored:
-    """Score a model. The windows of a long context together give one answer."""
+    """Score a model, with one answer for all windows of a long context."""
     target, windows, texts = scoring.target, scoring.rows("test"), scoring.texts
     predictions = scoring.predict_split(model, tokenizer)
     locations = [row[PLACE] for row in texts]

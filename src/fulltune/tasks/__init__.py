@@ -131,7 +131,8 @@ class Task(Protocol):
         """Return the reason to drop a row, or None."""
 
     def group_key(self, row: Row, target: Target) -> str:
-        """Return a key that is equal for duplicates and for questions about one passage; these stay in one split."""
+        """Return a key that is equal for duplicates and for questions about one passage; such rows stay in one
+        split."""
 
     def row_labels(self, row: Row, target: Target) -> list[str]:
         """Return the row's sorted class names, or an empty list for tasks without classes."""

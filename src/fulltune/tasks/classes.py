@@ -177,7 +177,8 @@ def count_items(labels: Tensor) -> int:
 
 
 def reduce_logits(logits: Tensor, labels: Tensor, target: Target) -> dict[str, Tensor]:
-    """Return float32 `logits[batch, classes]` (numbers in the data's units), `labels` and unsmoothed `loss[batch]`."""
+    """Return float32 `logits[batch, classes]` (regression: numbers in the data's units), `labels` and unsmoothed
+    `loss[batch]`."""
     outputs = logits.float()
     if target.form.is_number:
         shift, factor = target.logit_scale

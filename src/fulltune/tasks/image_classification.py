@@ -66,7 +66,7 @@ def group_key(row: Row, target: Target) -> str:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: ImageReader, max_length: int) -> RowExamples:
-    """Check that each image can be decoded, and make an example with its path or, without one, its bytes."""
+    """Check that each image can be decoded, and make an example with the image's path or, without a path, its bytes."""
     ids = {name: position for position, name in enumerate(target.labels)}
     encoded = []
     for row in rows:

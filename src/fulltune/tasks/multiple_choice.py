@@ -247,7 +247,7 @@ def question_text(row: Row, target: Target) -> str:
 
 
 def index_of_right_choice(row: Row, columns: Mapping[str, str], texts: Sequence[str]) -> int | None:
-    """Return the index of the one choice that the label gives by name, index, letter or text, else None."""
+    """Return the index of the only choice that the label matches by name, index, letter or text, else None."""
     value = row.get(columns["label"])
     if is_empty(value) or isinstance(value, (list, tuple, Mapping)):
         return None

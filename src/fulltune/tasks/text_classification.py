@@ -32,7 +32,7 @@ def display_text(row: Row, target: Target) -> str:
 
 
 def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, file: str) -> dict[str, str]:
-    """Map `label`, `text` and, if named or a usual pair, `text_pair` to columns, or raise `DataError`."""
+    """Map `label`, `text` and, if there is one, `text_pair` to columns, or raise `DataError`."""
     label = find_required_column("label", data.label, columns, file)
     rest = [column for column in columns if column != label]
     texts = [column for column in (data.text, data.text_pair) if column is not None]

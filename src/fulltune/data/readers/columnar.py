@@ -122,7 +122,7 @@ def _cell_to_python(cell: pa.Scalar) -> object:
 
 
 def read_class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
-    """Return the class names of each `ClassLabel` column from the metadata of `datasets`."""
+    """Map each `ClassLabel` column to its class names, from the metadata of `datasets`."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, ValueError, TypeError):

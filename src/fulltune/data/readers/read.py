@@ -52,8 +52,8 @@ class DataFiles:
     notes: dict[str, None] = field(default_factory=dict, compare=False)
 
     def rows(self, problems: list[str] | None = None) -> Iterator[LocatedRow]:
-        """Yield each row with its location, such as `train.csv:17`. Errors in files are appended to `problems` or, if
-        that is None, raised as `DataError`."""
+        """Yield each row with its location, such as `train.csv:17`. Errors in files are appended to `problems`, or
+        raised as `DataError` if `problems` is None."""
         if self.image_folder is not None:
             for path in self.files:
                 name = printable(path.name)
@@ -163,7 +163,7 @@ def resolve_image_paths(row: Row, folder: Path, column: str | None) -> dict[str,
 
 
 def hash_files(sources: Mapping[str, DataFiles]) -> str:
-    """Hash names and bytes of files; for speed, images only by path, size and time."""
+    """Hash the names and contents of files; for speed, images only by path, size and modification time."""
     digest = hashlib.sha256()
     for name, source in sources.items():
         digest.update(f"{name}:{len(source.files)}".encode())
