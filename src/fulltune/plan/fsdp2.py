@@ -198,10 +198,10 @@ def _block_estimators(
     share = (waiting or most) // blocks
     passes = max(0, most - waiting) if waiting else 0  # recomputed and temporary activations
 
-    def current_block_gradients(passing: dict[MemoryKind, int]) -> int:
+    def current_block_gradients(bytes_at_point: dict[MemoryKind, int]) -> int:
         """Return the current block's part of the gradient bytes; if blocks differ in size, assume a whole block."""
         are_equal = units.block and of_blocks % units.block == 0
-        return (passing["gradients"] - head) % units.block if are_equal else units.block
+        return (bytes_at_point["gradients"] - head) % units.block if are_equal else units.block
 
     def freed(place: str) -> dict[MemoryKind, int]:
         return {"activations": share + (0 if place in AT_HEAD else passes), "buffers": units.block // 2}

@@ -86,8 +86,8 @@ def choose_precision(recipe: Recipe, machine: Machine, device: str, reasons: Rea
         )
     else:
         oldest = oldest_gpu(recipe, machine)
-        usual, reason = _default_gpu_precision(oldest)
-        if len({_default_gpu_precision(gpu)[0] for gpu in machine.gpus[: recipe.train.processes_per_machine]}) > 1:
+        usual, reason = _precision_and_reason(oldest)
+        if len({_precision_and_reason(gpu)[0] for gpu in machine.gpus[: recipe.train.processes_per_machine]}) > 1:
             reason += "; other GPUs support more, but all use the same precision"
         if wanted == "fp16" and oldest.capability < TENSOR_CORES_FROM:
             caveat = f"; {oldest.label} has no tensor cores, so fp16 is no faster than fp32 and less exact"
@@ -132,7 +132,7 @@ def oldest_gpu(recipe: Recipe, machine: Machine) -> Gpu:
     return min(machine.gpus[: recipe.train.processes_per_machine], key=lambda gpu: gpu.capability)
 
 
-def _default_gpu_precision(gpu: Gpu) -> tuple[str, str]:
+def _precision_and_reason(gpu: Gpu) -> tuple[str, str]:
     if gpu.bf16:
         return "bf16", f"{gpu.label} computes in bf16; weights stay fp32"
     if gpu.capability >= TENSOR_CORES_FROM:
