@@ -39,7 +39,7 @@ def newest_undamaged_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """Return a hash of sampled values of each weight in the model's body."""
+    """Return a hash of sampled values from each weight tensor of the model's body."""
     digest = hashlib.sha256()
     for name, values in model.base_model.named_parameters():
         flat = sharding.full_tensor(values.detach()).reshape(-1)
@@ -127,8 +127,8 @@ def load_weights(model: PreTrainedModel, checkpoint: Path, trained_only: bool = 
 
 
 def load_into_new_model(model: PreTrainedModel, checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a checkpoint into a new model with the class and sharding of `model`, and return it. Raises `SetupError` if
-    the tensors differ."""
+    """Load a checkpoint into a new model with the class and sharding of `model`. Raises `SetupError` if the tensors
+    differ."""
     import torch
 
     model_class: Any = type(model)

@@ -135,8 +135,7 @@ class GlobalBatchSampler:
         return tuple(tokens.astype(np.int64).tolist())
 
     def _shuffled_batches(self, order: list[int], seed: str) -> list[list[int]]:
-        """Shuffle row numbers and split them into global batches, of rows with similar lengths if `group_by_length` is
-        set."""
+        """Shuffle row numbers and split them into global batches, of similar lengths if `group_by_length` is set."""
         draw = random.Random(seed)
         draw.shuffle(order)
         size = self.global_batch_size
