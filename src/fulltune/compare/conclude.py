@@ -30,7 +30,7 @@ from fulltune.text import format_metric
 
 _TEXT_SAMPLES = 2000
 median = statistics.median
-"""Robust against a command's slow first run, which loads cold files."""
+"""The median ignores a command's slow first run, which loads cold files."""
 
 
 def judge_on_test_rows(seed_runs: SeedRuns) -> Comparison:

@@ -62,7 +62,7 @@ class Context:
     start: Starter = start_in_new_process
     began: float = field(default_factory=time.monotonic)
     passed_dry_run: set[str] = field(default_factory=set)
-    """Methods that passed a dry run. Their later trials skip it."""
+    """Methods that passed a dry run, which their later trials skip."""
     alpha_left: float | None = None
     _setups: dict[str, MethodSetup] = field(default_factory=dict)
 

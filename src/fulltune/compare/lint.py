@@ -109,7 +109,7 @@ def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
 
 
 def _to_findings(findings: Iterable[tuple[str, str, str]]) -> tuple[Finding, ...]:
-    """Convert rule, location and description to findings, unfair ones first."""
+    """Convert (rule, location, description) tuples to findings, unfair ones first."""
     return tuple(
         Finding(
             rule=rule,
@@ -244,8 +244,8 @@ def _check_eval_rows(seed_runs: SeedRuns, trained: Sequence[MethodRow]) -> RuleH
 
 
 def _check_test_rows(folder: Path, in_train: str | None, verdicts: int) -> RuleHits:
-    """Yield findings on test rows that occur in train (described in `in_train`), or that several `verdicts` or other
-    comparisons used."""
+    """Yield findings on test rows that occur in train (described in `in_train`) or were used for other verdicts
+    (`verdicts` counts this comparison's)."""
     if in_train:
         yield "test-in-train", "test rows", f"{in_train}, especially for methods that memorise rows"
     if verdicts > 1:

@@ -26,7 +26,7 @@ class MetricScale:
     is_share: bool
 
     def oriented(self, metric: float) -> float:
-        """Return the metric such that higher is better and NaN is worst."""
+        """Return the metric, negated if lower is better, or -inf for NaN."""
         return -math.inf if math.isnan(metric) else metric if self.greater_is_better else -metric
 
     def tolerance(self, metric: float) -> float:

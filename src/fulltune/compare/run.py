@@ -23,7 +23,7 @@ from fulltune.text import parse_seconds
 from fulltune.train.parent.fork_server import fork_server
 
 NEAR_DUPLICATES = 0.8
-"""Minimum share of common 5-grams (Jaccard) for rows to count as near duplicates."""
+"""Minimum Jaccard similarity of 5-grams for rows to count as near duplicates."""
 Compared = tuple[Comparison, tuple[Path, ...]]
 
 

@@ -71,7 +71,7 @@ class Outlook:
     cost: float
     as_many: bool
     chances: tuple[float, float, float]
-    """Probabilities, if seeds ended now, that full is better, both are equal, or the rival is better."""
+    """Probabilities that, without further seeds, full is better, both are equal, or the rival is better."""
     with_all: float
 
     @property

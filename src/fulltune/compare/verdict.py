@@ -147,7 +147,7 @@ def _clip(interval: tuple[float, float], bounds: tuple[float, float] | None) -> 
 def _choose_verdict(
     differences: Sequence[Difference], full: str, methods: Sequence[MethodOutputs]
 ) -> tuple[VerdictKind, str]:
-    """Return the verdict and the recommended method, or an empty name if none is recommended."""
+    """Return the verdict and the recommended method's name (empty if none is recommended)."""
     cost = {method.name: method.cost for method in methods}
     rivals = [one for one in differences if one.decides]
     if better := [one for one in rivals if one.other_better]:

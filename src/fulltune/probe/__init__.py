@@ -222,8 +222,8 @@ def _feature_width(model: PreTrainedModel, layers: HeadLayers | None) -> int:
 
 @contextlib.contextmanager
 def _out_of_memory_as_no_probe(model: PreTrainedModel) -> Iterator[None]:
-    """In a `with` block, raise `NoProbe` instead of an out-of-memory error, except for sharded weights, so that all
-    processes fail together."""
+    """In a `with` block, raise `NoProbe` instead of an out-of-memory error, unless weights are sharded and all
+    processes must fail together."""
     try:
         yield
     except Exception as error:

@@ -206,7 +206,7 @@ def _item_features(
 
 
 def _check_finite(values: np.ndarray) -> np.ndarray:
-    """Return the values. Raise `NoProbe` if any is not finite."""
+    """Return `values` unchanged, or raise `NoProbe` if any is not finite."""
     if not np.isfinite(values).all():
         raise NoProbe("the pretrained model's features are not finite")
     return values

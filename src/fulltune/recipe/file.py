@@ -282,7 +282,7 @@ _METHOD_BLOCKS: dict[str, type[Block]] = {
 
 
 def _location_in_file(field_error: FieldError) -> tuple[Any, ...]:
-    """Return the path of keys to an error's setting, without the names that pydantic inserts."""
+    """Return the keys that lead to an error's setting, without the names that pydantic inserts."""
     location = field_error["loc"]
     kind_at = {"method": 1, "methods": 2}.get(str(location[0]) if location else "")
     parts = [part for number, part in enumerate(location) if not (number == kind_at and part in _METHOD_BLOCKS)]

@@ -41,7 +41,7 @@ class _MethodSettings(Block):
         return self
 
     def name_parts(self) -> tuple[str, ...]:
-        """Return settings that are not defaults, such as `r64`."""
+        """Return non-default settings for the method's name, such as `r64`."""
         return ()
 
     @property
@@ -129,7 +129,7 @@ class LoraMethod(_TrainedMethod):
     except the head's. Updating only the attention is known to be worse."""
 
     def name_parts(self) -> tuple[str, ...]:
-        """Return settings that are not defaults, such as `r64`."""
+        """Return non-default settings for the method's name, such as `r64`."""
         names = () if self.target_modules == "all-linear" else self.target_modules
         return (
             *((f"r{self.rank}",) if self.rank != 16 else ()),
@@ -158,7 +158,7 @@ class AdapterMethod(_TrainedMethod):
     """Activation function of the bottleneck."""
 
     def name_parts(self) -> tuple[str, ...]:
-        """Return settings that are not defaults, such as `f8`."""
+        """Return non-default settings for the method's name, such as `f8`."""
         return (
             *((f"f{self.reduction_factor}",) if self.reduction_factor != 16 else ()),
             *((self.non_linearity,) if self.non_linearity != "gelu" else ()),
@@ -177,7 +177,7 @@ class PromptMethod(_TrainedMethod):
     numbers of similar size."""
 
     def name_parts(self) -> tuple[str, ...]:
-        """Return settings that are not defaults, such as `50`."""
+        """Return non-default settings for the method's name, such as `50`."""
         return (
             *((str(self.num_virtual_tokens),) if self.num_virtual_tokens != 20 else ()),
             *((self.init,) if self.init != "vocabulary" else ()),

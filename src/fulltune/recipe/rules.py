@@ -154,7 +154,7 @@ def _method_problems(recipe: Recipe) -> Iterable[str]:
 
 
 def _describe_variant_error(error: Mapping[str, Any], changes: Mapping[str, object]) -> str:
-    """Return the message for a wrong `train` setting (in `changes`) of a compared method. It starts with `.NAME`."""
+    """Return the message for a wrong `train` setting (in `changes`) of a compared method, starting with `.NAME`."""
     name = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         hint = did_you_mean(name, list(TrainBlock.model_fields))

@@ -121,7 +121,7 @@ class TaskFacts:
     has_forms: bool = False
     """True if one data set may mix rows of several problem types."""
     other_models: tuple[str, ...] = ()
-    """Model types that have `auto_class` but read or write in a different way."""
+    """Model types that have `auto_class` but need different inputs or outputs."""
     peft: str | None = None
 
     @property

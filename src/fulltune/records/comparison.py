@@ -181,7 +181,7 @@ VerdictKind = Literal["FULL", "PEFT", "VARIANT", "EQUIVALENT", "UNDECIDED"]
 
 
 class Decision(Record):
-    """A verdict for one set of rows, with its numbers."""
+    """A verdict for one set of rows, with its statistics."""
 
     verdict: VerdictKind
     recommended: str
@@ -229,7 +229,7 @@ class MethodRow(Record):
     num_parameters: int = 0
     num_trainable: int = 0
     metric: Estimate = UNKNOWN
-    """Mean over seeds, with an interval for both rows and seeds."""
+    """Mean over seeds, with an interval over both rows and seeds."""
     gain_share: float | None = None
     """Share of full fine-tuning's gain that this method reaches, or None if there is no gain."""
     train_seconds: float = 0.0

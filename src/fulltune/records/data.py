@@ -34,7 +34,7 @@ class SplitSummary(Record):
     rows: int
     tokens: int
     trained_tokens: int
-    """Number of tokens that contribute to the loss, or of rows for classifiers."""
+    """Number of tokens (for classifiers: rows) that contribute to the loss."""
     truncated_rows: int
     dropped_rows: int
     length_percentiles: dict[str, int]

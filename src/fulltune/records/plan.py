@@ -124,7 +124,7 @@ class MemorySettings(Record):
     probe_bytes: int = 0
     """Memory needed to fit the linear probe, or 0 if there is none."""
     num_all_parameters: int | None = None
-    """Number of parameters of model and method together, or None if the method adds none."""
+    """Number of parameters including the method's, or None if the method adds none."""
     num_trainable: int | None = None
     """Number of trained parameters, or None for all."""
 
@@ -177,7 +177,7 @@ class Plan(MemorySettings):
     available_bytes: int | None = None
     memory: MemoryNeed | None = None
     sent_bytes_per_micro_batch: int = 0
-    """Bytes that each process, and each whole machine, sends per micro batch."""
+    """Bytes that each process (and each machine as a whole) sends per micro batch."""
     sent_bytes_per_update: int = 0
     disk: DiskNeed | None = None
     time: TimeNeed | None = None

@@ -15,7 +15,7 @@ PAIRS = 5 / 3
 """Size of a pair's features relative to a single text's: five vectors instead of three, because each text is also read
 alone."""
 LEAST_HELD_OUT, MOST_HELD_OUT = 200, 2_000
-"""Minimum and maximum eval rows that select strength and features. With fewer, cross-validation selects them."""
+"""Minimum and maximum number of eval rows to select strength and features. With fewer, cross-validation is used."""
 
 
 def items_per_row(problem_type: str, words: float, num_choices: int) -> float:

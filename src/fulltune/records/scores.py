@@ -32,7 +32,7 @@ class Calibration(Record):
     temperature: float
     expected_calibration_error: float
     expected_calibration_error_scaled: float
-    """The error after temperature scaling, with the temperature fitted on eval rows."""
+    """Calibration error after temperature scaling, with the temperature fitted on eval rows."""
     note: str | None = None
     """Why no temperature was fitted, or None if one was."""
 
@@ -62,7 +62,7 @@ class Scores(Record):
     greater_is_better: bool
     confidence: float
     differences: dict[str, Estimate] = Field(default_factory=dict)
-    """Paired difference in the main metric from each other model or baseline, by name."""
+    """Paired differences in the main metric to each other model or baseline, by name."""
     num_leaks: int = 0
     near_leaks: bool = False
     metric_without_leaks: Estimate | None = None

@@ -37,11 +37,11 @@ class ParameterChanges(Record):
     num_values_with_gradient: int
     num_values_changed: int
     unchanged_tensors: tuple[str, ...] = ()
-    """Up to 20 tensors that had a gradient but did not change."""
+    """Up to 20 names of tensors that had a gradient but did not change."""
 
     @property
     def share(self) -> float:
-        """Share of the values with a gradient that changed, 0 to 1."""
+        """Share (0 to 1) of the values with a gradient that changed."""
         return self.num_values_changed / max(1, self.num_values_with_gradient)
 
 
@@ -68,7 +68,7 @@ class Outcome(Record):
     weights_reason: str | None = None
     """Why the saved weights are not those of the best evaluation, or None if they are."""
     tokens_by_source: tuple[int, ...] = ()
-    """Number of tokens trained on by source (task or mixed-in), or empty without mixed-in sources."""
+    """Number of training tokens by source (task or mixed-in), or empty without mixed-in sources."""
     parameter_changes: ParameterChanges | None = None
     checks: tuple[Check, ...] = ()
     train_seconds: float = 0.0
