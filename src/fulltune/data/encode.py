@@ -108,12 +108,12 @@ class EncodedSource:
 
     @property
     def num_rows(self) -> int:
-        """Rows with at least one example."""
+        """Number of rows with at least one example."""
         return len(self.groups)
 
     @property
     def num_dropped(self) -> int:
-        """Rows without an example."""
+        """Number of rows without an example."""
         return self.tally.of("unusable").total() + self.tally.of("unfit").total()
 
     @property

@@ -38,7 +38,7 @@ def minhash(texts: Sequence[str]) -> np.ndarray:
 
 
 def _minhash_of_batch(texts: Sequence[str]) -> np.ndarray:
-    """Compute the signatures of a batch that fits into a core's cache."""
+    """Compute the signatures of a small batch."""
     padded = [text.ljust(_SHINGLE, "\0") for text in texts]
     letters = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
     lengths = np.array([len(text) for text in padded])
@@ -66,7 +66,7 @@ def _minhash_of_batch(texts: Sequence[str]) -> np.ndarray:
 
 
 def jaccard_similarity(first: set[str], second: set[str]) -> float:
-    """Compute the Jaccard similarity of two sets of 5-grams."""
+    """Compute the Jaccard similarity of two sets."""
     shared = len(first & second)
     return shared / (len(first) + len(second) - shared)
 

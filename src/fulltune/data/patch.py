@@ -1,7 +1,5 @@
-"""Applies a patch file's decisions about single rows each time the data is read.
-
-A line's `row` is the row's `inference.store.row_id`; the second of several equal rows has `-2` appended.
-"""
+"""Applies a patch file's decisions about single rows each time the data is read. A line's `row` is a
+`numbered_row_hash`."""
 
 from __future__ import annotations
 

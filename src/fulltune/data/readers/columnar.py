@@ -136,7 +136,7 @@ def read_class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[s
 
 
 def _class_number_to_name(value: object, names: Sequence[str]) -> object:
-    """Replace class numbers, also in lists; -1 becomes None, an unknown number a `BadCell`."""
+    """Return the class name for a class number, also in lists; -1 gives None, an unknown number a `BadCell`."""
     if isinstance(value, list):
         return [_class_number_to_name(part, names) for part in value]
     if not isinstance(value, int):

@@ -69,7 +69,7 @@ def _cell_or_zero(cell: str) -> str:
 
 
 def _refuse_bad_header(file: Path, header: Sequence[str], delimiter: str) -> None:
-    """Raise `DataError` if a table's header is missing, a comment, or repeats a name."""
+    """Raise `DataError` if a table's header is missing, is a comment, or repeats a name."""
     if header and (header[0].startswith("# ") or (len(header) == 1 and header[0].startswith("#"))):
         raise DataError(
             f"{file}:1: starts with a comment ({header[0][:40]!r}), expected a header line with column names; remove "
