@@ -156,13 +156,13 @@ class PlannedModel:
         return footprint.model_copy(update={"assumed": assumed})
 
     def save(self, footprint: Footprint, folder: Path) -> None:
-        """Save the footprint and the model's dimensions beside a run's plan."""
         footprint.save(folder / "plan" / FOOTPRINT)
         self.shapes.save(folder / "plan" / SHAPES)
 
 
 def make_preparation(recipe: Recipe, on_cpu: bool) -> Callable[[PreTrainedModel], None]:
-    """Return a function that applies the recipe's method to a model and, with `on_cpu`, replaces its dropout."""
+    """Return a function that applies the recipe's method to a model and, with `on_cpu`, replaces its dropout by
+    `SixteenBitDropout`."""
     same = dict.fromkeys(("name", "learning_rate", "learning_rates", "head_learning_rate", "head_init"))
     if recipe.method.kind == "full":
         same["train"] = {}

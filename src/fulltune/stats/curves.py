@@ -39,7 +39,6 @@ LOSS_WINDOW = 10
 _FELL_WELL = 0.75
 """The loss has clearly fallen if the lowest window's mean is at most this fraction of the first window's."""
 _SURE_STANDARD_ERRORS = 4.0
-"""Number of standard errors by which the loss must have fallen."""
 _FAR, _FAR_MORE, _NONE_NEAR = 3.0, 1.0, 1.5
 _ABOVE, _ABOVE_UNEVALUATED, _ABOVE_MORE = 1.25, 2.0, 0.1
 _MIN_AT_END = 4
@@ -89,7 +88,8 @@ def check_stays_high(
 def judge_final_loss(
     losses: Sequence[float], eval_losses: Sequence[float], learning_rate: float, untrained_loss: float | None = None
 ) -> GuardDecision:
-    """Decide to stop if a finished run's last losses are far above the start loss, or to warn if slightly above."""
+    """Decide to stop if a finished run's last losses are far above the start loss, or to warn if slightly above; the
+    decision is milder if an eval loss was below the start loss."""
     if len(losses) < _MIN_AT_END:
         return GO_ON
     begin, last = _start_loss(losses, untrained_loss), losses[-min(2 * LOSS_WINDOW, len(losses) // 2) :]
@@ -219,6 +219,7 @@ class Curves:
     epochs_per_step: float = 0.0
     kept_step: int | None = None
     before: float | None = None
+    """The metric before step 1, or None if not measured."""
     is_mixed: bool = False
     """True if the train loss includes mixed-in rows, unlike the eval loss."""
 

@@ -44,7 +44,6 @@ class Meter:
         self.begin()
 
     def begin(self) -> None:
-        """Start measuring from the memory in use now."""
         self.reset_peak()
         self.base_bytes = self.bytes_in_use()
 
@@ -67,7 +66,6 @@ class Meter:
         return max(0, self.peak_bytes() - self.base_bytes)
 
     def reset_peak(self) -> None:
-        """Reset the peak to the memory in use now."""
         if self.on_gpu:
             import torch
 
