@@ -193,8 +193,8 @@ def _plan_or_none(workload: Workload | None, fleet: Fleet, any_placement: bool =
 def _propose_alternatives(
     workload: Workload, basis: Basis, table: Sequence[PlacementOption], problem: str, lora: PlannedSettings | None
 ) -> tuple[str, tuple[Alternative, ...]]:
-    """Return the problem and alternatives, including the plan `lora`: for the disk if only the disk is too small, else
-    for memory."""
+    """Return the problem and alternatives: for the disk if only the disk is too small, else for memory. The plan `lora`
+    is added."""
     fleet = basis.fleet
     outcome = _plan_or_error(workload, fleet.model_copy(update={"disk_bytes": None}), table)
     where: Literal["device", "disk"] = "device"

@@ -99,8 +99,8 @@ def device_flops(fleet: Fleet, precision: str, hidden_size: int) -> float | None
 def step_seconds(
     fleet: Fleet, shapes: Shapes, work: Work, rows: int, settings: MemorySettings, layout: ParallelLayout | None
 ) -> dict[str, float]:
-    """Estimate the seconds of each part of a step over `rows` rows of all devices, such as `computing`; return {} if
-    the speed is unknown."""
+    """Estimate the seconds of a step's parts (`computing`, `host link`, `other devices`, `network between machines`,
+    `optimizer`) for `rows` rows on all devices together; return {} if the speed is unknown."""
     rate = device_flops(fleet, settings.precision, shapes.hidden_size)
     if rate is None:
         return {}
