@@ -41,7 +41,7 @@ ALPHA = 0.05
 """Probability that at least one interval misses the true difference (Bonferroni)."""
 FOLDER = "cleaning"
 LEAST_SHARE, MOST_SHARE = 0.002, 0.5
-"""Smallest and largest share of train rows that a step may change: smaller changes show no effect, larger ones make
+"""Smallest and largest share of train rows that a step may change. Smaller changes show no effect; larger ones make
 different data."""
 
 
@@ -224,7 +224,7 @@ def _compare_runs(
     eval_outputs: Sequence[Sequence[Predictions]],
 ) -> tuple[list[Proof], int]:
     """Compare runs with and without each cleaning step; return the comparisons and the number of eval rows common to
-    all runs."""
+    all runs. `eval_outputs[run][seed]` begins with the run without cleaning."""
     common = reduce(np.intersect1d, [one[_IDS] for trials in eval_outputs for one in trials])
     if len(common) < 2:
         raise RecipeError("--trainings: the runs have no eval rows in common; give the eval rows in a file (data.eval)")
@@ -297,8 +297,8 @@ def _fit_and_compare(
     regularization: float,
     untried: list[str],
 ) -> Iterator[Proof]:
-    """Yield comparisons of classifiers with and without each cleaning step. Steps after which no classifier can be
-    fitted are added to `untried`."""
+    """Yield comparisons of classifiers with and without each cleaning step, with bootstrap intervals. Steps after which
+    no classifier can be fitted are added to `untried`."""
     fitted = partial(_correct_rows, held_out=held_out, regularization=regularization)
     drawn = np.random.default_rng(0)
     parts = [drawn.random(len(train.labels)) >= LEFT_OUT for _ in range(TIMES)]

@@ -53,7 +53,7 @@ class Run:
     """Start of the whole command in seconds since 1970, or None for single stages."""
 
     group: MachineGroup | None = None
-    """All machines (set only on the first), or None on a single machine."""
+    """All machines of a multi-machine run, on the first machine; otherwise None."""
 
     @property
     def plan_path(self) -> Path:

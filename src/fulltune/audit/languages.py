@@ -99,7 +99,6 @@ class ColumnLanguages:
     codes: dict[str, int] = field(default_factory=dict)
 
     def add(self, text: str) -> None:
-        """Count the language of a row's text."""
         code, confidence = detect_language(text) or ("", 0.0)
         if confidence >= _LIKELY:
             self.counts[code] += 1

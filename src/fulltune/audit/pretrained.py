@@ -48,7 +48,6 @@ class RowReader:
 
     @cached_property
     def extractor(self) -> probe.FeatureExtractor:
-        """Return the pretrained model's feature extractor."""
         import torch
 
         task, target = task_named(self.recipe.task), Target.of(self.summary)
@@ -107,7 +106,6 @@ class RowReader:
 PRECISION = 0.75
 """Minimum share of wrong labels among suspects."""
 PLANTED_SHARE, PLANTED, MAX_ROUNDS = 0.05, 200, 5
-"""Share of rows mislabelled per round."""
 PLANTED_QUANTILES = (0.25, 0.5)
 """Quantiles of planted errors' margins; correct labels rarely have lower margins."""
 MIN_ROWS, MIN_OF_A_CLASS = 100, 3
@@ -190,7 +188,7 @@ def choose_suspect_margin(margins: np.ndarray, planted_margins: np.ndarray) -> t
 
 
 def _estimate_min_errors(margins: np.ndarray, planted_margins: np.ndarray, quantile: float) -> float:
-    """Estimate how many labels are wrong from the margins below a quantile of `planted_margins`, minus one standard
+    """From the margins below a quantile of `planted_margins`, estimate how many labels are wrong, minus one standard
     error."""
     num_below = int(np.searchsorted(margins, np.quantile(planted_margins, quantile)))
     # Relative standard error of a count of rows, and of a share of the planted errors.
@@ -244,7 +242,8 @@ def predict_out_of_fold(items: Items, is_trained_on: np.ndarray, seed: int) -> n
 
 
 def _is_likely_error(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Mark rows in which another class is at least as probable as on average in that class's own rows: bool [rows]."""
+    """Mark rows whose label is not the likeliest of the classes above their thresholds: bool [rows]. A class's
+    threshold is its mean probability in the rows labelled with that class."""
     rows = np.arange(len(labels))
     counts = np.bincount(labels, minlength=probabilities.shape[1])
     sums = np.bincount(labels, probabilities[rows, labels], minlength=probabilities.shape[1])
@@ -266,7 +265,7 @@ def label_margins(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.nda
 
 NEIGHBOURS = 20
 OUTLIER_IQRS = 2.5
-"""Interquartile ranges between the upper quartile and the outlier threshold (Tukey 1977: 1.5, or 3 for far
+"""Distance of the outlier threshold from the upper quartile, in interquartile ranges (Tukey 1977: 1.5, or 3 for far
 outliers)."""
 MIN_TEXTS = 200
 MAX_FAR = 0.1
@@ -278,7 +277,7 @@ def find_outliers(
     reader: RowReader, train_keys: np.ndarray, rows_of_split: Mapping[SplitName, int]
 ) -> tuple[dict[SplitName, dict[int, float]], float, int]:
     """Return each split's outliers (rows far from all train rows) as a dictionary from position to distance, the upper
-    quartile of train distances, and the number of rows not sampled.
+    quartile of the other train rows' distances, and the number of rows not sampled.
 
     Train rows with equal `train_keys` count once. Raises `NoProbe` for too few or too varied rows.
     """
@@ -305,8 +304,8 @@ def find_outliers(
 
 
 def mark_outliers(states: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Return each row's distance, whether it is an outlier (bool [rows]), the upper quartile of other rows' distances,
-    and the outlier threshold."""
+    """Return each row's distance, whether it is an outlier (bool [rows]), the upper quartile of the other rows'
+    distances, and the outlier threshold."""
     is_far = np.zeros(len(states), bool)
     for _ in range(_MAX_FAR_ROUNDS):
         distances = mean_distance_to_nearest(states, states[~is_far])
@@ -320,7 +319,7 @@ def mark_outliers(states: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, fl
 
 
 def mean_distance_to_nearest(states: np.ndarray, others: np.ndarray, count: int = NEIGHBOURS) -> np.ndarray:
-    """Return each state's mean distance (1 - cosine) to the `count` nearest `others`, not counting itself: float64
+    """Return each state's mean distance (1 - cosine) to the `count` nearest `others`, except the state itself: float64
     [rows]."""
     from sklearn.neighbors import NearestNeighbors
 

@@ -84,7 +84,7 @@ class AuditedRows:
         return " | ".join(" ".join(masked_text(text).split()) for text in texts)[:max_characters]
 
     def source_of(self, split: SplitName) -> str:
-        """Return the split whose file contains a split's rows."""
+        """Return the split from whose file a split's rows were taken."""
         return split if split in self.own_files else "train"
 
     def content_text(self, row: Row, group_key: str) -> str:
@@ -240,7 +240,6 @@ MIN_LEAK_SIMILARITY = 0.8
 _CANDIDATE = 0.7
 _MAX_QUOTED = 80
 _MAX_COMPARED = 5000
-"""Maximum number of held-out rows compared with a train row."""
 _MAX_READ = 10
 
 
@@ -303,7 +302,8 @@ def mark_repeated_train_rows(content_hashes: np.ndarray, is_train: np.ndarray) -
 def _find_similar_held_out_rows(
     scan: RowScan, is_train: np.ndarray, is_leak: np.ndarray, near_groups: np.ndarray
 ) -> dict[int, list[int]]:
-    """Map the positions of train rows to those of equal or similar held-out rows."""
+    """Map the positions of train rows to those of equal held-out rows (where `is_leak`) or similar ones (in the same of
+    the `near_groups`)."""
     groups, first = dict[int, list[int]](), dict[int, int]()
     for position in np.flatnonzero(~is_train & np.isin(near_groups, near_groups[is_train])).tolist():
         groups.setdefault(int(near_groups[position]), []).append(position)
@@ -324,7 +324,7 @@ def _find_similar_held_out_rows(
 
 
 def _read_held_out(rows: AuditedRows, scan: RowScan, positions: set[int]) -> dict[int, tuple[str, str]]:
-    """Map each held-out row's position to its text, and its location followed by a quotation."""
+    """Map the position of each held-out row in `positions` to its text, and to its location with a quotation."""
     held_out = chain(rows.read("eval"), rows.read("test")) if positions else ()
     return {
         position: (rows.task.group_key(row, rows.target), f"{row[PLACE]}: '{rows.masked_start(row, _MAX_QUOTED)}'")

@@ -131,7 +131,7 @@ def _checks_without_model(rows: AuditedRows, scan: RowScan) -> set[str]:
 
 
 def _load_complete_audit(folder: Path, summary: DataSummary, wanted: set[str]) -> Audit | None:
-    """Return the saved audit if it covers the same rows, this version and all `wanted` checks; otherwise None."""
+    """Return the saved audit if it covers the same rows and all `wanted` checks in this version; otherwise None."""
     earlier = _load_audit_of_same_rows(folder, summary) if (folder / ISSUES).exists() else None
     if earlier is None or earlier.version != checks_version():
         return None
@@ -139,7 +139,7 @@ def _load_complete_audit(folder: Path, summary: DataSummary, wanted: set[str]) -
 
 
 def checks_version() -> str:
-    """Return the version of the checks and missing extras, such as "3, no audit"."""
+    """Return the version of the checks, followed by the missing extras: "3, no audit"."""
     without_audit = ", no audit" if checks_without_package() else ""
     without_languages = "" if is_installed(PACKAGE) else ", no languages"
     return f"{VERSION}{without_audit}{without_languages}"

@@ -42,7 +42,8 @@ def refuse_secrets_in_names(target: Target, file_name: str) -> None:
 
 
 def refuse_unusable_rows(recipe: Recipe, encoded: Mapping[SourceName, EncodedSource]) -> None:
-    """Raise `DataError` for too many unusable rows, undecodable images, overlong rows, and bad groups or times."""
+    """Raise `DataError` for bad groups or times, for too many unusable rows and, if the recipe forbids them, for
+    undecodable images or overlong rows."""
     strategy = recipe.data.truncation_strategy
     # Rows dropped as the recipe asks, and mixed-in rows of unknown labels, do not suggest a broken file.
     allowed = {UNDECODABLE_IMAGE, NEW_LABEL, *(("too long", "answer cut off") if strategy == "drop" else ())}
@@ -72,8 +73,8 @@ def refuse_unusable_rows(recipe: Recipe, encoded: Mapping[SourceName, EncodedSou
 def _too_many_dropped_problem(
     source: EncodedSource, kind: DropKind, allowed_checks: Collection[str], num_checked: int
 ) -> list[str]:
-    """Return a list with one error message if too many rows failed checks outside `allowed_checks`, else an empty
-    list."""
+    """Return a list with one error message if too many of the `num_checked` rows failed checks of this kind other than
+    `allowed_checks`, else an empty list."""
     counts = Counter({check: count for check, count in source.tally.of(kind).items() if check not in allowed_checks})
     total = counts.total()
     # A single row is never too many, even in a file of ten.
@@ -114,7 +115,8 @@ def refuse_labels_not_in_train(block: DataBlock, splits: Mapping[SplitName, Spli
 
 
 def note_split_problems(splits: Mapping[SplitName, Split], target: Target, near_duplicates: bool = False) -> list[str]:
-    """Return notes on few eval rows, texts that occur in several splits, similar class names, and classes without rows.
+    """Return notes on too few eval rows, texts that occur in several splits, similar class names, and classes without
+    rows.
 
     If `near_duplicates` is set, near duplicates count as one text.
     """
@@ -193,7 +195,7 @@ def rows_dropped_by_time_split(block: DataBlock, train: EncodedSource, is_droppe
 
 
 def notes_on_splitting(recipe: Recipe, splits: Mapping[SplitName, Split]) -> list[str]:
-    """Return notes on how `data.time` and `data.group` split the rows, and which values two splits share."""
+    """Return notes on how `data.time` and `data.group` split the rows, and on values that occur in two splits."""
     block, train, remarks = recipe.data, splits["train"].source, list[str]()
     own = {name: splits[name] for name in SPLITS if splits[name].source is train}
     if block.time is not None:

@@ -105,7 +105,7 @@ def _list_text_files(setting: str, path: str) -> Sequence[Path]:
 
 
 def hash_forbidden_texts(path_of_setting: Mapping[str, str], files: Iterable[Path]) -> ForbiddenTexts:
-    """Hash all texts in `files`. Raises `DataError`, naming the settings, if a file is broken or no file contains
+    """Hash all texts in `files`. Raises a `DataError` that names the settings if a file is broken or no file contains
     text."""
     whole: set[int] = set()
     ngrams, num_ngrams, problems = [np.empty(0, np.uint64)], list[int](), list[str]()
@@ -165,7 +165,6 @@ def mark_rows_with_forbidden_text(
     columns = {role: column for role, column in target.columns.items() if not role.startswith(_NOT_COMPARED)}
 
     def contains_forbidden_text(group_key: str, row: Row) -> bool:
-        """Return whether a row's input or a compared cell contains a forbidden text."""
         return ("context" not in target.columns and forbidden.occur_in(group_key, is_input=True)) or any(
             forbidden.occur_in(text, is_input=not role.startswith(_ANSWERS))
             for role, column in columns.items()

@@ -92,7 +92,7 @@ class EncodedSource:
     groups: np.ndarray
     """Hash of each row's group key, equal for near duplicates: uint64 [rows]."""
     split_groups: np.ndarray
-    """Group of each row, which must stay in one split: uint64 [rows]."""
+    """Number of each row's group, which must stay in one split: uint64 [rows]."""
     signatures: np.ndarray
     """MinHash of each row's group key: uint16 [rows, 128]."""
     group_values: np.ndarray
@@ -154,7 +154,8 @@ def _concatenate_chunks(parts: Sequence[EncodedSource], folder: Path) -> Encoded
 
 
 def encode_chunk(job: Job, chunk: list[LocatedRow]) -> Chunk:
-    """Check and tokenise some rows. Return their `EncodedSource`, a batch of examples or None, and the dropped rows."""
+    """Check and tokenise some rows. Return their `EncodedSource`, a batch of their examples (None if no example is
+    left), and the dropped rows."""
     task, block, tally, dropped = task_named(job.task), job.block, RowCounts(), list[DroppedRow]()
 
     def drop(kind: DropKind, location: str, row: Row, refused: Refused) -> None:
@@ -237,7 +238,6 @@ def _why_row_unusable(job: Job, task: Task, row: Row) -> Refused | None:
 
 
 def _add_text_flaws_to_tally(job: Job, rows: Iterable[Row], tally: RowCounts) -> None:
-    """Count the rows that have each text flaw."""
     columns = job.target.columns
     checks = select_checks(columns, CHEAP_CHECKS)
     for row in rows:
@@ -293,8 +293,8 @@ def encode_source(
 
 
 def join_groups_of_sources(sources: Mapping[str, EncodedSource], threshold: float) -> dict[str, EncodedSource]:
-    """Return the sources with new `groups`, which join near duplicates, and `split_groups`, which also join rows of
-    equal `data.group`."""
+    """Return the sources with new `groups`, which join near duplicates across sources, and `split_groups`, which also
+    join rows of equal `data.group`. `threshold` is a Jaccard similarity."""
     if threshold >= 1 and not any(len(source.group_values) for source in sources.values()):
         return dict(sources)
     ends = np.cumsum([source.num_rows for source in sources.values()])[:-1]
@@ -343,7 +343,6 @@ _job: Job | None = None
 
 
 def _init_worker(job: Job) -> None:
-    """Store the job once per worker process."""
     global _job
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # other workers use the other cores
     _job = job

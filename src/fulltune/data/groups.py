@@ -38,7 +38,6 @@ def minhash(texts: Sequence[str]) -> np.ndarray:
 
 
 def _minhash_of_batch(texts: Sequence[str]) -> np.ndarray:
-    """Compute the signatures of a small batch."""
     padded = [text.ljust(_SHINGLE, "\0") for text in texts]
     letters = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
     lengths = np.array([len(text) for text in padded])
@@ -66,13 +65,11 @@ def _minhash_of_batch(texts: Sequence[str]) -> np.ndarray:
 
 
 def jaccard_similarity(first: set[str], second: set[str]) -> float:
-    """Compute the Jaccard similarity of two sets."""
     shared = len(first & second)
     return shared / (len(first) + len(second) - shared)
 
 
 def character_5grams(text: str) -> set[str]:
-    """Return the set of a text's character 5-grams."""
     text = text.ljust(_SHINGLE, "\0")
     return {text[place : place + _SHINGLE] for place in range(len(text) - _SHINGLE + 1)}
 
@@ -141,7 +138,7 @@ def join_near_duplicates(groups: np.ndarray, signatures: np.ndarray, threshold: 
 
 
 def rehash(numbers: np.ndarray) -> np.ndarray:
-    """Map numbers to uniformly distributed ones; equal numbers stay equal: uint64."""
+    """Map each number to a pseudo-random number, the same for equal numbers: uint64."""
     return _mix_bits(numbers + _BASE)
 
 
@@ -260,8 +257,8 @@ def parse_group(cell: object) -> str:
 
 
 def parse_time(cell: object) -> tuple[str, float]:
-    """Return a time's format, such as `date`, and its seconds since 1970 (or the number itself). Raises `ValueError`
-    for anything else."""
+    """Return the kind of a time (`number`, `date`, `date-time` or `date-time with a zone`) and its value: the number,
+    or seconds since 1970. Raises `ValueError` for anything else."""
     if isinstance(cell, BadCell):
         raise ValueError(f"contains {cell.reason}")
     is_nothing = isinstance(cell, (float, datetime)) and cell != cell  # NaN, or NaT of pandas
@@ -286,7 +283,7 @@ def parse_time(cell: object) -> tuple[str, float]:
 
 
 def format_time(kind: str, time: float) -> str:
-    """Format a result of `parse_time` for messages."""
+    """Format a time for messages; `kind` and `time` are a result of `parse_time`."""
     if kind == "number":
         return str(int(time)) if time.is_integer() else str(time)
     moment = _EPOCH + timedelta(seconds=time)

@@ -124,7 +124,7 @@ def note_on_patch(path: str | None, sources: Iterable[PatchedRows | None]) -> li
 
 
 def refuse_unmatched_decisions(path: str, sources: Sequence[PatchedRows], all_rows_read: bool) -> None:
-    """Raise `DataError` if decisions refer to missing columns or, once `all_rows_read`, missing rows."""
+    """Raise `DataError` if decisions refer to missing columns or, if `all_rows_read`, to missing rows."""
     decisions = sources[0].decisions
     matched = set[tuple[str, str]]().union(*(source.matched for source in sources))
     problems = [f"data.patch: {path}: {problem}" for source in sources for problem in source.problems][:_SHOWN]

@@ -96,8 +96,8 @@ class Stage:
 
 
 def prepare(stage: Stage) -> DataSummary:
-    """Prepare the data files' rows in `stage.folder`, or reuse equal rows prepared earlier. A failure leaves earlier
-    rows in place."""
+    """Prepare the rows of the data files in `stage.folder`, or reuse rows prepared earlier from the same inputs. If
+    preparing fails, earlier rows stay in place."""
     recipe, folder = stage.recipe, stage.folder
     is_image = FACTS[recipe.task].reads == "image"
     if is_image and recipe.data.near_duplicates < 1:
@@ -239,7 +239,6 @@ def _encode_sources(
             file.write(dropped_row_as_json_line(item))
 
         def report_progress(num_done: int) -> None:
-            """Report how many rows are tokenised so far."""
             nonlocal reported
             done = num_done + sum(source.num_read for source in encoded.values())
             if time.monotonic() - reported > _PROGRESS_SECONDS or done == total:
@@ -289,8 +288,8 @@ def _count_dropped(
 
 
 def _load_earlier_summary(folder: Path, fingerprint: str, listener: Listener) -> DataSummary | None:
-    """Return the summary of earlier rows, or None if the rows are missing, damaged (with a warning), or have another
-    fingerprint."""
+    """Return the summary of the rows prepared earlier, or None if they are missing, damaged (with a warning), or have
+    another fingerprint."""
     try:
         summary = DataSummary.load(folder / SUMMARY)
     except (OSError, SetupError):
@@ -363,7 +362,6 @@ def link_cached_rows(cached: Path, folder: Path) -> None:
 
 
 def _hard_link_or_copy(source: str, target: str) -> None:
-    """Hard-link a file, or copy it if that fails."""
     try:
         os.link(source, target)
     except OSError:  # another file system, or one without hard links
@@ -371,7 +369,8 @@ def _hard_link_or_copy(source: str, target: str) -> None:
 
 
 def delete_old_data_sets(folder: Path) -> None:
-    """Delete all but the `MAX_CACHED` most recently used data sets, and unfinished ones older than a day."""
+    """Delete all complete data sets except the `MAX_CACHED` most recently used, and unfinished ones older than a
+    day."""
     entries = [path for path in folder.iterdir() if _CACHE_ENTRY.fullmatch(path.name)]
     parts = [path for path in entries if ".part-" in path.name]
     complete = sorted({*entries} - {*parts}, key=lambda path: path.stat().st_mtime, reverse=True)

@@ -146,7 +146,6 @@ def find_target_and_count_rows(
     first_names, first_rows = _read_first_rows(train)
 
     def read_and_count(name: SourceName) -> Iterator[LocatedRow]:
-        """Yield a source's rows while counting rows and columns."""
         counts[name] = 0
         for place, row in sources[name].rows(problems):
             counts[name] += 1
@@ -155,7 +154,6 @@ def find_target_and_count_rows(
         read.add(name)
 
     def readable_train_rows(roles: Mapping[str, str]) -> Iterator[Row]:
-        """Yield train rows with readable cells in the columns of `roles`."""
         faults.clear()
         for place, row in read_and_count("train"):
             if fault := why_unreadable(row, roles):  # listed when the rows are tokenised

@@ -25,7 +25,7 @@ class Split:
 
     source: EncodedSource
     rows: np.ndarray
-    """Marks the source's rows in this split: bool [source rows]."""
+    """True for the source's rows in this split: bool [source rows]."""
     has_own_file: bool
 
     @property
@@ -34,7 +34,7 @@ class Split:
 
     @cached_property
     def examples(self) -> np.ndarray:
-        """Marks the source's examples in the split: bool [source examples]."""
+        """True for the source's examples in this split: bool [source examples]."""
         return self.rows[self.source.row_of]
 
     @property
@@ -47,8 +47,8 @@ class Split:
         return self.source.groups[self.rows]
 
     def label_counts(self, row_repeats: np.ndarray | None = None) -> Counter[str]:
-        """Count the rows of each label. `row_repeats` holds how often each source row counts (default: once if in this
-        split)."""
+        """Count the rows of each label. `row_repeats` holds how often each source row counts (default: once for rows in
+        this split)."""
         sets, counts = self.source.label_sets, Counter[str]()
         numbers = np.bincount(self.source.labels, self.rows if row_repeats is None else row_repeats, len(sets))
         for names, count in zip(sets, numbers, strict=True):
@@ -102,9 +102,9 @@ def _random_splits(
 
 
 def hold_out_groups(groups: np.ndarray, strata: np.ndarray, fraction: float) -> np.ndarray:
-    """Choose whole groups to hold out, about the same share of each stratum: bool [rows].
+    """Mark the rows to hold out, in whole groups and about the same share of each stratum: bool [rows].
 
-    At least one group of each stratum (class) with two or more groups is chosen.
+    At least one group of each stratum (class) with two or more groups is held out.
     """
     fraction = min(fraction, MAX_HELD_OUT_ROWS / max(1, len(groups)))
     if not len(groups):

@@ -192,7 +192,6 @@ def write_mixed_in_rows(
     drawn = _rows_per_epoch(recipe, len(Rows(folder / "train")))
 
     def batches_of_all_sources() -> Iterator[pa.RecordBatch]:
-        """Yield the examples of one source after another."""
         for split in mixed.values():
             ends.append(ends[-1])
             parts = iterate_examples(split, task)

@@ -22,8 +22,8 @@ SAFETY_ERRORS = 1.28
 
 
 LANGUAGE_WEIGHTS, STATE_WEIGHTS = (0.1, 1.0), (0.005, 0.03)
-"""Smallest (initial) and largest replay weight times the drift limit, for language models (nats per token) and other
-models (1 - cosine). Larger weights slowed learning (2026-11-27)."""
+"""Smallest (also initial) and largest product of replay weight and drift limit, for language models (nats per token)
+and other models (1 - cosine). Larger weights slowed learning (2026-11-27)."""
 MAX_EXCESS = 1.0
 """Drift allowed above the limit at the peak learning rate, as a multiple of the limit."""
 MAX_FACTOR = 1.5
@@ -64,8 +64,8 @@ def limit_for_most_gain(result: BudgetResult) -> float | None:
 
 
 def share_at_limit(inside: InterpolationPoint, outside: InterpolationPoint, limit: float) -> float:
-    """Estimate the interpolation share at which drift reaches `limit`, given a point within the limit and one beyond
-    it."""
+    """Estimate by linear interpolation the share at which drift reaches `limit`, from a point within the limit and one
+    beyond it."""
     low, high = (smallest_limit(point.drift) - limit for point in (inside, outside))
     fraction = low / (low - high) if math.isfinite(low - high) else 0.5
     return round(inside.share + fraction * (outside.share - inside.share), 3)

@@ -24,7 +24,6 @@ from fulltune.text import counted
 NUM_TEXTS = 200
 MAX_PARAGRAPH_LINES = 30
 _KEY_WORDS, _DOCUMENTATION_KEY_WORDS = 64, 8
-"""Number of first words that identify a text or docstring."""
 _MIN_MAX_WORDS = (20, 120)
 _READ_WORDS = 48
 """Words of a text that fit into 64 tokens."""

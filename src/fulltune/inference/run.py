@@ -145,7 +145,7 @@ def generate_answers(
 
 
 def autocast(model: PreTrainedModel, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Return a context that computes in `precision`. It caches cast weights unless they are sharded."""
+    """Return a context that computes in `precision`. Unless the weights are sharded, their casts are cached."""
     import torch
 
     if precision == "fp32":

@@ -32,7 +32,7 @@ class SelectiveHead:
         """Inside the context, make the model return only the logits that `labels[batch, length]` need: [tokens,
         vocabulary], or `ChunkedLogits` if `chunked`.
 
-        `trained` may pass a computed `padding.trained_positions`.
+        `trained` is the result of `padding.trained_positions`, if already computed.
         """
         at = padding.trained_positions(self.target_ids(labels)) if trained is None else trained
         states: list[Tensor] = []

@@ -77,7 +77,6 @@ class Rows(Sequence[dict[str, Any]]):
     """Memory-mapped features of a split's rows; several folders are concatenated."""
 
     def __init__(self, *folders: Path) -> None:
-        """Memory-map the Arrow file of each folder."""
         self.folders = folders
         # Not closed explicitly: arrays are views of the map, which closes with the last of them.
         mapped = (pa.ipc.open_stream(pa.memory_map(str(folder / FILE))) for folder in folders)

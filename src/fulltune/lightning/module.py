@@ -168,7 +168,6 @@ class FineTuningModule:
             self.log(PREFIX + name, float(value), prog_bar=name == plan.metric, sync_dist=True, batch_size=1)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Return the planned optimizer and its learning rate schedule."""
         plan, recipe = self.plan, self.objective.recipe
         # With mixed precision Lightning 2.6.6 does not clip gradients of a fused optimizer.
         is_mixed = plan.precision != "fp32" and plan.weights_dtype == "fp32"
@@ -240,7 +239,8 @@ class TrainBatches:
 
 
 class FineTuningData:
-    """Data loaders of a recipe's rows in a run's order; `with_lightning_base` adds `LightningDataModule`."""
+    """Data loaders that yield a recipe's rows in the order of a run; `with_lightning_base` adds
+    `LightningDataModule`."""
 
     trainer: Any
 

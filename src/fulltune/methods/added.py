@@ -52,7 +52,6 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the hidden states plus the adapter's output."""
         # In fp32 even if the frozen weights are bf16, which would lose small updates.
         added = self.up(self.non_linearity(self.down(hidden.to(self.down.weight.dtype))))
         return hidden + added.to(hidden.dtype)

@@ -130,7 +130,8 @@ class ImageRows(Sequence[dict[str, Any]]):
 
 
 def image_hash(path: str, content: bytes) -> str:
-    """Return the SHA-256 of `content`, of the file at `path` if `content` is empty, or of an unreadable path."""
+    """Return the SHA-256 of `content`, of the file at `path` if `content` is empty, or of the path itself if the file
+    is unreadable."""
     try:
         content = content or Path(path).read_bytes()
     except OSError:

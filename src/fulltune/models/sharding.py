@@ -28,7 +28,7 @@ class Units(Record):
     persistent: int
     """Parameters of units that stay gathered from forward to backward pass."""
     freed: int
-    """Parameters of units that are gathered only for their own passes."""
+    """Parameters of units that are freed after the forward pass and gathered again for the backward pass."""
     block: int
     apart: int
     """Parameters of the largest freed unit that is not a repeated block, or 0."""

@@ -1,5 +1,5 @@
-"""Make example data from the docstrings of installed Python packages, without importing them. The same versions give
-the same bytes."""
+"""Make example data from the docstrings of installed Python packages, without importing them. The same package versions
+give the same files."""
 
 import ast
 import csv
@@ -63,8 +63,8 @@ def write_example(output: Path, chat: bool) -> Path:
 
 
 def write_docstring_topics(folder: Path) -> tuple[Path, Path]:
-    """Write `train.csv` and `test.csv`: a docstring's first sentences as text, its file's topic as label. Raise
-    `DataError` if there are too few docstrings."""
+    """Write and return `train.csv` and `test.csv`: a docstring's first sentences as text, its file's topic as label.
+    Raise `DataError` if there are too few docstrings."""
     rows = _drop_near_copies(_read_docstrings(TOPIC_SOURCES), _first_sentences)
     splits = [_split_by_file([row for row in rows if row[0].topic == topic], *_TOPIC_ROWS) for topic in TOPIC_SOURCES]
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,8 +78,8 @@ def write_docstring_topics(folder: Path) -> tuple[Path, Path]:
 
 
 def write_docstring_chat(folder: Path) -> tuple[Path, Path]:
-    """Write `train.jsonl` and `test.jsonl`: questions about functions, answered by their docstrings' first sentences.
-    Raise `DataError` if there are too few."""
+    """Write and return `train.jsonl` and `test.jsonl`: questions about functions, answered by their docstrings' first
+    sentences. Raise `DataError` if there are too few."""
     splits = _split_by_file(_drop_near_copies(_read_docstrings(CHAT_SOURCES), _one_sentence_answer), *_CHAT_ROWS)
     folder.mkdir(parents=True, exist_ok=True)
     files = folder / "train.jsonl", folder / "test.jsonl"
@@ -209,7 +209,7 @@ def _public_name(doc: _Doc) -> str:
 
 @cache
 def _exported_names(package: tuple[str, ...]) -> frozenset[str]:
-    """Return all words in a package's `__init__.py`, if there is one."""
+    """Return all words in a package's `__init__.py`, or an empty set without one."""
     root = _package_root(package[0])
     init = root.joinpath(*package[1:], "__init__.py") if root is not None else None
     return frozenset(re.findall(r"\w+", init.read_text(encoding="utf-8"))) if init and init.is_file() else frozenset()

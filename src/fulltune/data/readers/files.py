@@ -228,7 +228,8 @@ _LAST_TWO = re.compile(rf"({'|'.join(_SPLIT_WORDS)})[\W_]+((?:set|data|split)s?)
 def _parse_split_from_name(file: Path) -> tuple[SplitName | None, tuple[str, ...]]:
     """Return the split in a file name, or None, and its other words, without suffix, numbers and version.
 
-    A split word such as `dev` counts if it is the last, one of two (`dev_matched`), or extended (`testset_w_refs`).
+    A split word such as `dev` counts only as the last word, as one of two words (`dev_matched`), or joined to a word
+    such as `set` (`testset_w_refs`).
     """
     stem = re.sub(r"held[\W_]out", "heldout", _SHARD.sub("", file.stem.lower()))
     parts = [part for part in re.split(r"[\W\d_]+", _LAST_TWO.sub(r"\1\2", stem)) if part and part != "v"]
@@ -241,7 +242,8 @@ def _parse_split_from_name(file: Path) -> tuple[SplitName | None, tuple[str, ...
 def group_files_by_split(files: Sequence[Path]) -> dict[SplitName | None, list[Path]]:
     """Group a folder's files by the split in their names (or None).
 
-    A longer name (`crash_test`) has a split only beside a train file or a name that differs only in the split word.
+    A split in a longer name (`crash_test`) counts only if there is a train file, or a file whose name differs only in
+    the split word.
     """
     names = {file: _parse_split_from_name(file) for file in files}
     has_train = any(split == "train" for split, _ in names.values())
@@ -253,7 +255,7 @@ def group_files_by_split(files: Sequence[Path]) -> dict[SplitName | None, list[P
 
 
 def group_folders_by_split(folder: Path) -> dict[SplitName | None, list[Path]]:
-    """Group subfolders by the split in their names. Return an empty dictionary if the subfolders are no splits or data
+    """Group subfolders by the split in their names. Return an empty dictionary if the subfolders are not splits or data
     files lie beside them."""
     listed = folder.iterdir() if folder.is_dir() else ()
     if any(file.suffix.lower() in SUFFIXES and file.name != "dataset_dict.json" for file in listed):

@@ -38,7 +38,7 @@ _SAVE_AS_UTF_8 = (
 
 @dataclass(frozen=True)
 class DataFiles:
-    """The files of one source, which are read again in each iteration."""
+    """The files of one source; each iteration reads them again."""
 
     files: tuple[Path, ...]
     where: str
@@ -163,7 +163,7 @@ def resolve_image_paths(row: Row, folder: Path, column: str | None) -> dict[str,
 
 
 def hash_files(sources: Mapping[str, DataFiles]) -> str:
-    """Hash the names and contents of files; for speed, images only by path, size and modification time."""
+    """Hash the names and contents of files. For speed, images are hashed only by path, size and modification time."""
     digest = hashlib.sha256()
     for name, source in sources.items():
         digest.update(f"{name}:{len(source.files)}".encode())

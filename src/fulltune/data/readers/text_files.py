@@ -162,9 +162,9 @@ def _json_problem(error: ValueError) -> str:
 
 
 def _mark_bad_cells(row: object, may_be_bad: bool, not_object_error: str) -> RowOrProblem:
-    """Return a row with a `BadCell` for each unusable value, or `not_object_error` if it is no object.
+    """Return a row with a `BadCell` for each unusable value, or `not_object_error` if the row is not a dictionary.
 
-    Values are checked only if they `may_be_bad`.
+    Values are checked only if `may_be_bad`.
     """
     if not isinstance(row, dict):
         return not_object_error
@@ -208,7 +208,8 @@ def has_blank_lines(file: Path, encoding: str = UTF_8) -> bool:
 
 
 def _join_lines(lines: Iterator[tuple[int, str]], text_rows: TextRows) -> Iterator[tuple[int, str]]:
-    """Yield the first line number and text of each paragraph or, for sections, of several paragraphs."""
+    """Yield the first line number and text of each paragraph or, for `section`, of each group of consecutive
+    paragraphs."""
     start, size, section = 1, 0, list[str]()
     for number, paragraph in _split_at_blank_lines(lines):
         if section and (text_rows == "paragraph" or size + len(paragraph) > SECTION_CHARACTERS):
