@@ -44,11 +44,12 @@ class TraceCase:
     """A model to trace, and how it is trained."""
 
     config: PretrainedConfig
-    """The config with the task's changes and the dropout; tracing does not modify it."""
+    """Config with the task's changes and the dropout."""
     task: Task
     target: Target
     prepare: Callable[[PreTrainedModel], object]
-    """Applies the method and the dropout of training; its `repr` identifies it in the cache of footprints."""
+    """Function that applies the training method and dropout to a model. The footprint cache identifies the function by
+    its `repr`."""
     num_parameters: int
     """Number of parameters of the model and its method, counting tied ones once."""
     all_trained: bool = True
@@ -63,7 +64,7 @@ class TraceCase:
 
 
 def build_model(case: TraceCase, config: PretrainedConfig) -> PreTrainedModel:
-    """Build the model with random weights, the method and the dropout of training."""
+    """Build the model with random weights, and apply the training method and dropout."""
     options: dict[str, Any] = {"dtype": torch_dtype(case.weights_dtype)}
     if case.attn_implementation:
         options["attn_implementation"] = case.attn_implementation
@@ -76,14 +77,14 @@ _DEPTHS = (("encoder_layers", "decoder_layers"), ("num_layers", "num_decoder_lay
 
 
 def layer_config(case: TraceCase, config: PretrainedConfig) -> PretrainedConfig:
-    """Return the part of the config that holds the number of layers."""
+    """Return the part of the config that holds the number of layers, such as the text model's config."""
     if not has_tokens(case):
         return getattr(config, "vision_config", config)
     return config if config.is_encoder_decoder else config.get_text_config()
 
 
 def layer_counts(case: TraceCase) -> dict[str, int]:
-    """Return the numbers of layers, keyed by the config attributes that hold these numbers."""
+    """Return the numbers of layers by config attribute, such as `{"num_hidden_layers": 12}`."""
     config = layer_config(case, case.config)
     usual = _DEPTHS[:-1] if config.is_encoder_decoder else _DEPTHS[-1:]
     names = next((some for some in usual if all(isinstance(getattr(config, name, None), int) for name in some)), ())
@@ -99,7 +100,7 @@ def layer_types(case: TraceCase) -> tuple[str, ...]:
 
 
 def config_with_layers(case: TraceCase, depths: Mapping[str, int], kinds: Sequence[str] = ()) -> PretrainedConfig:
-    """Return a copy of the config with these numbers of layers, by config attribute, and these types of layers."""
+    """Return a copy of the config with `depths` (numbers of layers by config attribute) and layer types `kinds`."""
     config = copy.deepcopy(case.config)
     config.use_cache = False
     part = layer_config(case, config)
@@ -128,7 +129,7 @@ def has_tokens(case: TraceCase) -> bool:
 
 
 def tensor_fields(case: TraceCase, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-    """Return the `Footprint` fields that follow from the shapes of the trained tensors."""
+    """Return the fields of `Footprint` that depend only on the case and the trained tensors' shapes."""
     return {
         "weights_dtype": case.weights_dtype,
         "largest_tensor": max(map(math.prod, shapes)),
@@ -142,10 +143,10 @@ def tensor_fields(case: TraceCase, shapes: Sequence[tuple[int, ...]]) -> dict[st
 
 @dataclass(frozen=True)
 class ModelTrace:
-    """Bytes and operations of a model at (rows, length) points; `alive` has shape [points, allocations, kinds]."""
+    """Bytes in use and FLOPs of a model at (rows, length) points; `alive` has shape [points, allocations, kinds]."""
 
     keys: tuple[tuple[str, int], ...]
-    """Position in the step of each allocation, and its number at that position."""
+    """Each allocation's position in the step, and its number at this position."""
     alive: np.ndarray
     flops: np.ndarray
     shapes: tuple[tuple[int, ...], ...]
@@ -178,7 +179,7 @@ class AllocationLog(TorchDispatchMode):
         self._changes.clear()
 
     def timeline(self) -> dict[tuple[str, int], np.ndarray]:
-        """Return the bytes per `MemoryKind` after each allocation outside middle layers, keyed by (place, number at
+        """Return the bytes in use, by `KINDS`, after each allocation outside middle layers, keyed by (place, number at
         this place)."""
         alive, counts, after = np.zeros(len(KINDS)), Counter[str](), {}
         for place, block, size in self._changes:
@@ -195,7 +196,7 @@ class AllocationLog(TorchDispatchMode):
                 self._kinds[self._blocks[parameter.grad.untyped_storage()._cdata][0]] = "gradients"
 
     def _log_storage(self, tensor: torch.Tensor, func: Any) -> None:
-        """Log a tensor's storage, if it is new, and later its release."""
+        """Log a tensor's storage, if new, when allocated and when freed."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._blocks:

@@ -25,7 +25,7 @@ from fulltune.footprint.records import BYTES, KINDS, Footprint, LiveMemory, Vari
 _log = logging.getLogger(__name__)
 
 ROWS = (2, 3)
-"""Numbers of rows to trace; several rows need copies where one row allows a view."""
+"""Numbers of rows to trace. Several rows need copies where one row allows a view."""
 _LENGTHS = (16, 24, 40)
 """Row lengths to trace: multiples of eight, so that no storage is rounded up."""
 
@@ -124,6 +124,8 @@ _FAR = (16, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 
 
 def trace_footprint(case: TraceCase) -> Footprint:
+    """Trace forward passes and, for each of `case.checkpointing`, training steps, and fit a footprint to these
+    traces."""
     points = points_to_trace(case)
     evaluated = trace_model(case, points, recomputed=False, training=False)
     variants, of_training = [], 0.0
@@ -153,7 +155,7 @@ def _flops_per_token(trace: ModelTrace, points: Sequence[tuple[int, int]], case:
 
 
 def _candidate_peaks(trace: ModelTrace, points: Sequence[tuple[int, int]]) -> tuple[LiveMemory, ...]:
-    """Return the points in a step at which memory peaks for some micro batch and length."""
+    """Return the memory at each point in a step where memory peaks for some micro batch and length."""
     solved = _fit_coefficients(trace.alive.reshape(len(points), -1), points)
     solved = np.round(solved.reshape(6, len(trace.keys), len(KINDS)), 6)
     highest = set()
@@ -172,7 +174,8 @@ def _candidate_peaks(trace: ModelTrace, points: Sequence[tuple[int, int]]) -> tu
 
 
 def _fit_coefficients(values: np.ndarray, points: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Fit coefficients [6, n] to values [points, n]; for images, which have one size, fit only the first two."""
+    """Fit the coefficients of `terms` by least squares: [6, n] from values [points, n]. For images, which have one
+    size, fit only the first two."""
     matrix = np.array([terms(*point) for point in points], float)
     used = 6 if _has_lengths(points) else 2
     coefficients = np.zeros((6, values.shape[1]))
@@ -187,7 +190,8 @@ def _has_lengths(points: Sequence[tuple[int, int]]) -> bool:
 def _memory_of_later_micro_batches(
     first_points: Sequence[LiveMemory], shapes: Sequence[tuple[int, ...]], value_bytes: int
 ) -> tuple[LiveMemory, ...]:
-    """Return the memory in a step's later micro batches, whose gradients are added to earlier ones."""
+    """Return the memory in a step's later micro batches, which add to the earlier gradients (of `value_bytes` per
+    value)."""
     total = value_bytes * sum(map(math.prod, shapes))
     highest = max(point.coefficients["gradients"][0] for point in first_points)
     waiting = max(0.0, highest - total) + value_bytes * max(map(math.prod, shapes))

@@ -12,7 +12,7 @@ Coefficients = tuple[float, float, float, float, float, float]
 
 
 def terms(rows: int, length: int) -> tuple[int, ...]:
-    """Return the terms by which `LiveMemory.coefficients` are multiplied."""
+    """Return the six numbers by which `LiveMemory.coefficients` are multiplied."""
     return (1, rows, rows * length, rows * length * length, length, length * length)
 
 
@@ -46,7 +46,7 @@ class Variant(Record):
 
 
 class Footprint(Record):
-    """A model's memory and operations as functions of the micro batch."""
+    """A model's memory and FLOPs as functions of the micro batch's shape."""
 
     weights_dtype: str
     largest_tensor: int
@@ -67,7 +67,7 @@ class Footprint(Record):
     rough: str = ""
     """Why the model could not be traced, or empty if it was."""
     assumed: str = ""
-    """Assumption about the model's inputs, with its reason."""
+    """Assumption about the model's inputs, with its reason, or empty if there is none."""
 
     def traced_precision(self, precision: str) -> str:
         """Return `precision` if it was traced, else the first precision that was."""

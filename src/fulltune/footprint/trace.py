@@ -80,7 +80,8 @@ def estimate_footprint(case: TraceCase, why: str) -> Footprint:
 def _rough_memory(
     case: TraceCase, place: str, gradients: int, activations: int, logits: int, buffers: int
 ) -> LiveMemory:
-    """Return memory with constant bytes of gradients and buffers; activations and logits are per token or image."""
+    """Return memory with constant `gradients` and `buffers`, and with `activations` and `logits` per token or image,
+    all in bytes."""
     each = 2 if has_tokens(case) else 1  # position in `records.terms`
     sizes = {"gradients": (0, gradients), "activations": (each, activations), "logits": (each, logits)}
     coefficients = {

@@ -18,7 +18,7 @@ _MAX_WEIGHT_SUM = 0.999
 
 def codec_for_encoding(encoding: str) -> str:
     """Return the name of Python's codec for an encoding (for UTF-8, one that skips a byte order mark). Raise
-    `ValueError` if unknown."""
+    `ValueError` if the encoding is unknown."""
     try:
         "a".encode(encoding)
     except (LookupError, ValueError):
@@ -163,7 +163,7 @@ class DataBlock(Block):
     @field_validator("train", mode="before")
     @classmethod
     def _expand_short_forms(cls, value: object) -> object:
-        """Return the raw values, with `X` instead of each `{path: X}` without a weight in `train`."""
+        """Return the value of `train`, in which `X` replaces each `{path: X}` without a weight."""
         entries = [value] if isinstance(value, dict) else value
         if not isinstance(entries, (list, tuple)):
             return entries

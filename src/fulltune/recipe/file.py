@@ -1,5 +1,3 @@
-"""Read a recipe file (YAML, `${NAME}` variables, `--set` overrides) and report all problems at once."""
-
 from __future__ import annotations
 
 import copy
@@ -292,7 +290,8 @@ def _location_in_file(field_error: FieldError) -> tuple[Any, ...]:
 
 
 def _fields_at(location: Sequence[str | int], values: Any = None) -> dict[str, FieldInfo]:
-    """Return the fields of the block at a location. If a method's kind is unknown, return the fields of all kinds."""
+    """Return the fields, by name, of the block at a location in the recipe's `values`, or of all kinds of methods if
+    its kind is unknown."""
     blocks: list[type[Block]] = [Recipe]
     for part in location:
         if isinstance(part, str):
@@ -309,7 +308,8 @@ def _fields_at(location: Sequence[str | int], values: Any = None) -> dict[str, F
 
 
 def _describe_setting(location: tuple[str | int, ...], values: Any) -> str:
-    """Return `expected: ` with the first sentence of a setting's documentation."""
+    """Return `expected: ` and the first sentence of a setting's documentation, or that the setting is required.
+    `values` is the recipe."""
     field = _fields_at(location[:-1], values).get(str(location[-1]))
     text = (field.description or "") if field else ""
     return "expected: " + " ".join(text.split()).split(". ")[0].rstrip(".") if text else "this setting is required"

@@ -169,7 +169,7 @@ class PromptMethod(_TrainedMethod):
     """Train virtual tokens before each text (Lester et al. 2021) and the task's head."""
 
     kind: Literal["prompt"]
-    """Vectors before each text are trained, which leaves less of `data.max_length` for the text."""
+    """Trained vectors are placed before each text, which leaves less of `data.max_length` for the text."""
     num_virtual_tokens: int = Field(default=20, ge=1)
     """Number of virtual tokens."""
     init: Literal["vocabulary", "random"] = "vocabulary"

@@ -118,8 +118,8 @@ class EvaluateBlock(Block):
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """Confidence level of the intervals."""
     generate_rows: int = Field(default=100, ge=0)
-    """Number of test rows for which answers are generated (causal-lm, seq2seq), drawn with `data.split_seed` from
-    different prompts. 0 generates none."""
+    """Number of test rows for which answers are generated (causal-lm, seq2seq). The rows have different prompts and are
+    sampled with `data.split_seed`. 0 generates none."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Maximum length of a generated answer in tokens."""
 

@@ -1,5 +1,3 @@
-"""Check rules that involve several settings."""
-
 from __future__ import annotations
 
 import ast

@@ -39,7 +39,7 @@ _SHARED_CONTENT = {
 
 @dataclass(frozen=True)
 class Form:
-    """Facts about the rows of one problem type. Code should read them instead of comparing types."""
+    """Facts about the rows of one problem type. Code should check these facts instead of comparing types."""
 
     name: ProblemType
     metrics: tuple[str, ...]
@@ -71,7 +71,7 @@ class Form:
     several_labels: bool = False
     tags_words: bool = False
     row_shares: tuple[str, ...] = ()
-    """Metrics that are a share of the rows or of a similar number of items."""
+    """Metrics that are proportions of the rows, or of about as many items."""
     has_windows: bool = False
     """True if a long row becomes several examples (windows) but gets one answer."""
     reads_any_text: bool = False
@@ -102,9 +102,8 @@ FROM_FILE = FORMS["span"].question
 class TaskFacts:
     auto_class: str
     models: str
-    """End of the error message for a model without `auto_class`, after "a 'bert' model"."""
+    """Text that follows "a 'bert' model" in the error message for a model without `auto_class`."""
     hub: str
-    """`pipeline_tag` on the Hub."""
     data: tuple[str, ...]
     """Settings of `data` that this task reads but some others do not."""
     types: tuple[ProblemType, ...]
@@ -116,7 +115,7 @@ class TaskFacts:
     other_metrics: tuple[str, ...] = ()
     reads: Literal["text", "image"] = "text"
     writes: bool = False
-    """True if the model writes text. Models of other tasks have a head."""
+    """True if the model generates text instead of having a head."""
     has_classes: bool = False
     has_forms: bool = False
     """True if one data set may mix rows of several problem types."""

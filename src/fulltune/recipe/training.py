@@ -88,7 +88,7 @@ class TrainBlock(Block):
     precision: Precision = "auto"
     """Data type of the computations. On a GPU, `auto` means bf16 from compute capability 8.0 (Ampere), fp16 with loss
     scaling from 7.0 (Volta, Turing), otherwise fp32. On a CPU, it means the faster of bf16 and fp32. With several
-    GPUs, the oldest one counts. fp16 needs a GPU."""
+    GPUs, the oldest GPU decides. fp16 needs a GPU."""
     activation_checkpointing: bool | None = None
     """Recompute activations in the backward pass, which needs far less memory but about a third more compute. Default:
     on if the run would not fit otherwise, or if larger micro batches make it faster."""
@@ -104,7 +104,7 @@ class TrainBlock(Block):
     memory_limit: Annotated[str, validated_by(parse_bytes)] | None = None
     """Maximum memory per training process, such as `6GiB`: GPU memory, or host memory if there is no GPU (about 0.7 GiB
     of it for Python and libraries). The plan stays below the limit, and exceeding it counts as running out of
-    memory. Without a GPU, the limit needs Linux, and mapped files do not count."""
+    memory. Without a GPU, the limit works only on Linux and excludes memory-mapped files."""
     group_by_length: bool | None = None
     """Put rows of similar length into the same batch to save padding. Default: on, unless the target explains a quarter
     of the length's variance, because batches would then have similar targets."""

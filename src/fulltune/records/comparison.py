@@ -29,7 +29,7 @@ class Trial(Record):
 
 
 class TrialResult(Record):
-    """The result of a finished trial. A diverged trial keeps the defaults."""
+    """The result of a finished trial. If the trial diverged, the fields keep their defaults."""
 
     trial: Trial
     metric: float
@@ -43,7 +43,7 @@ class TrialResult(Record):
     tokens: int = 0
     """Tokens trained on, without padding and virtual tokens."""
     train_flops: float = 0.0
-    """Floating-point operations of all steps, computed from a trace, or 0 if unknown."""
+    """Floating-point operations of all steps, or 0 if unknown."""
     saved_bytes: int = 0
     seconds_per_row: float | None = None
     problems: tuple[str, ...] = ()
@@ -98,7 +98,6 @@ class Expectation(Record):
     search_share: float = 0.06
     budget_seconds: float | None = None
     sequential: bool = True
-    """True if training stops once the answer is clear."""
 
 
 class Finding(Record):
@@ -125,14 +124,13 @@ class Look(Record):
 
 
 class TestRowsUse(Record):
-    """Log entry of a command that used the test rows for a verdict."""
+    """Log entry for a command that computed a verdict from the test rows."""
 
     time: str
     by: str
     command: str
     trials: tuple[str, ...]
     alpha: float
-    """Accepted probability of a wrong verdict at that time."""
     left: float
 
 
@@ -185,8 +183,8 @@ class Decision(Record):
 
     verdict: VerdictKind
     recommended: str
-    """Recommended method. If the verdict is UNDECIDED, the cheapest that loses less than the margin, or an empty
-    string."""
+    """Recommended method. If the verdict is UNDECIDED: the cheapest that loses less than the margin, or empty if there
+    is none."""
     metric: str
     greater_is_better: bool
     margin: float
@@ -214,8 +212,8 @@ UNKNOWN = Estimate(value=math.nan, low=math.nan, high=math.nan)
 
 
 class MethodRow(Record):
-    """One method's settings, costs (medians over seeds), maximum memory and scores. Untrained methods keep the
-    defaults."""
+    """One method's settings, costs (medians over seeds), maximum memory and scores. For untrained methods, the training
+    fields keep their defaults."""
 
     method: str
     kind: MethodKind
@@ -292,7 +290,7 @@ class Comparison(Record):
 
 
 class MethodOverTasks(Record):
-    """One method over all tasks, with a model per task or small adapters that share one base model."""
+    """One method's results over all tasks."""
 
     method: str
     kind: MethodKind

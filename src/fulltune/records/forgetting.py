@@ -5,14 +5,14 @@ import math
 from fulltune.records.base import Record
 
 OF_GENERIC_TEXT = ("drift", "drift_error")
-"""Names of the drift and of its standard error among an evaluation's metrics."""
+"""Keys of the drift and its standard error in an evaluation's metrics."""
 ONE_SIDED = 1.645
 """One-sided 95 % quantile of the normal distribution."""
 BUDGET_FILES = "preserve/*.json"
 
 
 def limit_of(budget: float, is_language_model: bool) -> float:
-    """Convert a budget, a share between 0 and 1, to the unit in which drift is measured."""
+    """Convert a budget between 0 and 1 to the unit of drift: nats for language models, otherwise the same number."""
     return -math.log1p(-budget) if is_language_model else budget
 
 
@@ -23,7 +23,7 @@ class Drift(Record):
 
     @property
     def upper(self) -> float:
-        """Upper bound of the true drift, with 95 % confidence."""
+        """Upper 95 % confidence bound of the true drift (normal approximation)."""
         return self.mean + ONE_SIDED * self.error
 
 
@@ -57,7 +57,7 @@ class BudgetResult(Record):
     """Drift of the chosen weights on held-out texts, or None if the pretrained model was saved."""
     weights_digest: str
     weak_texts_reason: str | None = None
-    """Why the texts are a poor measure of the pretrained model's abilities, or None."""
+    """Why the texts are unsuitable for measuring the pretrained model's abilities, or None if suitable."""
     opening_times: tuple[str, ...]
     """Times (ISO 8601) at which the held-out texts were read, one per training."""
 
@@ -90,6 +90,7 @@ class BudgetResult(Record):
         return not self.choice.is_start
 
     def metric_gain(self, point: InterpolationPoint) -> float:
-        """Return how much better a point's metric is than the pretrained model's, or 0 if not finite."""
+        """Return how much better a point's metric is than the pretrained model's, or 0 if the difference is not
+        finite."""
         better = (point.metric - self.start.metric) * (1 if self.greater_is_better else -1)
         return better if math.isfinite(better) else 0.0

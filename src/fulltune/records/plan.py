@@ -100,7 +100,6 @@ class GenericTexts(Record):
 class MemorySettings(Record):
     micro_batch_size: int
     longest_tokens: int
-    """Number of tokens in the longest row or choice."""
     gradient_accumulation_steps: int = 1
     eval_batch_size: int = 1
     num_processes: int = 1
@@ -169,10 +168,7 @@ class Plan(MemorySettings):
     state: dict[MemoryKind, int]
     """Bytes in use between two steps, by kind of content."""
     rollbacks: tuple[int, ...] = ()
-    """Steps that the run has returned to, oldest first, where 0 is the start.
-
-    Each rollback changes the order of rows. Each rollback to a checkpoint, except the first, halves the learning rate.
-    """
+    """Steps that the run has returned to, oldest first, where 0 is the start."""
     memory_limit_bytes: int | None = None
     available_bytes: int | None = None
     memory: MemoryNeed | None = None

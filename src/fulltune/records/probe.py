@@ -8,14 +8,14 @@ Pooling = Literal["head", "mean", "pair"]
 MOST_ROWS = 20_000
 MOST_FEATURE_BYTES = 2**28
 MOST_SOLVER_BYTES = 2**30
-"""Maximum size of the solver's weights, history and logits."""
 OTHER_TOKENS = 8
 """Number of random tokens used from each window, besides the answer's first and last token."""
 PAIRS = 5 / 3
 """Size of a pair's features relative to a single text's: five vectors instead of three, because each text is also read
 alone."""
 LEAST_HELD_OUT, MOST_HELD_OUT = 200, 2_000
-"""Minimum and maximum number of eval rows to select strength and features. With fewer, cross-validation is used."""
+"""Minimum and maximum number of eval rows for selecting regularisation and features. Fewer rows need
+cross-validation."""
 
 
 def items_per_row(problem_type: str, words: float, num_choices: int) -> float:

@@ -39,7 +39,7 @@ class Environment(Record):
 
 
 class Access(Record):
-    """A log entry for one scoring of test rows, by a model or a comparison's verdict."""
+    """A logged use of the test rows, by a model's scores or a comparison's verdict."""
 
     time: str
     run: str
@@ -47,7 +47,7 @@ class Access(Record):
     model: str
     """Hash of the training's outcome, or empty for a comparison."""
     rows: str
-    """Hash of the test rows, in any order."""
+    """Hash of the test rows, whatever their order."""
 
     @classmethod
     def load_for_same_rows(cls, folder: Path) -> tuple[Self, ...]:

@@ -14,7 +14,6 @@ class Estimate(Record):
     low: float
     high: float
     rows: int | None = None
-    """Number of scored rows, or None if unknown."""
     clusters: int | None = None
     """Number of groups of dependent rows that are resampled together, or None if all rows are independent."""
 

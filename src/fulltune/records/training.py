@@ -64,7 +64,6 @@ class Outcome(Record):
     best_step: int | None = None
     """Step at which the saved weights were reached."""
     best_metric: float | None = None
-    """Eval metric of the saved weights."""
     weights_reason: str | None = None
     """Why the saved weights are not those of the best evaluation, or None if they are."""
     tokens_by_source: tuple[int, ...] = ()

@@ -40,7 +40,6 @@ class ResamplableMetric:
     name: str
     greater_is_better: bool
     compute: Callable[[Predictions], float]
-    """Computes the metric from all predictions."""
     row_terms: RowTerms | None
     """Computes each row's terms, or None if the metric is not a function of sums over rows."""
     from_sums: FromSums | None

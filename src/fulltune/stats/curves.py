@@ -48,7 +48,7 @@ def check_divergence(
     losses: Sequence[float], learning_rate: float, untrained_loss: float | None = None
 ) -> GuardDecision:
     """Decide to stop if the loss fell and rose again, or stays high; otherwise go on. `untrained_loss` is from before
-    training; `learning_rate` is for the message."""
+    step 1; `learning_rate` is for the message."""
     decision = check_fell_and_rose(losses, learning_rate, untrained_loss)
     return decision if decision.action == "stop" else check_stays_high(losses, learning_rate, untrained_loss)
 
@@ -195,7 +195,7 @@ MIN_RELATIVE_CHANGE = 0.02
 NO_GAP = 0.9
 """Ratio of train to eval loss above which the model fits train rows no better than eval rows."""
 STILL_BETTER = 0.99
-"""The eval loss was still falling if the ratio of its last value to the value halfway is below this."""
+"""The eval loss was still falling if its last value divided by its value halfway is below this."""
 _STILL_FALLING = 0.05
 """The train loss counts as still falling if it fell by more than this fraction in the last quarter."""
 _LEARNED = 0.05
@@ -215,7 +215,6 @@ class Curves:
     metric_name: str = "accuracy"
     greater_is_better: bool = True
     eval_rows: int = 0
-    """Number of eval rows, or 0 if unknown."""
     epochs_per_step: float = 0.0
     kept_step: int | None = None
     before: float | None = None

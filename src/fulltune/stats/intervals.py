@@ -116,7 +116,7 @@ class UncertainValue:
         return min(1.0, 2 * min(below, 1 - below))
 
     def equivalence_p(self, margin: float) -> float:
-        """Return the larger p-value of the two one-sided equivalence tests (TOST)."""
+        """Return the p-value for equivalence within ±`margin`, the larger of two one-sided tests (TOST)."""
         return max(self.below(-margin), 1 - self.below(margin))
 
 
@@ -149,7 +149,8 @@ def difference_of_methods(
 def _uncertain_value(
     estimate: float, draws: np.ndarray, spreads: Sequence[SeedSpread | None], num_clusters: int, span: float | None
 ) -> UncertainValue:
-    """Return an estimate's distribution from bootstrap draws and seed spreads, widened for few clusters or seeds."""
+    """Return an estimate's distribution from bootstrap draws [draws] and seed spreads, widened for few clusters or
+    seeds. `span` is the metric's range."""
     estimated = tuple(spread for spread in spreads if spread is not None)
     chance = np.random.default_rng(1)
     # With few clusters, the spread between clusters is uncertain as well.
@@ -188,7 +189,8 @@ def paired_difference(first: Resampled, second: Resampled, span: float | None, c
 
 
 def variance_of_mean(spreads: Sequence[SeedSpread], *, by_rows: bool = False) -> float:
-    """Return the variance due to seeds of a mean or a difference of means; `by_rows` counts only the rows' part."""
+    """Return the seeds' contribution to the variance of a mean or a difference of means, or with `by_rows` only its
+    part due to rows."""
     return sum((spread.by_rows if by_rows else spread.variance) / spread.num_seeds for spread in spreads)
 
 
@@ -204,6 +206,7 @@ def degrees_of_freedom(spreads: Sequence[SeedSpread]) -> float:
 
 
 def _scaled_chi_squared(chance: np.random.Generator, degrees: float, count: int) -> np.ndarray:
+    """Draw `count` values of chi-squared / `degrees`, which are 1 if `degrees` is infinite."""
     if math.isinf(degrees):
         return np.ones(count)
     return np.maximum(chance.chisquare(degrees, count) / degrees, 1e-12)

@@ -21,8 +21,8 @@ BUSY = 1.5
 ALIKE = 0.9
 """Minimum ratio of two memory sizes for machines to count as equal."""
 BF16_FROM, TENSOR_CORES_FROM = (8, 0), (7, 0)
-"""Compute capabilities with bf16 (Ampere) and with tensor cores (Volta), without which torch's fp16 is no faster than
-fp32 (cuBLAS's COMPUTE_32F)."""
+"""Minimum compute capabilities for bf16 (Ampere) and tensor cores (Volta). Without tensor cores, torch's fp16 is no
+faster than fp32 (cuBLAS's COMPUTE_32F)."""
 
 
 _REPEATS = 8

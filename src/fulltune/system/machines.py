@@ -68,8 +68,8 @@ class MachineAddress:
 
 
 def parse_machine_address(recipe: Recipe, rank: int | None, rendezvous: str | None, wait: str) -> MachineAddress | None:
-    """Parse the options for several machines, or return None if the recipe uses one; raise `RecipeError` if they are
-    invalid."""
+    """Parse the options for several machines, or return None if the recipe uses one machine. Raise `RecipeError` if the
+    options are invalid."""
     machines = recipe.train.num_machines
     if machines == 1:
         if rank is None and rendezvous is None:
@@ -238,7 +238,8 @@ _COMPARED = (
 
 
 def describe_differences(first: Member, others: Sequence[Member]) -> list[str]:
-    """Return one message per machine and kind of fact that differs from machine 0's."""
+    """Return one message per other machine and kind of fact, such as package versions, that differs from machine 0's
+    (`first`)."""
     lines = []
     for other in others:
         for kind, problem, joint, remedy in _COMPARED:
@@ -275,7 +276,7 @@ class Heartbeat:
             self.record.save(self.path)
 
     def write_end(self, error: BaseException | None) -> None:
-        """Write the exit code and the problems of this machine's command."""
+        """Write how this machine's command ended: the exit code and, unless `error` is None, the problems."""
         match error:
             case None:
                 self.write(exit_code=0)
@@ -330,8 +331,8 @@ class Peer:
 
 @contextlib.contextmanager
 def send_heartbeats(path: Path, record: Member, noticed: Callable[[], bool] = lambda: True) -> Iterator[Heartbeat]:
-    """Write heartbeats during the block and the outcome at its end; then wait up to `LINGER_SECONDS` until `noticed`
-    returns True."""
+    """Write heartbeats during the block and its outcome afterwards. Then wait until `noticed` returns True, at most
+    `LINGER_SECONDS`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         try:

@@ -77,7 +77,7 @@ class Meter:
 
 
 def status_bytes(key: str) -> int:
-    """Return a size from /proc/self/status, or 0 if it is missing."""
+    """Return a size in bytes from /proc/self/status by its name, or 0 if missing."""
     return read_sizes("/proc/self/status").get(key, 0)
 
 
@@ -162,7 +162,7 @@ def count_oom_kills() -> int:
 
 
 def run_with_smaller_batches(activity: str, batch_size: int, run: Callable[[int], T]) -> T:
-    """Return `run(batch_size)`, halving the size each time memory runs out; re-raise the error at one row."""
+    """Return `run(batch_size)`, halving the size each time memory runs out. Re-raise the error at batch size 1."""
     while True:
         try:
             return run(batch_size)
