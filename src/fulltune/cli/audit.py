@@ -103,7 +103,8 @@ def write_decisions(
 ) -> None:
     """Write decisions about suspicious rows into `patch`, by default the recipe's patch or a file beside the recipe.
 
-    The decisions accept the remedies of the checks in `accept`, come from a review on the terminal, or stay open.
+    With `accept`, the remedies of these checks are accepted. With `review`, the user decides on the terminal. Otherwise
+    decisions stay open.
     """
     from fulltune.system.run_folder import load_run_recipe
 
@@ -165,7 +166,7 @@ def save_decisions(patch_file: Path, decided: Decisions) -> None:
 
 
 def list_undecided_rows(issues: Iterable[RowIssue], decided: Decisions) -> list[Issues]:
-    """Return the issues of each undecided row. The most serious and certain ones come first."""
+    """Group the issues by undecided row. Rows with the most serious and certain issues come first."""
     order, by_row = list(ABOUT), defaultdict[tuple[str, str], list[RowIssue]](list)
     for issue in sorted(issues, key=lambda issue: (order.index(issue.check), -issue.score)):
         if issue.key not in decided or decided[issue.key].is_open:
@@ -205,7 +206,8 @@ def review_rows(
     read_key: Callable[[], str],
     ask_label: Callable[[], Remedy | None] | None = None,
 ) -> dict[tuple[str, str], RowDecision]:
-    """Ask the user about each undecided row, save the patch after each key, and return all decisions."""
+    """Ask the user about each undecided row, save the patch after each key, and return old and new decisions by row
+    key."""
     decided, waiting = dict(already_decided), list_undecided_rows(issues, already_decided)
     index, history = 0, list[int]()
     with suppress(EOFError):  # Ctrl-D quits
@@ -257,7 +259,7 @@ def _print_issues_of_row(console: Console, issues: Issues, position: str, key_he
 def accept_remedies(
     issues: Iterable[RowIssue], checks: Sequence[str], already_decided: Decisions
 ) -> tuple[dict[tuple[str, str], RowDecision], list[str]]:
-    """Accept the remedies that `checks` proposed, and return all decisions and notes for the user."""
+    """Accept the remedies that `checks` proposed. Return old and new decisions by row key, and notes for the user."""
     decided, counts, more = dict(already_decided), Counter[str](), 0
     for row_issues in list_undecided_rows(issues, already_decided):
         wanted = [issue for issue in row_issues if issue.check in checks]

@@ -36,7 +36,6 @@ STDIN = "-"
 _IN_PLACE = {True: "an 'error' is printed instead", False: "an empty line is printed instead"}
 _LISTED = 5
 _WRITTEN = {".csv": ",", ".tsv": "\t", ".jsonl": "", ".ndjson": "", ".parquet": ""}
-"""Output formats with their delimiter."""
 _ROWS_AT_ONCE = 1000
 # A lone surrogate, which UTF-8 does not have, becomes `\\ud800`: so JSON writes it, too.
 _ENCODING: Any = {"encoding": "utf-8", "errors": "backslashreplace"}
@@ -199,7 +198,8 @@ def _answer_rows(
     max_new_tokens: int,
     on_progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> dict[str, int]:
-    """Pass each row with its answer (or why there is none) to `use_answer`, and return the counts by outcome."""
+    """Pass each row with its answer (or why there is none) to `use_answer`, and return the counts by outcome.
+    `replacement_note` ends the warning about missing answers."""
     placed, again = tee(inputs.located_rows())
     rows = without = cut = 0
     first: list[str] = []

@@ -49,8 +49,8 @@ def end_on_signal(number: int, frame: object) -> None:
 def machine_group(
     target: Path, overrides: list[str] | None, machine_rank: int | None, rendezvous: str | None, max_wait: str
 ) -> Iterator[MachineGroup | None]:
-    """On machine 0, lead the others during the block. On other machines, follow it and exit. Yield None for a run on
-    one machine."""
+    """In a `with` block on machine 0, lead the other machines. On other machines, follow machine 0 and exit. Yield None
+    for a run on one machine."""
     from fulltune.recipe.file import load_recipe
     from fulltune.system import run_folder
     from fulltune.system.machines import parse_machine_address
@@ -127,7 +127,7 @@ def run_until(
     recipe: Recipe, folder: Path, until: Until, details: bool, measure: bool = False, **run_fields: Any
 ) -> RunResult:
     """Run the pipeline up to a stage and show progress. `details` prints tables, `measure` times candidate settings,
-    and `run_fields` go to `Run`."""
+    and `run_fields` are other fields of `Run`."""
     run_fields = {"began": time.time(), **run_fields}
     with progress_display(details) as display:
         from fulltune.compare.rate_search import run_recipe
@@ -154,7 +154,7 @@ def progress_display(details: bool) -> Iterator[Display]:
 
 @contextmanager
 def progress_bar(name: str, shown: bool) -> Iterator[Callable[[int, int | None], None]]:
-    """Yield a function that shows rows done and total, only on a terminal and if `shown`."""
+    """Yield a function that shows the numbers of rows done and in total, on a terminal and if `shown`."""
     from fulltune.cli.show.run import Display
     from fulltune.records.events import RowsRead
 

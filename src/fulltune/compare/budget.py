@@ -117,8 +117,8 @@ def fit_design_to_budget(
 def with_detectable_differences(
     expected: Expectation, costs: Mapping[str, MethodCost], margin: float, alpha: float, test_rows: int
 ) -> Expectation:
-    """Return the design with `detectable` set to the smallest differences it can detect for low and high spread between
-    seeds, or unchanged if it has two seeds."""
+    """Set the design's `detectable` to the smallest differences it can detect if seeds vary little and if they vary
+    much. Return a design with two seeds unchanged."""
     if expected.num_seeds < GOOD_SEEDS:
         return expected
     limited = expected.num_seeds < expected.most_seeds
@@ -157,7 +157,7 @@ def _budget_too_short(least: Expectation, needed: float, seconds_spent: float) -
 
 
 def round_up_seconds(time: float) -> float:
-    """Round seconds up to a multiple of 10 s to 5 min, more coarsely for longer times."""
+    """Round seconds up to a multiple of 10 s for short times and of 5 min for long ones."""
     step = 10 if time <= 120 else 30 if time <= 600 else 60 if time <= 3600 else 300
     return float(math.ceil(time / step) * step)
 
@@ -308,8 +308,8 @@ def has_time(context: Context, trials: Sequence[Trial], reserved_seconds: float 
 
 
 def forecast_remaining_seconds(context: Context, counts: Mapping[str, int], seeds: int) -> float:
-    """Forecast the seconds until full fine-tuning and its most expensive rival (of those with the most finished runs in
-    `counts`) have `seeds` runs each."""
+    """Forecast the seconds until two methods have `seeds` runs each: full fine-tuning, and the most expensive of the
+    rivals with the most finished runs in `counts`."""
     costs = {method: cost for method, cost in forecast_costs(context)[0].items() if cost.decides and method in counts}
 
     def rest(method: str) -> float:

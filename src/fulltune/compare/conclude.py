@@ -92,8 +92,8 @@ def note_verdict_without_leaks(
 def log_use_of_test_rows(
     context: Context, trial_names: Sequence[str], alpha: float, later_alpha: float
 ) -> tuple[TestRowsUse, ...]:
-    """Log that this command spends `alpha` on the test rows, and return the whole log. `later_alpha` remains for later
-    verdicts."""
+    """Log that this command spends `alpha` (error probability) on the test rows and leaves `later_alpha` for later
+    verdicts. Return the whole log."""
     opening = TestRowsUse(
         time=datetime.now().astimezone().isoformat(timespec="seconds"),
         by=f"{getpass.getuser()}@{platform.node()}",
@@ -120,7 +120,7 @@ def score_baselines(context: Context) -> tuple[Scores, ...]:
 def build_comparison(
     seed_runs: SeedRuns, decision: Decision, baselines: tuple[Scores, ...], openings: tuple[TestRowsUse, ...]
 ) -> Comparison:
-    """Assemble the comparison's record and its findings."""
+    """Build the comparison's record with its fairness findings. `openings` logs each use of the test rows."""
     context, summary = seed_runs.context, seed_runs.context.summary
     rows = method_rows(seed_runs, decision, baselines)
     environment = run_folder.describe_environment(context.machine)

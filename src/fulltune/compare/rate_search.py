@@ -1,7 +1,5 @@
-"""Run a recipe that searches its learning rate, as a comparison does for one method and seed.
-
-plan → search (on eval rows, in a subfolder) → the best run is moved into the run folder → evaluate → report
-"""
+"""Run a recipe that searches its learning rate: plan → search (on eval rows, in a subfolder) → move the best run into
+the run folder → evaluate → report."""
 
 from __future__ import annotations
 

@@ -174,8 +174,8 @@ class SeedRuns:
         return budget.forecast_remaining_seconds(self.context, counts, seeds or self.expectation.num_seeds)
 
     def _first_unaffordable_method(self) -> str | None:
-        """Return the first method that does not fit into the time left after two seeds of full and its first rival, or
-        None."""
+        """Return the first method with no time left for a run once two seeds of full and its first rival are reserved,
+        or None."""
         context = self.context
         pair = (context.full.label, next(method for method in self.results if self._kind(method) in RIVALS))
         keep = self._reserved_seconds(min(budget.LEAST_SEEDS, context.recipe.compare.seeds or budget.LEAST_SEEDS))
@@ -185,7 +185,7 @@ class SeedRuns:
         )
 
     def _decide_next_seeds(self) -> dict[str, int]:
-        """Judge the runs so far on eval rows. Return how many seeds each method needs, or {} if no more are needed."""
+        """Judge the runs so far on eval rows. Return the number of seeds that each method needs (empty to stop)."""
         context, again = self.context, self._is_second_look(self.looks)
         full = self.results[context.full.label]
         behind = [method for method, runs in self.results.items() if len(runs) < len(full)]
@@ -203,8 +203,8 @@ class SeedRuns:
         return bool(looks) and looks[-1].num_seeds == len(self.results[self.context.full.label])
 
     def _recheck_rivals(self) -> dict[str, int]:
-        """Try other rates for rivals before full wins. Return the number of seeds for rivals that must catch up, or
-        {}."""
+        """Try other rates for rivals before full wins. Return the number of seeds for each rival that must catch up
+        (may be empty)."""
         context, scale = self.context, self.context.metric_scale
         kinds = ("full", *RIVALS)
         decisive = {method: runs for method, runs in self.results.items() if self._kind(method) in kinds}

@@ -42,8 +42,8 @@ def alpha_spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = F
 
 
 def alpha_left(looks: Sequence[Look], alpha: float, *, time_was_up: bool = False) -> tuple[float, float]:
-    """Return the alpha (error probability) that the test rows may spend after these looks, and the alpha left for later
-    verdicts."""
+    """Return two error probabilities: the alpha that the test rows may spend after these looks, and the alpha left for
+    later verdicts."""
     of_seeds: dict[int, float] = {}
     for earlier in looks:
         of_seeds.setdefault(earlier.num_seeds, earlier.spent)  # a second look after the same seeds spends no more
@@ -162,8 +162,8 @@ def _choose_next_seeds(
 def _answer_probabilities(
     difference: UncertainValue, margin: float, level: float, test_precision: ComparisonPrecision, seeds: tuple[int, int]
 ) -> tuple[float, float, float]:
-    """Estimate (by normal approximation) the probabilities that the test rows clearly show full as better, both as
-    equal, or the rival as better. `seeds` holds the numbers of seeds of full and rival."""
+    """Estimate (by normal approximation) the probabilities of three answers on the test rows: full clearly better, both
+    equal, rival clearly better. `seeds` holds the numbers of seeds of full and rival."""
     now, test_precision = ComparisonPrecision.of(difference), test_precision.with_seeds(seeds)
     same_seeds = all(one.num_seeds == count for one, count in zip(now.seeds, seeds, strict=True))
     scatter = math.sqrt(
@@ -186,8 +186,9 @@ def _answer_probabilities(
 def _normal_probabilities(
     estimate: float, scatter: float, half_width: float, one_sided_half_width: float, margin: float
 ) -> tuple[float, float, float]:
-    """Return the probabilities that full is better, both are equal, or the rival is better, for a normally distributed
-    estimate and the half widths of its intervals."""
+    """Return the probabilities that full is better, both are equal, or the rival is better, if the estimate is normal
+    with standard deviation `scatter`. The half widths belong to the intervals for a difference and
+    (`one_sided_half_width`) for equivalence."""
     needed, room = max(margin, half_width), margin - one_sided_half_width
     normal = NormalDist(estimate, max(scatter, 1e-12))
     equal = normal.cdf(room) - normal.cdf(-room) if room > 0 else 0.0

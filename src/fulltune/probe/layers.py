@@ -53,7 +53,7 @@ def find_head_layers(model: PreTrainedModel, task: TaskName, num_outputs: int) -
 
 
 def model_without_head(model: PreTrainedModel) -> torch.nn.Module:
-    """Return the model without its head. Raise `NoProbe` if the model's class does not separate them."""
+    """Return the model without its head. Raise `NoProbe` if the model's class does not separate head and body."""
     body = getattr(model, model.base_model_prefix, None)
     if body is None:
         raise NoProbe(f"{type(model).__name__} has no separate body")
@@ -114,7 +114,7 @@ def run_and_read_hidden(
 
 
 def _select_last_token(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], states: torch.Tensor) -> torch.Tensor:
-    """Select each row's last token that is not padding, from which transformers' decoders classify."""
+    """Select each row's last token that is not padding, which transformers' decoders use for classification."""
     import torch
 
     ids, pad = batch.get("input_ids"), model.config.get_text_config().pad_token_id

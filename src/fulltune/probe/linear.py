@@ -72,7 +72,7 @@ class Items:
 def fit_at_strengths(
     items: Items, has_bias: bool = True, strengths: Sequence[float] = STRENGTHS
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Yield each regularisation strength and a classifier fitted at it. Raise `NoProbe` if none can be fitted."""
+    """Yield (regularisation strength, fitted classifier) pairs. Raise `NoProbe` if none can be fitted."""
     count, width = items.features.shape
     if solver_bytes(items.kind, count, items.num_outputs, width) > MOST_SOLVER_BYTES:
         raise NoProbe(f"{items.num_outputs:,} classes with {width:,} features each are too many to fit")
@@ -102,7 +102,7 @@ def shift_and_scale(features: np.ndarray, centred: bool) -> tuple[np.ndarray, np
 def _fit_for_problem_type(
     items: Items, features: np.ndarray, has_bias: bool, strengths: Sequence[float]
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Yield each strength and a classifier that suits the problem type."""
+    """Yield (strength, classifier) pairs, fitted as the problem type requires."""
     match items.kind:
         case "regression":
             yield from _fit_ridge(features, items.labels, has_bias, strengths)
@@ -124,7 +124,7 @@ def _fit_logistic(
     class_weights: Sequence[float] | None = None,
     has_bias: bool = False,
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Yield each strength and a logistic regression, with zero weights for classes that do not occur."""
+    """Yield (strength, logistic regression) pairs. Classes that do not occur get zero weights."""
     from sklearn.linear_model import LogisticRegression
 
     present = np.unique(labels)
@@ -168,7 +168,8 @@ def _thread_pools() -> Any:
 def _fit_each_label(
     items: Items, features: np.ndarray, has_bias: bool, strengths: Sequence[float]
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Yield each strength and a classifier per label. A label that all rows or no rows have gets a constant output."""
+    """Yield (strength, classifier) pairs, fitted for each label alone. A label that all rows or no rows have gets a
+    constant output."""
     labels = items.labels.astype(np.int64)
     varied = [label for label in range(items.num_outputs) if len(np.unique(labels[:, label])) > 1]
     if not varied:
@@ -188,7 +189,7 @@ def _fit_each_label(
 def _fit_ridge(
     features: np.ndarray, numbers: np.ndarray, has_bias: bool, strengths: Sequence[float]
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Yield each strength and a ridge regression."""
+    """Yield (strength, ridge regression) pairs."""
     from sklearn.linear_model import Ridge
 
     middle = (
@@ -203,7 +204,7 @@ def _fit_ridge(
 def _fit_within_rows(
     items: Items, features: np.ndarray, strengths: Sequence[float]
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Yield each strength and a classifier without a bias that ranks each row's right item first."""
+    """Yield (strength, classifier) pairs. The classifiers have no bias and rank each row's right item first."""
     outputs = [_feature_differences(features, right, items.rows) for right in items.labels.reshape(len(features), -1).T]
     paths = []
     for differences in outputs:
@@ -244,7 +245,7 @@ def select_classifier(
     be fitted.
 
     `candidates` yields keys and fitted classifiers. Without `held_out`, cross-validation decides. An earlier candidate
-    wins if it is worse by at most the share `tolerance`. Returns criterion, key and classifier.
+    wins if its criterion is higher by at most the share `tolerance`. Returns criterion, key and classifier.
     """
     if held_out is not None:
         results = [(criterion(held_out, classifier), key, classifier) for key, classifier in candidates(items)]

@@ -1,5 +1,3 @@
-"""Write and show reports of runs and comparisons, and model cards, from the files in a folder."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -59,7 +57,7 @@ def write_comparison_report(folder: Path) -> tuple[Path, ...]:
 
 
 def _comparison_record_path(folder: Path) -> Path:
-    """Return the path of the comparison's record, or raise `SetupError` without one."""
+    """Return the path of a folder's comparison record. Raise `SetupError` if the folder has none."""
     if folder.is_file():
         return folder
     source = next((folder / name for name in (RECORD, PROOF) if (folder / name).is_file()), None)

@@ -49,6 +49,7 @@ def format_gib(num_bytes: int) -> str:
 
 
 def _fit_and_cost_facts(survey: Survey, plan: Plan | None) -> list[NameAndValue]:
+    """List whether the plan fits, its duration and price, or why nothing fits if `plan` is None."""
     if plan is None:
         return [("fits", f"no: {'; '.join(survey.notes[:1])}")]
     peak = f", {format_gib(plan.memory.peak)} of {format_gib(survey.device_free_bytes)} GiB" if plan.memory else ""

@@ -63,7 +63,7 @@ def build_comparison_terminal_report(comparison: Comparison) -> list[Headline | 
 
 
 def format_verdict(decision: Decision) -> str:
-    """Return the verdict with the recommended method unless it is full fine-tuning, such as `PEFT: lora`."""
+    """Format the verdict and the recommended method (omitted if full fine-tuning): `PEFT: lora`."""
     name = decision.recommended
     advice = {"PEFT": f": {name}", "VARIANT": f": {name}", "EQUIVALENT": f": use {name}"}
     return decision.verdict + advice.get(decision.verdict, "")
@@ -130,7 +130,7 @@ def _list_key_figures(comparison: Comparison) -> list[NameAndValue]:
 
 
 def _build_reasons_section(comparison: Comparison) -> Section | None:
-    """Build the section of reasons and advice, or None without either."""
+    """Build the section of reasons and advice, or None if both are empty."""
     decision, to_do = comparison.decision, list(comparison.decision.would_decide)
     if comparison.can_resume:
         limit = comparison.expectation.budget_seconds
@@ -224,7 +224,7 @@ def _full_row(comparison: Comparison) -> MethodRow | None:
 
 
 def build_cost_plots(comparison: Comparison) -> tuple[CostPlot, ...]:
-    """Plot quality against training time and against FLOP, each only if measured."""
+    """Build plots of quality over training time and over FLOP, without unmeasured costs."""
     full, write, drawn = _full_row(comparison), MetricFormatter.of(comparison.decision), list[CostPlot]()
     for cost, field in (("training time", "train_seconds"), ("operations (FLOP)", "train_flops")):
         if (whole := getattr(full, field, 0.0)) <= 0:
@@ -332,7 +332,7 @@ def list_comparison_facts(comparison: Comparison) -> list[NameAndValue]:
 
 
 def build_expectation_section(expected: Expectation, formatter: MetricFormatter) -> Section:
-    """Build the section on trials, time and detectable differences that precedes a comparison."""
+    """Build the section shown before a comparison: its trials, time and detectable differences."""
     search, whose = "", "of each method"
     if expected.num_search_trials:
         search = f"{expected.num_search_trials} short trials (more if the best rate is at the edge), then "

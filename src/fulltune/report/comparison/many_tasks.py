@@ -20,7 +20,8 @@ _MARGIN = 0.01
 
 
 def combine_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
-    """Combine comparisons of one pretrained model by task name, or raise `RecipeError` if only full is in all."""
+    """Combine the comparisons of several tasks, by task name. Raise `RecipeError` if they share no method but full
+    fine-tuning."""
     rows = {task: {row.method: row for row in one.rows} for task, one in comparisons.items()}
     first = next(iter(comparisons.values()))
     full = next(row.method for row in first.rows if row.kind == "full")
@@ -56,8 +57,8 @@ def combine_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
 
 
 def _mean_lead_of_full(method: str, comparisons: Sequence[Comparison]) -> Estimate | None:
-    """Return full fine-tuning's mean lead over `method`, or None if a metric is no share of rows or a task has one
-    seed."""
+    """Average full fine-tuning's lead over `method` over all tasks. Return None if a task has one seed or a metric that
+    is not a share of rows."""
     gaps = [one.decision.difference(method) for one in comparisons]
     if not all(is_share(one.decision.metric) for one in comparisons) or not all(gap.seeds_known for gap in gaps):
         return None
@@ -109,7 +110,7 @@ def build_tasks_section(record: ManyTasks) -> Section:
 
 
 def _describe_stored_sizes(record: ManyTasks) -> list[str]:
-    """Return sentences that compare full models' disk space with the smallest other method's."""
+    """Return sentences that compare the disk space of full models with that of the smallest other method."""
     full, *others = record.methods
     # A head alone decides nothing; the others count unless they are known to be worse.
     on_base = [method for method in others if method.kind != "variant"]

@@ -15,10 +15,10 @@ class Cell:
     untrusted: bool = False
     """True for text from data or a model, which is escaped and isolated."""
     limit: int | None = None
-    """Maximum length on a page, in characters (80 elsewhere if None)."""
 
     def shown_text(self, on_page: bool = False) -> str:
-        """Return the text. Untrusted text is cut to `limit` on a page and to 160 characters elsewhere."""
+        """Return the text. Untrusted text is cut to `limit` on a page, and to at most 160 characters elsewhere (80 if
+        `limit` is None)."""
         most = self.limit if on_page else min(self.limit or 80, 160)
         return cut_text(self.text, most) if self.untrusted and most else self.text
 
@@ -71,7 +71,7 @@ class Figures:
     drawn_only: bool = False
     """True if a table shows the same numbers in Markdown."""
     file: str = ""
-    """PNG file that the Markdown page shows, with the same content."""
+    """PNG file shown on the Markdown page."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Section:
 @dataclass(frozen=True)
 class Headline:
     kind: str
-    """Class in `report.css`: `better`, `worse`, `full`, `undecided` and so on."""
+    """CSS class: `better`, `worse`, `full`, `undecided` and so on."""
     label: str
     sentence: str
     note: str = ""

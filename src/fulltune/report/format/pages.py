@@ -49,7 +49,8 @@ def render_html(report: Report, template: str = "report.html.j2") -> str:
 
 
 def write_pages(path: Path, report: Report, template: str = "report.html.j2", private: bool = True) -> Path:
-    """Write a report as Markdown and HTML, readable by others unless `private`, and return the path of the HTML."""
+    """Write a report as Markdown and HTML files, which only their owner can read if `private`. Return the HTML file's
+    path."""
     write_sanitized(path.with_suffix(".md"), render_markdown(report), private)
     target = path.with_suffix(".html")
     write_sanitized(target, render_html(report, template), private)
@@ -80,7 +81,7 @@ def render_section(section: Section, level: str = "#") -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Put text on one line and escape Markdown's HTML, table, link and image signs."""
+    """Put text on one line and escape Markdown's special characters for HTML, tables, links and images."""
     text = " ".join(text.split())
     text = re.sub(r"[\\<|`&]", r"\\\g<0>", text)
     return text.replace("](", "]\\(")
@@ -110,7 +111,6 @@ def _fence_code(text: str, language: str = "") -> str:
 
 
 def _markdown_lines(block: Element) -> Iterator[str]:
-    """Yield the lines of a block's Markdown."""
     match block:
         case Paragraph():
             yield from (escape_markdown(block.text), "")
@@ -164,7 +164,7 @@ def _format_markdown_cell(cell: Cell | str) -> str:
 
 _SHOWN_LIMIT = 300
 _NAME_WIDTH, _TEXT_WIDTH = 40, 28
-"""Minimum width to which texts in a table are wrapped; numbers never wrap."""
+"""Minimum width to which texts in a table are wrapped."""
 _GAP = 2
 _STYLES = {
     **dict.fromkeys(("better", "peft", "variant", "equivalent"), "bold green"),

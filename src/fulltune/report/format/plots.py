@@ -1,5 +1,3 @@
-"""Draw plots with matplotlib, as SVG in the colours of `report.css` or as PNG."""
-
 from __future__ import annotations
 
 import io
@@ -52,7 +50,6 @@ class Mark:
     is_full: bool = False
     filled: bool = False
     cost: float = 0.0
-    """Cost relative to full fine-tuning."""
 
     @property
     def is_finite(self) -> bool:
@@ -75,7 +72,7 @@ class PointSeries:
 
 @contextmanager
 def _new_figure(height: int, columns: int = 1) -> Iterator[tuple[Figure, list[Axes]]]:
-    """Yield a figure (height in points) with `columns` plots side by side."""
+    """Yield a figure of `height` points, and its `columns` axes side by side."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -98,7 +95,6 @@ def _new_figure(height: int, columns: int = 1) -> Iterator[tuple[Figure, list[Ax
 
 
 def _style_axes(axes: Axes, metric: str, metric_axis: Literal["x", "y"]) -> None:
-    """Hide the frame and ticks, and format the metric's axis."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_frame_on(False)
@@ -154,6 +150,7 @@ def _shortened_name(name: str) -> str:
 
 
 def _draw_mark(axes: Axes, mark: Mark, position: tuple[float, float], axis: Literal["x", "y"], marker: str) -> None:
+    """Draw a mark with its interval as an error bar along `axis`."""
     colour = BLUE if mark.filled else QUIET
     reach: dict[str, Any] = {f"{axis}err": [[max(0.0, mark.value - mark.low)], [max(0.0, mark.high - mark.value)]]}
     axes.errorbar(
@@ -244,7 +241,7 @@ def draw_points(
 
 
 def draw_intervals(title: str, marks: Sequence[Mark], metric: str, description: str) -> blocks.Figure:
-    """Draw the value and interval of every finite mark on one axis."""
+    """Draw each mark's value and interval on one axis, omitting values that are not finite."""
     shown = [mark for mark in marks if mark.is_finite]
     names = [textwrap.fill(words.one_line(mark.name), _LONGEST_NAME) for mark in shown]
     lines = sum(max(2, name.count("\n") + 1) for name in names)

@@ -69,7 +69,7 @@ def format_setting(value: Any) -> str:
 
 
 def readable_status(outcome: str) -> str:
-    """Return an attempt's status in words. `spiked` counts as diverged."""
+    """Return readable words for an attempt's status. `spiked` counts as diverged."""
     return "diverged" if outcome == "spiked" else outcome.replace("_", " ")
 
 
@@ -120,7 +120,7 @@ def describe_weights(share: float) -> str:
 
 
 def format_drift(drift: float, in_nats: bool) -> str:
-    """Format a drift as a percentage. Only a language model's drift is measured in nats."""
+    """Format a drift as a percentage. `in_nats` is True for language models, whose drift is a KL divergence."""
     share = 100 * (-math.expm1(-drift) if in_nats else drift)
     if 0.001 <= abs(share) < 0.095:
         return f"{share:.2g}%"
@@ -172,7 +172,7 @@ class MetricFormatter:
         return f"{self.value(estimate.value)} [{low}, {high}]"
 
     def difference(self, value: float) -> str:
-        """Format a difference with its sign, in points for shares: `+0.62`."""
+        """Format a difference with its sign: `+0.62` (percentage points if the metric is a share)."""
         if not math.isfinite(value):
             return "not finite"
         rounded = round(100 * value if self.in_points else value, self._decimals) + 0.0  # no -0.00
@@ -182,7 +182,7 @@ class MetricFormatter:
         return f"{self.difference(value)} [{self.difference(low)}, {self.difference(high)}]"
 
     def adjusted(self, gap: Difference) -> str:
-        """Format a difference with the interval that holds for all methods together."""
+        """Format a difference with its interval, which holds for all methods simultaneously."""
         return self.interval(gap.estimate, gap.adjusted_low, gap.adjusted_high)
 
     def amount(self, value: float) -> str:
@@ -198,7 +198,7 @@ class MetricFormatter:
 
 
 def format_ratio(value: float) -> str:
-    """Format a ratio: `0.67×`, `1.04×`, `0.0065×`, `12.0×`."""
+    """Format a ratio: `0.67×`, `1.04×`, `12.0×`."""
     if not math.isfinite(value):
         return NOTHING
     if value >= 9.995:
@@ -207,7 +207,7 @@ def format_ratio(value: float) -> str:
 
 
 def format_fine_share(value: float) -> str:
-    """Format a share as a percentage with at least two digits: `100%`, `45.2%`, `0.65%`, `0.0034%`."""
+    """Format a share as a percentage with at least two digits: `45.2%`, `0.65%`, `0.0034%`."""
     if not math.isfinite(value):
         return NOTHING
     if abs(value) >= 0.1 or value == 0:
@@ -224,5 +224,5 @@ def format_large_number(value: float) -> str:
 
 
 def format_count(value: float) -> str:
-    """Shorten a number of parameters, with B for 10⁹: `6.7 B`."""
+    """Format a number of parameters, with B for billions: `6.7 B`."""
     return format_large_number(value).replace("G", "B")

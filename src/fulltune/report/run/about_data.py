@@ -26,7 +26,7 @@ from fulltune.text import counted, format_number, format_percent
 
 
 def choose_row_form(summary: DataSummary | None) -> Form:
-    """Return the wording for a run's kind of rows, by default for rows with one label."""
+    """Return the wording for a run's kind of rows. Without a summary, return that for rows with one label."""
     form = summary.form if summary else FORMS["single_label"]
     if summary and has_images(summary):
         return replace(form, kind="images", question="IMAGE.png")
@@ -34,7 +34,7 @@ def choose_row_form(summary: DataSummary | None) -> Form:
 
 
 def has_images(summary: DataSummary) -> bool:
-    """Return whether the rows are images, which all have the same length."""
+    """Return whether the rows are images."""
     return "image" in summary.columns
 
 

@@ -81,7 +81,7 @@ def _format_drift_with_error(value: float, error: float, in_nats: bool) -> str:
 
 
 def describe_budget_result(result: BudgetResult) -> str:
-    """Describe whether the held-out texts met the budget, and which weights were saved."""
+    """Describe whether drift on the held-out texts stayed within the budget, and which weights were saved."""
     budget = format_percent(result.budget) if result.budget >= 0.001 else f"{100 * result.budget:.2g}%"
     sealed, trained, name = result.sealed, result.end, words.metric_name(result.metric)
     lead = f"Forgetting (budget {budget}): "
@@ -116,7 +116,8 @@ def _change_of_likelihood(rise: float) -> str:
 
 
 def describe_budget_cost(result: BudgetResult | None) -> tuple[str, str]:
-    """Return what the forgetting budget cost and what would help, or two empty strings if it cost little."""
+    """Return how the forgetting budget limited the gain and what would help, or two empty strings if it limited
+    little."""
     if result is None:
         return "", ""
     if (limit := limit_for_most_gain(result)) is not None:

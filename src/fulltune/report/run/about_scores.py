@@ -133,7 +133,7 @@ def _describe_groups(scores: Sequence[Scores]) -> str | None:
 
 
 def describe_answer_sample(row: Scores) -> str:
-    """Say for how many test rows answers were generated, and which metrics use them."""
+    """Describe how many test rows have generated answers, and which metrics need these answers."""
     names = [words.metric_name(name) for name in row.metrics if name in words.OF_ANSWERS]
     distinct = " with different prompts" if len(row.answers) > 1 else ""
     return (

@@ -101,7 +101,7 @@ def collect_curves(view: RunView, plan: Plan) -> Curves:
 
 
 def _build_evaluation_table(series: dict[str, tuple[Point, ...]], plan: Plan | None) -> list[Element]:
-    """Build a folded table of each evaluation, or nothing if the plots show all metrics."""
+    """Build a collapsible table of all evaluations, or an empty list if the plots show all metrics."""
     series = {name: points for name, points in series.items() if name not in OF_GENERIC_TEXT}
     if plan is None or set(series) <= {plan.metric, "loss"}:
         return []
@@ -153,7 +153,7 @@ def _build_attempt_table(view: RunView) -> Table:
 
 
 def training_facts(plan: Plan | None, outcome: Outcome) -> list[NameAndValue]:
-    """Return facts on trained parameters, the saved step and changed values."""
+    """List the numbers of trained and changed parameters, and the step whose weights were saved."""
     facts, changes = [], outcome.parameter_changes
     if plan:
         facts.append(("parameters", f"{plan.num_trainable_parameters:,} trained of {plan.num_parameters:,}"))
@@ -275,7 +275,7 @@ def _build_planned_memory_blocks(plan: Plan) -> list[Element]:
 
 
 def _compare_with_plan(view: RunView, plan: Plan) -> list[Element]:
-    """Compare the last attempt's memory, time and disk with the plan, or return nothing without an outcome."""
+    """Compare the last attempt's memory, time and disk with the plan. Return an empty list without an outcome."""
     outcome = view.outcome
     if outcome is None:
         return []
@@ -311,7 +311,7 @@ def _compare_with_plan(view: RunView, plan: Plan) -> list[Element]:
 def _build_plan_error_row(
     quantity: str, planned: float, after_dry_run: float, actual: float, format_value: Callable[[Any], str]
 ) -> TableRow:
-    """Build a row of planned, forecast and actual values (0 if unknown) and of both forecasts' errors."""
+    """Build a row of planned, forecast and actual values (0 if unknown) and of both predictions' errors."""
 
     def error(value: float) -> str:
         return f"{round(value / actual - 1, 2) or 0:+.0%}" if value and actual else "-"

@@ -65,7 +65,7 @@ _SCORE_AGAIN = (
 
 
 def build_run_headline_and_advice(view: RunView) -> tuple[Headline, tuple[str, ...]]:
-    """Return the headline and, unless training helped, changes to try."""
+    """Return the headline and changes to try (none if training helped)."""
     why = next((why for what, why in view.missing if what.startswith("the test scores of")), "")
     headline = judge_scores(view.scores, why)
     repeated = about_scores.warn_of_repeated_scoring(view.accesses)

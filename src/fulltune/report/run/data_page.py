@@ -132,7 +132,6 @@ def _build_cleaning_section(all_proofs: Sequence[Proofs]) -> Section | None:
 
 
 def _build_cleaning_trial_blocks(proofs: Proofs) -> list[Element]:
-    """Build the blocks that show whether each cleaning step improved the scores."""
     if not proofs.proofs:
         return [Paragraph(f"No cleaning step could be compared by {proofs.source}.")]
     write, rows = words.MetricFormatter(proofs.metric, _MARGIN), list[TableRow]()

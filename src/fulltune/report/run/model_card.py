@@ -46,7 +46,7 @@ def build_model_card(view: RunView, model_folder: Path) -> str:
 
 
 def build_merged_card(trained_card: str, folder_name: str, task: str) -> str:
-    """Turn a trained model's card into that of the merged model, which loads without an adapter."""
+    """Turn a trained model's card into the merged model's, which loads without an adapter."""
     what = "The trained weights are merged into those of the pretrained model. " + HOW_TO_LOAD["full"]
     blocks = (Paragraph(what), Code(build_loading_code(folder_name, task, None), "python"))
     return (trained_card or _BARE).partition(_LOADING)[0] + render_section(Section("load", "How to load", blocks), "##")
@@ -164,7 +164,8 @@ def build_loading_blocks(folder: str, view: RunView) -> tuple[Element, ...]:
 
 
 def build_loading_code(folder: str, task: str, summary: DataSummary | None, base_model: str = "") -> str:
-    """Return Python code that loads a model. If `base_model` is set, PEFT adds the weights to that model."""
+    """Return Python code that loads a model. If `base_model` is set, the code adds the folder's weights to it with
+    PEFT."""
     facts = FACTS.get(task, FACTS["text-classification"])
     package, _, inner = (
         base_model.removeprefix("package:").partition("/") if base_model.startswith("package:") else ("", "", "")

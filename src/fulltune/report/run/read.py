@@ -1,5 +1,3 @@
-"""Read a run folder's files into one frozen view, which lists what is missing."""
-
 from __future__ import annotations
 
 import json
@@ -147,7 +145,7 @@ class RunView:
     searched: Searched | None = None
     budget: BudgetResult | None = None
     accesses: tuple[Access, ...] = ()
-    """Every scoring of these test rows, including neighbouring runs'."""
+    """Every scoring of these test rows, also by neighbouring runs."""
 
     @property
     def name(self) -> str:
@@ -179,10 +177,8 @@ def trained_row(scores: Sequence[Scores]) -> Scores | None:
 
 
 def read_run(folder: Path, scores: Scores | None = None) -> RunView:
-    """Read a run's or comparison's folder, in which files may be missing, or raise `SetupError` for another folder.
-
-    Pass `scores` to read one trial of a comparison, whose scores have no file of their own.
-    """
+    """Read the folder of a run or comparison. Missing files are allowed, but other folders raise `SetupError`. For a
+    comparison's trial, pass its `scores`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise SetupError(f"{folder}: there is no such run folder")
@@ -272,7 +268,7 @@ class _RunFolderReader:
         self.folder = folder
         self.damaged: list[tuple[str, str]] = []
         self.unreadable: dict[str, list[str]] = {}
-        """Line numbers that are not JSON, by file; usually the last line of a killed process."""
+        """Numbers of lines that are not JSON, by file name."""
 
     def read_record(self, kind: type[AnyRecord], path: Path) -> AnyRecord | None:
         return next(iter(self.read_records(kind, [path] if path.is_file() else [])), None)
@@ -320,7 +316,7 @@ class _RunFolderReader:
 
 
 def _resumed_checkpoint_step(path: Path) -> int | None:
-    """Return the step of the checkpoint that an attempt resumed from (0 for none), or None if unreadable."""
+    """Return the step of the checkpoint that an attempt resumed from (0 for a new start), or None if unreadable."""
     try:
         checkpoint = json.loads(path.read_text(encoding="utf-8"))["checkpoint"]
         return 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
@@ -338,7 +334,7 @@ def _may_be_a_plan(path: Path) -> bool:
 
 
 def _read_recipe_setting(text: str | None, key: str) -> Any:
-    """Return a recipe's top-level value (its `name` if it is a block), or None if missing."""
+    """Return the value of a top-level key in a recipe (a block's `name`), or None if missing."""
     import yaml
 
     try:

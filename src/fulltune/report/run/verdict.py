@@ -40,8 +40,8 @@ def find_best_untrained(scores: Sequence[Scores], metric: str, greater_is_better
 
 
 def judge_scores(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
-    """Compare the trained model with the best untrained one. A clear verdict needs a difference whose interval excludes
-    0."""
+    """Return a headline that compares the trained model with the best untrained one. A clear verdict needs a difference
+    whose interval excludes 0."""
     row = trained_row(scores)
     if row is None:
         return _build_headline(
@@ -176,7 +176,8 @@ def collect_facts(view: RunView, headline: Headline) -> RunFacts | None:
 
 
 def _find_dominant_label(confusion: Confusion) -> tuple[str, bool]:
-    """Return the label of nearly all predictions (or an empty string) and whether most rows have it."""
+    """Return the label that nearly all predictions have (or an empty string), and whether its rows far outnumber the
+    other labels'."""
     predicted = [sum(counts) for counts in zip(*confusion.counts, strict=True)]
     expected = [sum(counts) for counts in confusion.counts]
     most, index = max(((count, index) for index, count in enumerate(predicted)), default=(0, 0))
