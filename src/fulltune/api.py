@@ -89,7 +89,6 @@ def load_predictor(run: str | Path, method: str | None = None) -> Predictor:
 
 
 def _printing_listener() -> Listener:
-    """Return a listener that prints progress to stderr."""
     from rich.console import Console
 
     from fulltune.cli.show.run import Display

@@ -71,7 +71,7 @@ class CleaningStep:
 
 
 def cleaning_steps(issues: Sequence[RowIssue]) -> list[CleaningStep]:
-    """Return up to two steps per check, except leaks and high losses: drop the train rows that the check flagged, or
+    """Return up to two steps per check (except leaks and high losses): drop the train rows that the check flagged, or
     apply its remedies."""
     steps = []
     for check in dict.fromkeys(one.check for one in issues if one.check not in (LEAK, NEAR_LEAK, HIGH_LOSS)):
@@ -164,8 +164,8 @@ def check_proofs_possible(recipe: Recipe, summary: DataSummary, by_classifiers: 
 
 
 def _steps_to_train(steps: Sequence[CleaningStep], summary: DataSummary, checks: Sequence[str]) -> list[CleaningStep]:
-    """Return the steps of the named `checks` or, if empty, all steps that change enough rows. Raise `RecipeError` if no
-    step is left."""
+    """Return the steps of the named `checks` or, if none is named, all steps that change enough rows. Raise
+    `RecipeError` if no step is left."""
     steps = [step for step in steps if _leaves_enough(step, summary)]
     if checks:
         available = {step.check for step in steps}

@@ -102,7 +102,7 @@ def format_percent(share: float) -> str:
 
 
 def format_share(share: float) -> str:
-    """Format a share as a percentage that rounds to `0.0%` or `100.0%` only if it is exactly 0 or 1."""
+    """Format a share as a percentage. Only exactly 0 and 1 become `0.0%` and `100.0%`."""
     if 0 < share < 0.0005:
         return "<0.1%"
     return ">99.9%" if 0.9995 <= share < 1 else format_percent(share)

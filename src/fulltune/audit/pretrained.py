@@ -84,7 +84,6 @@ class RowReader:
         return items
 
     def _read_items(self, split: SplitName) -> tuple[Items, np.ndarray]:
-        """Compute the result of `items`."""
         try:
             rows = with_decoded_images(Rows(self.folder / split), self.base.processor)
             config = self.extractor.model.config.get_text_config()
@@ -124,7 +123,7 @@ class JudgedLabels:
     suspects: np.ndarray
     """True for rows whose label is probably wrong: bool [rows]."""
     doubtful: np.ndarray
-    """True for other rows with a much likelier label: bool [rows]."""
+    """True for other rows whose label is much less likely than another: bool [rows]."""
     about: LabelErrors
 
 
@@ -197,8 +196,8 @@ def _estimate_min_errors(margins: np.ndarray, planted_margins: np.ndarray, quant
 
 
 def _plant_errors(items: Items, probabilities: np.ndarray, margins: np.ndarray) -> np.ndarray:
-    """Give sampled rows wrong labels that the classifiers find plausible; return the margins of these labels: float64
-    [errors]."""
+    """Give sampled rows wrong labels, drawn from the classifiers' probabilities; return the margins of these labels:
+    float64 [errors]."""
     good = np.flatnonzero(margins > 0)
     if len(good) < 2 * PLANTED_SHARE * len(margins):
         return np.zeros(0)

@@ -40,7 +40,7 @@ class Trainer(Guarded, transformers.Trainer):
 
     A step with a non-finite loss or gradient is skipped with a `FulltuneNotice`; three in a row stop the run. A
     diverging loss causes a notice, unless the script computes its own loss. Before training, one step at the longest
-    length runs unless `dry_run` is False. After training, `moved` counts the changed values.
+    length runs unless `dry_run` is False. After training, `moved` counts the changed parameter values.
     """
 
     dry_run: bool = True

@@ -43,7 +43,8 @@ class ForbiddenTexts:
     """Index of the text that contains each 8-gram: int32 [8-grams]."""
 
     def occur_in(self, text: str, is_input: bool) -> bool:
-        """Return whether `text` equals a forbidden text, or shares at least half of the shorter text's word 8-grams.
+        """Return whether `text` equals a forbidden text, or shares with one at least half of the word 8-grams of the
+        shorter text.
 
         Texts under 8 words are compared only if `is_input`, because short answers are often equal by chance.
         """

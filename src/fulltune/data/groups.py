@@ -152,9 +152,10 @@ def _connected_components(pairs: np.ndarray, num_nodes: int) -> np.ndarray:
 
 
 def join_by_value(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return group numbers that are equal for rows connected by equal groups or values: uint64 [rows].
+    """Return a group number for each row, equal for rows connected, also through other rows, by equal groups or values:
+    uint64 [rows].
 
-    Values not connected to others are returned unchanged.
+    A row connected to no other value keeps its value.
     """
     if not len(groups):
         return groups

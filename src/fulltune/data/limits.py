@@ -35,7 +35,6 @@ class Limits:
 
     @classmethod
     def of(cls, base: Base, recipe: Recipe) -> Limits:
-        """Collect the limits that apply to a recipe."""
         attention = recipe.model.attn_implementation
         return cls(
             position_limit(base.config) if FACTS[recipe.task].reads == "text" else None,
@@ -51,7 +50,7 @@ MIN_TEXT_TOKENS = 8
 def length_limit(
     recipe: Recipe, task: Task, target: Target, limits: Limits, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, str]:
-    """Return the maximum tokens per row, and where that limit comes from. Raises `RecipeError` for impossible
+    """Return the maximum number of tokens per row, and where that limit comes from. Raises `RecipeError` for impossible
     settings."""
     bounds = [limit for limit in (limits.max_positions, tokenizer.model_max_length) if limit and limit < 10**9]
     model_limit = min(bounds, default=10**9)

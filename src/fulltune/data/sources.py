@@ -201,8 +201,8 @@ def find_target_and_count_rows(
 
 
 def find_mixed_target(block: DataBlock, task: Task, source: SourceRows) -> Target:
-    """Return a mixed-in source's target from the recipe's columns or usual names. Raises `DataError` if neither
-    fits."""
+    """Return a mixed-in source's target, from the recipe's columns or else from columns with common names. Raises
+    `DataError` if neither fits."""
     columns, rows = _read_first_rows(source)
     columns = _columns_for_roles(block, columns)
     try:
@@ -223,7 +223,6 @@ def _read_first_rows(source: SourceRows) -> tuple[tuple[str, ...], list[Row]]:
     columns: dict[str, None] = {}
 
     def readable_rows() -> Iterator[Row]:
-        """Yield rows without bad cells, and collect columns."""
         for _, row in islice(source.rows([]), _HEAD):
             columns.update(dict.fromkeys(row))
             if is_whole(row):

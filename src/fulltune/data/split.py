@@ -159,8 +159,8 @@ def rarest_class_in_group(strata: np.ndarray, split_groups: np.ndarray) -> np.nd
 def split_by_time(
     times: np.ndarray, split_groups: np.ndarray, wanted: Mapping[SplitName, int]
 ) -> dict[SplitName, np.ndarray]:
-    """Mark the rows of each split, without separating groups: bool [rows]. `wanted` holds row counts; its first split
-    gets the newest rows."""
+    """Mark the rows of each split, without separating groups: bool [rows]. `wanted` maps held-out splits to row counts;
+    the first gets the newest rows."""
     numbers, group = np.unique(split_groups, return_inverse=True)
     starts = np.full(len(numbers), np.inf)
     np.minimum.at(starts, group, times)
@@ -175,7 +175,7 @@ def split_by_time(
 
 
 def _choose_split_time(oldest: np.ndarray, wanted: int) -> float:
-    """Return a split time for about `wanted` newer rows, or infinity if all groups start together.
+    """Return a split time with about `wanted` rows at or after it, or infinity if all groups start together.
 
     `oldest` is the first time of each row's group.
     """

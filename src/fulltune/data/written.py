@@ -185,7 +185,8 @@ def exclude_held_out_rows(
 def write_mixed_in_rows(
     recipe: Recipe, folder: Path, job: Job, mixed: Mapping[SourceName, Split], packed: bool
 ) -> tuple[MixedSummary, ...]:
-    """Write the rows of all mixed-in sources. Raises `DataError` if a weight selects no row."""
+    """Write the rows of all mixed-in sources, and return a summary of each source. Raises `DataError` if a weight
+    selects no row."""
     if not mixed:
         return ()
     task, summaries, ends = task_named(job.task), list[MixedSummary](), [0]

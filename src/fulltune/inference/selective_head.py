@@ -38,8 +38,7 @@ class SelectiveHead:
         states: list[Tensor] = []
 
         def select_hidden(_: object, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            """Pre-hook: replace the head's input by the needed tokens' hidden states, or return None to keep the
-            input."""
+            """Pre-hook: select the needed tokens' hidden states, or return None to keep the input."""
             # Inputs that are not these rows' hidden states pass unchanged: logits stay 3-dimensional, and tasks select.
             if not args or args[0].shape[:2] != labels.shape:
                 return None

@@ -154,8 +154,8 @@ def job_file_path(job: LaunchedJob, launcher: str, output: Path | None) -> Path:
 
 
 def write_job_file(job: LaunchedJob, launcher: str, path: Path, force: bool) -> list[str]:
-    """Write the job file and return the command that submits it. Raise `SetupError` if the file exists without `force`,
-    or is one of the job's inputs."""
+    """Write the job file and return the command that submits it. Raise `SetupError` if the file exists and `force` is
+    False, or if the file is one of the job's inputs."""
     if os.path.realpath(path) in {os.path.realpath(one) for one in (str(job.file), *local_paths(job.recipe))}:
         raise SetupError(f"--output: {path} is a file that the job needs; choose another file")
     if path.exists() and not force:

@@ -120,7 +120,8 @@ def _missing_parameters(
 def _clear_gguf_attributes(model: PreTrainedModel) -> None:
     """Remove quantization attributes from a model loaded from GGUF; raise `SetupError` for other quantized models.
 
-    transformers 5.24 refuses `save_pretrained` with these attributes. Delete this when it clears them itself.
+    transformers 5.24 refuses `save_pretrained` with these attributes. Delete this when transformers removes them
+    itself.
     """
     if getattr(getattr(model.config, "quantization_config", None), "quant_method", None) is None:
         return
@@ -137,7 +138,6 @@ def _clear_gguf_attributes(model: PreTrainedModel) -> None:
 
 @contextlib.contextmanager
 def _silenced_transformers() -> Iterator[None]:
-    """Hide transformers' warnings and progress bars inside the context."""
     from transformers import logging as theirs
 
     verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()

@@ -40,7 +40,8 @@ class Shapes(Record):
 def measure_shapes(
     base: Base, config_changes: Mapping[str, Any], apply_method: Callable[[Any], object] | None = None
 ) -> Shapes:
-    """Return a model's dimensions, measured on the meta device. `apply_method` may add parameters first."""
+    """Return a model's dimensions, measured on the meta device. `apply_method` is called with the model to count the
+    parameters that a method adds and trains."""
     import torch
 
     config = base.copy_config(config_changes)

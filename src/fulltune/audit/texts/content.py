@@ -12,7 +12,6 @@ from fulltune.text import counted, first_few, format_percent
 
 
 def check_empty(text: str) -> Flaw | None:
-    """Detect a blank text."""
     blanks = PATTERNS["blank_signs"]
     if any(unicodedata.category(sign)[0] not in "CZ" for sign in text if sign not in blanks):
         return None
@@ -34,7 +33,8 @@ def check_no_words(text: str) -> Flaw | None:
 
 
 STRESSED, MAX_STRESSED = 20, 30
-"""Runs of a letter shorter than these limits count as emphasis: in any text, and in a text of mostly other letters."""
+"""Repetitions of a letter below these limits count as emphasis; the second limit is for texts of mostly other
+letters."""
 MIN_WORDS = 8
 MAX_REPEATED = 0.5
 

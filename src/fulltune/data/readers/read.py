@@ -149,7 +149,8 @@ def _image_columns(row: Row, column: str | None) -> list[str]:
 
 
 def resolve_image_paths(row: Row, folder: Path, column: str | None) -> dict[str, Any]:
-    """Prepend `folder` to a row's image paths, in `column` or in columns with a usual name; return the new row."""
+    """Return a row whose image paths are prefixed with `folder`, in `column` or, if None, in columns with a common
+    name."""
     changed = dict(row)
     for name in _image_columns(row, column):
         value = row[name]
