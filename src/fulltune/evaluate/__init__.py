@@ -36,7 +36,7 @@ BEFORE_TRAINING = "before-training"
 LINEAR_PROBE = "linear probe of the pretrained model"
 SPLITS: tuple[SplitName, ...] = ("train", "eval")
 SplitLosses = tuple[np.ndarray, Sequence[str | None]]
-"""Each example's summed loss and number of items, float64 [examples, 2], and its predicted label as text or None."""
+"""Each example's summed loss and number of items as float64 [examples, 2], and its predicted label as text or None."""
 
 
 def make_scoring(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path, base: Base) -> Scoring:
@@ -48,7 +48,8 @@ def make_scoring(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path,
 
 
 def score_baselines(scoring: Scoring) -> list[Scores]:
-    """Score the baselines, such as the majority class or the pretrained model, or load saved scores; return all."""
+    """Return the scores of all baselines, such as the majority class or the pretrained model. Saved scores are
+    reused."""
     scorer, folder = _scorer_of(scoring.recipe.task), scoring.data.parent
 
     def score_pretrained() -> Scored:
@@ -151,8 +152,8 @@ def score_trained_model(scoring: Scoring, outcome: Outcome) -> Scores:
 
 
 def train_and_eval_losses(scoring: Scoring) -> dict[SplitName, SplitLosses]:
-    """Compute the trained model's losses and predicted labels on train and eval rows. Losses on test rows would bias
-    later choices."""
+    """Compute the trained model's losses and predicted labels on train and eval rows, by split. Losses on test rows
+    would bias later choices."""
     measure = find_metric(scoring.recipe.task, scoring.target, "loss")
     assert measure.row_terms is not None, "a loss is a mean"
     by_split: dict[SplitName, SplitLosses] = {}
@@ -172,8 +173,8 @@ def train_and_eval_losses(scoring: Scoring) -> dict[SplitName, SplitLosses]:
 def save_differences(
     folder: Path, scores: Scores, difference: Callable[[Resampled, Resampled], Estimate | None]
 ) -> Scores:
-    """Compute the `difference` between the trained model and each scored baseline. Add the results to `scores`, save
-    and return them."""
+    """Apply `difference` to the resamples of the trained model and of each scored baseline. Add the results to
+    `scores`, save and return them."""
     differences = {}
     path = folder / "scores" / f"{scores.name}.json"
     for other_path in sorted(path.parent.glob("*.json")):
@@ -189,7 +190,7 @@ def save_differences(
 
 
 def fit_and_save_temperature(scoring: Scoring, model_folder: Path, eval_rows: Predictions) -> None:
-    """Fit a classifier's temperature on eval rows and save it in the model's folder (1 if none can be fitted)."""
+    """Fit a classifier's temperature on eval rows, and save it in the model's folder (1 if fitting is impossible)."""
     if scoring.target.form.is_calibrated:
         _save_temperature(model_folder, fit_temperature(eval_rows["logits"], eval_rows["labels"]) or 1.0)
 

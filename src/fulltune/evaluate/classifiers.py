@@ -75,8 +75,7 @@ def _score_longest_choice(scoring: Scoring) -> Scored:
 
 
 def score_frozen_classifier(scoring: Scoring, name: str, predicted: Sequence[tuple[int, np.ndarray]]) -> Scored:
-    """Score a classifier on embeddings. `predicted` holds each row's index and outputs, [1, classes] or [choices,
-    1]."""
+    """Score a classifier on embeddings. `predicted` has each row's index and outputs: [1, classes] or [choices, 1]."""
     outputs = [values for _, values in sorted(predicted, key=lambda row: row[0])]
     if scoring.target.num_choices:
         return _score_labels(scoring, name, np.array([int(values[:, 0].argmax()) for values in outputs]))
@@ -84,7 +83,7 @@ def score_frozen_classifier(scoring: Scoring, name: str, predicted: Sequence[tup
 
 
 def _confusions(scoring: Scoring, true: np.ndarray, predicted: np.ndarray) -> Confusion | None:
-    """Count the rows by true and predicted label, or return None unless each row has one label."""
+    """Count the rows by true and predicted label; return None unless each row has one label."""
     if not scoring.target.form.one_label:
         return None
     from sklearn.metrics import confusion_matrix

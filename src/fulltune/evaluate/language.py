@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """Map the score file's name to a function that scores a copy of the source; empty without a source."""
+    """Map the score file's name to a function that scores a copy of the source; return {} without a source."""
     if "source" not in scoring.target.columns or not scoring.recipe.evaluate.generate_rows:
         return {}
     return {"baseline-copy": lambda: _score_copied_source(scoring)}
@@ -49,7 +49,7 @@ def _generate_answers(
     tokenizer: Tokenizer,
     rows: Mapping[int, Row],
 ) -> list[str]:
-    """Generate an answer to each of these test rows, with smaller batches if memory runs out."""
+    """Generate an answer to each of these test rows; use smaller batches if memory runs out."""
     if "source" in scoring.target.columns:  # one example per row, truncated as in training
         test = scoring.rows("test")
         prompts = [list(map(int, test[position]["input_ids"])) for position in rows]
@@ -78,7 +78,7 @@ def _score_copied_source(scoring: Scoring) -> Scored:
 
 
 def rows_to_answer(scoring: Scoring) -> dict[int, Row]:
-    """Sample up to `evaluate.generate_rows` test rows with different prompts; map their indices to rows."""
+    """Sample up to `evaluate.generate_rows` test rows with different prompts, and return them by index."""
     wanted = scoring.recipe.evaluate.generate_rows
     if not scoring.target.form.writes_answers or not wanted:
         return {}
@@ -93,7 +93,7 @@ def rows_to_answer(scoring: Scoring) -> dict[int, Row]:
 
 
 def missing_metrics(scoring: Scoring) -> str | None:
-    """Return a message with the answer metrics whose package is missing and how to install it, or None."""
+    """Return a message that names answer metrics whose package is missing and how to install it, or None."""
     missing = [name for name in scoring.task.FACTS.other_metrics if not written.can_score(name)]
     return f"not computed: {', '.join(missing)} (to install: pip install 'fulltune[text-metrics]')" if missing else None
 

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 UserMetrics = Callable[[Any, Any], Mapping[str, float]]
 WORST = 25
 Scored = tuple[Scores, Resampled | None]
-"""A model's scores, and its main metric on bootstrap resamples (None if not computed)."""
+"""A model's scores, and bootstrap resamples of its main metric (None if not computed)."""
 MIN_UNSEEN = 20
-"""Metrics on test rows that are not in train need at least this many groups."""
+"""Minimum number of groups for metrics on test rows that are not in train."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Scoring:
         positions: Sequence[int] | None = None,
         metrics: Callable[[Predictions], Mapping[str, float]] | None = None,
     ) -> dict[str, Resampled]:
-        """Compute metrics (default: the task's) by name on test rows (or those at `positions`) and on bootstrap
+        """Compute `metrics` (default: the task's) by name on all test rows or those at `positions`, and on bootstrap
         resamples."""
         scored = slice(None) if positions is None else np.asarray(positions, np.int64)
         clusters, in_train = (np.load(self.data / "test" / name)[scored] for name in (CLUSTERS, IN_TRAIN))
@@ -97,8 +97,8 @@ class Scoring:
     def estimate_user_metrics(
         self, predictions: Any, references: Any, positions: Sequence[int] | None = None
     ) -> dict[str, Resampled]:
-        """Return the user's metrics with resamples, or {} if there is no such function. The function receives lists if
-        `predictions` is a list, otherwise arrays."""
+        """Return the user's metrics with resamples, or {} if the user passed no function. The function receives lists
+        if `predictions` is a list, else arrays."""
         if self.user_metrics is None:
             return {}
         call, plain = self.user_metrics, isinstance(predictions, list)
@@ -170,8 +170,8 @@ class Scoring:
     def selective_head(
         self, model: PreTrainedModel, pad_token_id: int, rows: Sequence[RowFeatures]
     ) -> SelectiveHead | None:
-        """Return a head that computes no logits for prompts, or None if there are no prompts or the other logits would
-        change."""
+        """Return a head that computes no logits for prompts. Return None if there are no prompts, or if the other
+        logits would change."""
         if not self.task.FACTS.writes:
             return None
         batch = model_batch(model, self.task, [rows[positions_by_length(rows)[-1]]], pad_token_id)
@@ -180,7 +180,8 @@ class Scoring:
         )[0]
 
     def load_model_and_processor(self, model_folder: Path | None) -> tuple[PreTrainedModel, Any]:
-        """Load a finished model, or the pretrained one for None, and its tokenizer or image processor."""
+        """Load a finished model (the pretrained model if `model_folder` is None) and its tokenizer or image
+        processor."""
         block, head_is_new = self.recipe.model, self.task.FACTS.head_is_new
         if model_folder is None:
             processor = self.base.processor
@@ -198,7 +199,7 @@ class Scoring:
 
 
 def log_test_access(folder: Path, listener: Listener, outcome: Outcome | None = None) -> None:
-    """Log beside the run folder that a trained model (or, if `outcome` is None, a comparison) used the test rows."""
+    """Log, next to the run folder, that a trained model (a comparison if `outcome` is None) used the test rows."""
     folder = folder.resolve()
     access = Access(
         time=datetime.now().astimezone().isoformat(timespec="seconds"),

@@ -24,8 +24,8 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """Map names of score files to functions that score the sentence nearest to the question and, if a question has no
-    answer, an empty answer."""
+    """Map names of score files to functions that score the sentence nearest to the question and, if some questions have
+    no answer, an empty answer."""
     scorers = {
         "baseline-sentence": lambda: _score_baseline(scoring, "sentence nearest to the question", nearest_sentence)
     }
@@ -89,7 +89,7 @@ def _rows_by_question(scoring: Scoring) -> dict[str, Row]:
 
 
 def _accepted_answers(scoring: Scoring, questions: Mapping[str, Row]) -> list[list[str]]:
-    """Return each question's accepted answers, an empty list if it has none."""
+    """Return each question's accepted answers; a question without an answer gets an empty list."""
     return [
         [text for text, _ in question_answering.accepted_answers(row, scoring.target)] for row in questions.values()
     ]
@@ -107,7 +107,7 @@ def nearest_sentence(question: str, context: str) -> str:
 
 
 def plain_words(text: str) -> list[str]:
-    """Return the words that SQuAD's metrics compare: in lower case, without punctuation and articles."""
+    """Return the words that SQuAD's metrics compare: lower case, without punctuation and articles."""
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
@@ -124,7 +124,7 @@ def squad_scores(predicted: Sequence[str], accepted: Sequence[Sequence[str]]) ->
 
 
 def _word_f1(answer: Sequence[str], accepted: Sequence[str]) -> float:
-    """Return the F1 of two answers' words, 0 to 1."""
+    """Return the F1 of two answers' words, from 0 to 1."""
     if not answer or not accepted:
         return float(answer == accepted)
     return 2 * sum((Counter(answer) & Counter(accepted)).values()) / (len(answer) + len(accepted))

@@ -22,7 +22,8 @@ _log = logging.getLogger(__name__)
 
 
 def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """Map names of score files to functions that score no entity at all, and each word's most frequent tag."""
+    """Map names of score files to functions that score two baselines: no entities, and each word's most frequent
+    tag."""
     return {
         "baseline-no-entity": lambda: _score_tags(scoring, "every word O", _all_outside_tags(scoring)),
         "baseline-lexicon": partial(_score_lexicon, scoring),
@@ -82,7 +83,7 @@ def _score_lexicon(scoring: Scoring) -> Scored:
 
 
 def score_frozen_classifier(scoring: Scoring, name: str, predicted: Sequence[tuple[int, np.ndarray]]) -> Scored:
-    """Score a tagger on embeddings. `predicted` holds each row's index and outputs [words with a token, labels]."""
+    """Score a tagger on embeddings. `predicted` has each row's index and outputs: [words with a token, labels]."""
     rows, tagged = scoring.rows("test"), _all_outside_tags(scoring)
     for position, outputs in predicted:
         tagged[position][token_classification.words_with_token(rows[position])] = outputs.argmax(axis=1)

@@ -22,9 +22,10 @@ MIN_SHARE = 0.1
 def propose_for_memory(
     basis: Basis, smallest: MemorySettings, placements: Sequence[PlacementOption] = ()
 ) -> tuple[Alternative, ...]:
-    """Propose at most three changes that make a process fit in memory; those that are enough alone come first.
+    """Propose at most three changes that make a process fit in memory. Those that are enough alone come first.
 
-    `smallest` are the settings with the lowest memory, which do not fit. `placements` are proposed if they fit.
+    `smallest` are the settings with the lowest memory need, which still do not fit. Fitting `placements` are also
+    proposed.
     """
     recipe, now = basis.recipe, basis.memory_need(smallest).peak
     ways, mild = [], 0
@@ -63,7 +64,7 @@ def make_alternative(
     change: str = "",
     where: Literal["device", "disk"] = "device",
 ) -> Alternative:
-    """Describe a change that frees memory or disk space; `enough` means that the run then fits. The text `change`
+    """Describe a change that frees memory or disk space. `enough` means that the run fits with it; the text `change`
     defaults to the settings."""
     first, *others = [f"{name}: {to_yaml(value)}" for name, value in settings.items()] or [""]
     words = change or (f"{first} with {listed(others)}" if others else first)
@@ -75,7 +76,8 @@ def make_alternative(
 def _usable_savings(
     recipe: Recipe, now: MemorySettings
 ) -> Iterator[tuple[MemorySaving, MemorySettings, dict[str, Any]]]:
-    """Yield (saving, memory settings, recipe settings) for each usable memory saving, the least costly first."""
+    """Yield (saving, resulting memory settings, recipe settings) for each usable memory saving, the least costly
+    first."""
     for saving in MEMORY_SAVINGS:
         if saving.is_proposed and not saving.why_unusable(recipe, now):
             changes = saving.apply(recipe, now)[-1]
@@ -83,7 +85,7 @@ def _usable_savings(
 
 
 def _combine_savings(basis: Basis, now: MemorySettings) -> list[Alternative]:
-    """Combine memory savings until the run fits; return one alternative in a list, or an empty list if it never
+    """Combine memory savings until the run fits. Return one alternative in a list, or an empty list if the run never
     fits."""
     needed = basis.memory_need(now).peak
     costs: list[str] = []
@@ -144,7 +146,7 @@ def check_disk_space(
 def propose_for_disk(
     recipe: Recipe, num_parameters: int, settings: MemorySettings, free_bytes: int, folder: str = ""
 ) -> tuple[Alternative, ...]:
-    """Propose changes that make the run fit on its disk; those that are enough alone come first."""
+    """Propose changes that make the run fit on its disk. Those that are enough alone come first."""
     needed = budget.disk_need(recipe, num_parameters, settings)
     missing = needed.total - free_bytes
     ways: list[Alternative] = []

@@ -61,7 +61,8 @@ def check_offload_fits(recipe: Recipe, shapes: Shapes, machine: Machine) -> None
 def memory_need(
     shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout: ParallelLayout | None
 ) -> MemoryNeed:
-    """Compute the memory of one process on its device. If `layout` is None, each process holds all training state."""
+    """Compute the memory of one process on its device. If `layout` is None, each process holds the whole training
+    state."""
     if layout is not None and layout.engine == "fsdp2":
         return fsdp2.fsdp2_memory_need(shapes, footprint, settings)
     if layout is not None:
@@ -76,7 +77,6 @@ def memory_need(
 def _zero_need_per_gpu_process(
     shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout: ParallelLayout
 ) -> MemoryNeed:
-    """Compute the memory of one ZeRO process with GPUs."""
     parameters, processes = shapes.num_parameters, settings.num_processes
     state = layout.bytes_on("device", zero_state_bytes(parameters, shapes.num_trainable), processes)
     buffers = 2 * 2 * min(parameters, BUCKET_VALUES) + memory.CUDA_CONTEXT_BYTES
@@ -95,7 +95,6 @@ def _zero_need_per_gpu_process(
 def _zero_need_per_cpu_process(
     shapes: Shapes, footprint: Footprint, settings: MemorySettings, layout: ParallelLayout
 ) -> MemoryNeed:
-    """Compute the memory of one ZeRO process without GPUs."""
     alone = settings.changed(precision=footprint.traced_precision(settings.precision), num_processes=1)
     single = memory.unsharded_need(shapes, footprint, alone)
     kinds = single.kinds | layout.bytes_per_process(
@@ -152,7 +151,7 @@ def offloaded_bytes(
 
 
 def peak_activation_bytes(footprint: Footprint, settings: MemorySettings) -> dict[MemoryKind, int]:
-    """Return the bytes of activations and logits when their sum peaks in a training micro batch."""
+    """Return the bytes of activations and logits at the point of a training micro batch where their sum is highest."""
     variant = footprint.variant(footprint.traced_precision(settings.precision), settings.activation_checkpointing)
     return _peak_activations_and_logits(variant.first, footprint, settings.micro_batch_size, settings)
 
@@ -196,7 +195,8 @@ def disk_need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> 
 
 
 def disk_full_message(recipe: Recipe, needed: DiskNeed, free_bytes: int, folder: str) -> str:
-    """Return the error message for a full disk; if `folder` is empty, the message names the recipe's output."""
+    """Return the error message for a disk that is too small. If `folder` is empty, the message names the recipe's
+    output."""
     parts = f"{needed.num_checkpoints} x {format_bytes(needed.checkpoint_bytes)} and {format_bytes(needed.model)}"
     return (
         f"{folder or recipe.output}: checkpoints and the model need {format_bytes(needed.total)} on disk ({parts}), "

@@ -58,7 +58,7 @@ def recipe_for_resuming(recipe: Recipe, plan: Plan) -> Recipe:
 
 
 def with_new_placement(plan: Plan, replanned: Plan) -> Plan:
-    """Replace the placement-dependent fields and settings of a started run's plan by those of `replanned`."""
+    """Return a started run's plan with the placement-dependent fields and settings of `replanned`."""
     names = {SETTING_OF.get(name, f"train.{name}") for name in _PLACING} | {"train.oversubscribe"}
     settings = {setting.name: setting for setting in plan.settings}
     settings |= {setting.name: setting for setting in replanned.settings if setting.name in names}

@@ -94,7 +94,8 @@ def _combine_automatic_savings(recipe: Recipe, start: MemorySettings, same_resul
 
 
 def _choose_eval_batch(basis: Basis, settings: MemorySettings, limit_bytes: float) -> SettingsOption:
-    """Set the eval batch size: the recipe's, or else twice the micro batch size, halved until it fits."""
+    """Return the settings with an eval batch size: the recipe's, or else twice the micro batch size, halved until it
+    fits."""
     fixed = basis.recipe.evaluate.batch_size
     size = fixed or 2 * settings.micro_batch_size
     while True:

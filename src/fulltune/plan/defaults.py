@@ -55,7 +55,7 @@ def default_num_epochs(task: str, num_rows: int) -> DefaultWithReason:
 
 
 def default_warmup(task: str, has_pretrained_head: bool) -> DefaultWithReason:
-    """Return the default share of the steps in which the learning rate rises, and the reason."""
+    """Return the default share of steps over which the learning rate rises, and the reason."""
     if FACTS[task].writes:
         return 0.03, "usual for language models"
     return 0.1, "usual for this kind of task" if has_pretrained_head else "usual with a new head"
@@ -67,7 +67,7 @@ MAX_LENGTH_EXPLAINED = 0.25
 def should_group_by_length(explained_share: float) -> tuple[bool, str]:
     """Return whether to batch rows of similar length, and the reason.
 
-    `explained_share` is the share of the variance in length that the target explains. When labels depended on the
+    `explained_share` is the share of the variance in row length that the labels explain. When labels depended on the
     length, F1 was 0.75 with grouping and 1.0 without (2026-11-24).
     """
     share = f"the target explains {explained_share:.0%} of the variance in length"

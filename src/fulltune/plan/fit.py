@@ -107,8 +107,8 @@ def _fitting_option(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[cho
 def choose_placement(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Recipe, str]:
     """Return the recipe with a placement, and the reason, which is empty if the recipe sets the placement.
 
-    Several processes use ddp if it fits, because it sends the least data, and otherwise fsdp2. ZeRO is never chosen
-    automatically, because it computes in other data types.
+    For several processes, ddp is chosen if it fits, because it sends the least data, and otherwise fsdp2. ZeRO is never
+    chosen automatically, because it computes in other data types.
     """
     recipe = workload.recipe
     if recipe.train.placement != "auto" or recipe.train.engine_settings is not None:
@@ -117,8 +117,8 @@ def choose_placement(workload: Workload, fleet: Fleet, own_loss: bool = False) -
         return with_placement(recipe, "single"), "one process"
 
     def memory_with(placement: Placement) -> tuple[int, int, int]:
-        """Return three sizes per process: the free bytes, and the lowest need without and with savings that change the
-        result."""
+        """Return the bytes per process that are free, needed without savings that change the result, and needed with
+        them."""
         own = with_placement(recipe, placement)
         basis = make_basis(replace(workload, recipe=own), fleet, own_loss=own_loss)
         exact, changed = (choose.lowest_memory_settings(basis, same_result=same).memory.peak for same in (True, False))
@@ -193,7 +193,7 @@ def _num_rows(summary: DataSummary, split: str) -> int:
 def _stage_seconds(
     plan: Plan, basis: Basis, summary: DataSummary, train_seconds: float, flops: float, startup_seconds: float | None
 ) -> Iterator[tuple[str, float]]:
-    """Yield the name and estimated seconds of each stage before and after training; `flops` is a device's FLOP/s."""
+    """Yield the name and estimated seconds of each stage before and after training. `flops` is one device's FLOP/s."""
     work, recipe, gpu = basis.work, basis.recipe, basis.fleet.gpu_model
     # Minimum time of a forward pass: calling the layers, or launching their kernels on a GPU.
     pass_seconds = time.LAUNCH_SECONDS / 3 * basis.shapes.num_layers

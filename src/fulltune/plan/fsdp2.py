@@ -11,22 +11,22 @@ from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase
 
 FILE_BYTES, MAX_FILES = 2**24, 64
-"""Minimum size and maximum number of a checkpoint's files; a file exists twice while being written."""
+"""Minimum size of a checkpoint's files, and their maximum number. A file exists twice while being written."""
 WHOLE_FILE_BYTES = 2**28
 """Maximum size of the finished model's files, which are gathered in host memory."""
 TENSORS_OF_BLOCK = 3
-"""Ratio of a block's size to its largest tensor, as in BERT."""
+"""Ratio of a block's size to the size of its largest tensor, as in BERT."""
 NUM_SEND_BUFFERS = {"cpu": 2, "cuda": 1}
-"""Number of buffers for gradients that are being sent; gloo needs a copy."""
+"""Number of buffers that hold gradients while they are sent; gloo needs a second copy."""
 
 AT_HEAD = ("backward head", "forward loss")
-"""Positions at which all blocks' activations are alive."""
+"""Positions at which all blocks' activations are in memory."""
 NORM_VALUES = 6
 """fp32 values per token and hidden unit that a block's first norm (RMSNorm) needs in the backward pass."""
 
 
 def fsdp_units(shapes: Shapes) -> Units:
-    """Return the parameter counts of the model's FSDP units, or an estimate with equal blocks if they are unknown."""
+    """Return the parameter counts of the model's FSDP units. If they are unknown, estimate them with equal blocks."""
     if shapes.units is not None:
         return shapes.units
     vocabulary = min(shapes.num_parameters, shapes.vocab_size * shapes.hidden_size)
@@ -36,11 +36,11 @@ def fsdp_units(shapes: Shapes) -> Units:
 
 @dataclass(frozen=True)
 class _Point:
-    """Bytes of one process at a point in a step, excluding its shards of the state. Tuples have one value per unit or
-    buffer."""
+    """Bytes of one process at a point in a step, excluding its shards of the training state. Tuples have one value per
+    unit or buffer."""
 
     live: dict[MemoryKind, int]
-    """Bytes per `MemoryKind` traced in a single process, without gradients."""
+    """Bytes per `MemoryKind` traced in a single process; gradients are 0."""
     reduced_share: float
     """Share of the gradients already reduced to shards."""
     gathered_weights: tuple[int, ...] = ()
@@ -172,7 +172,8 @@ def _possible_peak_points(shapes: Shapes, footprint: Footprint, settings: Memory
 
 
 def _forward_tensor_bytes(units: Units, position: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Return the bytes of gathered weights, whole gradients and communication buffers at a forward position."""
+    """Return three tuples: the bytes of gathered weights, whole gradients and communication buffers at a forward
+    position."""
     root, last, block, apart = (units.root,), units.persistent, units.block, units.apart
     if "before" in position:
         return (*root, apart), (), (*root, apart)
@@ -186,8 +187,8 @@ def _forward_tensor_bytes(units: Units, position: str) -> tuple[tuple[int, ...],
 def _block_estimators(
     traced: Sequence[tuple[str, dict[MemoryKind, int]]], units: Units, num_layers: int, head: int, recomputed: bool
 ) -> tuple[Callable[[dict[MemoryKind, int]], int], Callable[[str], dict[MemoryKind, int]]]:
-    """Return two functions: one estimates the current block's gradient bytes at a traced point, the other the bytes
-    freed when a block ends at a position."""
+    """Return two functions. One estimates the current block's gradient bytes from a traced point's bytes, the other the
+    bytes freed when a block ends at a position."""
     waiting = max((one["activations"] for place, one in traced if place in AT_HEAD), default=0)
     most = max((one["activations"] for place, one in traced if place.startswith("backward ")), default=0)
     of_blocks = units.freed - units.apart
@@ -199,7 +200,7 @@ def _block_estimators(
     passes = max(0, most - waiting) if waiting else 0  # recomputed and temporary activations
 
     def current_block_gradients(bytes_at_point: dict[MemoryKind, int]) -> int:
-        """Return the current block's part of the gradient bytes; if blocks differ in size, assume a whole block."""
+        """Return the current block's part of the gradient bytes. If blocks differ in size, return a whole block's."""
         are_equal = units.block and of_blocks % units.block == 0
         return (bytes_at_point["gradients"] - head) % units.block if are_equal else units.block
 
@@ -217,7 +218,7 @@ def _points_of_block(
     num_send_buffers: int,
     neighbour_buffers: tuple[int, int],
 ) -> Iterator[_Point]:
-    """Yield three points of a block: its backward pass, the end of this pass, and the sending of its gradients."""
+    """Yield three points of a block's backward pass: during the pass, at its end, and while its gradients are sent."""
     (passing, ended), root, block = alive_during_and_after, (units.root,), units.block
     all_gradients = (root_and_block_gradients[0], block)
     yield _Point(passing, reduced_share, (*root, block), root_and_block_gradients, neighbour_buffers)
@@ -226,7 +227,8 @@ def _points_of_block(
 
 
 def _bytes_with_shards(point: _Point, weights: int, optimizer: int, gradients: int) -> dict[MemoryKind, int]:
-    """Add this process's shards of weights, optimizer state and gradients to a point's bytes."""
+    """Return a point's bytes per `MemoryKind`, including this process's shards of weights, optimizer state and
+    gradients."""
     return {
         "weights": weights,
         "gradients": round(point.reduced_share * gradients) + sum(point.whole_gradients),
@@ -240,7 +242,8 @@ def _bytes_with_shards(point: _Point, weights: int, optimizer: int, gradients: i
 def _split_for_heap(
     point: _Point, gradient_shard: int, units: Units, footprint: Footprint, shapes: Shapes, settings: MemorySettings
 ) -> tuple[float, int, int]:
-    """Split a point's bytes for `memory.peak_heap_bytes`: small blocks with gaps, large logits, other large blocks."""
+    """Split a point's bytes for `memory.peak_heap_bytes` into small blocks with gaps, large logits, and other large
+    blocks."""
     logits, most = point.live["logits"], BYTES[settings.weights_dtype] * footprint.largest_tensor
     logits_are_large = (
         4 * memory.num_logit_tokens(footprint, settings) * shapes.vocab_size >= memory.SMALL_OF_PARTS_BYTES

@@ -15,7 +15,6 @@ from fulltune.text import listed, near_names, parse_bytes
 
 GB, GIB = 10**9, 2**30
 CPU_FLOPS_PER_CORE = 50 * GB
-"""Assumed fp32 FLOP/s of a core with AVX2."""
 DEVICE_RESERVE = 2**29
 """Memory that the driver takes: torch sees 79.2 of an A100's 80 GiB."""
 USUAL_NETWORK = 12.5
@@ -69,7 +68,6 @@ class NamedHardware:
     """Hardware as a user writes it in `--for`; omitted details are None."""
 
     gpu: GpuModel | None
-    """The GPU model, or None for a CPU."""
     count: int = 1
     machines: int = 1
     host_bytes: int | None = None
@@ -97,7 +95,7 @@ class Fleet(Record):
     num_machines: int = 1
     network_gb_per_second: float = USUAL_NETWORK
     gpu_model: GpuModel | None = None
-    """The GPU model, or None if unknown, in which case no speed is estimated."""
+    """The GPU model. If it is None, no speed is estimated."""
     disk_bytes: int | None = None
     """Free space on the run folder's disk, or None if unknown."""
     disk_at: str = ""
@@ -204,7 +202,7 @@ def parse_hardware(text: str) -> Fleet:
 
 
 def complete_hardware(named: NamedHardware) -> Fleet:
-    """Return the hardware described by `--for`, with typical values for omitted details."""
+    """Return the hardware that `--for` describes, with typical values for omitted details."""
     gpu, count, host, cores = named.gpu, named.count, named.host_bytes, named.cores or 8 * named.count
     each_has, assumed = " in each machine" if named.machines > 1 else "", list[str]()
     if host is None:
@@ -245,7 +243,7 @@ def complete_hardware(named: NamedHardware) -> Fleet:
 
 
 def local_hardware(machine: Machine, disk_free_bytes: int, num_machines: int = 1, disk_at: str = "") -> Fleet:
-    """Return the hardware of `num_machines` machines like this one; `disk_at` is the folder whose disk was measured."""
+    """Return the hardware of `num_machines` machines like this one. `disk_at` is the folder on the measured disk."""
     model = gpu_model_of(machine.gpus[0].name, machine.gpus[0].memory_bytes) if machine.gpus else None
     gpus = "".join(f"{count}x {name}, " for name, count in Counter(gpu.name for gpu in machine.gpus).items())
     named = f"{num_machines} machines like this one, each" if num_machines > 1 else "this machine:"

@@ -13,7 +13,7 @@ from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase
 FIRST_CALLS_BYTES = 50 * 2**20
 """Code and tables that the first step loads."""
 GAP_SHARE = 0.24
-"""Gaps between small blocks that the C library cannot reuse, relative to the blocks."""
+"""Size of gaps that the C library cannot reuse, relative to the small blocks around them."""
 STATE_SHARE = 0.08
 """Gaps around weights and optimizer state, relative to their size."""
 SMALL_BYTES = 32 * 2**20
@@ -27,7 +27,8 @@ CHUNK_TOKENS = {"cpu": 256, "cuda": 1024}
 
 
 def unsharded_need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> MemoryNeed:
-    """Compute the memory of one process that holds the whole training state. The precision must have been traced."""
+    """Compute the memory of one process that holds the whole training state. `footprint` must have a trace in the
+    settings' precision."""
     state, on_cpu = state_bytes(shapes.num_parameters, settings), settings.device == "cpu"
     points = _possible_peaks(shapes, footprint, settings, state)
     kinds = max(points, key=lambda alive: sum(alive.values())).copy()
@@ -77,7 +78,7 @@ def num_logit_tokens(footprint: Footprint, settings: MemorySettings) -> int:
 def _overhead_bytes(
     points: Sequence[Mapping[MemoryKind, int]], shapes: Shapes, footprint: Footprint, settings: MemorySettings
 ) -> tuple[int, int]:
-    """Return the peak bytes beyond live tensors, and the bytes of freed blocks that stay on the heap."""
+    """Return the peak bytes used in addition to live tensors, and the bytes of freed blocks that stay on the heap."""
     if settings.device == "cuda":
         return CUDA_CONTEXT_BYTES, 0
     logits_are_large = 4 * num_logit_tokens(footprint, settings) * shapes.vocab_size >= SMALL_BYTES
@@ -131,11 +132,11 @@ def _possible_peaks(
 def with_chunked_loss(
     live: dict[MemoryKind, int], shapes: Shapes, settings: MemorySettings, tokens: int, earlier_gradients: int | None
 ) -> dict[MemoryKind, int]:
-    """Return the `live` bytes with one chunk's logits and the head's whole gradient, or unchanged without a chunked
-    loss.
+    """If the loss is chunked, return a copy of `live` with one chunk's logits and the head's whole gradient; else
+    return `live`.
 
-    `tokens` is the number of tokens with logits; `earlier_gradients` are the bytes from earlier micro batches, or None
-    without a backward pass.
+    `tokens` is the number of tokens with logits. `earlier_gradients` are the bytes of earlier micro batches' gradients,
+    which stay in memory, or None without a backward pass.
     """
     if not settings.chunked_loss:
         return live
@@ -179,7 +180,7 @@ _MOMENTS = {
     "adafactor": 0.02,
     "sgd": 0.0,
 }
-"""Bytes of optimizer state per parameter for weights of any type."""
+"""Bytes of optimizer state per parameter, whatever the weights' type."""
 _AS_WEIGHTS = {
     "adamw_torch": 2,
     "adamw_torch_fused": 2,
@@ -204,7 +205,7 @@ def trained_dtype(settings: MemorySettings) -> str:
 
 
 def state_bytes(num_parameters: int, settings: MemorySettings) -> dict[MemoryKind, int]:
-    """Return the bytes of all weights, and of the trained weights' gradients and optimizer state."""
+    """Return the bytes of all weights, and of the trained weights' gradients and optimizer state, by `MemoryKind`."""
     total = num_parameters if settings.num_all_parameters is None else settings.num_all_parameters
     trained = num_trainable(num_parameters, settings)
     state = trained_bytes(trained, trained_dtype(settings), settings.optim, settings.bf16_rounding)
@@ -214,7 +215,7 @@ def state_bytes(num_parameters: int, settings: MemorySettings) -> dict[MemoryKin
 def trained_bytes(
     num_parameters: int, weights_dtype: str, optim: str = "adamw_torch_fused", bf16_rounding: str | None = None
 ) -> dict[MemoryKind, int]:
-    """Return the bytes of trained weights, of gradients in the same type, and of optimizer state."""
+    """Return the bytes of trained weights, of gradients in the same type, and of optimizer state, by `MemoryKind`."""
     size = BYTES[weights_dtype]
     per_value = _MOMENTS.get(optim)
     if per_value is None:

@@ -59,7 +59,7 @@ def _placements_to_compare(basis: Basis) -> Iterator[dict[str, Any]]:
 
 
 def _best_option(basis: Basis, settings: dict[str, Any]) -> PlacementOption:
-    """Return a placement's table row: the fastest settings that fit, or else those with the lowest memory."""
+    """Return a placement's table row with the fastest settings that fit, or else those with the lowest memory."""
     recipe, narrow = with_settings(basis.recipe, settings), settings["model.weights_dtype"] == "bf16"
     start = basis.start.changed(
         weights_dtype=settings["model.weights_dtype"],
@@ -110,7 +110,7 @@ def placement_name(layout: ParallelLayout | None, settings: MemorySettings) -> s
 
 
 def _changed_settings(basis: Basis, settings: dict[str, Any], layout: ParallelLayout | None) -> dict[str, Any]:
-    """Return those of a placement's settings that differ from the recipe's."""
+    """Return only the placement's settings that differ from the recipe's."""
     recipe = basis.recipe
     current = _DEFAULTS | {"train.optim": plain_optim(settings["model.weights_dtype"], recipe.train.bf16_rounding)}
     current |= {name: value for name in settings if (value := recipe_value(recipe, name)) is not None}

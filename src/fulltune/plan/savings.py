@@ -38,28 +38,27 @@ class MemorySaving:
     costs: str
     changes: Changes = field(default_factory=dict)
     options: Callable[[Recipe, MemorySettings], list[Changes]] | None = None
-    """Returns the possible changes, the smallest first; used instead of `changes`."""
+    """Returns the possible changes, the smallest first; replaces `changes`."""
     unless: Callable[[Recipe, MemorySettings], str | None] = lambda recipe, now: None
-    """Returns why this setting is ruled out, or None if it is not."""
+    """Returns why this setting is ruled out, or None."""
     done: str = ""
-    """Template of the message after the change; it may use the new values and the previous plan (`now`)."""
+    """Template of the message after the change; its placeholders are the new values and the previous plan (`now`)."""
     same_result: bool = True
     is_automatic: bool = False
     is_proposed: bool = False
-    """True if this setting is proposed when nothing fits."""
     fallback: tuple[Phase, ...] = ()
     """Phases in which a run changes this setting after running out of memory."""
     measured: str = ""
     also: str = ""
     """A second setting that changes as well."""
     respects_recipe: bool = True
-    """False if the recipe's value may be replaced, because the result stays the same."""
+    """False if the plan may replace the recipe's value because the result stays the same."""
 
     def apply(self, recipe: Recipe, now: MemorySettings) -> list[Changes]:
         return [dict(self.changes)] if self.options is None else self.options(recipe, now)
 
     def recipe_settings(self, recipe: Recipe, changes: Changes) -> dict[str, Any]:
-        """Return the recipe settings, by name, that make these changes."""
+        """Return the recipe settings (name to value) that these changes require."""
         named = {SETTING_OF[name]: value for name, value in changes.items() if "." in SETTING_OF[name]}
         return {
             name: value
@@ -105,7 +104,7 @@ def why_loss_not_chunked(recipe: Recipe, plain_logits: bool, own_loss: bool = Fa
 
 
 def _smaller_batches(recipe: Recipe, now: MemorySettings) -> list[Changes]:
-    """Return changes to each smaller micro batch that ZeRO's settings allow, the largest first."""
+    """Return one change for each smaller micro batch that ZeRO's settings allow, the largest first."""
     size, smaller = now.micro_batch_size, []
     while size > 1:
         size //= next(number for number in range(2, size + 1) if size % number == 0)

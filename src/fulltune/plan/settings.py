@@ -43,13 +43,14 @@ def to_yaml(value: Any) -> str:
 
 
 class Reasons:
-    """Collects the settings of a plan with their values and reasons."""
+    """Collects a plan's settings with their values and reasons."""
 
     def __init__(self) -> None:
         self.settings: list[Setting] = []
 
     def add(self, name: str, from_recipe: Any, default: Any = None, reason: str = "", caveat: str = "") -> Any:
-        """Record and return the recipe's value, or `default` if it has none; `caveat` is appended to the reason."""
+        """Record and return the recipe's value, or `default` if the recipe has none. `caveat` is appended to the
+        reason."""
         value, why = (from_recipe, FROM_RECIPE) if from_recipe is not None else (default, reason)
         self.settings.append(Setting(name=name, value=value, reason=why + caveat, is_automatic=from_recipe is None))
         return value

@@ -20,7 +20,7 @@ from fulltune.system import parallel_layout
 from fulltune.system.parallel_layout import ParallelLayout
 
 MUCH_FASTER = 1.25
-"""Minimum speed-up at which ZeRO, which must be installed, replaces a placement that fits."""
+"""Minimum speed-up at which ZeRO, a separate installation, replaces a placement that fits."""
 FEW_ROWS, MANY_ROWS = 10_000, 100_000
 SMALL_ENCODER, LARGE = 500_000_000, 10**10
 MORE, HOSTS = (2, 4, 8), (64, 128, 192, 256, 384, 512, 768, 1024, 2048)
@@ -37,9 +37,9 @@ def survey_placements(
     existing_plan: Plan | None = None,
     with_method: WithMethod = lambda kind: None,
 ) -> tuple[Survey, Plan | None]:
-    """Compare the placements possible on this hardware; also return a plan, or None if nothing fits.
+    """Compare the placements possible on this hardware. Also return a plan, or None if nothing fits.
 
-    `existing_plan` is used instead of a new one. `with_method` returns the workload with another method, to advise on
+    `existing_plan` is used instead of a new one. `with_method` returns the workload with another method, for advice on
     methods.
     """
     basis, kind = make_basis(workload, fleet), workload.recipe.method.kind
@@ -113,7 +113,8 @@ def _survey_without_plan(
 def _plan_or_error(
     workload: Workload, fleet: Fleet, table: Sequence[PlacementOption]
 ) -> PlannedSettings | DoesNotFitError:
-    """Return the recipe's plan, or with `--for` the plan of a better placement; return the error if nothing fits."""
+    """Return the recipe's plan or, with `--for`, a better placement's plan. If nothing fits, return (not raise) the
+    error."""
     try:
         own = _plan_for_recipe(workload, workload.recipe, fleet)
     except DoesNotFitError as error:
@@ -193,7 +194,7 @@ def _plan_or_none(workload: Workload | None, fleet: Fleet, any_placement: bool =
 def _propose_alternatives(
     workload: Workload, basis: Basis, table: Sequence[PlacementOption], problem: str, lora: PlannedSettings | None
 ) -> tuple[str, tuple[Alternative, ...]]:
-    """Return the problem and alternatives: for the disk if only the disk is too small, else for memory. The plan `lora`
+    """Return the problem and alternatives, for the disk if only the disk is too small, else for memory. The plan `lora`
     is added."""
     fleet = basis.fleet
     outcome = _plan_or_error(workload, fleet.model_copy(update={"disk_bytes": None}), table)
@@ -228,7 +229,7 @@ def _propose_alternatives(
 
 
 def _propose_larger_hardware(workload: Workload, fleet: Fleet, peak_now: int) -> Iterator[Alternative]:
-    """Yield the smallest hardware that makes the run fit: one with more devices or machines, one with more host
+    """Yield the smallest hardware on which the run fits: one with more devices or machines, and one with more host
     memory."""
     named = fleet.named
     if named.gpu is None or fleet.here:
@@ -265,7 +266,7 @@ def _plan_on_hardware(workload: Workload, fleet: Fleet) -> PlannedSettings | Non
 
 
 def _check_alternative(workload: Workload, fleet: Fleet, way: Alternative) -> Alternative:
-    """Return the alternative, marked as not `enough` if its settings cannot be planned."""
+    """Return the alternative, marked as not `enough` if no plan fits with its settings."""
     if not way.enough or not way.settings or "data.max_length" in way.settings:
         return way
     if _plan_or_none(replace(workload, recipe=with_settings(workload.recipe, way.settings)), fleet) is not None:

@@ -69,8 +69,8 @@ def backward_cost(method: str, shapes: Shapes) -> float:
 def work_per_row(
     summary: DataSummary, footprint: Footprint, grouped_by_length: bool, prompt_tokens: int = 0, backward: float = 2.0
 ) -> Work:
-    """Estimate the work of an average row, to which prompt tuning adds `prompt_tokens`; a backward pass costs
-    `backward` forward passes."""
+    """Estimate the work of an average row. Prompt tuning adds `prompt_tokens`; a backward pass costs `backward` forward
+    passes."""
     if FACTS[summary.task].reads == "image":  # the footprint counts an image, not its patches
         return Work(footprint, 1.0, backward)
     longest, mean = summary.max_length, summary.tokens_per_epoch / max(1, summary.rows_per_epoch)
@@ -83,7 +83,7 @@ def work_per_row(
 
 
 def device_flops(fleet: Fleet, precision: str, hidden_size: int) -> float | None:
-    """Return the FLOP/s that a device reaches in training, or None if unknown."""
+    """Return the FLOP/s that one device reaches in training, or None if its speed is unknown."""
     if fleet.machine.gpus:
         if fleet.gpu_model is None:
             return None
@@ -99,8 +99,8 @@ def device_flops(fleet: Fleet, precision: str, hidden_size: int) -> float | None
 def step_seconds(
     fleet: Fleet, shapes: Shapes, work: Work, rows: int, settings: MemorySettings, layout: ParallelLayout | None
 ) -> dict[str, float]:
-    """Estimate the seconds of a step's parts (`computing`, `host link`, `other devices`, `network between machines`,
-    `optimizer`) for `rows` rows on all devices together; return {} if the speed is unknown."""
+    """Estimate the seconds of each part of a step (`computing`, `host link`, `other devices`, `network between
+    machines`, `optimizer`) with `rows` rows on all devices together. Return {} if the speed is unknown."""
     rate = device_flops(fleet, settings.precision, shapes.hidden_size)
     if rate is None:
         return {}
@@ -144,12 +144,12 @@ def _estimate_optimizer_seconds(
 
 
 def step_duration(seconds: Mapping[str, float]) -> float:
-    """Return the seconds of a step: the longest of the parts that overlap, plus the optimizer."""
+    """Return the seconds of a step: the longest of the overlapping parts, plus the optimizer."""
     return max(seconds[name] for name in seconds if name != "optimizer") + seconds["optimizer"]
 
 
 def communication_bytes(shapes: Shapes, settings: MemorySettings, layout: ParallelLayout | None) -> tuple[int, int]:
-    """Return the bytes that a process sends per micro batch, and those it also sends per step (docs/guides/scale.md,
+    """Return the bytes that a process sends per micro batch, and the additional bytes per step (docs/guides/scale.md,
     "Traffic")."""
     processes, trained = settings.num_processes, memory.num_trainable(shapes.num_parameters, settings)
     narrow = 4 if settings.precision == "fp32" else 2
@@ -172,7 +172,7 @@ def dry_run_extra_seconds(training: float) -> float:
 
 
 def probe_passes(summary: DataSummary) -> int:
-    """Return how many times, at most, a probe runs each row through the pretrained model."""
+    """Return the maximum number of times that a probe runs each row through the model."""
     return 2 if "text_pair" in summary.columns else 1
 
 
@@ -196,8 +196,7 @@ def linear_probe_cost(summary: DataSummary, hidden_size: int) -> tuple[int, int,
 
 
 def count_interval_steps(total_steps: int, *intervals: int, after: int = -1) -> int:
-    """Count the steps later than `after` at which a run evaluates or saves: multiples of the intervals, and the last
-    step."""
+    """Count the steps later than `after` that are multiples of an interval or the last step."""
     at = {step for every in intervals if every for step in range(every, total_steps + 1, every)}
     return sum(step > after for step in at | {total_steps})
 

@@ -19,13 +19,13 @@ MIN_TEXTS, MAX_TEXTS = 8, 64
 STEERED = 20
 """Number of times that a run adjusts the replay weight."""
 REPLAYED, MIN_REPLAYED = 0.125, 4
-"""Replayed share of a step's tokens, and the number of texts below which the gradient is noisy."""
+"""Replayed share of a step's tokens, and the minimum number of texts (with fewer, the gradient is noisy)."""
 
 
 def plan_generic_texts(
     recipe: Recipe, summary: DataSummary, global_batch_size: int, steps: Steps, reasons: Reasons
 ) -> GenericTexts:
-    """Plan how many generic texts a run reads and replays, and add the reasons to `reasons`."""
+    """Plan how many generic texts a run reads and replays; add the reasons to `reasons`."""
     watched = _texts_per_evaluation(recipe, summary, global_batch_size, steps, reasons)
     block, total_steps = recipe.preserve, steps.total
     if block.limit is None:
@@ -60,7 +60,8 @@ def plan_generic_texts(
 def _texts_per_evaluation(
     recipe: Recipe, summary: DataSummary, global_batch_size: int, steps: Steps, reasons: Reasons
 ) -> int:
-    """Return how many generic texts each evaluation can read within `SHARE` of the training time; 0 if drift is off."""
+    """Return how many generic texts each evaluation reads, to take about 1 % (with a budget, 5 %) of the training time;
+    0 if drift is off."""
     name, against = (
         "preserve.drift",
         "drift is measured on text, but this task reads images" if FACTS[recipe.task].reads != "text" else "",

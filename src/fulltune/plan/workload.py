@@ -27,7 +27,7 @@ class Workload:
     recipe: Recipe
     shapes: Shapes
     footprint: Callable[[str], Footprint]
-    """Returns the model's footprint for a weight type; tracing takes seconds."""
+    """Returns the model's footprint for a weight type. Tracing takes seconds."""
     summary: DataSummary
     spread: tuple[str, ...] = ()
     """Settings that `set_one_process_per_device` added."""
@@ -45,12 +45,11 @@ class Basis:
     global_batch_size: int
     steps: resolve.Steps
     head_init: Literal["probe", "random"] | None
-    """How a new head is initialised, or None if the head is not new."""
     group_by_length: bool
     start: MemorySettings
     """Settings that save no memory: a micro batch of one row, no checkpointing."""
     layout: ParallelLayout | None
-    """How the training state is sharded, or None if each process holds all of it."""
+    """How the training state is sharded, or None if unsharded."""
     available_bytes: int
     where: str
     work: time.Work
@@ -60,7 +59,7 @@ class Basis:
         return max(1, self.global_batch_size // self.start.num_processes)
 
     def memory_need(self, settings: MemorySettings) -> MemoryNeed:
-        """Compute the memory of one process, whose micro batch is limited to the number of train rows."""
+        """Compute the memory of one process. Its micro batch never exceeds the number of train rows."""
         full = settings.changed(micro_batch_size=min(settings.micro_batch_size, max(1, self.train_rows)))
         return budget.memory_need(self.shapes, self.footprint, full, self.layout)
 
@@ -74,7 +73,8 @@ class Basis:
 
 
 def make_basis(workload: Workload, fleet: Fleet, reasons: Reasons | None = None, own_loss: bool = False) -> Basis:
-    """Choose all settings that do not depend on memory, and add them to `reasons`; `own_loss` means `compute_loss`."""
+    """Choose all settings that do not depend on memory, and add them to `reasons`; `own_loss` is set for a user's
+    `compute_loss`."""
     recipe, shapes, summary = workload.recipe, workload.shapes, workload.summary
     train, reasons = recipe.train, reasons or Reasons()
     if train.activation_checkpointing and not shapes.can_recompute:
@@ -143,7 +143,7 @@ def make_basis(workload: Workload, fleet: Fleet, reasons: Reasons | None = None,
 
 
 def is_loss_chunked(recipe: Recipe, plain_logits: bool) -> bool:
-    """Return the recipe's `train.chunked_loss`, or if unset, whether a chunked loss is possible."""
+    """Return the recipe's `train.chunked_loss` or, if unset, whether the loss can be chunked."""
     wanted = recipe.train.chunked_loss
     return why_loss_not_chunked(recipe, plain_logits) is None if wanted is None else wanted
 

@@ -23,7 +23,7 @@ else:  # torch and transformers are not imported only for types
 LENGTH = "length"
 """A row's cost in tokens, by default the number of `input_ids`. The model does not read this feature."""
 PLACE = "fulltune:place"
-"""Key of a row's file and line, unique within a split."""
+"""Key of a row's location (file and line), unique within a split."""
 Row = Mapping[str, Any]
 """A row of the user's file: column name to value."""
 RowFeatures = Mapping[str, Any]
@@ -49,13 +49,13 @@ class Target:
     """Role to column name, for example `{"text": "sentence", "label": "intent"}`."""
     labels: tuple[str, ...] = ()
     joint: str = ""
-    """Text between prompt and completion, or the prefix of each seq2seq source."""
+    """Text between prompt and completion, or a prefix of each seq2seq source."""
     num_choices: int = 0
     stride: int | None = None
     """Overlap of a long context's windows in tokens; None means a third of a window."""
     scale: tuple[float, float] | None = None
-    """Mean and standard deviation of the train rows' numeric labels, or None if unknown. Losses are computed on labels
-    divided by this standard deviation."""
+    """Mean and standard deviation of the train rows' numeric labels, or None if unknown. Losses use labels divided by
+    the standard deviation."""
     logit_scale: tuple[float, float] = (0.0, 1.0)
     """`(shift, factor)`: `factor * logit + shift` is in the label's units. Only a head trained on standardised labels
     changes the default."""
@@ -118,8 +118,8 @@ class Task(Protocol):
     # ---- rows -----------------------------------------------------------------------------------------------------
 
     def find_columns(self, columns: Sequence[str], sample: Sequence[Row], data: DataBlock, file: str) -> dict[str, str]:
-        """Map each role, such as `text`, to a column named in the recipe, with a usual name, or with typical content in
-        `sample`.
+        """Map each role, such as `text`, to a column: the one that the recipe sets, or else one with a usual name or
+        with typical content in `sample`.
 
         Raises `DataError` about `file` if a role has no column.
         """
@@ -131,7 +131,7 @@ class Task(Protocol):
         """Return the reason to drop a row, or None."""
 
     def group_key(self, row: Row, target: Target) -> str:
-        """Return a key that is equal for duplicates and for questions about one passage; such rows stay in one
+        """Return a key that duplicates share, as do questions about one passage. Rows with the same key stay in one
         split."""
 
     def row_labels(self, row: Row, target: Target) -> list[str]:
@@ -144,7 +144,7 @@ class Task(Protocol):
         """Decode an example's tokens to text, as the model reads it."""
 
     def full_row(self, target: Target, length: int) -> RowFeatures:
-        """Make dummy features of `length` tokens, which a plan uses to trace the model."""
+        """Make dummy features of `length` tokens for tracing the model in a plan."""
 
     # ---- model ----------------------------------------------------------------------------------------------------
 
@@ -152,8 +152,8 @@ class Task(Protocol):
         """Return values to set on the model's config, such as `id2label`."""
 
     def collate(self, features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Tensor]:
-        """Pad a batch on the right to int64 `input_ids[batch, tokens]`, `attention_mask[batch, tokens]` and `labels`,
-        without features that the model does not read."""
+        """Pad a batch on the right: int64 `input_ids[batch, tokens]`, `attention_mask[batch, tokens]` and `labels`.
+        Omit features that the model does not read."""
 
     def loss(
         self,
@@ -177,14 +177,14 @@ class Task(Protocol):
     # ---- evaluation -----------------------------------------------------------------------------------------------
 
     def reduce_logits(self, logits: Tensor, labels: Tensor, target: Target) -> Mapping[str, Tensor | np.ndarray]:
-        """Reduce a batch's logits to the numbers per row that `metrics` needs: arrays [batch, ...] by name."""
+        """Reduce a batch's logits to the values per row that `metrics` needs: arrays [batch, ...] by name."""
 
     def metrics(self, predictions: Predictions, target: Target) -> dict[str, float]:
         """Compute the task's metrics from all rows' output of `reduce_logits`."""
 
     def metrics_from_sums(self, target: Target, metric: str) -> Mapping[str, tuple[RowTerms, FromSums]]:
-        """Map each metric to two functions, used for resampling: one computes its row terms, the other its value from
-        their sums."""
+        """Map each metric to two functions for resampling: one computes its row terms, the other its value from the
+        summed terms."""
 
     # ---- prediction -----------------------------------------------------------------------------------------------
 
@@ -207,7 +207,7 @@ class Task(Protocol):
         """Return one answer per row in the format that `fulltune predict` writes; `temperature` divides the logits."""
 
     def display_text(self, row: Row, target: Target) -> str:
-        """Return a row as one line for lists of mistakes."""
+        """Return a row's text in one line, for lists of mistakes."""
 
     def chance_loss(self, summary: DataSummary, class_weights: Sequence[float] | None) -> float:
         """Return the loss of a model that ignores its input."""
@@ -226,7 +226,7 @@ class Task(Protocol):
     def generation_ids(
         self, row: Row, target: Target, tokenizer: Tokenizer, max_length: int | None = None
     ) -> list[int]:
-        """Return the tokens from which generation starts. A seq2seq source is cut at `max_length`."""
+        """Return the tokens from which generation starts. A seq2seq source is truncated to `max_length`."""
 
     def score_answers(self, answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
         """Score generated answers against the expected ones: arrays [answers] by metric."""

@@ -42,7 +42,7 @@ from fulltune.tasks.padding import IGNORED, PART_CHARACTERS, pad_features, pad_r
 
 FACTS = recipe_tasks.FACTS["causal-lm"]
 BLOCK_LENGTH = 1024
-"""Upper bound of the default `max_length` for raw text, which is packed."""
+"""Upper bound of the default `max_length` for packed raw text."""
 row_labels, config_changes = labels_of_row, classes.config_changes
 metrics, score_answers = written.metrics, written.score_answers
 metrics_from_sums, full_row = written.metrics_from_sums, written.full_row
@@ -107,8 +107,8 @@ def raise_if_preference_data(columns: Sequence[str], sample: Sequence[Row], file
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, file: str) -> Target:
-    """Return the target for chat, raw text or pairs. Prompt and completion are joined by a line break unless white
-    space separates them."""
+    """Return the target for chat, raw text or pairs. A line break joins prompt and completion unless white space
+    already separates them."""
     glued = False
     for number, row in enumerate(rows):
         if "prompt" in columns and not glued and number < 200:
@@ -166,7 +166,7 @@ def prompt_text(row: Row, target: Target) -> str:
 
 
 def answer_text(row: Row, target: Target) -> str:
-    """Return the completion or, for chat, the content or tool calls of the last trained message as text."""
+    """Return the completion or, for chat, the last trained message's content or tool calls as text."""
     if "completion" in target.columns:
         return as_text(row.get(target.columns["completion"])).strip()
     messages = chat.clean_messages(row[target.columns["messages"]])
@@ -185,7 +185,7 @@ def _messages_before_answer(row: Row, target: Target) -> list[dict[str, Any]]:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-    """Return each row's tokenised examples. In conversations and pairs, only the answers are trained."""
+    """Return a list of tokenised examples for each row. In conversations and pairs, only the answers are trained."""
     if "messages" in target.columns and not tokenizer.chat_template:
         raise SetupError(
             "the tokenizer has no chat template; use an instruct model, or set data.chat_template to a Jinja file"
@@ -243,7 +243,7 @@ def prompt_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def with_prompt_template(tokenizer: Tokenizer, target: Target) -> Tokenizer:
-    """Return the tokenizer to save with the model; after training on pairs, its chat template formats prompts as in
+    """Return the tokenizer to save with the model. After training on pairs, its chat template formats prompts as in
     training."""
     if "completion" not in target.columns:  # a chat model trained on raw text stays one
         return tokenizer

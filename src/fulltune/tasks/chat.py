@@ -43,7 +43,7 @@ def clean_messages(messages: Any) -> list[dict[str, Any]]:
 
 
 def _normalised_content_and_calls(message: ChatMessage) -> dict[str, Any]:
-    """Return converted fields of a message: `content` as text, `tool_calls` as a list. Raises `DataError` if
+    """Return a message's converted fields: `content` as text, `tool_calls` as a list. Raises `DataError` if
     impossible."""
     changed: dict[str, Any] = {}
     content = message.get("content", "")
@@ -67,7 +67,7 @@ def _normalised_content_and_calls(message: ChatMessage) -> dict[str, Any]:
 
 
 def is_trained(message: ChatMessage) -> bool:
-    """Return whether a message is trained: from the assistant, without OpenAI's `weight: 0`."""
+    """Return True for the assistant's messages, except those with OpenAI's `weight: 0`."""
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
@@ -101,7 +101,7 @@ def tokenise_conversation(
 
 
 def _turn_span(tokenizer: Tokenizer, messages: Sequence[ChatMessage], turn: int, tools: Tools) -> tuple[int, str]:
-    """Return the character at which message `turn` starts in the rendered text, and the text up to its end."""
+    """Return the character at which `messages[turn]` starts in the rendered text, and the text up to its end."""
     after = render(tokenizer, messages[: turn + 1], tools)
     if turn == 0:
         start = _first_turn_start(tokenizer, after)
@@ -127,8 +127,8 @@ def render(tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools, 
 
 
 def _apply_chat_template(tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools, **options: Any) -> Any:
-    """Return the output of `apply_chat_template`. Raises `SetupError` for a broken template, and `DataError` for
-    refused messages."""
+    """Return the output of `apply_chat_template`. Raises `SetupError` if the template is broken, and `DataError` if it
+    refuses the messages."""
     import jinja2
 
     try:
@@ -144,8 +144,8 @@ def _apply_chat_template(tokenizer: Tokenizer, messages: Sequence[ChatMessage], 
 
 
 def _tokenise_with_mask(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]]) -> MaskedIds:
-    """Tokenise a rendered conversation. Tokens that start inside the character `spans`, except trailing white space,
-    are trained."""
+    """Tokenise a rendered conversation. Tokens that start inside the character `spans` are trained, except trailing
+    white space."""
     # White space after a turn's end token belongs to the next turn: the model never has to produce it.
     spans = [(start, start + len(text[start:end].rstrip())) for start, end in spans]
     ids, places = _ids_and_offsets(tokenizer, text)

@@ -25,7 +25,7 @@ from fulltune.tasks import (
 )
 
 ROWS = ""
-"""Name for `stack_arrays` that stands for a column of ones."""
+"""Name that `stack_arrays` replaces by a column of ones."""
 
 # ---- terms of a row ------------------------------------------------------------------------------------------
 
@@ -35,14 +35,15 @@ def numbers(*values: np.ndarray) -> np.ndarray:
 
 
 def stack_arrays(*names: str) -> RowTerms:
-    """Return a function that stacks the named arrays of predictions into row terms [rows, names]."""
+    """Return a function that stacks the named arrays of predictions as columns of row terms [rows, names]."""
     return lambda predictions: numbers(
         *(predictions[name] if name else np.ones(len(predictions[names[0]])) for name in names)
     )
 
 
 def terms_of_mean(score: Callable[[Predictions], np.ndarray]) -> RowTerms:
-    """Return a function that computes row terms [rows, 2]: the score and 1. The ratio of their sums is the mean."""
+    """Return a function that computes row terms [rows, 2]: the score and 1. The mean score is the ratio of their
+    sums."""
 
     def count(predictions: Predictions) -> np.ndarray:
         values = score(predictions)
@@ -84,14 +85,15 @@ def macro_f1(sums: np.ndarray) -> np.ndarray:
 
 
 def macro_f1_of_present_classes(sums: np.ndarray) -> np.ndarray:
-    """Average F1 over the classes that occur in predictions or targets, as in scikit-learn; see `mcc` for `sums`."""
+    """Average F1 over the classes that occur in predictions or targets, as in scikit-learn. `sums` are as in `mcc`."""
     parts = split_into_threes(sums)
     present = (parts[..., 1] + parts[..., 2] > 0).sum(axis=-1)
     return share(f1(parts).sum(axis=-1), present)
 
 
 def mcc(sums: np.ndarray) -> np.ndarray:
-    """Compute Matthews' correlation from sums of true positives, predictions and targets [..., 3 * classes]."""
+    """Compute Matthews' correlation from each class's true positives, predictions and targets, summed over rows: [...,
+    3 * classes]."""
     parts = split_into_threes(sums)
     right, predicted, expected = parts[..., 0].sum(axis=-1), parts[..., 1], parts[..., 2]
     rows = predicted.sum(axis=-1)
@@ -108,7 +110,7 @@ def r2(sums: np.ndarray) -> np.ndarray:
 
 
 def config_changes(target: Target, processor: Tokenizer) -> dict[str, Any]:
-    """Return values for the model's config: labels, problem type, and the padding token that decoders need."""
+    """Return values to set on the model's config: labels, problem type, and the padding token that decoders need."""
     form, labels = target.form, target.labels or ("value",)
     if not (target.labels or form.is_number):
         return {}
@@ -151,8 +153,8 @@ def row_losses(
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Compute each row's loss: cross entropy, binary cross entropy averaged over labels, or squared error (relative to
-    the train rows' variance, if known).
+    """Compute each row's loss [batch]: cross entropy, binary cross entropy averaged over labels, or squared error
+    (relative to the train rows' variance, if known).
 
     `logits` are [batch, classes], or [batch, 1] for numbers; `labels` are class ids or numbers [batch], or 0/1 [batch,
     classes].
@@ -192,7 +194,7 @@ def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
 
 
 def label_metrics(true: np.ndarray, predicted: np.ndarray, target: Target) -> dict[str, float]:
-    """Compute scikit-learn's metrics, but faster, from class ids, 0/1 matrices [rows, labels] or numbers."""
+    """Compute scikit-learn's metrics, but faster. Labels are class ids [rows], 0/1 [rows, labels] or numbers [rows]."""
     form = target.form
     if form.is_number:
         both = true.astype(np.float64), predicted.astype(np.float64)
@@ -216,7 +218,7 @@ def label_metrics(true: np.ndarray, predicted: np.ndarray, target: Target) -> di
 
 
 def _r2(true: np.ndarray, predicted: np.ndarray) -> float:
-    """Compute R² as scikit-learn does: for constant targets, 1 if all predictions are exact, else 0."""
+    """Compute R² as scikit-learn does. For constant targets, return 1 if all predictions are exact, else 0."""
     if len(true) < 2:
         return math.nan
     error, spread = ((true - predicted) ** 2).sum(), ((true - true.mean()) ** 2).sum()
@@ -224,7 +226,7 @@ def _r2(true: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def _correlation(name: str, true: np.ndarray, predicted: np.ndarray) -> float:
-    """Compute one of scipy's rank correlations, or 0 if it is undefined."""
+    """Compute scipy's rank correlation `name`, or 0 if it is undefined."""
     from scipy import stats
 
     with warnings.catch_warnings():
@@ -249,7 +251,7 @@ def predict_labels(logits: np.ndarray, target: Target) -> np.ndarray:
 
 
 def worst_rows(predictions: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
-    """Yield the `count` wrong rows with the highest loss. For numbers, all rows count as wrong."""
+    """Yield the `count` wrong rows with the highest loss. In regression, all rows count as wrong."""
     predicted, true = predict_labels(predictions["logits"], target), predictions["labels"]
     wrong = np.ones(len(true), bool) if target.form.is_number else ~_is_right(predictions, target)
     order = [position for position in np.argsort(-predictions["loss"], kind="stable") if wrong[position]]
@@ -265,7 +267,7 @@ def worst_rows(predictions: Predictions, texts: Sequence[str], target: Target, c
 def answers(
     predictions: Predictions, rows: Sequence[Row], examples: RowExamples, target: Target, temperature: float
 ) -> list[RowAnswer]:
-    """Return each row's label or labels with probabilities, or a number."""
+    """Return each row's answer: its label or labels with probabilities, or a number."""
     if target.form.is_number:
         return [{"value": value} for value in predictions["logits"][:, 0].tolist()]
     labels = target.labels
@@ -286,7 +288,7 @@ def answers(
 
 
 def classes_with_probabilities(logits: np.ndarray, temperature: float) -> Iterable[tuple[int, list[float]]]:
-    """Yield each row's best class and all classes' probabilities at a temperature."""
+    """Yield each row's best class id and all classes' probabilities. `temperature` divides the logits."""
     from scipy.special import softmax
 
     chances = softmax(logits.astype(np.float64) / temperature, axis=-1)
@@ -308,7 +310,7 @@ def _is_right(predictions: Predictions, target: Target) -> np.ndarray:
 
 
 def _matches(predictions: Predictions, target: Target) -> np.ndarray:
-    """Return 0 or 1 for each row and class: true positive, predicted, and expected [rows, classes, 3]."""
+    """For each row and class, return 0 or 1 for true positive, predicted and expected: [rows, classes, 3]."""
     predicted, true = predict_labels(predictions["logits"], target), predictions["labels"]
     if target.form.several_labels:
         guessed, expected = predicted > 0, true > 0

@@ -57,7 +57,7 @@ MOST_NESTED = 100
 
 
 def find_defect(value: object) -> str | None:
-    """Return a description of a lone surrogate or too deep nesting in a JSON value, or None."""
+    """Describe a lone surrogate or too deep nesting in a JSON value; return None if there is neither."""
     waiting: list[Iterator[object]] = [iter([value])]  # one per level: a list may hold millions
     while waiting:
         for part in waiting[-1]:
@@ -77,7 +77,7 @@ def find_defect(value: object) -> str | None:
 
 
 def may_have_defect(text: str) -> bool:
-    """Return False only if a value with this text certainly has no defect; this is faster than `find_defect`."""
+    """Return False only if a value with this text certainly has no defect. This is faster than `find_defect`."""
     has_escape = "\\ud" in text or "\\uD" in text or "\\U" in text
     return has_escape or text.count("[") + text.count("{") > MOST_NESTED
 
@@ -111,7 +111,8 @@ def _has_adjacent_strings(text: str) -> bool:
 
 
 def find_usual_column(names: Sequence[str], columns: Sequence[str], file: str) -> str | None:
-    """Return the first column with one of these names, ignoring case, or None. Raise `DataError` if two match."""
+    """Return the column with one of these names, ignoring case, or None. Earlier names come first. Raise `DataError` if
+    a name matches two columns."""
     for name in names:
         alike = [column for column in columns if column.lower().strip() == name]
         if name in alike or len(alike) == 1:
@@ -128,7 +129,8 @@ def find_usual_column(names: Sequence[str], columns: Sequence[str], file: str) -
 def find_column(
     role: str, name: str | None, columns: Sequence[str], file: str, names: Sequence[str] = ()
 ) -> str | None:
-    """Return a role's column: `name` from the recipe, which must exist, else a column with a usual name, or None."""
+    """Return a role's column: `name` from the recipe, which must exist, or else one with a usual name from `names`, or
+    None."""
     if name is not None:
         # Names from other programs may be in another Unicode normal form.
         same = [column for column in columns if normalize("NFC", column) == normalize("NFC", name)]
@@ -193,7 +195,6 @@ def similar_column(column: str, roles: Mapping[str, str], columns: Iterable[str]
     texts = {name: [cell for row in sample if isinstance(cell := row.get(name), str) and cell] for name in columns}
 
     def is_similar(cells: Sequence[str]) -> bool:
-        """Return whether a column's texts are long and varied enough."""
         words = sum(sum(map(str.isalpha, cell.split())) for cell in cells)
         is_long = 2 * sum(map(len, cells)) >= sum(map(len, texts.get(column, ())))
         return is_long and words > 2 * len(cells) < 4 * len(set(cells))
@@ -217,7 +218,7 @@ def normalised(text: str) -> str:
 
 
 def in_batches(rows: Iterable[T], most_rows: int = 2_048, most_characters: int = 4_000_000) -> Iterator[list[T]]:
-    """Yield lists of rows, limited in rows and characters; a longer row is yielded alone."""
+    """Yield lists of rows, limited in number and characters. A longer row is yielded alone."""
     window: list[T] = []
     size = 0
     for row in rows:
@@ -232,7 +233,7 @@ def in_batches(rows: Iterable[T], most_rows: int = 2_048, most_characters: int =
 
 
 def _count_characters(value: Any) -> int:
-    """Count a cell's characters or bytes; other values and each item of a list or object count as one."""
+    """Count a cell's characters or bytes. Other values, and each item of a list or object, count as one."""
     if isinstance(value, (str, bytes)):
         return len(value)
     if isinstance(value, Mapping):

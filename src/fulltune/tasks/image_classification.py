@@ -31,7 +31,7 @@ from fulltune.tasks.padding import stack_labels
 FACTS = recipe_tasks.FACTS["image-classification"]
 find_columns = partial(columns_of_roles, ("image", "label"))
 UNDECODABLE = "undecodable image"
-"""Check for undecodable images, which stop the data stage unless the recipe allows dropping them."""
+"""Name of the check for undecodable images, which stop the data stage unless the recipe allows dropping them."""
 loss, count_items, reduce_logits = classes.loss, classes.count_items, classes.reduce_logits
 metrics, answers = classes.metrics, classes.answers
 metrics_from_sums, chance_loss = classes.metrics_from_sums, classes.chance_loss
@@ -83,7 +83,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: ImageReader, max_leng
 
 
 def preview(features: RowFeatures, target: Target, tokenizer: ImageReader) -> Preview:
-    """Return the end of the image's path, or its size, with the label."""
+    """Return the end of the image's path (or its size) with the label."""
     path, content = features[PATH], features[CONTENT]
     shown = _last_parts(path) if path else f"image of {len(content):,} bytes"
     return Preview.labelled(shown, classes.label_as_text(features["labels"], target))

@@ -21,9 +21,9 @@ from fulltune.text import counted
 
 _MOST_FLOAT32 = float.fromhex("0x1.fffffep127")
 MOST_DISTINCT = 100_000
-"""Maximum number of distinct labels that are stored."""
+"""Maximum number of distinct labels stored."""
 LabelCounts = list[tuple[Any, int, str]]
-"""Distinct values of a label column, each with its number of rows and the first row's location."""
+"""Each distinct value of a label column, with its number of rows and the first row's location."""
 
 
 def _count_rows(counts: LabelCounts, wrong: Callable[[Any], bool]) -> int:
@@ -36,7 +36,7 @@ def _first_at(counts: LabelCounts, value: object) -> str:
 
 
 def count_label_values(rows: Iterable[Row], column: str, file: str) -> tuple[LabelCounts, int]:
-    """Return the distinct labels with counts, and the number of labelled rows; raise `DataError` if no row has a
+    """Return the distinct labels with counts, and the number of labelled rows. Raise `DataError` if no row has a
     label."""
     distinct: dict[Any, list[Any]] = {}
     beyond = 0
@@ -125,8 +125,7 @@ def _multi_label_target(counts: LabelCounts, columns: Mapping[str, str], file: s
 
 
 def _single_label_target(counts: LabelCounts, total: int, columns: Mapping[str, str], file: str) -> Target:
-    """Return a single-label target, or raise `DataError` for lists, words mixed with numbers, one class, or too
-    many."""
+    """Return a single-label target. Raise `DataError` for lists, words mixed with numbers, one class, or too many."""
     column, values = columns["label"], [value for value, *_ in counts]
     several = [value for value in values if isinstance(value, (list, tuple)) and len(value) != 1]
     if several:
@@ -163,7 +162,7 @@ def _guess_problem_type(counts: LabelCounts, total: int) -> str:
 
 
 def _raise_if_words_and_numbers(counts: LabelCounts, column: str, file: str) -> None:
-    """Raise `DataError` for numbers among words, such as `1`, `2`, `positive`, as in broken exports."""
+    """Raise `DataError` for labels such as `1`, `2`, `positive`, as in broken exports."""
     words: Counter[str] = Counter()
     numbers: Counter[str] = Counter()
     for value, count, _ in counts:
@@ -202,7 +201,6 @@ def exceeds_float32(value: object) -> bool:
 
 
 def _float_or_none(value: object) -> float | None:
-    """Return a number or numeric text as a float, else None."""
     if isinstance(value, bool) or not isinstance(value, (str, Real, Decimal)):
         return None
     if isinstance(value, str) and "_" in value:  # Python reads 1_1 as 11; in a label it is a name
@@ -242,7 +240,7 @@ def parse_list(value: str) -> list[Any] | None:
 
 
 def parse_label_list(value: object) -> list[str]:
-    """Return the label names in a list, a list as text, or text separated by `;` or `|`."""
+    """Return the label names in a list, a list written as text, or text separated by `;` or `|`."""
     if isinstance(value, str):
         parsed = parse_list(value)
         # `a;b` and `a|b` are the usual forms of several labels in a csv cell.
@@ -261,7 +259,7 @@ def row_labels(row: Row, target: Target) -> list[str]:
 
 
 def label_name(value: object) -> str:
-    """Return a label's class name; `1`, `1.0` and `[1]` have the same name."""
+    """Return a label's class name. `1`, `1.0` and `[1]` have the same name."""
     if isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0]
     if isinstance(value, float) and value.is_integer():
@@ -282,8 +280,8 @@ def check_label_settings(recipe: Recipe, summary: DataSummary) -> None:
 
 
 def class_weights(recipe: Recipe, summary: DataSummary) -> list[float] | None:
-    """Return `train.class_weights` in the order of the labels, or None if not set. `balanced` gives every class the
-    same total weight."""
+    """Return `train.class_weights` in the order of the labels, or None if unset. `balanced` gives every class the same
+    total weight."""
     setting, labels, name = recipe.train.class_weights, summary.labels, "train.class_weights"
     if setting is None:
         return None

@@ -77,7 +77,7 @@ def why_unusable(row: Row, target: Target) -> Refused | None:
 
 
 def why_unanswerable(row: Row, target: Target) -> Refused | None:
-    """Return why the model cannot answer a row (an empty choice, a different number of choices), or None."""
+    """Return why the model cannot answer a row (an empty choice or an unexpected number of choices), or None."""
     texts = choice_texts(row, target)
     if len(texts) != target.num_choices:
         return Refused("other number of choices", f"{len(texts)} choices, expected {target.num_choices}")
@@ -85,7 +85,7 @@ def why_unanswerable(row: Row, target: Target) -> Refused | None:
 
 
 def group_key(row: Row, target: Target) -> str:
-    """Return the normalised passage or, if there is none, the question and the sorted choices."""
+    """Return the normalised passage or, without a passage, the question and the sorted choices."""
     passage = as_text(row.get(target.columns["context"])) if "context" in target.columns else ""
     if passage.strip():
         return normalised(passage)
@@ -97,7 +97,7 @@ def with_placeholder_answer(row: Row, target: Target) -> Row:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-    """Tokenise each choice with its question. A row's choices are concatenated in one example."""
+    """Tokenise each choice with its question. The choices of a row are concatenated in one example."""
     choices = [choice_texts(row, target) for row in rows]
     questions = [question_text(row, target) for row in rows]
     texts = [[text for row in choices for text in row]]
@@ -173,7 +173,7 @@ _STEMS = ("choice", "ending", "option", "candidate", "answer", "sol", "alternati
 def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, file: str) -> dict[str, str]:
     """Map `label`, `choices` (or `choice0`, `choice1` ...) and, if present, `question` and `context` to columns.
 
-    Raises `DataError` also if a column of another name may be the question.
+    Also raises `DataError` if an unrecognised column may be the question.
     """
     by_role: dict[str, str] = {}
     for role in ("choices", "label", "context", "question"):
@@ -221,7 +221,7 @@ def choice_texts(row: Row, target: Target) -> list[str]:
 
 
 def _choice_texts_and_names(row: Row, columns: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Return a row's choices and, from ARC's format, their names, such as `A`; other formats have none."""
+    """Return a row's choices and their names, such as `A`. The names are empty except in ARC's format."""
     if "choices" not in columns:
         roles = sorted((role for role in columns if role.startswith("choice")), key=lambda role: int(role[6:]))
         texts = [as_text(row.get(columns[role])) for role in roles]
@@ -247,7 +247,7 @@ def question_text(row: Row, target: Target) -> str:
 
 
 def index_of_right_choice(row: Row, columns: Mapping[str, str], texts: Sequence[str]) -> int | None:
-    """Return the index of the only choice that the label matches by name, index, letter or text, else None."""
+    """Return the index of the only choice that the label matches by name, index, letter or text, or None."""
     value = row.get(columns["label"])
     if is_empty(value) or isinstance(value, (list, tuple, Mapping)):
         return None

@@ -23,8 +23,8 @@ def pad_features(
     *,
     label_per_token: bool = False,
 ) -> dict[str, Tensor]:
-    """Pad features except those in `omit` to `input_ids[batch, tokens]`, `attention_mask`, `labels` and others. Labels
-    are stacked unless `label_per_token` is set."""
+    """Pad features (except those in `omit`) to `input_ids[batch, tokens]`, `attention_mask`, `labels` and others.
+    Labels are stacked, or padded if `label_per_token` is set."""
     fills = {"input_ids": pad_token_id, "labels": IGNORED}
     skipped = {LENGTH, "attention_mask", *omit, *(() if label_per_token else ("labels",))}
     batch = {
@@ -45,7 +45,7 @@ def stack_labels(features: Sequence[RowFeatures]) -> Tensor:
 
 
 def pad_right(values: Sequence[Sequence[int] | np.ndarray], fill: int) -> Tensor:
-    """Pad lists on the right with `fill` to the longest: int64 [rows, tokens]."""
+    """Pad lists on the right with `fill` to equal length: int64 [rows, tokens]."""
     import torch
 
     block = np.full((len(values), max(len(value) for value in values)), fill, np.int64)
@@ -81,7 +81,7 @@ PART_CHARACTERS = 1_000_000
 
 
 def cut_long_text(text: str, tokenizer: Tokenizer, max_length: int) -> str:
-    """To save time, cut a very long text well beyond `max_length` tokens; the first tokens stay the same."""
+    """Cut a very long text well beyond `max_length` tokens to save time. The first tokens stay the same."""
     most = max(_CHARACTERS, _CHARACTERS_PER_TOKEN * max_length)
     if len(text) <= most or getattr(tokenizer, "truncation_side", "right") != "right":
         return text
@@ -136,7 +136,7 @@ def _bare_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def _text_to_drop_at_cuts(tokenizer: Tokenizer) -> str | None:
-    """Return the text to drop between separately tokenised parts, "" or a space, or None if both change the tokens."""
+    """Return the text to drop between separately tokenised parts ("" or a space), or None if both change the tokens."""
     together = _bare_ids("of the rain", tokenizer)
     for seam in ("", " "):
         if together == _bare_ids("of", tokenizer) + _bare_ids(" the rain"[len(seam) :], tokenizer):

@@ -88,7 +88,7 @@ why_unanswerable = why_unusable
 
 
 def accepted_answers(row: Row, target: Target) -> list[AnswerSpan]:
-    """Return a row's accepted answers, of which the first is trained, or an empty list for impossible questions."""
+    """Return a row's accepted answers, the first of which is trained, or an empty list for impossible questions."""
     if str(row.get(IMPOSSIBLE)).lower() == "true":
         return []
     return parse_answers(row.get(target.columns["answers"]), context_of(row, target))
@@ -157,7 +157,6 @@ def _texts_and_starts(cell: Any) -> Iterator[tuple[str, int | None]]:
 
 
 def _parse_answer_start(start: Any) -> int:
-    """Return `answer_start` as an integer, or raise `DataError`."""
     try:
         return int(start)
     except (ValueError, TypeError, OverflowError):
@@ -165,7 +164,6 @@ def _parse_answer_start(start: Any) -> int:
 
 
 def _as_list(value: Any) -> list[Any]:
-    """Return a value as a list, which is empty for None."""
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
@@ -188,7 +186,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
 
 
 def _encode_windows(row: Row, target: Target, tokenizer: Tokenizer, max_length: int) -> list[Example]:
-    """Tokenise a row into windows, or return one refused example if question or answer do not fit."""
+    """Tokenise a row into windows. Return one refused example if the question or the answer does not fit."""
     question = question_of(row, target)
     question_ids = tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"]
     # Each window must advance by some tokens, or a long context would give very many windows.
@@ -258,8 +256,8 @@ def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Prev
 
 
 def position_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
-    """Compute each token's log probability of being the answer's first or last, [batch, tokens, 2]; -inf for
-    padding."""
+    """Compute each token's log probability of being the answer's first and of being its last: [batch, tokens, 2], -inf
+    for padding."""
     import torch
 
     is_token = torch.arange(logits.shape[1], device=logits.device) < labels[:, TOKENS, None]
@@ -273,7 +271,7 @@ def loss(
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Sum the windows' cross entropies, each averaged over the answer's first and last token."""
+    """Sum the windows' losses, each the mean cross entropy of the answer's first and last token."""
     chances = position_log_probabilities(logits, labels)
     plain = -_answer_log_probabilities(chances, labels).mean(dim=-1)
     if not smoothing:
@@ -334,7 +332,7 @@ def window_scores(predictions: Predictions) -> dict[str, np.ndarray]:
 def best_answers(
     predictions: Predictions, windows: Sequence[RowFeatures], questions: Sequence[Hashable], contexts: Sequence[str]
 ) -> dict[Hashable, RowAnswer]:
-    """Map each question to its most probable answer over all windows; `questions` and `contexts` have one entry per
+    """Map each question to its most probable answer over all windows. `questions` and `contexts` have one entry per
     window."""
     best: dict[Hashable, RowAnswer] = {}
     nowhere: dict[Hashable, float] = {}
@@ -359,7 +357,7 @@ def best_answers(
 def answers(
     predictions: Predictions, rows: Sequence[Row], examples: RowExamples, target: Target, temperature: float
 ) -> list[RowAnswer]:
-    """Return each row's most probable answer over its windows, with probability and start."""
+    """Return each row's most probable answer over its windows, with its probability and start."""
     numbers = [number for number, windows in enumerate(examples) for _ in windows]
     features = [example.features for windows in examples for example in windows]
     best = best_answers(predictions, features, numbers, [context_of(rows[number], target) for number in numbers])

@@ -68,7 +68,7 @@ def answer_text(row: Row, target: Target) -> str:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-    """Tokenise sources and targets; both are cut at `max_length`."""
+    """Tokenise sources and targets, each truncated to `max_length`."""
     # Truncation is off, to count what is cut.
     sources = tokenizer([target.joint + prompt_text(row, target) for row in rows], truncation=False, verbose=False)
     written = tokenizer(text_target=[as_text(row.get(target.columns["target"])) for row in rows], verbose=False)
@@ -90,7 +90,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
 
 
 def _truncate_before_end_token(ids: Sequence[int], max_length: int | None, tokenizer: Tokenizer) -> list[int]:
-    """Cut tokens at `max_length`, but keep a special token at the end."""
+    """Truncate to `max_length` tokens, but keep a special token at the end."""
     if max_length is None or len(ids) <= max_length:
         return list(ids)
     keeps_end = ids[-1] in tokenizer.all_special_ids

@@ -40,11 +40,11 @@ from fulltune.tasks.padding import IGNORED, cut_long_text, object_array, pad_fea
 FACTS = recipe_tasks.FACTS["token-classification"]
 find_columns = partial(columns_of_roles, ("tokens", "tags"))
 TAGS, WORD_IDS = "tags", "word_ids"
-"""Features that the model does not read: label id of each word [words]; word of each token, or -1 [tokens]."""
+"""Features that the model does not read: each word's label id [words], and each token's word index [tokens], or -1."""
 collate = partial(pad_features, omit=(TAGS, WORD_IDS), label_per_token=True)
 _BIO = re.compile(r"O|[BI]-\S+")
 WORD = re.compile(r"https?://\S*[\w/]|[@#]?\w+(?:[.'’&/-]\w+)*|\S")
-"""Regular expression for a word in running text, without punctuation, as in CoNLL files."""
+"""Regular expression for a word without punctuation, as in CoNLL files."""
 _SHOWN = 5
 
 # ---- words and their tags --------------------------------------------------------------------------------------
@@ -131,7 +131,8 @@ def entity_types(labels: Iterable[str]) -> list[str]:
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, file: str) -> Target:
-    """Return labels `O`, then sorted `B-` and `I-` of all entity types; raise `DataError` if tags are not BIO."""
+    """Return a target with the labels `O`, then sorted `B-` and `I-` of all entity types. Raise `DataError` if tags are
+    not BIO."""
     known_tags: set[str] = set()
     wrong: list[tuple[str, int, str]] = []
     num_rows = num_wrong = 0
@@ -168,7 +169,7 @@ why_unanswerable, config_changes = why_unusable, classes.config_changes
 
 
 def with_placeholder_answer(row: Row, target: Target) -> Row:
-    """Return a row with the words and an `O` tag for each, which `encode` accepts."""
+    """Return a row with its words and an `O` tag for each, which `encode` accepts."""
     tokens = target.columns["tokens"]
     words = parse_word_list(row.get(tokens))
     return {tokens: row.get(tokens) if words is None else words, target.columns["tags"]: ["O"] * len(words or ())}
@@ -234,7 +235,7 @@ def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Prev
 
 
 def words_with_token(features: RowFeatures) -> np.ndarray:
-    """Return the positions of words that are neither cut off nor ignored by the tokenizer."""
+    """Return the positions of the words that are neither cut off nor ignored by the tokenizer."""
     return np.asarray(features[WORD_IDS])[np.asarray(features["labels"]) != IGNORED]
 
 
@@ -245,7 +246,7 @@ def loss(
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Sum the cross entropy of the words' first tokens."""
+    """Sum the cross entropy at each word's first token."""
     # PyTorch's loss of label -100 is 0; selecting the other tokens would make the host wait for the device.
     return classes.row_losses(logits.flatten(0, 1), labels.flatten(), target, smoothing, class_weights).sum()
 
@@ -255,8 +256,8 @@ def count_items(labels: Tensor) -> int:
 
 
 def reduce_logits(logits: Tensor, labels: Tensor, target: Target) -> dict[str, np.ndarray]:
-    """Return each row's entity counts, loss `nll`, number of words `seen`, and the `predicted` label and `probability`
-    of each of these words."""
+    """Return each row's entity counts, loss `nll`, number of words `seen`, and these words' `predicted` labels and
+    `probability`."""
     is_word = labels != IGNORED
     true = labels[is_word]
     log_probabilities = logits[is_word].float().log_softmax(dim=-1)
@@ -278,7 +279,7 @@ def reduce_logits(logits: Tensor, labels: Tensor, target: Target) -> dict[str, n
 
 
 def count_spans(true: Iterable[np.ndarray], predicted: Iterable[np.ndarray], target: Target) -> dict[str, np.ndarray]:
-    """Count each row's `entities` [rows, types, 3] (right, predicted, expected), `words` and `right` words."""
+    """Count each row's `entities` [rows, types, 3] (right, predicted, expected), its `words`, and the `right` words."""
     pairs = list(zip(true, predicted, strict=True))
     place = {kind: number for number, kind in enumerate(entity_types(target.labels))}
     entities = np.zeros((len(pairs), len(place), 3), dtype=np.int32)
@@ -299,7 +300,7 @@ def count_spans(true: Iterable[np.ndarray], predicted: Iterable[np.ndarray], tar
 def add_words_without_token(
     predictions: Predictions, rows: Sequence[RowFeatures], target: Target
 ) -> dict[str, np.ndarray]:
-    """Add words that have no token to the predictions as `O`. Also add the true labels as `gold`, and new counts from
+    """Add words that have no token to the predictions, as `O`. Also add the true labels as `gold`, and new counts from
     `count_spans`."""
     gold = object_array([np.asarray(row[TAGS]) for row in rows])
     positions = [words_with_token(row) for row in rows]
@@ -314,7 +315,7 @@ def add_words_without_token(
 def answers(
     predictions: Predictions, rows: Sequence[Row], examples: RowExamples, target: Target, temperature: float
 ) -> list[RowAnswer]:
-    """Return each row's words, tags and entities. An entity's probability is the lowest of its words."""
+    """Return each row's words, tags and entities. An entity's probability is the lowest of its words' probabilities."""
     predictions = add_words_without_token(predictions, [example.features for [example] in examples], target)
     row_answers: list[RowAnswer] = []
     for row, labels, chances in zip(rows, predictions["predicted"], predictions["probability"], strict=True):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     """Logits [batch, tokens, vocabulary], or only of trained tokens [trained, vocabulary], perhaps chunked."""
 
 TargetIds = Callable[[Tensor], Tensor]
-"""Returns the token that each logit should predict, or -100, from `labels[batch, tokens]`."""
+"""Maps `labels[batch, tokens]` to the token that each logit should predict, or -100."""
 
 
 def loss(
@@ -29,7 +29,7 @@ def loss(
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Sum the trained tokens' cross entropy; `target_ids` is the task's function."""
+    """Sum the trained tokens' cross entropy. `target_ids` maps `labels` to the tokens to predict."""
     from fulltune.models import chunked_loss
 
     if labels.dim() == 2:
@@ -44,7 +44,8 @@ def count_items(target_ids: TargetIds, labels: Tensor) -> int:
 
 
 def reduce_logits(target_ids: TargetIds, logits: Logits, labels: Tensor, target: Target) -> dict[str, Tensor]:
-    """Return float64 [batch] sums per row: loss `nll` in nats, trained `tokens`, and `right` predicted tokens."""
+    """Return float64 sums per row [batch]: loss `nll` in nats, trained `tokens`, and correctly predicted tokens
+    (`right`)."""
     import torch
 
     from fulltune.models.chunked_loss import token_scores
@@ -62,7 +63,7 @@ def reduce_logits(target_ids: TargetIds, logits: Logits, labels: Tensor, target:
 
 
 def _select_logits(logits: Logits, is_trained: Tensor) -> Logits:
-    """Return the trained tokens' logits; logits that are already selected or chunked stay unchanged."""
+    """Return only the trained tokens' logits. Logits that are already selected or chunked are returned unchanged."""
     from fulltune.models.chunked_loss import ChunkedLogits
 
     return logits if isinstance(logits, ChunkedLogits) or logits.ndim == 2 else logits[is_trained]
