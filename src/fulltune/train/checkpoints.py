@@ -27,7 +27,7 @@ _DIGEST_VALUES = 64
 
 
 def newest_undamaged_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint that matches its checksums, or None, and a warning for each newer, damaged
+    """Return the newest checkpoint that matches its checksums (or None), and a warning for each newer, damaged
     checkpoint."""
     damaged: list[str] = []
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=number_in, reverse=True):
@@ -81,7 +81,7 @@ def last_saved_step(folder: Path) -> int:
 
 
 def delete_old_checkpoints(folder: Path, limit: int, best_step: int | None) -> None:
-    """Delete complete checkpoints except the newest `limit`, the best, and those that were best when one of the newest
+    """Delete complete checkpoints except the newest `limit`, the best, and each that was best when one of the newest
     was saved."""
     complete = sorted((path for path in folder.glob("checkpoint-*") if (path / SEAL).exists()), key=number_in)
     states = [json.loads((path / STATE).read_text(encoding="utf-8")) for path in complete[-limit:]]
@@ -105,7 +105,6 @@ def delete_checkpoints_after(folder: Path, step: int) -> None:
 
 
 def save_trained_weights(model: PreTrainedModel, checkpoint: Path) -> None:
-    """Save the trainable parameters' weights in the checkpoint folder."""
     from safetensors.torch import save_file
 
     checkpoint.mkdir(parents=True, exist_ok=True)
@@ -114,8 +113,8 @@ def save_trained_weights(model: PreTrainedModel, checkpoint: Path) -> None:
 
 
 def load_weights(model: PreTrainedModel, checkpoint: Path, trained_only: bool = False) -> None:
-    """Load a checkpoint's weights into the model with `from_pretrained`, which renames some tensors, or with
-    `trained_only` those that `save_trained_weights` wrote."""
+    """Load a checkpoint's weights into the model with `from_pretrained`, which renames some tensors. With
+    `trained_only`, load what `save_trained_weights` wrote."""
     if trained_only:
         from safetensors.torch import load_file
 
@@ -127,7 +126,7 @@ def load_weights(model: PreTrainedModel, checkpoint: Path, trained_only: bool = 
 
 
 def load_into_new_model(model: PreTrainedModel, checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a checkpoint into a new model with the class and sharding of `model`. Raises `SetupError` if the tensors
+    """Load a checkpoint into a new model with the class and sharding of `model`. Raises `SetupError` if tensors
     differ."""
     import torch
 

@@ -14,8 +14,8 @@ from fulltune.records.data import DataSummary
 
 
 def _stable_description(value: object) -> str:
-    """Return a string that describes a value identically in every process; functions are described by code, defaults
-    and closure."""
+    """Return a string that describes a value identically in every process; a function is described by its code,
+    defaults and closure."""
     match value:
         case Mapping():
             return "{" + ",".join(f"{key}:{_stable_description(inner)}" for key, inner in value.items()) + "}"
@@ -41,7 +41,7 @@ class Hooks:
     """The user's functions. With `compute_loss`, training runs in the user's process."""
 
     metrics: Callable[..., Mapping[str, float]] | None = None
-    """`metrics(predictions, references)` returns further metrics of the test rows, also for each bootstrap sample. Both
+    """`metrics(predictions, references)` returns further metrics for the test rows and for each bootstrap sample. Both
     arguments are arrays of class ids, 0/1 rows or numbers (classifiers), arrays of choice numbers (multiple choice),
     lists of tags per row (taggers), answers, which may be empty, and lists of accepted answers (question answering),
     or generated and expected answers (other text tasks)."""

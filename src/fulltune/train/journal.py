@@ -30,7 +30,7 @@ def read_phase(folder: Path) -> Phase | None:
 
 
 def read_completed_steps(folder: Path) -> int:
-    """Return the number of steps completed at an attempt's last heartbeat, or 0."""
+    """Return the number of steps completed at an attempt's last heartbeat, or 0 without one."""
     path = folder / HEARTBEAT_FILE
     text = path.read_text(encoding="ascii") if path.exists() else ""
     return int(text) if text.isdigit() else 0

@@ -28,7 +28,7 @@ class ResourceUsage:
     memory_growth_per_process: tuple[int, ...] = ()
 
     def start_measuring(self, device: str, generates_text: bool) -> None:
-        """Start measuring memory, after importing the metrics' libraries unless `generates_text`."""
+        """Import the metrics' libraries unless `generates_text`, then start measuring memory."""
         if not generates_text:
             for name in ("scipy.stats", "sklearn.metrics"):
                 importlib.import_module(name)
@@ -44,7 +44,6 @@ class ResourceUsage:
         self.disk_bytes = max(self.disk_bytes, sum(file.stat().st_size for file in files if file.is_file()))
 
     def as_outcome_fields(self) -> dict[str, Any]:
-        """Return the measurements as fields of `Outcome`."""
         fields = {name: value for name, value in vars(self).items() if name != "meter"}
         if self.meter is not None:
             fields["peak_memory_bytes"] = self.meter.peak_bytes()
@@ -85,7 +84,7 @@ def memory_limit(limit_bytes: int | None, device: str, warn: Callable[[str], Non
 
 def _data_limit(limit_bytes: int, current: tuple[int, int]) -> int:
     """Return the RLIMIT_DATA in bytes that leaves `limit_bytes` of resident memory, without exceeding the `current`
-    limits."""
+    (soft, hard) limits."""
     used = status_bytes("VmRSS")
     if limit_bytes <= used:
         raise DoesNotFitError(

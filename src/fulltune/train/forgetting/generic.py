@@ -38,7 +38,6 @@ TOP_TOKENS = 64
 """Number of most likely next tokens whose probability is stored."""
 _MIN_REST = 1e-6
 _MAX_LOGITS = 2**24
-"""Maximum number of logits per pass: 64 MiB."""
 
 
 class DriftMonitor(TrainingPart):
@@ -116,8 +115,8 @@ class DriftMonitor(TrainingPart):
         self.start = state.get("generic")
 
     def _handle_changed_texts(self, saved_digest: str | None) -> None:
-        """If the generic texts changed since the checkpoint, raise `SetupError`. Without a budget, warn and stop
-        measuring drift instead."""
+        """Raise `SetupError` if the generic texts' digest differs from the checkpoint's. Without a budget, warn and
+        stop measuring drift instead."""
         if self.text is None or saved_digest in (None, self.texts_digest):
             return
         probe = self.inputs.recipe.preserve.probe or BUNDLED
@@ -135,7 +134,6 @@ class Replay(TrainingPart):
     def __init__(
         self, inputs: AttemptInputs, monitor: DriftMonitor, text: GenericText, rows_per_pass: int, budget: float
     ) -> None:
-        """Replay `text`, `rows_per_pass` at a time, to keep drift below `budget`."""
         self.inputs, self.monitor, self.trainer = inputs, monitor, monitor.trainer
         self.text, self.rows_per_pass = text, rows_per_pass
         self.bounds = LANGUAGE_WEIGHTS if text.is_language_model else STATE_WEIGHTS
@@ -208,8 +206,8 @@ class Replay(TrainingPart):
         self.weight = state["replay_weight"]
 
     def _distance_from_pretrained(self, positions: Sequence[int]) -> torch.Tensor:
-        """Return the KL divergence (language models) or cosine distance from the pretrained model's outputs, summed
-        over these texts."""
+        """Sum the distance from the pretrained model's outputs over these texts: KL divergence (language models) or
+        cosine distance."""
         model, device = self.trainer.model, self.trainer.args.device
         if not self.text.is_language_model:
             stacked = np.stack([self.before[position] for position in positions])
@@ -253,8 +251,8 @@ def create_replay(inputs: AttemptInputs, monitor: DriftMonitor) -> list[Training
 
 
 def kl_divergence(pretrained: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
-    """Return the summed KL divergence in nats between log probabilities [positions, tokens] of the most likely tokens.
-    All other tokens count as one."""
+    """Sum the KL divergence in nats of `current` from `pretrained`, log probabilities [positions, tokens] of the most
+    likely tokens. All other tokens count as one."""
     rest_pretrained, rest_current = (
         (1 - logs.exp().sum(dim=-1)).clamp(min=_MIN_REST) for logs in (pretrained, current)
     )
@@ -264,7 +262,7 @@ def kl_divergence(pretrained: torch.Tensor, current: torch.Tensor) -> torch.Tens
 
 
 def _shuffled_order(count: int, seed: int, cycle: int) -> list[int]:
-    """Shuffle the numbers from 0 to `count` - 1."""
+    """Return the numbers from 0 to `count` - 1, shuffled by `seed` and `cycle`."""
     order = list(range(count))
     random.Random(f"{seed}:replay:{cycle}").shuffle(order)
     return order

@@ -27,7 +27,6 @@ from fulltune.train.usage import ResourceUsage
 MEASUREMENTS = 20
 SAMPLED_VALUES = 256
 LOW_IN_A_ROW = 3
-"""Number of measurements in a row below `MIN_CHANGED_SHARE` that cause a warning."""
 
 
 @dataclass(eq=False)
@@ -108,7 +107,7 @@ class Progress(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """Set the sampler's epoch, which transformers 5.24 does not do if several processes resume within an epoch."""
+        """Set the sampler's epoch, which transformers 5.24 does not do when several processes resume mid-epoch."""
         self.sampler.set_epoch(int(state.epoch or 0))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
@@ -149,7 +148,7 @@ class Checkpoints(TrainerCallback):
             control.should_training_stop = True
 
     def should_stop_early(self, state: TrainerState) -> bool:
-        """Return whether early stopping ends the run, according to the logged metrics. A counter would restart on
+        """Return whether early stopping ends the run, judged from the logged metrics because a counter would restart on
         resume."""
         plan, train = self.request.plan, self.request.recipe.train
         return train.early_stopping_patience is not None and should_stop_early(
@@ -209,7 +208,6 @@ class UpdateMeter(TrainerCallback):
     _eaten: int = 0
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Sample the weights if this step is measured."""
         step, total = state.global_step + 1, self.plan.total_steps
         # Only after the learning rate has risen from 0.
         is_measured = step % max(1, total // MEASUREMENTS) == 0 and step >= min(self.plan.warmup_steps + 2, total // 2)
@@ -217,7 +215,6 @@ class UpdateMeter(TrainerCallback):
             self._before = _sample_weights(self.trainer.model)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Record how much the sampled weights changed."""
         before, self._before = self._before, {}
         if not before or state.global_step in self.trainer.guard_history.skipped or not state.is_world_process_zero:
             return
@@ -235,8 +232,8 @@ class UpdateMeter(TrainerCallback):
 
 
 def compare_samples(step: int, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> UpdatesMeasured:
-    """Compute the share of sampled values that a step changed, and the median over tensors of the relative update
-    size."""
+    """Compare samples of tensors, by name, before and after a step: the share of values that changed, and the median of
+    the tensors' relative update sizes."""
     numbers = [
         torch.stack([(after[name] != old).sum(), old.float().norm(), (after[name].float() - old.float()).norm()])
         for name, old in before.items()

@@ -93,7 +93,7 @@ class Guarded:
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **keywords: Any) -> Any:
         """Return the Trainer's loss for a micro batch. Raise `Spiked` if the loss is not finite and the backward pass
-        would update weights."""
+        itself updates weights."""
         loss = super().compute_loss(model, inputs, *rest, **keywords)  # type: ignore[misc]  # the Trainer's
         if self._updates_in_backward and model.training:
             (total,) = self._sum_over_ranks(loss.detach().float())
@@ -147,7 +147,6 @@ class Guarded:
         return is_layerwise or bool(self.is_deepspeed_enabled)
 
     def _sum_over_ranks(self, *values: torch.Tensor | float) -> list[float]:
-        """Return each value's sum over all ranks."""
         totals = torch.stack([torch.as_tensor(value, device=self.args.device).float() for value in values])
         if self.accelerator.num_processes > 1:
             totals = self.accelerator.reduce(totals, reduction="sum")
@@ -156,7 +155,8 @@ class Guarded:
     def _judge_step(
         self, losses: torch.Tensor | float, norm: torch.Tensor | float | None
     ) -> tuple[StepVerdict, float, float | None]:
-        """Return the verdict, the mean loss over the ranks, and the mean gradient norm or None."""
+        """Judge a step by this rank's summed losses and gradient norm. Returns the verdict, the mean loss over the
+        ranks, and the mean norm or None."""
         in_engine = bool(self.is_deepspeed_enabled)
         if isinstance(norm, torch.Tensor):  # sharded by FSDP2
             norm = sharding.full_tensor(norm)
@@ -187,7 +187,7 @@ def gradients_are_finite(parameters: Iterable[torch.Tensor]) -> bool:
 
 
 def explain_non_finite(model: nn.Module, batches: Sequence[Mapping[str, object]]) -> str:
-    """Describe what made a step non-finite, such as the first module whose output is not finite."""
+    """Describe what made a step on `batches` non-finite, such as the first module whose output is not finite."""
     try:
         return _find_non_finite_cause(model, batches)
     except Exception as error:  # a model that cannot be called without labels, or memory that runs out
@@ -219,7 +219,6 @@ def _first_non_finite_module(model: nn.Module, batch: Mapping[str, object]) -> s
     names: list[str] = []
 
     def add_hook(name: str, module: nn.Module) -> RemovableHandle:
-        """Make a module record itself if its output is not finite."""
 
         def record_if_non_finite(_: nn.Module, __: object, output: object) -> None:
             # Masks contain infinities on purpose, but no module outputs only a mask.

@@ -15,20 +15,20 @@ BASELINE_STEPS = 64
 MIN_CLEAN_STEPS = 32
 """After fewer accepted steps, only non-finite values count as bad."""
 NORM_SCORE, LOSS_SCORE = 3.0, 6.0
-"""Number of robust standard deviations above the median from which norm and loss are outliers."""
+"""Robust standard deviations above the median beyond which norm and loss are outliers."""
 MIN_NORM_SPREAD = 0.15
 """Smallest assumed standard deviation of the norm's logarithm."""
 MIN_LOSS_SPREAD = 0.05
 """Smallest assumed standard deviation of the loss, relative to its start."""
 RECENT_STEPS, STAY_SCORE = 20, 5.0
-"""A run stops if the last `RECENT_STEPS` losses are all above the baseline, and their median by `STAY_SCORE` standard
-deviations."""
+"""A run stops if the last `RECENT_STEPS` losses are all above the baseline and their median is `STAY_SCORE` standard
+deviations above it."""
 MIN_RISE = 0.1
-"""Smallest rise that stops a run, relative to the loss at the start."""
+"""Smallest rise that stops a run, relative to the initial loss."""
 MAX_NON_FINITE_IN_A_ROW = 3
 MAX_RECENTLY_SKIPPED = 5
 MAD = 1.4826
-"""Standard deviation divided by median absolute deviation, for normal values."""
+"""Ratio of standard deviation to median absolute deviation in a normal distribution."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,8 @@ def _median_and_spread(values: Sequence[float], min_spread: float) -> tuple[floa
 def judge_parameter_changes(
     changes: ParameterChanges, has_gradients: bool, largest_grad_norm: float | None
 ) -> GuardDecision:
-    """Decide to stop if no parameter value changed, else to go on. The gradient arguments only determine the stated
-    reason."""
+    """Decide to stop if no parameter value changed, else to continue. `has_gradients` (for any parameter) and the
+    largest norm only affect the reason."""
     if changes.num_values_changed > 0:
         return GO_ON
     if not has_gradients:

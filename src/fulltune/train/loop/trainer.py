@@ -46,7 +46,7 @@ def collate_with_counts(
     count_items: Callable[[torch.Tensor], int],
     head: SelectiveHead | None,
 ) -> dict[str, Any]:
-    """Collate rows and add the number of items in the loss and, with a selective head, the trained positions. All are
+    """Collate rows; add the number of items in the loss and, with a selective head, the trained positions. Both are
     computed on the host, because reading them from the device is slow."""
     batch = collate(rows)
     batch = batch | {ITEMS: count_items(batch["labels"])}
@@ -153,13 +153,12 @@ class FullTrainer(Guarded, Trainer):
         return state
 
     def restore_guard_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what `guard_state` returned."""
         self.guard_history = StepHistory.from_json(state)
         for part in self.parts:
             part.resume(state)
 
     def write_heartbeat(self, *_: object) -> None:
-        """Write a heartbeat, except in the dry run, which also scores rows."""
+        """Write a heartbeat, but not during the dry run's scoring."""
         if self.is_in_train:
             self._journal.write_heartbeat(self.state.global_step)
 
@@ -194,8 +193,8 @@ class FullTrainer(Guarded, Trainer):
     def computing_needed_logits(
         self, labels: torch.Tensor, trained_positions: torch.Tensor | None = None, *, all_logits: bool = False
     ) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which the model computes only the logits that the loss needs (or `all_logits`), chunked
-        if planned. By default `trained_positions` are derived from `labels`."""
+        """Return a context in which the model computes only the logits that the loss needs, chunked if planned unless
+        `all_logits` is set. By default `trained_positions` are derived from `labels`."""
         if self.head is None:
             return contextlib.nullcontext()
         chunked = self.head.can_chunk and self._plan.chunked_loss and not all_logits
@@ -331,7 +330,6 @@ class FullTrainer(Guarded, Trainer):
         return metrics
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the planned optimizer, the Trainer's or fulltune's own."""
         plan, model = self._plan, self.model if model is None else model
         own = optimizers.adamw_arguments(plan.optim, plan.bf16_rounding, plan.seed) is not None
         if self.optimizer is None and (own or plan.layerwise_lr_decay != 1.0 or plan.head_learning_rate is not None):

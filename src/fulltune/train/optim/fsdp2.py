@@ -134,7 +134,7 @@ def gathered_state_dict(
 
 
 def _weights_by_key(model: PreTrainedModel, trained_only: bool) -> dict[str, torch.Tensor]:
-    """Return parameters (tied ones once) and persistent buffers by checkpoint key, or only trained ones."""
+    """Return the parameters (tied ones once) and persistent buffers by checkpoint key, or only trainable parameters."""
     sharding.free_gathered_weights(model)
     tensors: dict[str, torch.Tensor] = dict(
         methods.trainable_parameters(model) if trained_only else model.named_parameters()
@@ -166,7 +166,7 @@ def sharded_optimizer_state(model: PreTrainedModel, optimizer: torch.optim.Optim
 
 
 def load_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Load a checkpoint's optimizer state, sharded or not, into a new optimizer, except the learning rates."""
+    """Load a checkpoint's optimizer state, sharded or not, into a new optimizer, which keeps its learning rates."""
     sharding.free_gathered_weights(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]

@@ -25,7 +25,7 @@ GROUP = 128
 SMALL = 4096
 """Tensors with fewer values keep fp32 moments: norms and biases, 0.1 % of a model."""
 _FIRST_TOP, _SECOND_TOP = 126.99, 254.99
-"""Largest codes; noise below 1 keeps them below 128 and 256."""
+"""Largest codes of both moments; noise below 1 keeps them below 128 and 256."""
 _SHIFT = 128.0
 """Offset of second-moment codes stored as int8, to which fp32 converts fastest."""
 _TINY = torch.finfo(torch.float32).tiny
@@ -36,7 +36,7 @@ class Noise:
     """Random numbers for rounding, read from a table for speed. They depend only on seed, step and position."""
 
     def __init__(self, seed: int, slice_values: int, device: torch.device) -> None:
-        """Fill the table for draws of up to `slice_values` numbers."""
+        """At most `slice_values` numbers are read at a time."""
         self._seed = seed
         self._num_offsets = max(2**20, 2 * slice_values) - slice_values
         drawn = torch.Generator().manual_seed(seed)
@@ -67,7 +67,8 @@ _64_BITS = 2**64 - 1
 
 
 def create_moments(num_values: int, moments: Format, device: torch.device) -> State:
-    """Create both moments as zeros [values]. In 8 bits, each is padded to whole groups and has scales [groups]."""
+    """Create `exp_avg` and `exp_avg_sq` as zeros [values]. In 8 bits, each is padded to whole groups and has scales
+    [groups]."""
     if moments == "8bit" and num_values >= SMALL:
         groups = -(-num_values // GROUP)
         return {
@@ -103,7 +104,8 @@ def write_moment(
 ) -> None:
     """Store fp32 values[count] in a moment from position `begin`; `values` is overwritten.
 
-    `other` holds the square roots for the second moment and scratch space for the first. `numbers` select the noise.
+    `other` holds the square roots for the second moment and scratch space for the first. `numbers` (step, parameter,
+    position, purpose) select the noise.
     """
     place = state[name][begin : begin + len(values)]
     if place.dtype == torch.bfloat16:
@@ -150,7 +152,7 @@ def _overlapping_groups(state: Mapping[str, Tensor], name: str, begin: int, end:
 
 
 def _pad_with_zeros(values: Tensor, length: int) -> Tensor:
-    """Extend `values`, a view of a larger buffer, to `length` with zeros."""
+    """Return `values`, a view of a larger buffer, extended to `length` with zeros."""
     longer = values if len(values) == length else values.as_strided((length,), (1,))
     longer[len(values) :] = 0.0
     return longer

@@ -28,7 +28,7 @@ _WEIGHT, _FIRST, _SECOND = range(3)
 
 
 def adamw_arguments(optim: str, rounding: Rounding | None, seed: int) -> dict[str, Any] | None:
-    """Return `AdamW`'s arguments for fulltune's optimizers, or None for others."""
+    """Return `AdamW`'s keyword arguments if `optim` is one of fulltune's optimizers, else None."""
     formats: dict[str, Format] = {"adamw_8bit": "8bit", "adamw_bf16": "bf16"}
     return {"moments_format": formats[optim], "rounding": rounding, "seed": seed} if optim in formats else None
 
@@ -72,7 +72,7 @@ class AdamW(torch.optim.Optimizer):
         rounding: Rounding | None = "stochastic",
         seed: int = 0,
     ) -> None:
-        """Raise `SetupError` if a weight is neither fp32 nor bf16; `rounding` is for bf16."""
+        """Raise `SetupError` if a weight is neither fp32 nor bf16; `rounding` applies to bf16 weights."""
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._format: Format = moments_format
         self._rounding = rounding
@@ -86,7 +86,8 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], object] | None = None) -> object:  # type: ignore[override]  # any loss
-        """Call `closure` if Lightning passes one, then update all parameters that have a gradient."""
+        """Call `closure` if Lightning passes one, update all parameters with a gradient, and return the closure's
+        result."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
         for group in self.param_groups:
@@ -143,7 +144,8 @@ class AdamW(torch.optim.Optimizer):
     def _store_rounded(
         self, weights: Tensor, stored: Tensor, compensation: Tensor | None, buffers: _Buffers, numbers: tuple[int, ...]
     ) -> None:
-        """Round fp32 `weights` to bf16 `stored`, and the rounding error to `compensation`. Overwrites `weights`."""
+        """Round fp32 `weights` to bf16 `stored`, and the rounding error to `compensation` if set. Overwrites `weights`.
+        `numbers` (step, parameter, position) select the noise."""
         noise = buffers.noise.bits(len(weights), *numbers, _WEIGHT)
         if self._rounding == "stochastic":
             moments.round_at_random(weights, noise)
@@ -154,7 +156,6 @@ class AdamW(torch.optim.Optimizer):
             compensation.copy_(error)
 
     def _buffers(self, parameter: Tensor) -> _Buffers:
-        """Return the buffers of a parameter's device."""
         device = parameter.device
         if device not in self._scratch:
             self._scratch[device] = _Buffers(device, self._seed)

@@ -82,8 +82,6 @@ def _fork_worker(server: subprocess.Popen[bytes], line: str) -> ForkedWorker | N
 
 
 class ForkedWorker:
-    """A worker process that the fork server started."""
-
     args: Sequence[str] = ()
 
     def __init__(self, answers: IO[bytes], pid: int) -> None:

@@ -40,7 +40,7 @@ _CHECKING = "checking this machine and the recipe's files"
 
 @contextlib.contextmanager
 def lead_machines(machine: MachineAddress, recipe: Recipe, report: Callable[[str], None]) -> Iterator[MachineGroup]:
-    """Write machine 0's heartbeat and yield the group of all machines. Leaving the block also ends the other machines'
+    """Send machine 0's heartbeats and yield the group of all machines. Leaving the block also ends the other machines'
     commands."""
     report(_CHECKING)
     own = machines.own_member(recipe, machine, hardware.measure_machine(), uuid.uuid4().hex)
@@ -77,7 +77,7 @@ class MachineGroup:
         return hardware.weakest_machine([member.machine for member in self.members])
 
     def wait_for_machines(self) -> None:
-        """Wait until all machines answer; raise an error if one stays silent, has ended or would train differently."""
+        """Wait until all machines answer; raise an error if one stays silent, has ended or has a different setup."""
         until, named = time.monotonic() + self._machine.wait_seconds, None
         missing = list(self._others)
         # A machine is waited for only once, as a file server may show changes late.
@@ -93,7 +93,7 @@ class MachineGroup:
             raise SetupError(problems)
 
     def start(self, request: Request, log: Path) -> spawn.WorkerProcess:
-        """Start an attempt's processes on all machines; return them as one process."""
+        """Start an attempt's processes on all machines; return an object for all of them."""
         try:
             self.wait_for_machines()
         except InterruptedRun as error:
@@ -224,7 +224,8 @@ class _AttemptOnAllMachines:
 
 
 def _status_elsewhere(peer: Peer, attempt: str, instance: str) -> tuple[bool, LostMachine | None]:
-    """Return whether an attempt has ended on another machine, and the loss record of that machine or None."""
+    """Return whether an attempt has ended on another machine, and how that machine was lost, or None. `instance`
+    identifies its command."""
     member = peer.read()
     assert member is not None  # it has answered
     lost = partial(LostMachine, rank=member.rank, host=member.host)
@@ -267,7 +268,7 @@ def follow_machine_0(machine: MachineAddress, recipe: Recipe, report: Callable[[
 def _await_attempt(
     leader: Peer, machine: MachineAddress, heartbeat: Heartbeat, report: Callable[[str], None]
 ) -> Member:
-    """Wait until machine 0 has an attempt for this machine, or has ended; return machine 0's record."""
+    """Wait until machine 0 has posted an attempt for this machine or has exited; return machine 0's record."""
     until = time.monotonic() + machine.wait_seconds
     while True:
         member, own = leader.read(), heartbeat.record

@@ -70,8 +70,8 @@ def micro_batches_to_measure(recipe: Recipe, plan: Plan, best: Changes) -> list[
 
 
 def compilation_to_measure(recipe: Recipe, best: MeasuredSetting, missing_tool: str | None) -> list[MeasuredSetting]:
-    """Return the best setting with torch.compile, in a list, or [] if the recipe already decides. `problem` is set if a
-    tool is missing or the run is short."""
+    """Return the best setting plus torch.compile, in a list, or [] if the recipe already decides. Its `problem` is set
+    if a tool is missing or the run is short."""
     train = recipe.train
     if train.torch_compile is not None or train.zero_enabled_by or train.use_liger_kernel:
         return []
@@ -138,7 +138,7 @@ def choose_fastest_plan(trial: PlannedTrial, summary: DataSummary, available_byt
 
 
 def with_measurements(row: MeasuredSetting, outcome: Outcome, tokens: float, available_bytes: int) -> MeasuredSetting:
-    """Add an attempt's measurements, or its problem, to a setting. `tokens` counts those of the whole training."""
+    """Return the setting with an attempt's measurements or its problem. `tokens` counts those of the whole training."""
     forecast, problem = outcome.forecast, textwrap.shorten(outcome.reason, 120)
     if outcome.status == "out_of_memory":
         problem = f"memory ran out: {problem}"

@@ -33,8 +33,6 @@ EstimateMemory = Callable[[Plan], MemoryNeed | None]
 
 @dataclass(frozen=True)
 class NextAttempt:
-    """The next attempt's plan, and whether it resumes from a checkpoint."""
-
     plan: Plan
     resume: bool
     reason: str = ""
@@ -77,7 +75,7 @@ def plan_next_attempt(
 
 
 def _changed_plan(plan: Plan, last: Outcome, changes: Changes, estimate_memory: EstimateMemory) -> Plan:
-    """Apply changes to the plan, explained by the memory shortage in `last`, and estimate memory again."""
+    """Return the plan with changes, explained by the memory shortage in `last`, and a new memory estimate."""
 
     def reason(old: Setting) -> str:
         planned = old.reason.partition(_MARK)[0] if _MARK in old.reason else f"planned {old.value} ({old.reason})"
@@ -112,7 +110,7 @@ def describe_memory_shortage(outcome: Outcome, plan: Plan) -> str:
 
 
 def settings_with_reasons(plan: Plan, changes: Changes, reason: Callable[[Setting], str]) -> tuple[Setting, ...]:
-    """Return the plan's settings with the changed values; `reason` is called to explain each change."""
+    """Return the plan's settings with the changed values; `reason` maps an old setting to the reason for its change."""
     present = {setting.name: setting for setting in plan.settings}
     for field, value in changes.items():
         name, before = SETTING_OF[field], getattr(plan, field)
@@ -132,7 +130,7 @@ def killed_too_often_message(last: Outcome) -> str:
 
 
 def out_of_memory_messages(recipe: Recipe, plan: Plan, last: Outcome, tried: Sequence[str]) -> list[str]:
-    """Return the error messages if memory ran out and no setting can help."""
+    """Return the error's lines if memory ran out and no setting can help. `tried` describes earlier changes."""
     lines = [f"{describe_memory_shortage(last, plan)}: {last.reason}"]
     lines += [f"tried: {reason}" for reason in tried]
     for name, changes, text in memory_fallbacks(recipe, plan, last.phase, lambda changes: True):

@@ -207,7 +207,7 @@ def dry_run_in_engine(trainer: FullTrainer, rows: Rows, plan: Plan) -> Check:
 
 
 def _bf16_resolution_problem(scaled: ScaledHead | None, scale: tuple[float, float] | None) -> str | None:
-    """Return a message if bf16 weights are too coarse for the targets' (mean, standard deviation), else None."""
+    """Return a message if bf16 weights are too coarse for targets with this (mean, standard deviation), else None."""
     if scale is None or scaled is None or scaled.layer.weight.dtype != torch.bfloat16:
         return None
     size, spread = max(abs(scale[0]), scale[1]), scale[1]

@@ -34,8 +34,8 @@ _WRAPPED = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
 def dry_run(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Callable[[RowSubset], object]) -> list[Check]:
-    """Run two steps and an evaluation on the longest rows, time some passes and restore everything. Stores the loss and
-    the forecast (None after a non-finite loss) in `inputs.usage`."""
+    """Run two steps and an evaluation on the longest rows, time some passes, restore everything and return the checks.
+    Stores the loss and the forecast (None after a non-finite loss) in `inputs.usage`."""
     began, plan, rows = time.monotonic(), inputs.plan, trainer.train_rows
     longest = positions_by_length(rows)[: plan.micro_batch_size]
     forecast: TimeNeed | None = None
@@ -187,7 +187,7 @@ def fit_pass_time(longest: tuple[float, float], typical: tuple[float, float] | N
 
 @dataclass(frozen=True)
 class PassTimer:
-    """Runs and times passes. All ranks use rank 0's times."""
+    """Runs and times forward and backward passes. All ranks use rank 0's times."""
 
     inputs: AttemptInputs
     trainer: FullTrainer
@@ -248,8 +248,8 @@ class PassTimer:
 def forecast_from_passes(
     passes: PassTimer, longest: Positions, longest_seconds: tuple[float, float], step_seconds: float
 ) -> TimeNeed:
-    """Forecast the remaining training time from `longest_seconds`, the seconds of two passes on the longest rows, and,
-    if these are short, from further passes."""
+    """Forecast the remaining training time from the seconds of two passes on the longest rows, of the optimizer's step
+    and, within a time budget, of further passes."""
     inputs, plan, quadratic = passes.inputs, passes.inputs.plan, _attention_work_ratio(passes.trainer.model)
     lengths, first_step = passes.trainer.sampler.lengths, inputs.request.first_step
     steps = max(0, plan.total_steps - first_step)
@@ -295,7 +295,7 @@ def _fit_train_time(
     budget: float,
 ) -> tuple[PassTime, float]:
     """Fit the pass time to the longest pass (work, first seconds, second seconds) and, if `budget` seconds allow, a
-    typical one. Also return one-time seconds: for compiling, or for each new shape."""
+    typical one. Also return one-time seconds for compiling or else for each new shape."""
     long, first_seconds, seconds = longest
     compiled = max(0.0, first_seconds - seconds)
     at = int(np.argmin(abs(work - work.mean()))) if len(work) else 0

@@ -134,7 +134,8 @@ class Evaluator(TrainingPart):
             raise Diverged(decision.reason)
 
     def judge_end(self, state: TrainerState) -> None:
-        """Raise `Diverged` or warn if the loss ended high, or if the final weights are worse than before step 1."""
+        """Warn or raise `Diverged`, by severity, if the loss ended high or the final weights are worse than before step
+        1."""
         inputs, rate = self.inputs, self.inputs.highest_learning_rate
         if inputs.has_own_loss:
             return
@@ -154,7 +155,7 @@ class Evaluator(TrainingPart):
 
 
 def _metric_for_comparison(task: TaskName, target: Target, metric: str, predictions: Predictions) -> ResamplableMetric:
-    """Return the run's metric if sums over rows are enough to compute it, else the loss."""
+    """Return the run's metric if it can be computed from sums over rows, else the loss."""
     measure = find_metric(task, target, metric)
     if measure.row_terms is None or measure.row_terms(predictions).shape[1] > MAX_SAVED_TERMS_PER_ROW:
         return find_metric(task, target, "loss")

@@ -92,7 +92,8 @@ class Objective:
     def loss(
         self, outputs: ModelOutput, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Compute the loss from logits[rows, ..., classes or vocabulary] and labels[rows] or [rows, tokens]."""
+        """Sum the loss over logits[rows, ..., classes or vocabulary] and labels[rows] or [rows, tokens], and divide by
+        `num_items_in_batch` if set."""
         smoothing = self.recipe.train.label_smoothing_factor
         summed = self.task.loss(extract_logits(outputs), labels, self.target, smoothing, self._class_weights)
         return summed / (num_items_in_batch if num_items_in_batch is not None else 1)
@@ -131,7 +132,8 @@ def scale_head(
     own_loss: bool = False,
 ) -> tuple[ScaledHead | None, str]:
     """Make the head's last layer learn standardized numbers; return the layer, or None if impossible, and a note.
-    `scale` is (mean, standard deviation). `predicts_numbers` means that the layer was already trained."""
+    `scale` is (mean, standard deviation). `batch` tests that the model outputs the layer's values.
+    `predicts_numbers` means that the layer was already trained."""
     layer, problem = find_output_layer(model, 1), ""
     if own_loss:
         problem = "you supply compute_loss"
@@ -184,7 +186,6 @@ class LoadedModel:
     head_start: Probe | None
     scaled: ScaledHead | None
     scale_note: str | None
-    """Note on a regression head's units, else None."""
     base_digest: str | None
     """Digest of the pretrained weights, or None if ZeRO shards them."""
 

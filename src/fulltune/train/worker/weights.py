@@ -64,7 +64,7 @@ class InitialWeights:
 
     def count_changes(self, model: PreTrainedModel, optimizer: Any, with_gradient: frozenset[str]) -> ParameterChanges:
         """Count, over all ranks, the values that received a gradient (excluding unused tokens' embeddings) and those
-        that changed."""
+        that changed. Without AdamW, `with_gradient` names the tensors that received one."""
         sharding.free_gathered_weights(model)
         inner = optimizer
         while inner is not None:
