@@ -80,7 +80,7 @@ def fit_at_strengths(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the solver may stop early, but held-out rows judge the result
         features = ((items.features - shift) * scale).astype(np.float32)
-        for strength, classifier in _fit_for_problem_type(items, features, has_bias, strengths):
+        for strength, classifier in _fit_by_form(items, features, has_bias, strengths):
             weight = classifier.weight * scale
             yield (
                 strength,
@@ -99,10 +99,10 @@ def shift_and_scale(features: np.ndarray, centred: bool) -> tuple[np.ndarray, np
     return centre, 1.0 / np.sqrt(np.maximum(variance, max(LEAST_SPREAD**2 * size, 1e-30)))
 
 
-def _fit_for_problem_type(
+def _fit_by_form(
     items: Items, features: np.ndarray, has_bias: bool, strengths: Sequence[float]
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Yield (strength, classifier) pairs, fitted as the problem type requires."""
+    """Yield (strength, classifier) pairs, fitted as the form of the rows requires."""
     match items.kind:
         case "regression":
             yield from _fit_ridge(features, items.labels, has_bias, strengths)

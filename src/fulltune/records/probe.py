@@ -18,24 +18,24 @@ LEAST_HELD_OUT, MOST_HELD_OUT = 200, 2_000
 cross-validation."""
 
 
-def items_per_row(problem_type: str, words: float, num_choices: int) -> float:
+def items_per_row(form_name: str, words: float, num_choices: int) -> float:
     """Return the number of items per row: its words, its choices, a window's sampled tokens, or else 1."""
-    return {"tags": words, "choice": num_choices, "span": OTHER_TOKENS + 2}.get(problem_type, 1)
+    return {"tags": words, "choice": num_choices, "span": OTHER_TOKENS + 2}.get(form_name, 1)
 
 
-def max_probe_rows(problem_type: str, num_items_per_row: float, width: int, max_rows: int = MOST_ROWS) -> int:
+def max_probe_rows(form_name: str, num_items_per_row: float, width: int, max_rows: int = MOST_ROWS) -> int:
     """Return how many rows' features fit into `MOST_FEATURE_BYTES`, at most `max_rows`. `width` is the number of
     features per item."""
-    kinds = 2 if problem_type == "tags" else 3  # a tagger's head has no dense layer
+    kinds = 2 if form_name == "tags" else 3  # a tagger's head has no dense layer
     return max(1, min(max_rows, int(MOST_FEATURE_BYTES / (kinds * 4 * max(1, width) * num_items_per_row))))
 
 
-def solver_bytes(problem_type: str, num_items: int, num_outputs: int, width: int) -> int:
+def solver_bytes(form_name: str, num_items: int, num_outputs: int, width: int) -> int:
     """Return the memory in bytes that L-BFGS needs for `num_items` items of `width` features.
 
     The solver stores ten updates of all weights and gradients, and the logits with their gradients, in 64 bits.
     """
-    logits = 2 * num_items if problem_type in ("single_label", "tags") else 0
+    logits = 2 * num_items if form_name in ("single_label", "tags") else 0
     return 8 * num_outputs * (25 * width + logits)
 
 
