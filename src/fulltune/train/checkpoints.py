@@ -126,8 +126,8 @@ def load_weights(model: PreTrainedModel, checkpoint: Path, trained_only: bool = 
 
 
 def load_into_new_model(model: PreTrainedModel, checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a checkpoint into a new model with the class and sharding of `model`. Raises `SetupError` if tensors
-    differ."""
+    """Load a checkpoint into a new model with the class and sharding of `model`. Raises `SetupError` if tensor names or
+    shapes differ."""
     import torch
 
     model_class: Any = type(model)

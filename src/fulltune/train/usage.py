@@ -21,7 +21,7 @@ class ResourceUsage:
     meter: Meter | None = None
     forecast: TimeNeed | None = None
     tokens_per_second: float = 0.0
-    """Training speed so far; in a measuring attempt, the forecast."""
+    """Training speed so far; in a measuring attempt, the forecast speed."""
     dry_run_growth_bytes: int = 0
     dry_run_loss: float | None = None
     disk_bytes: int = 0

@@ -46,7 +46,7 @@ class DriftMonitor(TrainingPart):
     def __init__(self, inputs: AttemptInputs, trainer: FullTrainer) -> None:
         self.inputs, self.trainer = inputs, trainer
         self.text: GenericText | None = None
-        """Texts on which drift is measured, or None if drift is not measured."""
+        """Texts on which drift is measured, or None."""
         self.texts_digest = ""
         self.start: np.ndarray | None = None
         """Output of `GenericText.measure` for the pretrained model."""

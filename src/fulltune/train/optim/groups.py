@@ -57,7 +57,7 @@ def _group_by_decay(names: Sequence[str], decayed: Collection[str], weight_decay
 
 
 def _group_by_depth(names: Sequence[str], decayed: Collection[str], plan: Plan, weight_decay: float) -> list[Group]:
-    """Return groups, top first, whose learning rate decays with depth."""
+    """Return groups, top layers first, whose learning rate decays with depth."""
     num_layers = max((int(match.group(1)) + 1 for name in names if (match := _LAYER.search(name))), default=0)
     groups: dict[tuple[int, bool], list[str]] = {}
     for name in names:

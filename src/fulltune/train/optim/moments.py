@@ -23,11 +23,11 @@ State = dict[str, Tensor]
 
 GROUP = 128
 SMALL = 4096
-"""Tensors with fewer values keep fp32 moments: norms and biases, 0.1 % of a model."""
+"""Tensors with fewer values keep fp32 moments, such as norms and biases (0.1 % of a model)."""
 _FIRST_TOP, _SECOND_TOP = 126.99, 254.99
 """Largest codes of both moments; noise below 1 keeps them below 128 and 256."""
 _SHIFT = 128.0
-"""Offset of second-moment codes stored as int8, to which fp32 converts fastest."""
+"""Offset of second-moment codes stored as int8, the dtype to which fp32 converts fastest."""
 _TINY = torch.finfo(torch.float32).tiny
 _MIN_SCALE = 1e-30
 

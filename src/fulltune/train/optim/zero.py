@@ -26,7 +26,7 @@ def init_process_group(arguments: TrainingArguments) -> None:
 
 
 def build_extensions(on_cpu: bool, offload_optimizer: bool, report: Callable[[str], None]) -> None:
-    """Compile missing DeepSpeed extensions for training on the CPU or offloading. Rank 0 compiles them for all
+    """Compile missing DeepSpeed extensions for CPU training or optimizer offloading. Rank 0 compiles them for all
     ranks."""
     from deepspeed.accelerator import get_accelerator
     from torch.utils import cpp_extension

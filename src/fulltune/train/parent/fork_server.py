@@ -1,4 +1,4 @@
-"""A process that has imported the libraries and forks a worker for each attempt, which saves seven seconds each.
+"""A process that has imported the libraries and forks a worker for each attempt, which saves seven seconds per attempt.
 
 parent ──{"request": ..., "log": ...}──▶ server ──fork──▶ worker (own group, own log)
 parent ◀── the worker's process id, and later its exit code, a line each
@@ -33,8 +33,8 @@ PRELOADED = ("fulltune.train.worker.attempt", "fulltune.train.worker.main", "pef
 
 @contextlib.contextmanager
 def fork_server() -> Iterator[Starter]:
-    """Yield a function that starts workers. It forks single CPU processes on Linux, one at a time, and starts new
-    processes otherwise."""
+    """Yield a function that starts workers. On Linux it forks single-process CPU workers, one at a time; otherwise it
+    starts new processes."""
     servers: list[subprocess.Popen[bytes]] = []
 
     def start_worker(request: Request, log: Path) -> WorkerProcess:
@@ -71,7 +71,7 @@ def _start_server(variables: dict[str, str]) -> subprocess.Popen[bytes]:
 
 
 def _fork_worker(server: subprocess.Popen[bytes], line: str) -> ForkedWorker | None:
-    """Ask the server to fork a worker; return the worker, or None if the server died."""
+    """Send the request `line` to the server; return the forked worker, or None if the server died."""
     assert server.stdin is not None, "a pipe"
     assert server.stdout is not None, "a pipe"
     with contextlib.suppress(BrokenPipeError):

@@ -34,7 +34,7 @@ from fulltune.train.parent.child import forwarding_signals
 from fulltune.train.request import Request
 
 GRACE_SECONDS = 30.0
-"""How many seconds this machine's processes may continue after another machine's have ended."""
+"""Seconds that this machine's processes may continue after another machine's have ended."""
 _CHECKING = "checking this machine and the recipe's files"
 
 

@@ -20,7 +20,7 @@ from fulltune.train.parent.retry import PlannedTrial
 from fulltune.train.request import Request
 
 MARGIN = 0.03
-"""Relative difference of run times that counts as noise."""
+"""Relative difference in run time that counts as noise."""
 MIN_SECONDS_TO_COMPILE = 600.0
 _DERIVED = ("gradient accumulation", "evaluate.batch_size")
 
@@ -29,7 +29,7 @@ _DERIVED = ("gradient accumulation", "evaluate.batch_size")
 
 
 def speedups_to_measure(recipe: Recipe, plan: Plan) -> list[MeasuredSetting]:
-    """Return the settings to measure: first none of the optional speedups, then one more at a time."""
+    """Return the settings to measure, first without optional speedups, then adding one at a time."""
     measured = [(saving, saving.apply(recipe, plan)[-1]) for saving in MEMORY_SAVINGS if saving.measured]
     plain = {"precision": "fp32", "optim": plain_optim(plan.weights_dtype, plan.bf16_rounding)}
     now: Changes = {}

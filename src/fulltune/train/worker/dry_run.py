@@ -229,7 +229,6 @@ class PassTimer:
         return all(distributed.all_gather(finite)) if self.trainer.is_shared else finite
 
     def time_scoring(self, positions: Positions) -> float:
-        """Score eval rows and return the seconds."""
         began = self._synchronized_time()
         self.evaluate(RowSubset(self.trainer.eval_rows, positions))
         return self._seconds_since(began)

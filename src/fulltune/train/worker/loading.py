@@ -317,7 +317,7 @@ def _init_head_and_record(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
 ) -> Probe:
-    """Initialise the head from a linear probe; warn if there is none."""
+    """Initialise the head from a linear probe; warn if fitting failed."""
     inputs.recorder.phase(PROBING)
     with inputs.journal.phase_within("evaluation"):  # it needs memory as an evaluation does, with the same fallbacks
         probed = init_head_from_probe(objective, head, tokenizer, Path(inputs.request.run_folder), device)
