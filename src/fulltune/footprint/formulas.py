@@ -34,7 +34,7 @@ FAILURES = (
     StrictDataclassError,
     RecipeError,
 )
-"""Errors that a model class raises for an unusual config or for tensors without values."""
+"""Errors of model classes for unusual configs or for tensors without values."""
 
 
 def points_to_trace(case: TraceCase) -> list[tuple[int, int]]:
@@ -89,8 +89,8 @@ _Copy = tuple[dict[str, int], tuple[str, ...]]
 
 
 def _reduced_copies(case: TraceCase) -> tuple[_Copy, list[tuple[dict[str, int], tuple[str, ...], int]]]:
-    """Return the smallest copy as (depths, kinds), and for each type of layer (depths, kinds, number of omitted layers)
-    of a copy with one more."""
+    """Return the smallest copy as (depths, kinds), and for each type of layer a copy with one more of this type, as
+    (depths, kinds, number of omitted layers)."""
     depths, kinds = layer_counts(case), layer_types(case)
     if kinds:
         (name,) = depths
@@ -124,8 +124,7 @@ _FAR = (16, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 
 
 def trace_footprint(case: TraceCase) -> Footprint:
-    """Trace forward passes and, for each of `case.checkpointing`, training steps, and fit a footprint to these
-    traces."""
+    """Trace a model's evaluation and training steps, and fit its footprint to the traces."""
     points = points_to_trace(case)
     evaluated = trace_model(case, points, recomputed=False, training=False)
     variants, of_training = [], 0.0

@@ -35,7 +35,6 @@ LOGITS_BYTES = 3 * 4
 """Bytes of a logit, its probability and its gradient in fp32."""
 USUAL_LAYERS = 12
 PIXELS_OF_A_TOKEN = 32 * 32
-"""Pixels per position after the last convolution."""
 
 
 def estimate_footprint(case: TraceCase, why: str) -> Footprint:
@@ -162,7 +161,7 @@ class PlannedModel:
 
 
 def make_preparation(recipe: Recipe, on_cpu: bool) -> Callable[[PreTrainedModel], None]:
-    """Return a function that applies the recipe's method to a model and, with `on_cpu`, replaces its dropout by
+    """Return a function that applies the recipe's method to a model and, if `on_cpu`, replaces its dropout layers with
     `SixteenBitDropout`."""
     same = dict.fromkeys(("name", "learning_rate", "learning_rates", "head_learning_rate", "head_init"))
     if recipe.method.kind == "full":
@@ -171,7 +170,7 @@ def make_preparation(recipe: Recipe, on_cpu: bool) -> Callable[[PreTrainedModel]
 
 
 def apply_method_and_dropout(method: Method, task: TaskName, on_cpu: bool, model: PreTrainedModel) -> None:
-    """Apply the method to a model and, with `on_cpu`, replace its dropout layers."""
+    """Apply the method to a model and, if `on_cpu`, replace its dropout layers with `SixteenBitDropout`."""
     if method.kind != "full":
         methods.apply_method(model, method, task)
     if on_cpu:

@@ -1,5 +1,3 @@
-"""Facts about each task, read from `tasks.toml` without importing torch."""
-
 from __future__ import annotations
 
 import tomllib
@@ -47,9 +45,7 @@ class Form:
     kind: str
     target: str = "label"
     label: str = "label"
-    """Word for one label in tables."""
     row: str = "row"
-    """Word for one example in tables."""
     longest: str = "longest row"
     worst: str = "Wrong test rows with the highest loss"
     """Title of the table of wrongly predicted rows."""

@@ -85,7 +85,6 @@ class Expectation(Record):
 
     methods: tuple[str, ...]
     num_seeds: int
-    """Maximum number of seeds within the budget."""
     most_seeds: int
     """Maximum number of seeds if there is no budget."""
     num_search_trials: int = 0

@@ -45,7 +45,6 @@ class BudgetResult(Record):
 
     trial: str
     budget: float
-    """Maximum drift to accept, as a share between 0 and 1."""
     limit: float
     is_language_model: bool
     text_source: str

@@ -12,7 +12,7 @@ BINS = 15
 
 
 def expected_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return the mean gap between confidence and accuracy over 15 bins with equal numbers of rows."""
+    """Return the mean absolute difference between confidence and accuracy over 15 bins with equal numbers of rows."""
     probabilities = softmax(logits, axis=-1)
     confidence = probabilities.max(axis=-1)
     right = probabilities.argmax(axis=-1) == labels
@@ -24,7 +24,8 @@ ALL_RIGHT = "all eval rows are predicted correctly, so the temperature stays 1"
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
-    """Return the temperature (0.05 to 20) that fits the labels best, or None if every row is predicted correctly."""
+    """Return the temperature (0.05 to 20) with the lowest cross entropy, or None if every row is predicted
+    correctly."""
     if (logits.argmax(axis=-1) == labels).all():
         return None
 

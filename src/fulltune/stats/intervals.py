@@ -1,8 +1,8 @@
 """Compute intervals for the difference of two methods over rows and seeds (docs/concepts/statistics.md).
 
-Each draw is the difference on resampled rows plus normal noise for the seeds, with a variance drawn from a scaled
-chi-squared distribution with Welch-Satterthwaite degrees of freedom. With seed noise alone this gives Student's t,
-without it the usual bootstrap.
+Each draw is the difference on resampled rows plus normal noise for the seeds, whose variance follows a scaled
+chi-squared distribution (Welch-Satterthwaite degrees of freedom). With seed noise alone, this gives Student's t;
+without it, the usual bootstrap.
 """
 
 from __future__ import annotations
@@ -95,7 +95,6 @@ class UncertainValue:
     spreads: np.ndarray
     """Standard deviation of each component, [draws]."""
     row_variance: float
-    """Variance due to the rows, including single seeds' noise."""
     seeds: tuple[SeedSpread, ...]
     seeds_known: bool = True
 
@@ -123,8 +122,8 @@ class UncertainValue:
 def mean_of_method(
     drawn: ResampledTrials, method: int, spreads: Sequence[SeedSpread | None], span: float | None
 ) -> UncertainValue:
-    """Return a method's mean metric over its seeds, with its uncertainty. `span` is the metric's range, or None if
-    unbounded."""
+    """Return the mean metric over seeds of a method (given by index), with its uncertainty. `span` is the metric's
+    range, or None if unbounded."""
     centres = drawn.draws[method].mean(axis=1)
     return _uncertain_value(float(drawn.point[method].mean()), centres, [spreads[method]], drawn.num_clusters, span)
 
@@ -216,7 +215,8 @@ def _scaled_chi_squared(chance: np.random.Generator, degrees: float, count: int)
 
 
 def correct_p_values(p_values: Sequence[float], alpha: float) -> list[tuple[float, float]]:
-    """Correct p-values for several tests (Holm 1979); return each test's adjusted p-value and significance level."""
+    """Correct p-values for several tests at the joint level `alpha` (Holm 1979); return each test's adjusted p-value
+    and significance level."""
     adjusted, highest = {}, 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
         left = len(p_values) - rank

@@ -238,8 +238,7 @@ _COMPARED = (
 
 
 def describe_differences(first: Member, others: Sequence[Member]) -> list[str]:
-    """Return one message per other machine and kind of fact, such as package versions, that differs from machine 0's
-    (`first`)."""
+    """Return one message per other machine and kind of fact that differs from machine 0's (`first`)."""
     lines = []
     for other in others:
         for kind, problem, joint, remedy in _COMPARED:

@@ -30,7 +30,7 @@ def read_sizes(path: str) -> dict[str, int]:
 
 
 def process_memory_limit() -> int | None:
-    """Return the user's memory limit per process (`ulimit -d`, `ulimit -v`), or None if there is none."""
+    """Return the user's memory limit per process in bytes (`ulimit -d`, `ulimit -v`), or None without a limit."""
     kinds = (resource.RLIMIT_DATA, resource.RLIMIT_AS)
     limits = [limit for limit, _ in map(resource.getrlimit, kinds) if limit != resource.RLIM_INFINITY]
     return min(limits, default=None)
@@ -48,6 +48,7 @@ class Meter:
         self.base_bytes = self.bytes_in_use()
 
     def bytes_in_use(self) -> int:
+        """Return the process's resident memory, or torch's reserved memory on a GPU."""
         if self.on_gpu:
             import torch
 
@@ -179,7 +180,7 @@ def run_with_smaller_batches(activity: str, batch_size: int, run: Callable[[int]
 
 
 def out_of_memory_error(activity: str, error: BaseException, alternatives: str) -> DoesNotFitError:
-    """Return the error for when even the smallest batch does not fit; the message ends with `alternatives`."""
+    """Return an error for the case that even the smallest batch does not fit. The message ends with `alternatives`."""
     return DoesNotFitError(
         f"{activity}: memory ran out: {' '.join(str(error).split())[:300] or 'MemoryError'}; {alternatives}"
     )

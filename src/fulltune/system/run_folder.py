@@ -219,7 +219,7 @@ def flatten_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, A
 
 
 def _differing_settings(folder: Path, recipe: Recipe) -> str:
-    """Return the names of settings that differ from the folder's recipe, in brackets, or an empty string."""
+    """Return the names of settings that differ from the folder's recipe, in parentheses, or an empty string."""
     before, now = (
         flatten_settings(load_run_recipe(folder).result_settings()),
         flatten_settings(recipe.result_settings()),
@@ -323,7 +323,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def remove_new_run_on_error(folder: Path, *except_for: type[FulltuneError]) -> Iterator[None]:
-    """Remove a new run's files if the block raises an error before any work, unless its type is in `except_for`."""
+    """Remove a new run's files if the block raises an error before any work, unless the error's type is in
+    `except_for`."""
     began = (folder / "data" / "summary.json").exists()
     try:
         yield
@@ -355,6 +356,7 @@ def describe_environment(machine: Machine) -> Environment:
 
 
 def _git_commit_hash() -> str | None:
+    """Return the current folder's short commit hash, or None."""
     try:
         result = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=5, check=False
@@ -365,6 +367,7 @@ def _git_commit_hash() -> str | None:
 
 
 def hide_progress_bars() -> None:
+    """Set environment variables that turn off other libraries' progress bars and info messages."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     os.environ.setdefault("TQDM_DISABLE", "1")
