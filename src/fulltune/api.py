@@ -64,7 +64,7 @@ def run(recipe: Recipe | str | Path, **settings: Any) -> RunResult:
         The records of every stage: `folder`, `summary`, `plan`, `outcome`, `scores` (the trained model last), `report`.
 
     Raises:
-        FulltuneError: One of its subclasses. Nothing is lost, and the same call resumes.
+        FulltuneError: A stage failed. Nothing is lost, and the same call resumes.
 
     Example:
         >>> result = fulltune.run("banking77.yaml", metrics=my_metrics)  # doctest: +SKIP

@@ -330,6 +330,6 @@ def _fit_and_compare(
 
 
 def _correct_rows(items: Items, held_out: Items, regularization: float) -> np.ndarray:
-    """Fit a classifier; return 1 for each held-out row that it predicts correctly, else 0."""
+    """Fit a classifier to `items`; return 1 for each held-out row that it predicts correctly, else 0."""
     [(_, classifier)] = fit_at_strengths(items, strengths=(regularization,))
     return (classifier(held_out.features).argmax(axis=1) == held_out.labels).astype(np.float64)

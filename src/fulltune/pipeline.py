@@ -157,7 +157,8 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
 
 
 def check_recipe(recipe: Recipe, base: Base, runs_here: bool) -> None:
-    """Before rows are read, raise an error for settings that the libraries, the model or the method do not support."""
+    """Before rows are read, raise an error for settings that the libraries (if `runs_here`), the model or the method do
+    not support."""
     check_trainable(recipe, check_packages=runs_here)
     check_model(recipe, base)
     methods.check_methods(recipe, base.config)

@@ -84,6 +84,7 @@ class RowReader:
         return items
 
     def _read_items(self, split: SplitName) -> tuple[Items, np.ndarray]:
+        """Compute the result of `items`."""
         try:
             rows = with_decoded_images(Rows(self.folder / split), self.base.processor)
             config = self.extractor.model.config.get_text_config()

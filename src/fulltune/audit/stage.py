@@ -146,7 +146,7 @@ def checks_version() -> str:
 
 
 def _load_audit_of_same_rows(folder: Path, summary: DataSummary) -> Audit | None:
-    """Return the saved audit of these rows by any version, or None if there is none."""
+    """Return the saved audit of these rows by any version, or None."""
     try:
         earlier = Audit.load(folder / AUDIT)
     except (OSError, SetupError):

@@ -82,10 +82,10 @@ class Trainer(Guarded, transformers.Trainer):
         return model
 
     def train(self, *positional: object, **keywords: object) -> TrainOutput:
-        """Train, warn if the final loss is high, and count the changed values in `moved`.
+        """Train, warn if the final loss is high, and count the changed parameter values in `moved`.
 
         Raises:
-            GuardStop: Several steps were non-finite, or no value changed.
+            GuardStop: Several steps were non-finite, or no parameter value changed.
         """
         if "model_path" in keywords:
             keywords["resume_from_checkpoint"] = keywords.pop("model_path")

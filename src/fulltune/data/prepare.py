@@ -369,8 +369,7 @@ def _hard_link_or_copy(source: str, target: str) -> None:
 
 
 def delete_old_data_sets(folder: Path) -> None:
-    """Delete all complete data sets except the `MAX_CACHED` most recently used, and unfinished ones older than a
-    day."""
+    """Delete data sets beyond the `MAX_CACHED` most recently used, and unfinished data sets older than a day."""
     entries = [path for path in folder.iterdir() if _CACHE_ENTRY.fullmatch(path.name)]
     parts = [path for path in entries if ".part-" in path.name]
     complete = sorted({*entries} - {*parts}, key=lambda path: path.stat().st_mtime, reverse=True)

@@ -239,8 +239,7 @@ class TrainBatches:
 
 
 class FineTuningData:
-    """Data loaders that yield a recipe's rows in the order of a run; `with_lightning_base` adds
-    `LightningDataModule`."""
+    """Data loaders that yield a recipe's rows in a run's order; `with_lightning_base` adds `LightningDataModule`."""
 
     trainer: Any
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 def head_paths(model: PreTrainedModel, task: TaskName, method_label: str) -> tuple[str, ...]:
-    """Return the paths of the modules above the body and of the pooler; empty for tasks with a pretrained head."""
+    """Return the paths of the modules above the body and of the pooler; empty for tasks with a pretrained head. Raise
+    `RecipeError` if the model has no separate body."""
     if not FACTS[task].head_is_new:
         return ()
     if _body_of(model) is None:

@@ -56,7 +56,8 @@ class Base:
         chat_template: str | None = None,
         has_processor: bool = True,
     ) -> Base:
-        """Find the model of a recipe's `model` block and read its config, or raise `SetupError`."""
+        """Find the model of a recipe's `model` block and read its config, or raise `SetupError`. `has_processor` is
+        False if only the config is available."""
         from transformers import AutoConfig
 
         path = find_model_path(block)

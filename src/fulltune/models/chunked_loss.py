@@ -74,7 +74,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         label_smoothing: float,
         wants_gradients: bool,
     ) -> torch.Tensor:
-        """Return the summed loss, and save the gradients of hidden states, weight and bias."""
+        """Return the summed loss; if `wants_gradients`, save the gradients of hidden states, weight and bias."""
         of_hidden, of_weight, of_bias = (wants_gradients and needed for needed in ctx.needs_input_grad[:3])
         # Sums over chunks are float32: in bf16 the later chunks would be rounded away.
         hidden_grad = torch.empty_like(hidden) if of_hidden else None

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 _FREED = "free_full_weight"
 OLDEST_TRANSFORMERS = (5, 24)
-"""Oldest version of transformers with sufficient FSDP2 support."""
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 

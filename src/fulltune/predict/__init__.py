@@ -39,7 +39,7 @@ class PredictedRow:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A finished model, ready to answer rows."""
+    """A trained model with everything needed to answer rows."""
 
     model: PreTrainedModel
     tokenizer: Any

@@ -122,7 +122,6 @@ def check_control_characters(text: str) -> Flaw | None:
 
 
 def _invisible_positions(text: str) -> list[int]:
-    """Return the positions of invisible characters that no script or emoji requires."""
     spelling = ["flag", "chinese_variant", "joined_emoji"]
     spelling += ["direction"] if RE["right_to_left"].search(text) else []
     spelling += ["joiner"] if RE["joined_script"].search(text) else []

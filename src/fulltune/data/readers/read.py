@@ -107,7 +107,6 @@ class DataFiles:
                 yield from text_files.read_conll_sentences(file, self.encoding)
 
     def _resolve_paths_and_bytes(self, row: dict[str, Any], folder: Path) -> dict[str, Any]:
-        """Return the row with image paths resolved and bytes decoded."""
         if self.has_relative_image_paths:
             row = resolve_image_paths(row, folder, self.image_column)
         if not any(isinstance(value, bytes) for value in row.values()):

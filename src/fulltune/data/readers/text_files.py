@@ -260,7 +260,6 @@ def read_conll_sentences(file: Path, encoding: str = UTF_8) -> Iterator[tuple[in
 
 
 def _conll_line_error(columns: list[str], num_expected: int) -> str | None:
-    """Return an error message about a line's columns, or None."""
     if len(columns) != num_expected:
         return (
             f"{counted(len(columns), 'column')}, expected {num_expected} as in the first line; write a word and its "
