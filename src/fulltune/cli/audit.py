@@ -33,7 +33,7 @@ class AuditRequest:
     losses: bool
     prove: bool
     trainings: int
-    """Seeds for training with and without each cleaning step, or 0 for no training."""
+    """Number of seeds for training with and without each cleaning step, or 0 for no training."""
     checks: Sequence[str]
     """Checks whose cleaning steps are tried by training, or empty for all with enough rows."""
 

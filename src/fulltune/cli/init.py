@@ -50,7 +50,7 @@ FORMS: tuple[tuple[TaskName, str], ...] = (
     ("seq2seq", "target"),
     ("causal-lm", "text"),
 )
-"""Tasks with the column role that marks them, the clearest first."""
+"""Tasks with the column role that identifies each, the most distinctive first."""
 _HEAD, _FEW = 1000, 100
 _ROWS_OF_A_LABEL = 10
 """A column may be a label if its values repeat at least this often on average."""
@@ -312,7 +312,7 @@ def write_recipe(
 
 
 def describe_inferred_data(inferred: Inferred, files: SplitFiles) -> list[str]:
-    """Return the lines that describe the inferred files, columns and rows to the user."""
+    """Describe the inferred files, columns and rows, one line each."""
     _, held_out, not_used = files
     output: list[str] = []
     if inferred.is_guess:

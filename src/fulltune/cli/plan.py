@@ -136,6 +136,7 @@ def _make_survey_and_plan(
     folder: Path,
     config_only: bool = False,
 ) -> tuple[Survey, Plan | None]:
+    """Survey the placements and plan the best one. `config_only` reads nothing of the model but its config."""
     from fulltune.footprint.trace import PlannedModel
     from fulltune.models.base import Base
     from fulltune.models.shapes import Shapes
@@ -199,6 +200,7 @@ def _raise_if_recipe_or_tokens_invalid(recipe: Recipe, base: Base, summary: Data
 
 
 def _make_assumed_summary(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
+    """Make a data summary that assumes `rows` train rows of `tokens` tokens each."""
     from fulltune.tasks import Target
 
     data, form = recipe.data, form_of(recipe)

@@ -69,7 +69,7 @@ class PredictInput:
                 yield (resolve_image_paths(row, self.image_root, image) if image and self.image_root else row)
 
     def parquet_types(self) -> dict[str, Any]:
-        """Return the types of a parquet table's columns, or nothing for other input."""
+        """Return the types of a parquet table's columns, or {} for other input."""
         if self.table is None or self.table.suffix.lower() != ".parquet":
             return {}
         schema = parquet.read_schema(self.table)
@@ -78,8 +78,7 @@ class PredictInput:
 
 
 def read_input(texts: Sequence[str], file: Path | None, model_notes: Row) -> PredictInput:
-    """Return the input: texts, a table, a file's lines or stdin. A table is read once to find broken rows.
-    `model_notes` holds the model's `fulltune.json`."""
+    """Return the input: texts, a table, a file's lines or stdin. `model_notes` holds the model's `fulltune.json`."""
     if list(texts) == [STDIN] or str(file) == STDIN or (file is None and not texts):
         if file is None and not texts and sys.stdin.isatty():
             raise SetupError("predict: give a text, --file, or '-' for texts on stdin, one per line")

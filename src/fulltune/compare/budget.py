@@ -29,7 +29,7 @@ RESERVE = 0.2
 """Share of the time left unplanned, because forecasts can err."""
 FORECAST_AGAIN = 1.15
 SEEDS_ALIKE, SEEDS_APART = 0.005, 0.02
-"""Low and high standard deviations between seeds that forecasts assume."""
+"""Assumed standard deviations between seeds, low and high."""
 START_SECONDS, SCORING_SECONDS, VERDICT_SECONDS = 5.0, 5.0, 10.0
 """First estimates, for small models on a slow CPU. Finished trials replace them."""
 _FIRST_SECONDS = 13.0

@@ -123,7 +123,7 @@ class Context:
 
     @property
     def trained_methods(self) -> list[Method]:
-        """Return the methods that train, full fine-tuning first."""
+        """Return the methods that need training, full fine-tuning first."""
         return [self.full, *(one for one in self.methods if one is not self.full and one.kind != "base")]
 
     def result_path(self, name: str) -> Path:
@@ -150,7 +150,7 @@ class Context:
 
     @property
     def seconds_spent(self) -> float:
-        """Recorded seconds of all commands on this folder."""
+        """Total time of all commands on this folder, in seconds."""
         return sum(entry["seconds"] for entry in read_json_lines(self.folder / CLOCK))
 
     @property
@@ -159,7 +159,7 @@ class Context:
 
     @property
     def alpha(self) -> float:
-        """Probability of a wrong verdict that may still be spent."""
+        """Accepted probability of a wrong verdict, without the part already spent."""
         return 1 - self.recipe.evaluate.confidence if self.alpha_left is None else self.alpha_left
 
     def say(self, text: str) -> None:

@@ -38,7 +38,8 @@ class MetricScale:
         return standard_error_of_share(metric, self.eval_rows)
 
     def lead_in_tolerances(self, rate: float, metrics_by_rate: Mapping[float, float]) -> float:
-        """Return how many tolerances a rate's metric is ahead of all others, or infinity if all others diverged."""
+        """Return how many times `tolerance` a rate's metric is ahead of the best other, or infinity if all others
+        diverged."""
         others = [self.oriented(metric) for other, metric in metrics_by_rate.items() if other != rate]
         metric = metrics_by_rate[rate]
         apart, least = self.oriented(metric) - max(others, default=math.inf), self.tolerance(metric)

@@ -28,8 +28,8 @@ Compared = tuple[Comparison, tuple[Path, ...]]
 
 
 def run_comparison(job: Run, command: str, budget: str | None = None) -> Compared:
-    """Run or resume a comparison of the recipe's methods. `command` is shown in the report, and `budget`, such as
-    `30m`, limits all commands together."""
+    """Run or resume a comparison of the recipe's methods, and return its record and report files. `command` is shown in
+    the report, and `budget`, such as `30m`, limits all commands together."""
     before = 0.0 if job.began is None else time.time() - job.began
     began, record = time.monotonic() - before, job.folder / RECORD
     with run_folder.explain_os_errors(job.folder), run_folder.lock_folder(job.folder):

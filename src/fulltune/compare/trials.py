@@ -101,7 +101,7 @@ def save_run_outputs(context: Context, trial: Trial, planned: Plan, outcome: Out
 
 
 def save_outputs_by_split(context: Context, name: str, predictions: Mapping[str, Predictions]) -> None:
-    """Save a model's outputs by split."""
+    """Save a model's outputs as one file `NAME.npz` per split."""
     for part, subfolder in (("eval", EVAL_OUTPUTS), ("test", TEST_OUTPUTS), ("generic", GENERIC)):
         if part in predictions:
             save_outputs(context.folder / subfolder / f"{name}.npz", predictions[part])

@@ -1,7 +1,6 @@
 """Fit linear classifiers on the pretrained model's features, to initialise a new head and to serve as a baseline.
 
-A random head distorts the body in the first steps (Kumar et al. 2022, arXiv 2202.10054). A dense layer before the last
-one, such as a pooler's, is kept or replaced, whichever is better on held-out rows. Test rows are never used.
+A random head distorts the body in the first steps (Kumar et al. 2022, arXiv 2202.10054). Test rows are never used.
 """
 
 from __future__ import annotations
@@ -157,7 +156,6 @@ def load_baseline_classifier(folder: Path) -> LinearClassifier:
 
 
 HeadTensors = dict[str, np.ndarray]
-"""Values of parameters by their names in the model."""
 
 
 def fit_probe(
@@ -235,7 +233,7 @@ def _out_of_memory_as_no_probe(model: PreTrainedModel) -> Iterator[None]:
 def _fit_head(
     extractor: FeatureExtractor, layers: HeadLayers, train: Features, held_out: Features | None
 ) -> tuple[HeadStart, HeadTensors, HeadTensors]:
-    """Fit the head's last linear layer and the dense layer before it.
+    """Fit the head's last linear layer, and replace the dense layer before it if that lowers the loss.
 
     Returns:
         The record, all weights of the head, and the last layer's weights for the start of training.
@@ -331,7 +329,7 @@ def _pooled_embeddings(features: Features) -> dict[Pooling, np.ndarray]:
 def predict_baseline(
     extractor: FeatureExtractor, rows: EncodedRows, baseline: FrozenBaseline, classifier: LinearClassifier
 ) -> list[tuple[int, np.ndarray]]:
-    """Return each row's index with the baseline's outputs [items, outputs]."""
+    """Return (row index, outputs [items, outputs]) for each row that has items."""
     layers = (
         None
         if baseline.pooling != "head"

@@ -20,8 +20,7 @@ _MARGIN = 0.01
 
 
 def combine_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
-    """Combine the comparisons of several tasks, by task name. Raise `RecipeError` if they share no method but full
-    fine-tuning."""
+    """Combine comparisons by task name. Raise `RecipeError` if they share no method but full fine-tuning."""
     rows = {task: {row.method: row for row in one.rows} for task, one in comparisons.items()}
     first = next(iter(comparisons.values()))
     full = next(row.method for row in first.rows if row.kind == "full")
@@ -110,7 +109,7 @@ def build_tasks_section(record: ManyTasks) -> Section:
 
 
 def _describe_stored_sizes(record: ManyTasks) -> list[str]:
-    """Return sentences that compare the disk space of full models with that of the smallest other method."""
+    """Return sentences that compare full models' disk space with the smallest other method's."""
     full, *others = record.methods
     # A head alone decides nothing; the others count unless they are known to be worse.
     on_base = [method for method in others if method.kind != "variant"]

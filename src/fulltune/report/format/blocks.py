@@ -13,7 +13,7 @@ class Cell:
     bar: float | None = None
     heat: float | None = None
     untrusted: bool = False
-    """True for text from data or a model, which is escaped and isolated."""
+    """True for text from data or a model, which is escaped."""
     limit: int | None = None
 
     def shown_text(self, on_page: bool = False) -> str:
@@ -69,7 +69,7 @@ class Figure:
 class Figures:
     items: tuple[Figure, ...]
     drawn_only: bool = False
-    """True if a table shows the same numbers in Markdown."""
+    """True if Markdown shows a table of the same numbers instead."""
     file: str = ""
     """PNG file shown on the Markdown page."""
 

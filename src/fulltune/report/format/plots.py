@@ -241,7 +241,7 @@ def draw_points(
 
 
 def draw_intervals(title: str, marks: Sequence[Mark], metric: str, description: str) -> blocks.Figure:
-    """Draw each mark's value and interval on one axis, omitting values that are not finite."""
+    """Draw each finite mark's value and interval on one axis."""
     shown = [mark for mark in marks if mark.is_finite]
     names = [textwrap.fill(words.one_line(mark.name), _LONGEST_NAME) for mark in shown]
     lines = sum(max(2, name.count("\n") + 1) for name in names)

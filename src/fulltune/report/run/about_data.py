@@ -99,7 +99,7 @@ def build_data_terminal_report(summary: DataSummary) -> list[Element]:
 
 
 def _row_length_fact(summary: DataSummary) -> list[NameAndValue]:
-    """Return the maximum row length in tokens and its reason, or nothing for images."""
+    """Return the maximum row length in tokens and its reason, or an empty list for images."""
     if has_images(summary):
         return []
     return [(choose_row_form(summary).longest, f"{counted(summary.max_length, 'token')}: {summary.max_length_reason}")]
@@ -139,7 +139,7 @@ def _mixed_source_blocks(view: RunView, summary: DataSummary) -> list[Element]:
 
 
 def _format_token_counts(summary: DataSummary, split: SplitSummary) -> dict[str, str]:
-    """Return a split's token counts as text by column name, or nothing for images."""
+    """Return a split's token counts as text by column name, or {} for images."""
     if has_images(summary):
         return {}
     trained = {"trained tokens": split.trained_tokens} if summary.form.writes_answers else {}
@@ -149,7 +149,7 @@ def _format_token_counts(summary: DataSummary, split: SplitSummary) -> dict[str,
 
 
 def _label_count_blocks(summary: DataSummary) -> list[Element]:
-    """Build the table of rows per label, or nothing without labels."""
+    """Build the table of rows per label, or an empty list without labels."""
     counts = {split: rows.label_counts for split, rows in summary.splits.items() if rows.label_counts}
     if not counts:
         return []

@@ -1,5 +1,3 @@
-"""Build the trained model's card, a README.md for the Hub that names no local folder."""
-
 from __future__ import annotations
 
 import json
@@ -28,7 +26,7 @@ _BARE = "---\nlibrary_name: transformers\ntags:\n- fulltune\n---\n\n# A merged m
 
 
 def build_model_card(view: RunView, model_folder: Path) -> str:
-    """Return the model card as Markdown, with the Hub's YAML metadata on top."""
+    """Return the model card as Markdown, with the Hub's YAML metadata and without local paths."""
     plan, scores = view.plan, view.trained
     trained = "all parameters fine-tuned"
     if plan and plan.num_frozen_parameters:

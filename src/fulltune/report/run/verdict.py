@@ -189,7 +189,7 @@ def _find_dominant_label(confusion: Confusion) -> tuple[str, bool]:
 
 
 def suggest_next_steps(run: RunFacts) -> tuple[str, ...]:
-    """Return changes to try one at a time, or nothing if training helped."""
+    """Return changes to try one at a time, or an empty tuple if training helped."""
     if run.verdict not in ("worse", "unresolved"):
         return ()
     evidence, helps = run.budget_advice
