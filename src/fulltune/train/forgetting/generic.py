@@ -251,8 +251,8 @@ def create_replay(inputs: AttemptInputs, monitor: DriftMonitor) -> list[Training
 
 
 def kl_divergence(pretrained: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
-    """Sum the KL divergence in nats of `current` from `pretrained`, log probabilities [positions, tokens] of the most
-    likely tokens. All other tokens count as one."""
+    """Sum the KL divergence of `current` from `pretrained` in nats. Both are log probabilities [positions, tokens] of
+    the most likely tokens; all other tokens count as one."""
     rest_pretrained, rest_current = (
         (1 - logs.exp().sum(dim=-1)).clamp(min=_MIN_REST) for logs in (pretrained, current)
     )

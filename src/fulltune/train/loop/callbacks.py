@@ -71,7 +71,6 @@ class Progress(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """Call `before_first_step`, then record that training starts."""
         self.before_first_step()
         self.recorder.phase(TRAINING)
         self.first = (time.monotonic(), state.global_step, float(self.trainer.tokens_seen))

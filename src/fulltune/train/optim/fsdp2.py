@@ -134,7 +134,8 @@ def gathered_state_dict(
 
 
 def _weights_by_key(model: PreTrainedModel, trained_only: bool) -> dict[str, torch.Tensor]:
-    """Return the parameters (tied ones once) and persistent buffers by checkpoint key, or only trainable parameters."""
+    """Return the parameters (tied ones once) and persistent buffers by checkpoint key; with `trained_only`, only
+    trainable parameters."""
     sharding.free_gathered_weights(model)
     tensors: dict[str, torch.Tensor] = dict(
         methods.trainable_parameters(model) if trained_only else model.named_parameters()

@@ -93,7 +93,7 @@ class MachineGroup:
             raise SetupError(problems)
 
     def start(self, request: Request, log: Path) -> spawn.WorkerProcess:
-        """Start an attempt's processes on all machines; return an object for all of them."""
+        """Start an attempt's processes on all machines; return a handle to all of them."""
         try:
             self.wait_for_machines()
         except InterruptedRun as error:
@@ -225,7 +225,7 @@ class _AttemptOnAllMachines:
 
 def _status_elsewhere(peer: Peer, attempt: str, instance: str) -> tuple[bool, LostMachine | None]:
     """Return whether an attempt has ended on another machine, and how that machine was lost, or None. `instance`
-    identifies its command."""
+    identifies the machine's command."""
     member = peer.read()
     assert member is not None  # it has answered
     lost = partial(LostMachine, rank=member.rank, host=member.host)

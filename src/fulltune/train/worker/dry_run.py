@@ -247,8 +247,8 @@ class PassTimer:
 def forecast_from_passes(
     passes: PassTimer, longest: Positions, longest_seconds: tuple[float, float], step_seconds: float
 ) -> TimeNeed:
-    """Forecast the remaining training time from the seconds of two passes on the longest rows, of the optimizer's step
-    and, within a time budget, of further passes."""
+    """Forecast the remaining training time from the seconds of two passes on the longest rows, an optimizer step and,
+    within a time budget, further passes."""
     inputs, plan, quadratic = passes.inputs, passes.inputs.plan, _attention_work_ratio(passes.trainer.model)
     lengths, first_step = passes.trainer.sampler.lengths, inputs.request.first_step
     steps = max(0, plan.total_steps - first_step)
@@ -311,7 +311,8 @@ def _fit_train_time(
 
 
 def _forecast_evaluations(passes: PassTimer, train: PassTime, quadratic: float, budget: float) -> tuple[float, int]:
-    """Return the seconds per evaluation and the number of evaluations. `budget` limits the measurement, in seconds."""
+    """Return the seconds per evaluation and the number of evaluations. `budget` limits the measuring time, in
+    seconds."""
     plan, first_step = passes.inputs.plan, passes.inputs.request.first_step
     lengths = np.asarray(cast("Any", passes.trainer.eval_dataset)["length"])
     parts = list(batches(positions_longest_first(lengths), plan.eval_batch_size))

@@ -132,7 +132,7 @@ def scale_head(
     own_loss: bool = False,
 ) -> tuple[ScaledHead | None, str]:
     """Make the head's last layer learn standardized numbers; return the layer, or None if impossible, and a note.
-    `scale` is (mean, standard deviation). `batch` tests that the model outputs the layer's values.
+    `scale` is (mean, standard deviation). `batch` is used to test that the model outputs the layer's values.
     `predicts_numbers` means that the layer was already trained."""
     layer, problem = find_output_layer(model, 1), ""
     if own_loss:

@@ -36,7 +36,8 @@ def copy_to_cpu(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def second_moment(parameter: torch.nn.Parameter, optimizer: Any) -> torch.Tensor | None:
-    """Return AdamW's running mean of squared gradients, shaped as by `copy_to_cpu`, or None for other optimizers."""
+    """Return AdamW's running mean of squared gradients, shaped like `copy_to_cpu`'s result, or None for other
+    optimizers."""
     while not hasattr(optimizer, "state") or hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer  # wrappers of accelerate and DeepSpeed
     if zero.is_in_engine(parameter):
@@ -95,7 +96,8 @@ class InitialWeights:
         )
 
     def _is_counted_here(self, number: int, parameter: torch.nn.Parameter) -> bool:
-        """Return whether this rank stores and counts a parameter. Replicated parameters are distributed by `number`."""
+        """Return whether this rank stores and counts a parameter. Replicated parameters are assigned to ranks by
+        `number`."""
         if not self._is_sharded or hasattr(parameter, "placements"):
             return True
         return number % torch.distributed.get_world_size() == torch.distributed.get_rank()
@@ -192,7 +194,7 @@ def _gather_trained(model: PreTrainedModel) -> None:
 
 
 def _save_full(model: PreTrainedModel, folder: Path, is_main: bool) -> None:
-    """Save like `save_pretrained`. Sharded weights are written file by file, so that no rank holds all of them."""
+    """Save as `save_pretrained` does. Sharded weights are written file by file, so that no rank holds all of them."""
     in_engine = zero.is_in_use(model)
     is_shared = in_engine or sharding.is_fsdp2_sharded(model)
     # `save_pretrained` converts tensors that have other names in files.
