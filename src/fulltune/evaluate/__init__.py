@@ -130,7 +130,8 @@ def _score_probe_head(scoring: Scoring, scorer: ModuleType) -> Scored:
 
 
 def score_trained_model(scoring: Scoring, outcome: Outcome) -> Scores:
-    """Score the trained model on the test rows, log the access, and save a classifier's temperature."""
+    """Return the trained model's scores on the test rows, with differences from the baselines. Also log the access, and
+    save a classifier's temperature."""
     plan, folder = scoring.plan, scoring.data.parent
     if outcome.model_folder is None:
         raise SetupError(f"{folder}: attempt {outcome.attempt} saved no model to evaluate")

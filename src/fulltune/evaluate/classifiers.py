@@ -75,7 +75,8 @@ def _score_longest_choice(scoring: Scoring) -> Scored:
 
 
 def score_frozen_classifier(scoring: Scoring, name: str, predicted: Sequence[tuple[int, np.ndarray]]) -> Scored:
-    """Score a classifier on embeddings. `predicted` has each row's index and outputs: [1, classes] or [choices, 1]."""
+    """Score a classifier fitted on embeddings. `predicted` has each row's index and outputs: [1, classes] or [choices,
+    1]."""
     outputs = [values for _, values in sorted(predicted, key=lambda row: row[0])]
     if scoring.target.num_choices:
         return _score_labels(scoring, name, np.array([int(values[:, 0].argmax()) for values in outputs]))

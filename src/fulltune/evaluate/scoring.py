@@ -170,8 +170,8 @@ class Scoring:
     def selective_head(
         self, model: PreTrainedModel, pad_token_id: int, rows: Sequence[RowFeatures]
     ) -> SelectiveHead | None:
-        """Return a head that computes no logits for prompts. Return None if there are no prompts, or if the other
-        logits would change."""
+        """Return a head that computes no logits for prompts. Return None if there are no prompts, or if this would
+        change the other logits."""
         if not self.task.FACTS.writes:
             return None
         batch = model_batch(model, self.task, [rows[positions_by_length(rows)[-1]]], pad_token_id)

@@ -83,7 +83,8 @@ def _score_lexicon(scoring: Scoring) -> Scored:
 
 
 def score_frozen_classifier(scoring: Scoring, name: str, predicted: Sequence[tuple[int, np.ndarray]]) -> Scored:
-    """Score a tagger on embeddings. `predicted` has each row's index and outputs: [words with a token, labels]."""
+    """Score a tagger fitted on embeddings. `predicted` has each row's index and outputs: [words with a token,
+    labels]."""
     rows, tagged = scoring.rows("test"), _all_outside_tags(scoring)
     for position, outputs in predicted:
         tagged[position][token_classification.words_with_token(rows[position])] = outputs.argmax(axis=1)

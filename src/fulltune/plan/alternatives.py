@@ -101,6 +101,7 @@ def _combine_savings(basis: Basis, now: MemorySettings) -> list[Alternative]:
 
 
 def _propose_smaller_model(basis: Basis, settings: MemorySettings) -> Alternative:
+    """Propose the largest number of parameters that fits with these settings."""
     need = basis.memory_need(settings)
     parameters = need.kinds["weights"] / BYTES[settings.weights_dtype] * basis.available_bytes / need.peak
     size = f"{parameters / 1e9:,.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:,.0f} M"
@@ -110,6 +111,7 @@ def _propose_smaller_model(basis: Basis, settings: MemorySettings) -> Alternativ
 
 
 def format_alternatives(ways: Sequence[Alternative]) -> list[str]:
+    """Describe each alternative in one line that starts with `enough` or `helps`."""
     lines = []
     for way in ways:
         named = way.hardware or any(name not in way.change for name in way.settings)

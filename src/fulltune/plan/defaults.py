@@ -1,4 +1,4 @@
-"""Defaults that depend on the model and the data, each with its reason.
+"""Defaults that depend on the model and the data.
 
 Sources: Devlin et al. 2018 (BERT: 2e-5 to 5e-5, batch 16 to 32); Mosbach et al. 2020, arXiv 2006.04884 (small data:
 2e-5, warm-up, more epochs); Clark et al. 2020 (ELECTRA: 5e-5 to 1e-4); Schulman et al. 2025 (decoders: a tenth of

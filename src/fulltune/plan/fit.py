@@ -107,8 +107,8 @@ def _fitting_option(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[cho
 def choose_placement(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Recipe, str]:
     """Return the recipe with a placement, and the reason, which is empty if the recipe sets the placement.
 
-    For several processes, ddp is chosen if it fits, because it sends the least data, and otherwise fsdp2. ZeRO is never
-    chosen automatically, because it computes in other data types.
+    Several processes use ddp if it fits, because ddp sends the least data, and otherwise fsdp2. ZeRO is never chosen
+    automatically, because it computes in other data types.
     """
     recipe = workload.recipe
     if recipe.train.placement != "auto" or recipe.train.engine_settings is not None:

@@ -101,6 +101,7 @@ def fsdp2_memory_need(shapes: Shapes, footprint: Footprint, settings: MemorySett
 
 
 def _possible_peak_points(shapes: Shapes, footprint: Footprint, settings: MemorySettings, units: Units) -> list[_Point]:
+    """Return the points of a step where memory may peak."""
     rows, value = memory.train_sequences(footprint, settings), BYTES[settings.weights_dtype]
     before = float(settings.gradient_accumulation_steps > 1)  # gradient shards of earlier micro batches
     copies, length = NUM_SEND_BUFFERS[settings.device], settings.longest_tokens

@@ -101,7 +101,7 @@ class Fleet(Record):
     disk_at: str = ""
     host_memory_gb_per_second: float = 60.0
     assumed: tuple[str, ...] = ()
-    """Descriptions of values assumed for details that `--for` omits."""
+    """Descriptions of values assumed for omitted details."""
     named: NamedHardware = NamedHardware(None)
     here: bool = False
 

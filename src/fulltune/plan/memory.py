@@ -11,7 +11,7 @@ from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase
 # ---- beyond live tensors: fitted on 19 trainings of random models on two CPU cores, 25 November 2026 ---------------
 
 FIRST_CALLS_BYTES = 50 * 2**20
-"""Code and tables that the first step loads."""
+"""Bytes of code and tables that the first step loads."""
 GAP_SHARE = 0.24
 """Size of gaps that the C library cannot reuse, relative to the small blocks around them."""
 STATE_SHARE = 0.08

@@ -120,7 +120,8 @@ def _changed_settings(basis: Basis, settings: dict[str, Any], layout: ParallelLa
 
 
 def _shortage(basis: Basis, on_device: int, host: int) -> str | None:
-    """Return the missing memory, such as `device +3 GiB`, or None if enough is free."""
+    """Return the missing memory, such as `device +3 GiB`, or None if enough is free. `on_device` and `host` are the
+    bytes needed."""
     missing = {"device": on_device - basis.available_bytes}
     if host:
         missing["host"] = host - basis.fleet.machine.memory_available_bytes

@@ -136,7 +136,6 @@ def _half_length(recipe: Recipe, now: MemorySettings) -> list[Changes]:
 
 
 def _why_no_offloading(recipe: Recipe, now: MemorySettings) -> str:
-    """Return why a plan never turns on offloading."""
     if now.device == "cpu":
         return "without a GPU, everything is already in host memory"
     if recipe.train.zero_enabled_by:

@@ -83,6 +83,7 @@ def _layout_of(recipe: Recipe, planned: PlannedSettings) -> ParallelLayout | Non
 def _survey_without_plan(
     workload: Workload, basis: Basis, table: tuple[PlacementOption, ...], full_fits: bool, lora_fits: bool | None
 ) -> Survey:
+    """Return the survey of a run that does not fit."""
     summary, shapes, fleet, train = workload.summary, workload.shapes, basis.fleet, workload.recipe.train
     splits = summary.splits
     return Survey(
@@ -253,8 +254,7 @@ def _propose_larger_hardware(workload: Workload, fleet: Fleet, peak_now: int) ->
 
 
 def _plan_on_hardware(workload: Workload, fleet: Fleet) -> PlannedSettings | None:
-    """Return the plan on other hardware, or None if the run does not fit or its batch cannot be divided among the
-    processes."""
+    """Return the plan on other hardware, or None if the run does not fit or its batch cannot be divided."""
     recipe, numbers = workload.recipe, {NUM_PROCESSES: fleet.num_devices, NUM_MACHINES: fleet.num_machines}
     left_open = {name for name in SPREAD if name in workload.spread or recipe_value(recipe, name) is None}
     recipe = with_settings(recipe, {name: numbers[name] for name in left_open})

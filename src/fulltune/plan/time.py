@@ -34,7 +34,8 @@ GENERIC_TOKENS = 48
 PROBE_PARTS = 3.5
 """Peak memory of fitting a linear probe, relative to the size of its features."""
 PROBE_SECONDS, PROBE_PASSES, PROBE_FLOPS = 2.0, 150, 2e10
-"""Import time, passes of all fits, and a core's FLOP/s: 9,003 rows of 77 classes took 8.5 s (2026-11-26)."""
+"""Import time in seconds, passes over the data, and a core's FLOP/s: 9,003 rows of 77 classes took 8.5 s
+(2026-11-26)."""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Basis:
     head_init: Literal["probe", "random"] | None
     group_by_length: bool
     start: MemorySettings
-    """Settings that save no memory: a micro batch of one row, no checkpointing."""
+    """Starting point of the search: a micro batch of one row, and no memory savings."""
     layout: ParallelLayout | None
     """How the training state is sharded, or None if unsharded."""
     available_bytes: int

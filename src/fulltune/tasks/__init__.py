@@ -168,7 +168,6 @@ class Task(Protocol):
         Args:
             logits: [batch, ...], or of trained tokens only [trained, vocabulary].
             labels: The labels of `collate` [batch, ...], or the trained tokens' ids [trained].
-            class_weights: Weights in the order of the labels.
         """
 
     def count_items(self, labels: Tensor) -> int:

@@ -12,7 +12,7 @@ from fulltune.tasks.columns import parse_cell
 ChatMessage = Mapping[str, Any]
 """A message with `role`, `content` and optionally `tool_calls` and `weight`."""
 MaskedIds = tuple[list[int], list[bool]]
-"""Token ids, and for each whether it is trained."""
+"""Token ids with a mask of trained tokens."""
 Tools = list[Any] | None
 
 _ALL, _MANY_TURNS = 2**62, 20

@@ -53,7 +53,6 @@ def is_whole(row: Mapping[str, object]) -> bool:
 
 
 MOST_NESTED = 100
-"""Maximum nesting depth of a cell."""
 
 
 def find_defect(value: object) -> str | None:

@@ -21,7 +21,6 @@ from fulltune.text import counted
 
 _MOST_FLOAT32 = float.fromhex("0x1.fffffep127")
 MOST_DISTINCT = 100_000
-"""Maximum number of distinct labels stored."""
 LabelCounts = list[tuple[Any, int, str]]
 """Each distinct value of a label column, with its number of rows and the first row's location."""
 

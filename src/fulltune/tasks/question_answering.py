@@ -1,5 +1,4 @@
-"""Extractive question answering: the model predicts the answer's first and last token within the context. Each window
-of a long context is an example."""
+"""Extractive question answering: the model predicts the answer's first and last token within the context."""
 
 from __future__ import annotations
 

@@ -1,5 +1,3 @@
-"""Token classification: a BIO tag for each word, predicted at its first sub-word and scored by whole entities."""
-
 from __future__ import annotations
 
 import math
