@@ -303,7 +303,7 @@ def _find_similar_held_out_rows(
     scan: RowScan, is_train: np.ndarray, is_leak: np.ndarray, near_groups: np.ndarray
 ) -> dict[int, list[int]]:
     """Map positions of train rows to those of held-out rows: the first equal one where `is_leak`, otherwise similar
-    ones in the same of the `near_groups`."""
+    ones with equal `near_groups`."""
     groups, first = dict[int, list[int]](), dict[int, int]()
     for position in np.flatnonzero(~is_train & np.isin(near_groups, near_groups[is_train])).tolist():
         groups.setdefault(int(near_groups[position]), []).append(position)

@@ -260,7 +260,7 @@ class _GuardCallback(transformers.TrainerCallback):
 
 
 def _without_argument(method: Callable[..., Result], argument: str) -> Callable[..., Result]:
-    """Return a function that calls `method` without this argument, whether it is passed by name or last."""
+    """Return a function that calls `method` without this argument, which callers may pass by name or last."""
     parameters = inspect.signature(method).parameters.values()
     limit = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 

@@ -152,8 +152,8 @@ def _connected_components(pairs: np.ndarray, num_nodes: int) -> np.ndarray:
 
 
 def join_by_value(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return a group number for each row, equal for rows connected, also through other rows, by equal groups or values:
-    uint64 [rows].
+    """Return a group number for each row: uint64 [rows]. Rows with equal groups or values, directly or through other
+    rows, get the same number.
 
     A row connected to no other value keeps its value.
     """

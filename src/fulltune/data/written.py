@@ -102,7 +102,7 @@ def summarise_split(split: Split, lengths: np.ndarray, dropped_rows: int) -> Spl
 def write_splits(
     folder: Path, task: Task, splits: Mapping[SplitName, Split], pack_length: int | None, num_dropped_by_time: int
 ) -> dict[SplitName, SplitSummary]:
-    """Write each split, and return its summary; pack train rows to `pack_length` tokens unless it is None."""
+    """Write each split, and return the summaries; train rows are packed to `pack_length` tokens unless it is None."""
     summaries: dict[SplitName, SplitSummary] = {}
     for name in SPLITS:
         split, source = splits[name], splits[name].source

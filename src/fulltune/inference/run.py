@@ -145,7 +145,8 @@ def generate_answers(
 
 
 def autocast(model: PreTrainedModel, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Return a context that computes in `precision`. Unless the weights are sharded, their casts are cached."""
+    """Return a context in which the model computes in `precision`. Unless the weights are sharded, their casts are
+    cached."""
     import torch
 
     if precision == "fp32":

@@ -192,8 +192,8 @@ class FineTuningModule:
 
 
 class TrainBatches:
-    """Iterates over one process's micro batches. Each contains, as `ITEMS`, the process's number of rows or trained
-    tokens in the whole step. It is not a `DataLoader`, because Lightning would replace the sampler."""
+    """Iterates over one process's micro batches. Each batch contains, as `ITEMS`, the process's number of rows or
+    trained tokens in the whole step. This is not a `DataLoader`, because Lightning would replace the sampler."""
 
     def __init__(self, module: FineTuningModule, trainer: Any) -> None:
         self.module, self.trainer = module, trainer

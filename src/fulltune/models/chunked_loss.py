@@ -165,6 +165,6 @@ def _add_weight_gradient(sums: torch.Tensor, gradient: torch.Tensor, hidden: tor
 
 
 def _axis_slices(length: int, other_length: int, device: torch.device) -> Iterator[slice]:
-    """Split an axis of `length` into slices so that, on a CPU, blocks with `other_length` stay small."""
+    """Yield slices of an axis of `length`, short on a CPU so that blocks with `other_length` stay small."""
     size = max(64, _BLOCK_NUMBERS // other_length) if device.type == "cpu" else length
     return (slice(start, min(start + size, length)) for start in range(0, length, size))

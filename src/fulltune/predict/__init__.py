@@ -114,7 +114,7 @@ class Predictor:
         return self.task.why_unanswerable(row, self.target)
 
     def _generate_answers(self, rows: Sequence[Row], max_new_tokens: int, report: RowProgress) -> list[PredictedRow]:
-        """Generate an answer to each row, or the reason why its chat template refuses the row."""
+        """Generate an answer to each row; if its chat template refuses a row, return the reason instead."""
         prompts = []
         refused: list[Refused | None] = []
         for row in rows:
@@ -166,7 +166,7 @@ class Predictor:
 
 
 def load_predictor(run: Path, method: str | None = None) -> Predictor:
-    """Load a model folder, or a run's model: that of `method`, by default the only or the recommended model."""
+    """Load a model folder, or a run's model. `method` selects a model; default: the only or the recommended one."""
     folder = choose_model_folder(run, method)[0]
     notes = folders.read_notes(folder)
     base = Base.from_block(ModelBlock(name=str(folder.resolve())), notes["task"])
@@ -178,8 +178,8 @@ def load_predictor(run: Path, method: str | None = None) -> Predictor:
 
 
 def choose_model_folder(run: Path, method: str | None = None) -> tuple[Path, str]:
-    """Return a model's folder and, if a comparison's verdict chose the model, the reason, else "". Raise `SetupError`
-    if no single model matches."""
+    """Return a model's folder, and the reason if a comparison's verdict chose the model, else "". Raise `SetupError` if
+    no single model matches."""
     there = model_folders(run)
     names = ", ".join(there)
     if method is not None:
@@ -211,8 +211,8 @@ def model_folders(run: Path) -> dict[str, Path]:
 
 
 def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row with the text in the column that the model reads, or raise `DataError` if it reads several. `notes`
-    belong to the model folder."""
+    """Return a row with the text in the column that the model reads, or raise `DataError` if the model reads several.
+    `notes` belong to the model folder."""
     columns, read = notes["columns"], columns_read(notes)
     if len(read) > 1:
         raise DataError(f"this model reads several columns; give a file with the columns {', '.join(read)}")

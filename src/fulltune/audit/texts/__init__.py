@@ -94,7 +94,6 @@ ROLES_AND_CHECKS: Mapping[TextUse, tuple[tuple[str, ...], tuple[str, ...]]] = {
 CHEAP_CHECKS = ("broken encoding", "control characters", "markup", "placeholder", "chat tokens", "refusal")
 """Checks that run on every row. Tokenising short texts takes seven times as long."""
 MAX_CHECKED = 100_000
-"""Maximum characters checked per text."""
 
 
 def select_checks(columns: Mapping[str, str], wanted: Collection[str] = tuple(_CHECKS)) -> dict[TextUse, list[str]]:

@@ -136,7 +136,7 @@ def read_class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[s
 
 
 def _class_number_to_name(value: object, names: Sequence[str]) -> object:
-    """Return the class name for a class number, also in lists; -1 gives None, an unknown number a `BadCell`."""
+    """Convert a class number, or each in a list, to its class name: None for -1, a `BadCell` for an unknown number."""
     if isinstance(value, list):
         return [_class_number_to_name(part, names) for part in value]
     if not isinstance(value, int):
