@@ -25,7 +25,7 @@ from fulltune.footprint.records import BYTES, KINDS, Footprint, LiveMemory, Vari
 _log = logging.getLogger(__name__)
 
 ROWS = (2, 3)
-"""Numbers of rows to trace. Several rows need copies where one row allows a view."""
+"""Numbers of rows to trace. Batches of several rows need copies where one row allows a view."""
 _LENGTHS = (16, 24, 40)
 """Row lengths to trace: multiples of eight, so that no storage is rounded up."""
 

@@ -213,7 +213,7 @@ ComparedMethod = Annotated[
     Field(discriminator="kind"),
 ]
 MethodKind = Literal["base", "head", "full", "variant", "lora", "adapter", "prompt", "peft"]
-"""Kinds of compared methods. A `variant` is a `full` after the first, with other settings."""
+"""Kinds of compared methods. A `variant` is any `full` after the first one."""
 VARIANT: MethodKind = "variant"
 RIVALS = ("lora", "adapter", "prompt", "peft", VARIANT)
 """Kinds of methods that full fine-tuning is compared with."""

@@ -285,7 +285,7 @@ def _load_table(name: str) -> dict[str, Any]:
 
 
 def pinned() -> Mapping[str, str]:
-    """Map each `TrainingArguments` field forbidden in `train.extra` to what to do instead."""
+    """Map each `TrainingArguments` field forbidden in `train.extra` to advice on what to do instead."""
     return dict(_load_table("elsewhere")["pinned"])
 
 

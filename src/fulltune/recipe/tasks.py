@@ -32,7 +32,7 @@ _SHARED_CONTENT = {
     "tokens": "sentence",
     "image": "image",
 }
-"""Word for what the rows of a group have in common, by column role. The default is the text."""
+"""Noun for the content that the rows of a group share, by column role. The default is `text`."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Form:
     """Sentence that explains how to prompt the language model."""
     majority: str = "majority class"
     answer: tuple[tuple[str, str], ...] = (("answer", "string"),)
-    """Names and types of the columns of an answer file."""
+    """Column names and types of an answer file."""
     num_outputs: int | None = None
     """Number of logits per item, or None for one logit per label."""
     is_number: bool = False
@@ -67,7 +67,7 @@ class Form:
     several_labels: bool = False
     tags_words: bool = False
     row_shares: tuple[str, ...] = ()
-    """Metrics that are proportions of the rows, or of about as many items."""
+    """Metrics computed as a proportion of the rows or of a similar number of items."""
     has_windows: bool = False
     """True if a long row becomes several examples (windows) but gets one answer."""
     reads_any_text: bool = False
@@ -105,7 +105,6 @@ class TaskFacts:
     types: tuple[ProblemType, ...]
     """Problem types that the rows may have. A plan without rows assumes the first type."""
     length_cap: int
-    """Upper limit of the default `max_length`, in tokens."""
     scored_by: Literal["classifiers", "tagging", "spans", "language"]
     """Module of `fulltune.evaluate` that scores this task's models."""
     other_metrics: tuple[str, ...] = ()

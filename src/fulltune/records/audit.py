@@ -16,7 +16,7 @@ HIGH_LOSS = "high loss"
 
 
 class Remedy(Record):
-    """An action on a row, proposed or decided."""
+    """A proposed or decided action on a row."""
 
     action: Literal["keep", "drop", "replace", "undecided"]
     column: str | None = None

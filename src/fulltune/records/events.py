@@ -128,7 +128,7 @@ class Steered(Event):
 
 
 class Certified(Event):
-    """Sent when weights within the drift budget were chosen and measured on held-out texts."""
+    """Sent when weights within the drift budget have been chosen and measured on held-out texts."""
 
     kind = "certified"
     result: BudgetResult

@@ -119,7 +119,7 @@ class MemorySettings(Record):
     chunked_loss: bool = False
     generic_first: bool = False
     num_saves: int | None = None
-    """Number of checkpoints that the run writes, or None for many."""
+    """Number of checkpoints that the run writes, or None if there are many."""
     probe_bytes: int = 0
     """Memory needed to fit the linear probe, or 0 if there is none."""
     num_all_parameters: int | None = None
@@ -238,7 +238,7 @@ class Alternative(Record):
     costs: str
     settings: dict[str, Any] = Field(default_factory=dict)
     hardware: str = ""
-    """Value for `--for` if the change is other hardware."""
+    """Value for `--for` if the change is to use other hardware."""
 
 
 class Advice(Record):

@@ -62,8 +62,9 @@ class Outcome(Record):
     attempt: int
     steps: int = 0
     best_step: int | None = None
-    """Step at which the saved weights were reached."""
+    """Step of the saved weights."""
     best_metric: float | None = None
+    """Eval metric of the saved weights."""
     weights_reason: str | None = None
     """Why the saved weights are not those of the best evaluation, or None if they are."""
     tokens_by_source: tuple[int, ...] = ()
@@ -98,7 +99,6 @@ class MeasuredSetting(Record):
     peak_memory_bytes: int = 0
     tokens_per_second: float = 0.0
     train_seconds: float = 0.0
-    """Duration of the whole training at this speed."""
     loss: float | None = None
     problem: str | None = None
     is_best: bool = False

@@ -19,7 +19,7 @@ BUSY = 1.5
 """Load per core above which measured speeds are unreliable; this command itself causes about 1."""
 
 ALIKE = 0.9
-"""Minimum ratio of two memory sizes for machines to count as equal."""
+"""Minimum ratio of memory sizes at which machines count as equal."""
 BF16_FROM, TENSOR_CORES_FROM = (8, 0), (7, 0)
 """Minimum compute capabilities for bf16 (Ampere) and tensor cores (Volta). Without tensor cores, torch's fp16 is no
 faster than fp32 (cuBLAS's COMPUTE_32F)."""

@@ -151,10 +151,10 @@ class Member(Record):
 
     rank: int
     token: str
-    """Identifies machine 0's command; the other machines repeat it."""
+    """Identifier of machine 0's command, which the other machines repeat."""
     heartbeats: int = 0
     instance: str
-    """Identifies this command, because a restarted machine cannot rejoin an attempt."""
+    """Identifier of this command. A restarted command gets another one, so it cannot rejoin an attempt."""
     host: str
     address: str
     facts: dict[str, dict[str, str]]

@@ -146,7 +146,7 @@ def requested_bytes(text: str) -> int:
 
 
 def count_oom_kills() -> int:
-    """Return how many processes the kernel killed in this container or machine because memory ran out."""
+    """Return how many processes the kernel killed in this container, or on this machine, because memory ran out."""
     groups = dict(line.split(":", 2)[1:] for line in read_lines("/proc/self/cgroup"))
     for file in (
         f"/sys/fs/cgroup{groups.get('', '/')}/memory.events",

@@ -20,13 +20,13 @@ class ParallelLayout:
     """How the training state is sharded, as a ZeRO stage, and what is offloaded."""
 
     stage: int
-    """1 shards the optimizer's state; 2 also gradients; 3 also weights."""
+    """1 shards the optimizer state, 2 also the gradients, 3 also the weights."""
     offload_optimizer: bool
     offload_weights: bool
     engine: Literal["zero", "fsdp2"] = "zero"
 
     def tier_of(self, kind: MemoryKind) -> MemoryTier:
-        """Return where a kind of tensors is stored between steps; gradients are stored with the optimizer state."""
+        """Return where tensors of this kind are stored between steps. Gradients are stored with the optimizer state."""
         offloaded = self.offload_weights if kind == "weights" else self.offload_optimizer
         return "host" if offloaded else "device"
 
@@ -37,7 +37,7 @@ class ParallelLayout:
         return {kind: size if self.tier_of(kind) == tier else 0 for kind, size in parts.items()}
 
     def bytes_per_process(self, state: dict[MemoryKind, int], num_processes: int) -> dict[MemoryKind, int]:
-        """Return the bytes per `MemoryKind` that one process owns of the whole `state`."""
+        """Return one process's share of the whole `state`, in bytes per `MemoryKind`."""
         from_stage: dict[MemoryKind, int] = {"weights": 3, "gradients": 2, "optimizer": 1}
         return {
             name: -(-state[name] // num_processes) if self.stage >= stage else state[name]
@@ -75,7 +75,6 @@ STAGES = {"zero2": 2, "zero3": 3}
 BUCKET_VALUES = 5 * 10**8
 """DeepSpeed's default number of values per gradient bucket."""
 LATEST = "latest"
-"""DeepSpeed's file that names the folder of shards."""
 _OF_WEIGHTS = "zero_pp_rank_*_model_states.pt"
 _OF_OPTIMIZER = "*_optim_states.pt"
 _BACK = "use the same settings as before, or start a new run (--fresh)"

@@ -138,7 +138,7 @@ def find_unfinished_runs(output: Path, fingerprint: str) -> list[Path]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Return whether a run's report is newer than its scores, or a comparison has ended and cannot be resumed."""
+    """Return True if a run's report is newer than its scores, or if a comparison has ended and cannot be resumed."""
     if (folder / CARD).exists():
         return not _is_resumable_comparison(folder)
     scored = [path.stat().st_mtime for path in (folder / "scores").glob("*-seed*.json")]
