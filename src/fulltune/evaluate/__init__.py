@@ -153,8 +153,8 @@ def score_trained_model(scoring: Scoring, outcome: Outcome) -> Scores:
 
 
 def train_and_eval_losses(scoring: Scoring) -> dict[SplitName, SplitLosses]:
-    """Compute the trained model's losses and predicted labels on train and eval rows, by split. Losses on test rows
-    would bias later choices."""
+    """Compute the trained model's losses and predicted labels on train and eval rows, by split. Test rows are excluded,
+    because their losses would bias later choices."""
     measure = find_metric(scoring.recipe.task, scoring.target, "loss")
     assert measure.row_terms is not None, "a loss is a mean"
     by_split: dict[SplitName, SplitLosses] = {}

@@ -64,7 +64,7 @@ class Scoring:
 
     @property
     def texts(self) -> list[Row]:
-        """The test rows in the user's own columns, each with its file and line."""
+        """The test rows in the user's own columns, with file and line."""
         return list(read_original_rows(self.data / "test"))
 
     def estimate_metrics(

@@ -1,4 +1,4 @@
-"""Compute the memory of a training run (docs/concepts/memory.md)."""
+"""Memory of a training run (docs/concepts/memory.md)."""
 
 from __future__ import annotations
 

@@ -143,7 +143,8 @@ def make_basis(workload: Workload, fleet: Fleet, reasons: Reasons | None = None,
 
 
 def is_loss_chunked(recipe: Recipe, plain_logits: bool) -> bool:
-    """Return the recipe's `train.chunked_loss` or, if unset, whether the loss can be chunked."""
+    """Return the recipe's `train.chunked_loss` or, if unset, whether the loss can be chunked. `plain_logits` means
+    unscaled logits."""
     wanted = recipe.train.chunked_loss
     return why_loss_not_chunked(recipe, plain_logits) is None if wanted is None else wanted
 

@@ -32,7 +32,7 @@ RowAnswer = dict[str, Any]
 Predictions = Mapping[str, np.ndarray]
 """Output of `Task.reduce_logits` for all rows: name to array [rows, ...]."""
 RowTerms = Callable[[Predictions], np.ndarray]
-"""Computes each row's terms in a metric's sums: float64 [rows, k]."""
+"""Computes the terms that each row adds to a metric's sums: float64 [rows, k]."""
 FromSums = Callable[[np.ndarray], np.ndarray]
 """Computes a metric [...] from its terms, summed over rows: [..., k]."""
 
@@ -121,7 +121,7 @@ class Task(Protocol):
         """Map each role, such as `text`, to a column: the one that the recipe sets, or else one with a usual name or
         with typical content in `sample`.
 
-        Raises `DataError` about `file` if a role has no column.
+        Raises `DataError`, which names `file`, if a role has no column.
         """
 
     def find_target(self, rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, file: str) -> Target:

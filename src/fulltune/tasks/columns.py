@@ -190,7 +190,7 @@ def refuse_list(row: Row, target: Target, role: str) -> Refused | None:
 
 
 def similar_column(column: str, roles: Mapping[str, str], columns: Iterable[str], sample: Sequence[Row]) -> str | None:
-    """Return the first column without a role whose texts are about as long and varied as those of `column`, or None."""
+    """Return the first column without a role whose texts are about as long and varied as `column`'s, or None."""
     texts = {name: [cell for row in sample if isinstance(cell := row.get(name), str) and cell] for name in columns}
 
     def is_similar(cells: Sequence[str]) -> bool:

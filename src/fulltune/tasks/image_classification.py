@@ -31,7 +31,7 @@ from fulltune.tasks.padding import stack_labels
 FACTS = recipe_tasks.FACTS["image-classification"]
 find_columns = partial(columns_of_roles, ("image", "label"))
 UNDECODABLE = "undecodable image"
-"""Name of the check for undecodable images, which stop the data stage unless the recipe allows dropping them."""
+"""Name of the check for undecodable images, which stop the data stage unless dropping is allowed."""
 loss, count_items, reduce_logits = classes.loss, classes.count_items, classes.reduce_logits
 metrics, answers = classes.metrics, classes.answers
 metrics_from_sums, chance_loss = classes.metrics_from_sums, classes.chance_loss

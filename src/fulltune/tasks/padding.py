@@ -68,7 +68,7 @@ def trained_positions(target_ids: Tensor) -> Tensor:
 
 
 def make_attention_mask(values: Sequence[Sized]) -> Tensor:
-    """Make an int64 attention mask [rows, tokens] for lists that are padded on the right."""
+    """Make an int64 attention mask [rows, tokens] for lists padded on the right."""
     import torch
 
     lengths = np.array([len(value) for value in values])

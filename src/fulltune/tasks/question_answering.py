@@ -316,7 +316,7 @@ def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
 
 
 def window_scores(predictions: Predictions) -> dict[str, np.ndarray]:
-    """Return each window's token `f1`, `exact_match` and `loss`, reusing scores in `predictions`."""
+    """Return each window's token `f1`, `exact_match` and `loss`, reusing any scores in `predictions`."""
     if "f1" in predictions:
         return {name: predictions[name] for name in FACTS.metrics if name in predictions}
     none, truly_none = predictions["nowhere"] > predictions["chance"], predictions["true_first"] == NOWHERE
