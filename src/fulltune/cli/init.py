@@ -226,7 +226,7 @@ def _possible_tasks(
 
 
 def _one_hot_columns(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the columns that hold only 0 and 1 (one-hot labels) if there are several."""
+    """Return the columns that hold only 0 and 1 (one-hot labels), or an empty list for fewer than two."""
     kinds = {
         name: {label_name(cell).lower() if isinstance(cell := row.get(name), (str, int, float)) else "" for row in head}
         for name in columns

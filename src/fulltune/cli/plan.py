@@ -136,7 +136,7 @@ def _make_survey_and_plan(
     folder: Path,
     config_only: bool = False,
 ) -> tuple[Survey, Plan | None]:
-    """Survey the placements and plan the best one. `config_only` reads nothing of the model but its config."""
+    """Survey the placements and plan the best one. `config_only` reads only the model's config."""
     from fulltune.footprint.trace import PlannedModel
     from fulltune.models.base import Base
     from fulltune.models.shapes import Shapes

@@ -115,7 +115,7 @@ def _read_table(file: Path, model_notes: Row) -> PredictInput:
 def _missing_header(source: DataFiles, model_notes: Row) -> tuple[str, ...] | None:
     """Return the column names of a table without a header line, or None if it has one.
 
-    The header is missing if the train file had none and the first line lacks columns that the model reads.
+    The header is assumed missing if the train file had none and the first line lacks columns that the model reads.
     """
     names = tuple(model_notes.get("table_columns") or ())
     if not names or any(file.suffix.lower() not in SEPARATED for file in source.files):

@@ -37,7 +37,7 @@ def printable_problems(error: FulltuneError) -> Iterator[str]:
 
 
 def end_on_signal(number: int, frame: object) -> None:
-    """End the command at once on a signal outside training, and say that it can resume.
+    """End the command at once on a signal outside training, and print that it can resume.
 
     The default handler would not end a container's first process. An exception would be lost inside PyTorch.
     """
@@ -114,7 +114,7 @@ def open_run_folder(target: Path, recipe: Recipe, overrides: list[str], folder: 
 
 
 def load_if_finished(recipe: Recipe, folder: Path) -> RunResult | None:
-    """Return a complete run's results and print when it finished, or return None."""
+    """If a run is complete, print when it finished and return its results, else return None."""
     from fulltune.system import run_folder
 
     reached = run_folder.load_finished_run(recipe, folder)
@@ -154,7 +154,7 @@ def progress_display(details: bool) -> Iterator[Display]:
 
 @contextmanager
 def progress_bar(name: str, shown: bool) -> Iterator[Callable[[int, int | None], None]]:
-    """Yield a function that shows the numbers of rows done and in total, on a terminal and if `shown`."""
+    """Yield a function that takes the rows done and in total and, if `shown` on a terminal, draws a progress bar."""
     from fulltune.cli.show.run import Display
     from fulltune.records.events import RowsRead
 

@@ -117,8 +117,8 @@ def fit_design_to_budget(
 def with_detectable_differences(
     expected: Expectation, costs: Mapping[str, MethodCost], margin: float, alpha: float, test_rows: int
 ) -> Expectation:
-    """Set the design's `detectable` to the smallest differences it can detect if seeds vary little and if they vary
-    much. Return a design with two seeds unchanged."""
+    """Return the design with `detectable`: the smallest differences it can detect if seeds vary little and if they vary
+    much. A design with two seeds is returned unchanged."""
     if expected.num_seeds < GOOD_SEEDS:
         return expected
     limited = expected.num_seeds < expected.most_seeds
@@ -157,7 +157,7 @@ def _budget_too_short(least: Expectation, needed: float, seconds_spent: float) -
 
 
 def round_up_seconds(time: float) -> float:
-    """Round seconds up to a multiple of 10 s for short times and of 5 min for long ones."""
+    """Round seconds up to a multiple that grows from 10 s (short times) to 5 min (over an hour)."""
     step = 10 if time <= 120 else 30 if time <= 600 else 60 if time <= 3600 else 300
     return float(math.ceil(time / step) * step)
 

@@ -56,7 +56,6 @@ _WORTH_KNOWING = {
     "test-opened-by-others": "use fresh test rows if the recipe was changed because of earlier results",
 }
 RuleHits = Iterator[tuple[str, str, str]]
-"""Rule, location and description of each finding."""
 
 
 def lint_comparison(seed_runs: SeedRuns, comparison: Comparison) -> tuple[Finding, ...]:

@@ -38,7 +38,7 @@ class MetricScale:
         return standard_error_of_share(metric, self.eval_rows)
 
     def lead_in_tolerances(self, rate: float, metrics_by_rate: Mapping[float, float]) -> float:
-        """Return how many times `tolerance` a rate's metric is ahead of the best other, or infinity if all others
+        """Return a rate's lead over the best other rate as a multiple of `tolerance`, or infinity if all others
         diverged."""
         others = [self.oriented(metric) for other, metric in metrics_by_rate.items() if other != rate]
         metric = metrics_by_rate[rate]
@@ -180,7 +180,7 @@ def lower_rate_after_divergence(search: Search) -> float | None:
 
 
 def with_lower_rate(search: Search, lower: float, reason: str) -> Search:
-    """Return the search with `lower` as chosen rate, and the old rate marked as diverged."""
+    """Return the search with `lower` as the chosen rate, and the old rate marked as diverged."""
     tried = {rate: math.nan if rate == search.chosen else metric for rate, metric in search.tried.items()}
     changes = {"tried": tried, "chosen": lower, "reason": reason, "on_edge": lower <= min(tried)}
     return search.model_copy(update=changes)

@@ -161,7 +161,8 @@ HeadTensors = dict[str, np.ndarray]
 def fit_probe(
     extractor: FeatureExtractor, rows: EncodedRows, eval_rows: EncodedRows, with_head: bool = True
 ) -> tuple[Probe, HeadTensors, HeadTensors, LinearClassifier | None]:
-    """Fit the head and the baseline on features of `rows`, selected on `eval_rows` or by cross-validation.
+    """Fit the head and the baseline on features of `rows`, and select the best fits on `eval_rows` or by
+    cross-validation.
 
     Returns:
         The record, the head's weights, the last layer's weights for the start of training (if they differ), and the

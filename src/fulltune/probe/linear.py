@@ -150,8 +150,8 @@ def _fit_logistic(
 
 
 def _limit_threads(multiplications: int) -> contextlib.AbstractContextManager[object]:
-    """Return a context manager that limits small matrix products to one thread, because two took 2.4 times as long, or
-    30 times on two busy cores."""
+    """Return a context manager that limits small matrix products to one thread, because two threads took 2.4 times as
+    long, or 30 times on two busy cores."""
     if multiplications > _MANY_MULTIPLICATIONS:
         return contextlib.nullcontext()
     return cast("contextlib.AbstractContextManager[object]", _thread_pools().limit(limits=1))
@@ -301,7 +301,7 @@ def _score_features(items: Items, held_out: Items | None, candidates: Candidates
 
 
 def mean_loss(items: Items, classifier: LinearClassifier) -> float:
-    """Return the class-weighted mean cross entropy in nats, or for numbers the mean squared error divided by the
+    """Return the class-weighted mean cross entropy in nats, or for regression the mean squared error divided by the
     variance."""
     weights = None if items.class_weights is None else np.asarray(items.class_weights)
     outputs = classifier(items.features).astype(np.float64)

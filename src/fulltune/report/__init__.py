@@ -69,7 +69,7 @@ def _comparison_record_path(folder: Path) -> Path:
 
 
 def write_model_card(folder: Path, model_folder: Path, scores: Scores | None = None) -> None:
-    """Write the model card beside the weights. A trial of a comparison passes its `scores`."""
+    """Write the model card beside the weights. For a comparison's trial, pass its `scores`."""
     write_sanitized(Path(model_folder) / "README.md", build_model_card(read_run(folder, scores), Path(model_folder)))
 
 

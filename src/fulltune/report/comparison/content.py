@@ -30,7 +30,7 @@ _MADE_FROM = Paragraph("The file proof.json in this folder contains every number
 
 
 def build_comparison_report(comparison: Comparison, picture_file: str = "") -> Report:
-    """Build a comparison's report. Its Markdown shows the PNG `picture_file` if one is named."""
+    """Build a comparison's report, whose Markdown shows the PNG `picture_file` if set."""
     sections = (
         _build_reasons_section(comparison),
         Section("field", "The methods", _build_method_tables(comparison)),
@@ -63,7 +63,7 @@ def build_comparison_terminal_report(comparison: Comparison) -> list[Headline | 
 
 
 def format_verdict(decision: Decision) -> str:
-    """Format the verdict and the recommended method (omitted if full fine-tuning): `PEFT: lora`."""
+    """Format the verdict, and name the recommended method unless it is full fine-tuning: `PEFT: lora`."""
     name = decision.recommended
     advice = {"PEFT": f": {name}", "VARIANT": f": {name}", "EQUIVALENT": f": use {name}"}
     return decision.verdict + advice.get(decision.verdict, "")

@@ -164,7 +164,6 @@ def _format_markdown_cell(cell: Cell | str) -> str:
 
 _SHOWN_LIMIT = 300
 _NAME_WIDTH, _TEXT_WIDTH = 40, 28
-"""Minimum width to which texts in a table are wrapped."""
 _GAP = 2
 _STYLES = {
     **dict.fromkeys(("better", "peft", "variant", "equivalent"), "bold green"),
@@ -224,7 +223,7 @@ def _build_two_column_grid(rows: Iterable[tuple[str, str]], gap_width: int = 2) 
 
 
 def _split_to_width(table: Table, width: int) -> Iterator[Grid]:
-    """Split a table into tables that fit the width, each with the first column."""
+    """Split a table into tables at most `width` characters wide, each with the first column."""
     cells = [[_format_terminal_cell(cell) for cell in row] for row in table.rows]
     headers, widest, needed = [], [], []
     for number, name in enumerate(map(one_line, table.header)):

@@ -34,7 +34,6 @@ def choose_row_form(summary: DataSummary | None) -> Form:
 
 
 def has_images(summary: DataSummary) -> bool:
-    """Return whether the rows are images."""
     return "image" in summary.columns
 
 

@@ -116,8 +116,8 @@ def _change_of_likelihood(rise: float) -> str:
 
 
 def describe_budget_cost(result: BudgetResult | None) -> tuple[str, str]:
-    """Return how the forgetting budget limited the gain and what would help, or two empty strings if it limited
-    little."""
+    """Return how the forgetting budget limited the gain and what would help, or two empty strings if the gain was
+    hardly limited."""
     if result is None:
         return "", ""
     if (limit := limit_for_most_gain(result)) is not None:

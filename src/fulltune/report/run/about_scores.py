@@ -181,7 +181,7 @@ def build_confusion_section(view: RunView) -> Section | None:
 
 
 def build_label_table(confusion: Confusion) -> Table:
-    """Build a table of each label's precision, recall and F1, or of the labels with the lowest F1."""
+    """Build a table of precision, recall and F1 per label, only for the lowest F1 if there are many labels."""
     predicted, rows = [sum(counts) for counts in zip(*confusion.counts, strict=True)], []
     for index, (name, counts) in enumerate(zip(confusion.labels, confusion.counts, strict=True)):
         right, predictions, expected = counts[index], predicted[index], sum(counts)

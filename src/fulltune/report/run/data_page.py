@@ -96,7 +96,7 @@ def _describe_languages(column: str, rows_by_language: Mapping[str, int], num_ro
 
 
 def describe_label_errors(errors: LabelErrors, num_train_rows: int) -> str:
-    """Describe how many suspected label errors are real, estimated with labels changed on purpose."""
+    """Describe how many suspected label errors are real, as estimated from labels changed on purpose."""
     some = "" if errors.judged_rows == num_train_rows else f" (a random sample of {num_train_rows:,})"
     text = (
         f"Linear classifiers on the pretrained model judged the labels of {errors.judged_rows:,} train rows{some}. "

@@ -79,7 +79,7 @@ class AttemptFiles:
 
 
 def join_attempts(attempts: Sequence[AttemptFiles]) -> History:
-    """Join the curves of a trial's attempts. For a repeated step the last attempt counts."""
+    """Join the curves of a trial's attempts. If steps were repeated, the last attempt's values are used."""
     train: dict[int, Mapping[str, Any]] = {}
     evaluation: dict[int, Mapping[str, Any]] = {}
     restarts: list[int] = []

@@ -86,7 +86,7 @@ def _build_headline(kind: str, sentence: str) -> Headline:
 
 
 def _poor_answers_warning(row: Scores, scores: Sequence[Scores]) -> str:
-    """Return a sentence if generated answers are empty or no better than without training, else an empty string."""
+    """Return a warning if generated answers are empty or no better than without training, else an empty string."""
     name = next((name for name in words.OF_ANSWERS if name in row.metrics and row.answers), "")
     bar = find_best_untrained(scores, name, greater_is_better=True)
     if bar is None:
