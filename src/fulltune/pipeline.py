@@ -64,7 +64,7 @@ class Run:
         return Base.from_block(self.recipe.model, self.recipe.task, self.recipe.data.chat_template)
 
     def planned_model(self, summary: DataSummary) -> PlannedModel:
-        """Return the model without weights, which a plan traces."""
+        """Return the model without weights that is traced to plan its memory."""
         from fulltune.footprint.trace import PlannedModel  # imports torch
 
         return PlannedModel(self.recipe, self.base, summary)
@@ -76,7 +76,7 @@ class Run:
 
     @property
     def machine(self) -> Machine:
-        """The machine that training can count on: the weakest if there are several."""
+        """The machine whose resources a plan assumes: the weakest if there are several."""
         return hardware.measure_machine() if self.group is None else self.group.weakest
 
     def phase(self, name: str) -> None:

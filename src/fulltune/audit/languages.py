@@ -124,7 +124,7 @@ class ColumnLanguages:
 
 
 def add_languages(languages: dict[str, ColumnLanguages], row: Row, columns: Mapping[str, str]) -> None:
-    """Count a row's language in each column of texts, if py3langid is installed. Updates `languages`."""
+    """Detect and count the language of a row's text in each column, if py3langid is installed. Updates `languages`."""
     if not is_installed(PACKAGE):
         return
     for column, text in join_texts_by_column(row, columns).items():

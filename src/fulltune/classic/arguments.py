@@ -88,7 +88,7 @@ class OldNames:
 
     Raises:
         TypeError: A name is unknown.
-        ValueError: An old and a new name contradict each other.
+        ValueError: The values of an old and a new name conflict.
     """
 
     def __init__(self, *positional: Any, **keywords: Any) -> None:

@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 class PaddingCollator:
     """transformers' `default_data_collator` with padding. Masked positions get the padding token, because a decoder
-    classifies by the last other token."""
+    classifies by the last token that is not padding."""
 
     def __init__(self, pad: int) -> None:
         self._pad, self._has_warned = pad, False

@@ -26,7 +26,7 @@ MAX_PARAGRAPH_LINES = 30
 _KEY_WORDS, _DOCUMENTATION_KEY_WORDS = 64, 8
 _MIN_MAX_WORDS = (20, 120)
 _READ_WORDS = 48
-"""Words of a text that fit into 64 tokens."""
+"""Number of a text's words that fit into 64 tokens."""
 _WORD_BYTES = 6
 _EXCLUDED = ("test", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "__pycache__")
 
@@ -68,7 +68,6 @@ class BudgetTexts:
 
     selection: list[str]
     held_out: list[str]
-    """Texts that are read only for the final measurement."""
     replayed: list[str]
     source: str
 

@@ -167,7 +167,6 @@ def copy_into_trained(model: nn.Module, tensors: Mapping[str, torch.Tensor], sou
 
 
 def _check_tensor_names(expected: set[str], actual: set[str], source: Path) -> None:
-    """Raise `SetupError` if tensor names are missing or unexpected."""
     wrong = sorted(expected ^ actual)
     if wrong:
         raise SetupError(f"{source}: {len(wrong)} tensors are missing or unexpected, for example {wrong[0]}")

@@ -71,7 +71,7 @@ class Base:
         return self._load_image_reader() if FACTS[self.task].reads == "image" else self._load_tokenizer()
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load and check the tokenizer. If it has no padding token, its end token is used for padding."""
+        """Load and check the tokenizer. A tokenizer without a padding token pads with its end token."""
         from transformers import AutoTokenizer
 
         block = self.block
@@ -254,7 +254,7 @@ def _go_offline_without_network() -> None:
 
 
 def _resolve_package_path(name: str) -> Path:
-    """Return the path that `package:NAME/PATH` means in an installed Python package, or raise `SetupError`."""
+    """Return the path in an installed Python package that `package:NAME/PATH` refers to, or raise `SetupError`."""
     package, _, inner = name.removeprefix("package:").partition("/")
     try:
         spec = importlib.util.find_spec(package)

@@ -40,7 +40,7 @@ MAX_REPEATED = 0.5
 
 
 def check_repetition(text: str) -> Flaw | None:
-    """Detect mostly repeated text, a phrase repeated over 100 words, or a whole text twice."""
+    """Detect a text of mostly repetitions, a phrase repeated over 100 words, or two copies of one text."""
     return _check_repeated_character(text) or _check_repeated_words(text)
 
 
