@@ -30,7 +30,7 @@ from fulltune.text import format_metric
 
 _TEXT_SAMPLES = 2000
 median = statistics.median
-"""The median ignores a command's slow first run, which loads cold files."""
+"""Averages costs, because a command's first run loads cold files and is slow."""
 
 
 def judge_on_test_rows(seed_runs: SeedRuns) -> Comparison:

@@ -85,7 +85,7 @@ def best_rates(metrics_by_rate: Mapping[float, float], scale: MetricScale) -> li
 
 
 def choose_rate(metrics_by_rate: Mapping[float, float], scale: MetricScale, default_rate: float | None) -> float:
-    """Return the best rate if no default rate was tried or the lead exceeds the tolerance, else the default rate."""
+    """Return the best rate, or the default rate if it was tried and the best leads it by no more than the tolerance."""
     best, *_ = best_rates(metrics_by_rate, scale)
     if default_rate is None or default_rate not in metrics_by_rate:
         return best
@@ -161,7 +161,7 @@ def _leads_clearly(best: float, whole_run_metrics: Mapping[float, float], scale:
 
 
 def search_after_whole_runs(search: Search, whole_run_metrics: Mapping[float, float], scale: MetricScale) -> Search:
-    """Return the search with the best whole run's rate if it leads, else with the default rate."""
+    """Return the search with the rate that `choose_rate` finds in the whole runs."""
     rate = choose_rate(whole_run_metrics, scale, search.usual)
     rates = {*search.tried, *whole_run_metrics}
     on_edge = rate in (min(rates), max(rates)) and _leads_clearly(rate, whole_run_metrics, scale)

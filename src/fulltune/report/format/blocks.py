@@ -91,7 +91,7 @@ class Previews:
 
 
 Exchange = tuple[str, tuple[tuple[str, str], ...]]
-"""A prompt and the replies by speaker."""
+"""A prompt and its (speaker, reply) pairs."""
 
 
 @dataclass(frozen=True)
