@@ -290,8 +290,8 @@ def _location_in_file(field_error: FieldError) -> tuple[Any, ...]:
 
 
 def _fields_at(location: Sequence[str | int], values: Any = None) -> dict[str, FieldInfo]:
-    """Return the fields, by name, of the block at a location in the recipe's `values`, or of all kinds of methods if
-    its kind is unknown."""
+    """Return the fields, by name, of the block at a location in the recipe's `values`. For a method of unknown kind,
+    return the fields of all kinds."""
     blocks: list[type[Block]] = [Recipe]
     for part in location:
         if isinstance(part, str):

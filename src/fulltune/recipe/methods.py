@@ -216,4 +216,3 @@ MethodKind = Literal["base", "head", "full", "variant", "lora", "adapter", "prom
 """Kinds of compared methods. A `variant` is any `full` after the first one."""
 VARIANT: MethodKind = "variant"
 RIVALS = ("lora", "adapter", "prompt", "peft", VARIANT)
-"""Kinds of methods that full fine-tuning is compared with."""

@@ -162,8 +162,8 @@ class TrainBlock(Block):
         return self.extra.get("deepspeed")
 
     def with_engine_settings(self, settings: str | PlainSettings | None) -> TrainBlock:
-        """Return a copy of the block with these DeepSpeed settings (a JSON file or its content), or without DeepSpeed
-        settings if None."""
+        """Return a copy of the block with these DeepSpeed settings (a JSON file or its content), or with none if
+        `settings` is None."""
         others = {name: value for name, value in self.extra.items() if name != "deepspeed"}
         return self.model_copy(update={"extra": others if settings is None else {**others, "deepspeed": settings}})
 

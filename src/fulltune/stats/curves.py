@@ -88,8 +88,8 @@ def check_stays_high(
 def judge_final_loss(
     losses: Sequence[float], eval_losses: Sequence[float], learning_rate: float, untrained_loss: float | None = None
 ) -> GuardDecision:
-    """Decide to stop if a finished run's last losses are far above the start loss, or to warn if slightly above; the
-    decision is milder if an eval loss was below the start loss."""
+    """Decide to stop if a finished run's last losses are far above the start loss, or to warn if they are slightly
+    above. The decision is milder if an eval loss was below the start loss."""
     if len(losses) < _MIN_AT_END:
         return GO_ON
     begin, last = _start_loss(losses, untrained_loss), losses[-min(2 * LOSS_WINDOW, len(losses) // 2) :]

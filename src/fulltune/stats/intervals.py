@@ -54,7 +54,7 @@ NO_SPREAD = SeedSpread(1, 0.0, 0.0, math.inf)
 
 def estimate_seed_spreads(drawn: ResampledTrials, are_untrained: Sequence[bool]) -> list[SeedSpread | None]:
     """Estimate each method's variance between seeds, 0 for untrained methods. A method with one seed gets the others'
-    largest variance, or None without others."""
+    largest variance, or None if the others have none."""
     spreads = [
         NO_SPREAD if is_fixed else _estimate_spread(point, draws, drawn.num_clusters)
         for point, draws, is_fixed in zip(drawn.point, drawn.draws, are_untrained, strict=True)
@@ -172,7 +172,7 @@ def _uncertain_value(
 
 
 def paired_difference(first: Resampled, second: Resampled, span: float | None, confidence: float) -> Estimate | None:
-    """Return the difference of two models' metrics with its bootstrap interval, or None if there are too few rows or no
+    """Return `first`'s metric minus `second`'s with its bootstrap interval, or None if there are too few rows or no
     finite values."""
     sizes = [(model.num_rows, model.num_clusters, model.draws.shape) for model in (first, second)]
     if sizes[0] != sizes[1] or first.num_clusters < _MIN_CLUSTERS:

@@ -169,7 +169,7 @@ def cpu_rates() -> tuple[float, float, float]:
 
 
 def _measure_cpu_rates(rows: int = 256, width: int = 512, megabytes: int = 64) -> tuple[float, float]:
-    """Measure FLOP/s in fp32 and copied bytes per second."""
+    """Measure the FLOP/s of fp32 matrix products and a copy's bytes per second."""
     import torch
 
     draw = torch.Generator().manual_seed(0)

@@ -115,8 +115,8 @@ def find_or_make_folder(
     """Return the folder of a recipe's run, and whether it resumes an earlier run.
 
     Uses `wanted_folder` if set, otherwise the newest unfinished run unless `fresh`, otherwise a new folder;
-    `function_marks` identify the user's functions. Raises `SetupError` if the folder is another recipe's or cannot be
-    written.
+    `function_marks` identify the user's functions. Raises `SetupError` if the folder belongs to another recipe or
+    cannot be written.
     """
     fingerprint = recipe.fingerprint() + function_marks
     if wanted_folder is not None:
@@ -184,7 +184,7 @@ def _is_resumable_comparison(folder: Path) -> bool:
 
 
 def _claim_folder(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> bool:
-    """Write the recipe into a new or empty folder; return True if the folder was already this recipe's.
+    """Write the recipe into a new or empty folder; return True if the folder already belonged to this recipe.
 
     Raises `SetupError` if the folder holds anything else.
     """
@@ -367,7 +367,7 @@ def _git_commit_hash() -> str | None:
 
 
 def hide_progress_bars() -> None:
-    """Set environment variables that turn off other libraries' progress bars and info messages."""
+    """Set environment variables that turn off libraries' progress bars and info messages."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     os.environ.setdefault("TQDM_DISABLE", "1")
