@@ -136,8 +136,8 @@ def judge_labels(reader: RowReader) -> tuple[np.ndarray, JudgedLabels]:
 
 
 def judge_labels_of(items: Items) -> JudgedLabels:
-    """Judge the labels of `items`. Raises `NoProbe` if the features do not separate the classes, or for too few
-    rows."""
+    """Judge the labels of `items`. Raises `NoProbe` if there are too few rows, or their features do not separate the
+    classes."""
     labels = items.labels.astype(np.int64)
     counts = np.bincount(labels, minlength=items.num_outputs)
     if len(labels) < MIN_ROWS or np.count_nonzero(counts >= MIN_OF_A_CLASS) < 2:

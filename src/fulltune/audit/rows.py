@@ -44,14 +44,14 @@ _IN_KEY = ("image", "text", "text_pair", "prompt", "source")
 
 @dataclass(frozen=True)
 class AuditedRows:
-    """Reads prepared rows, in the columns of the data files."""
+    """Reads prepared rows, with the columns of the data files."""
 
     folder: Path
     task: Task
     target: Target
     own_files: frozenset[str]
     packed: Recipe | None
-    """Recipe with which to read packed rows from their files again, else None."""
+    """Recipe with which packed rows are reread from their files, or None without packing."""
 
     @property
     def has_texts(self) -> bool:

@@ -245,7 +245,7 @@ def parse_groups_and_times(
 
 
 def parse_group(cell: object) -> str:
-    """Return a `data.group` cell as text. Raises `ValueError` if it is empty, or neither text nor number."""
+    """Return a `data.group` cell as text. Raises `ValueError` if the cell is empty, or neither text nor number."""
     if isinstance(cell, BadCell):
         raise ValueError(f"contains {cell.reason}")
     if isinstance(cell, (list, tuple, dict, bytes)):

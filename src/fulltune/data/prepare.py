@@ -343,7 +343,7 @@ def lock_cache(folder: Path) -> Iterator[None]:
 
 
 def replace_folder(new: Path, old: Path) -> None:
-    """Rename the folder `new` to `old`, replacing the old one."""
+    """Rename the folder `new` to `old`, replacing `old`."""
     if old.exists():
         shutil.rmtree(old)
     new.rename(old)

@@ -50,7 +50,7 @@ def run_rows(
     head = batching.head
 
     def reduce_batch(positions: Sequence[int]) -> dict[str, np.ndarray]:
-        """Run a batch of rows, and return the arrays that `task.reduce_logits` computes."""
+        """Run a batch of rows, and return the arrays from `task.reduce_logits`."""
         # Not pinned: results are read back before the next batch is made, so nothing overlaps.
         batch = model_batch(model, task, [rows[i] for i in positions], pad_token_id)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
@@ -176,7 +176,7 @@ def regression_head_in_float32(model: PreTrainedModel, target: Target) -> Iterat
 
 
 def _recompute_in_float32(layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-    """Return a linear layer's output in float32 (a forward hook), or unchanged for 16-bit weights."""
+    """Forward hook: return a linear layer's output in float32, or unchanged for 16-bit weights."""
     import torch
 
     if layer.weight.dtype != torch.float32 or output.dtype == torch.float32:

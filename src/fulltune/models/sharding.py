@@ -70,7 +70,7 @@ def tie_before_sharding(model_class: Any) -> Any:
     """
 
     def maybe_distribute_model(cls: Any, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
-        """Tie the weights, then let the base class shard the model."""
+        """Tie the weights, then call the base class's method."""
         if mesh_manager is not None:
             model.tie_weights()
             model.fsdp_plan = remove_tied_modules(model, model.fsdp_plan)

@@ -121,7 +121,7 @@ def _source_files(entry: str) -> Iterator[tuple[Path, str]]:
 
 
 def _package_root(name: str) -> Path | None:
-    """Return a package's folder, a module's file, or None if it is not installed."""
+    """Return a package's folder, a module's file, or None if neither is installed."""
     if name in sys.stdlib_module_names:
         # Some standard modules are frozen, and their import spec then names no file.
         folder = Path(sysconfig.get_path("stdlib")) / name

@@ -55,7 +55,8 @@ def _missing_file_error(path: Path) -> str:
 
 
 def _list_data_files_in_folder(folder: Path) -> list[Path]:
-    """Return a folder's sorted data files. Raises `DataError` if there are none, or for archives and special files."""
+    """Return a folder's sorted data files. Raises `DataError` if there are no data files, or for archives and special
+    files."""
     listed = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     names = {file.name for file in listed}
     if "dataset_dict.json" in names:  # what DatasetDict.save_to_disk writes
@@ -93,7 +94,7 @@ def _archive_problem(file: Path) -> str:
 
 
 def _stat_utf8_path(path: Path) -> os.stat_result:
-    """Return the status of a path. Raises `DataError` if it is missing, unreadable or not UTF-8."""
+    """Return the status of a path. Raises `DataError` if the path is missing, unreadable or not UTF-8."""
     if not is_utf8(path):
         raise DataError(f"{printable(path)}: the name is not UTF-8; rename it")
     with convert_os_errors(path):

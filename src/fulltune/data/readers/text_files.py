@@ -140,7 +140,7 @@ def _flatten_squad(articles: list[Any]) -> list[object]:
 
 
 def _parse_json(text: str) -> object:
-    """Parse JSON. Raises `ValueError` also for repeated names and deep nesting."""
+    """Parse JSON. Raises `ValueError` for invalid JSON, repeated names and deep nesting."""
     try:
         return json.loads(text, object_pairs_hook=_without_repeated_names)
     except RecursionError:
