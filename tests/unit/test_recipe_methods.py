@@ -149,7 +149,7 @@ KINDS = "'full', 'head', 'lora', 'adapter', 'prompt', 'peft'"
         (
             {"methods": ["base", "full", "head"]},
             [
-                "methods: no method to compare full fine-tuning with ('base' and 'head' are only shown for reference); "
+                "methods: nothing to compare full fine-tuning with ('base' and 'head' are only shown for reference); "
                 "add one of lora, adapter, prompt, peft, or another full with other settings"
             ],
         ),

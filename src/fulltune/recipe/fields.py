@@ -76,7 +76,7 @@ class Recipe(Block):
         kinds, names = [self.compared_kind(one) for one in self.methods], [one.label for one in self.methods]
         pairs = {
             "methods: 'full' is missing; add it, because the other methods are compared with it": "full" not in kinds,
-            "methods: no method to compare full fine-tuning with ('base' and 'head' are only shown for reference); "
+            "methods: nothing to compare full fine-tuning with ('base' and 'head' are only shown for reference); "
             f"add one of {', '.join(_DECIDING_KINDS)}, or another full with other settings": (
                 "full" in kinds and not set(kinds) & set(RIVALS)
             ),
