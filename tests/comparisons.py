@@ -238,7 +238,7 @@ def _search(method: Method, rate: float) -> Search:
     tried = {rate * step: method.metric * 0.8 for step in (0.32, 1, 3.2)}
     whole = {rate * step: method.metric * 0.9 for step in (1, 3.2)}
     on_edge = method.name == "head"
-    why = "best of 3 rates on the eval rows after 6% of the steps" + (", at the edge of the rates tried" if on_edge else "")
+    why = "best of 3 rates on the eval rows after 6% of the steps" + ", at the edge of the rates tried" * on_edge
     return Search(method=method.name, tried=tried, share=0.06, whole=whole, chosen=rate, reason=why, on_edge=on_edge)
 
 
