@@ -190,7 +190,7 @@ def reader_of(job: Run, summary: DataSummary) -> RowReader:
 
 
 def delete_outdated_plan(run_folder_path: Path, plan_path: Path) -> None:
-    """Delete an unused plan not made by `--measure` if its speeds were measured a day ago or on a busy machine."""
+    """Delete an unused plan not made by `--measure` if its speeds were measured over a day ago or on a busy machine."""
     if not plan_path.exists() or any(
         (run_folder_path / name).exists() for name in ("attempts", "search", "plan/measured.json")
     ):

@@ -302,8 +302,8 @@ def mark_repeated_train_rows(content_hashes: np.ndarray, is_train: np.ndarray) -
 def _find_similar_held_out_rows(
     scan: RowScan, is_train: np.ndarray, is_leak: np.ndarray, near_groups: np.ndarray
 ) -> dict[int, list[int]]:
-    """Map positions of train rows to those of held-out rows: the first equal one where `is_leak`, otherwise similar
-    ones with equal `near_groups`."""
+    """Map each train row to similar held-out rows of its group in `near_groups` or, where `is_leak`, to the first equal
+    row. Rows are given by position."""
     groups, first = dict[int, list[int]](), dict[int, int]()
     for position in np.flatnonzero(~is_train & np.isin(near_groups, near_groups[is_train])).tolist():
         groups.setdefault(int(near_groups[position]), []).append(position)

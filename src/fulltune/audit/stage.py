@@ -179,7 +179,7 @@ def load_issues(folder: Path) -> list[RowIssue]:
 
 
 def _outlier_issues(rows: AuditedRows, reader: RowReader, scan: RowScan, not_run: dict[str, str]) -> list[RowIssue]:
-    """Return an issue for each outlier. If rows were not sampled, add their number to `not_run`."""
+    """Return an issue for each outlier, and note in `not_run` how many rows were not sampled."""
     far, usual, num_unread = find_outliers(reader, np.array(scan.keys[: scan.counts["train"]], np.uint64), scan.counts)
     issues: list[RowIssue] = []
     for split, distances in far.items():

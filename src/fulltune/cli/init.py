@@ -114,7 +114,7 @@ SplitFiles = tuple[tuple[Path, ...], dict[SplitName, Path], tuple[str, ...]]
 
 
 def assign_files_to_splits(path: Path) -> SplitFiles:
-    """Assign a folder's files to splits by their names. For a single file, find the splits beside it."""
+    """Assign a folder's files to splits by their names. For a single train file, find the other splits beside it."""
     if not path.is_dir():
         return (path,), _one_file_per_split(find_held_out_files_beside(path)), ()
     splits = group_folders_by_split(path)

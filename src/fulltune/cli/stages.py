@@ -154,7 +154,8 @@ def progress_display(details: bool) -> Iterator[Display]:
 
 @contextmanager
 def progress_bar(name: str, shown: bool) -> Iterator[Callable[[int, int | None], None]]:
-    """Yield a function that takes the rows done and in total and, if `shown` on a terminal, draws a progress bar."""
+    """Yield a function that takes the number of finished rows and the total; it draws a progress bar if `shown` is set
+    and the output is a terminal."""
     from fulltune.cli.show.run import Display
     from fulltune.records.events import RowsRead
 

@@ -95,7 +95,7 @@ def fit_design_to_budget(
 ) -> Expectation:
     """Return the largest of `smaller_designs` that fits into the budget minus `RESERVE`, or raise a `RecipeError`.
 
-    `end_seconds` is the time after the last trial.
+    `seconds_spent` is the time used so far, `end_seconds` the time needed after the last trial.
     """
     ordered = list(smaller_designs(costs, largest))
     most = math.inf if largest.budget_seconds is None else (1 - RESERVE) * (largest.budget_seconds - seconds_spent)

@@ -30,7 +30,7 @@ from fulltune.text import format_metric
 
 _TEXT_SAMPLES = 2000
 median = statistics.median
-"""Averages costs, because a command's first run loads cold files and is slow."""
+"""Averages costs, because a command's first run is slow: it reads files that are not yet cached."""
 
 
 def judge_on_test_rows(seed_runs: SeedRuns) -> Comparison:

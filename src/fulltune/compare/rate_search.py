@@ -163,7 +163,7 @@ def move_best_run(job: Run, searched: Searched) -> None:
 
 
 def _settings_of_moved_run(trial: Plan, planned: Plan, searched: Searched) -> list[Setting]:
-    """Return the best trial's settings. Settings that only the search changed come from `planned`, the run's plan."""
+    """Return the best trial's settings, but take those that only the search changed from `planned`, the run's plan."""
     before = {setting.name: setting for setting in planned.settings}
     settings = []
     for setting in trial.settings:

@@ -32,7 +32,7 @@ TIME_UP_SHARE = 0.5
 
 def alpha_spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = False) -> float:
     """Return the part of `alpha`, the accepted error probability, that the decision after `num_seeds` seeds may spend.
-    `again` marks a second decision after the same seeds."""
+    `again` marks a second decision after the same seeds, which may spend less."""
     if not 1 <= num_seeds <= max_seeds:
         raise ValueError(f"look {num_seeds} of {max_seeds}")
     looks = max(1, max_seeds - 1)  # after one seed nothing is decided
@@ -71,7 +71,7 @@ class Outlook:
     cost: float
     as_many: bool
     chances: tuple[float, float, float]
-    """Probabilities that, without further seeds, full is better, both are equal, or the rival is better."""
+    """Probabilities of three verdicts without further seeds: full is better, both are equal, the rival is better."""
     with_all: float
 
     @property

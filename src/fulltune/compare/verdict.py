@@ -164,7 +164,6 @@ def _choose_verdict(
 
 
 def _state_verdict(verdict: VerdictKind, recommended: str, full: str, differences: Sequence[Difference]) -> str:
-    """State the verdict in one sentence."""
     match verdict:
         case "FULL" if all(one.kind == VARIANT for one in differences if one.decides):
             return f"Keep {full} unchanged: it beats every variant with other settings by at least the margin."

@@ -162,7 +162,6 @@ def find_target_and_count_rows(
                 yield {**row, PLACE: place}
 
     def find_roles_and_target(names: tuple[str, ...]) -> tuple[dict[str, str], Target]:
-        """Return the columns by role, and the target."""
         roles = task.find_columns(_columns_for_roles(block, names), first_rows, block, train.where)
         _refuse_second_text_column(block, roles, names, first_rows, train.where)
         try:

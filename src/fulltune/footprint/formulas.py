@@ -56,7 +56,8 @@ def trace_model(case: TraceCase, points: Sequence[tuple[int, int]], *, recompute
 def _extrapolate_from_copies(
     case: TraceCase, points: Sequence[tuple[int, int]], *, recomputed: bool, training: bool
 ) -> ModelTrace | None:
-    """Extrapolate from a small copy and copies with one more layer, or return None if the result would be inexact."""
+    """Extrapolate the trace at (rows, length) `points` from a small copy and copies with one more layer each, or return
+    None if the result would be inexact."""
     start, growths = _reduced_copies(case)
     base = trace_copy(case, start[0], points, kinds=start[1], recomputed=recomputed, training=training)
     # As many points as terms, and one more as a check.

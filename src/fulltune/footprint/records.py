@@ -22,7 +22,7 @@ class LiveMemory(Record):
     place: str
     """Position in the step: `backward head`, `forward 0:last` (last layer of the first stack) ..."""
     coefficients: dict[MemoryKind, Coefficients]
-    """Bytes of each `MemoryKind`: a constant, then per row, token, row x length^2, length and length^2."""
+    """Bytes of each `MemoryKind`: a constant, then the bytes per row, token, row x length^2, length and length^2."""
 
     def bytes(self, rows: int, length: int) -> dict[MemoryKind, int]:
         """Return the bytes per `MemoryKind` for `rows` sequences of `length` tokens; each choice of a row is a

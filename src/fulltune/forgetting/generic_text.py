@@ -180,7 +180,8 @@ def why_texts_are_weak(
 
 
 def mean_drift(before: np.ndarray, after: np.ndarray) -> Drift:
-    """Return the mean of `drift_per_text`, its standard error and the number of texts."""
+    """Return the mean drift between two results of `GenericText.measure`, its standard error and the number of
+    texts."""
     drifts = drift_per_text(before, after)
     error = float(drifts.std(ddof=1)) / math.sqrt(len(drifts)) if len(drifts) > 1 else 0.0
     return Drift(mean=float(drifts.mean()), error=error, texts=len(drifts))

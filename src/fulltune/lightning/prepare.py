@@ -126,7 +126,7 @@ class FineTuning:
         """Write a Hugging Face model folder from rank 0.
 
         Args:
-            folder: Its older model is replaced once the new one is complete.
+            folder: An older model in it is replaced once the new one is complete.
             checkpoint: Lightning checkpoint to load first, such as `trainer.checkpoint_callback.best_model_path`.
 
         Raises:

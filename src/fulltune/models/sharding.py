@@ -66,7 +66,7 @@ def tie_before_sharding(model_class: Any) -> Any:
     """Return a subclass that ties weights before sharding.
 
     transformers 5.24 ties them afterwards, so FSDP2 may gather a tied weight from a copy that is never trained. Delete
-    this when transformers ties first.
+    this once transformers ties weights first.
     """
 
     def maybe_distribute_model(cls: Any, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:

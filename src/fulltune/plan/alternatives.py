@@ -64,8 +64,8 @@ def make_alternative(
     change: str = "",
     where: Literal["device", "disk"] = "device",
 ) -> Alternative:
-    """Describe a change that frees memory or disk space. `enough` means that the run fits with it; the text `change`
-    defaults to the settings."""
+    """Describe a change that frees memory or disk space. `enough` is True if the run then fits; the description
+    `change` defaults to the settings."""
     first, *others = [f"{name}: {to_yaml(value)}" for name, value in settings.items()] or [""]
     words = change or (f"{first} with {listed(others)}" if others else first)
     return Alternative(

@@ -136,8 +136,8 @@ HOST_BUFFERS = 1.22
 
 
 def zero_state_bytes(num_parameters: int, num_trainable: int | None = None) -> dict[MemoryKind, int]:
-    """Return the bytes of weights, gradients and optimizer state, by `MemoryKind`, that ZeRO shards over all
-    processes."""
+    """Return the bytes of weights, gradients and optimizer state, by `MemoryKind`, that ZeRO shards over all processes.
+    `num_trainable` defaults to all."""
     weights, gradients, optimizer = IN_ENGINE
     trained = num_parameters if num_trainable is None else num_trainable
     return {"weights": weights * num_parameters, "gradients": gradients * trained, "optimizer": optimizer * trained}

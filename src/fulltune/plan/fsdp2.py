@@ -13,7 +13,7 @@ from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase
 FILE_BYTES, MAX_FILES = 2**24, 64
 """Minimum size of a checkpoint's files, and their maximum number. A file exists twice while being written."""
 WHOLE_FILE_BYTES = 2**28
-"""Maximum size of the finished model's files, which are gathered in host memory."""
+"""Maximum size of each file of the finished model, whose tensors are gathered in host memory."""
 TENSORS_OF_BLOCK = 3
 """Ratio of a block's size to the size of its largest tensor, as in BERT."""
 NUM_SEND_BUFFERS = {"cpu": 2, "cuda": 1}
@@ -173,8 +173,8 @@ def _possible_peak_points(shapes: Shapes, footprint: Footprint, settings: Memory
 
 
 def _forward_tensor_bytes(units: Units, position: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Return three tuples: the bytes of gathered weights, whole gradients and communication buffers at a forward
-    position."""
+    """Return the bytes of gathered weights, of whole gradients and of communication buffers at a position in the
+    forward pass, each as a tuple."""
     root, last, block, apart = (units.root,), units.persistent, units.block, units.apart
     if "before" in position:
         return (*root, apart), (), (*root, apart)
@@ -243,7 +243,7 @@ def _bytes_with_shards(point: _Point, weights: int, optimizer: int, gradients: i
 def _split_for_heap(
     point: _Point, gradient_shard: int, units: Units, footprint: Footprint, shapes: Shapes, settings: MemorySettings
 ) -> tuple[float, int, int]:
-    """Split a point's bytes for `memory.peak_heap_bytes` into small blocks with gaps, large logits, and other large
+    """Return the bytes of a point for `memory.peak_heap_bytes`: small blocks with gaps, large logits, and other large
     blocks."""
     logits, most = point.live["logits"], BYTES[settings.weights_dtype] * footprint.largest_tensor
     logits_are_large = (

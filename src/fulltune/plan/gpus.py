@@ -243,7 +243,7 @@ def complete_hardware(named: NamedHardware) -> Fleet:
 
 
 def local_hardware(machine: Machine, disk_free_bytes: int, num_machines: int = 1, disk_at: str = "") -> Fleet:
-    """Return the hardware of `num_machines` machines like this one. `disk_at` is the folder on the measured disk."""
+    """Return the hardware of `num_machines` machines like this one. `disk_at` is the folder whose disk was measured."""
     model = gpu_model_of(machine.gpus[0].name, machine.gpus[0].memory_bytes) if machine.gpus else None
     gpus = "".join(f"{count}x {name}, " for name, count in Counter(gpu.name for gpu in machine.gpus).items())
     named = f"{num_machines} machines like this one, each" if num_machines > 1 else "this machine:"

@@ -317,7 +317,7 @@ def fit_best_baseline(
 
 
 def _pooled_embeddings(features: Features) -> dict[Pooling, np.ndarray]:
-    """Map each extracted pooling to its embeddings [items, hidden]."""
+    """Map the available kinds of pooling to their embeddings [items, hidden]."""
     embeddings: dict[Pooling, np.ndarray] = {} if features.mean is None else {"mean": features.mean}
     position = features.last if features.dense is None else features.dense
     if position is not None:

@@ -189,7 +189,6 @@ def _item_features(
             counts = np.ones(len(positions), np.int64)
 
     def select_items(values: torch.Tensor | None) -> np.ndarray | None:
-        """Select the items of a tensor as an array, or return None for None."""
         if values is None:
             return None
         flat = values.reshape(-1, values.shape[-1])

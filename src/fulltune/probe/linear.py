@@ -293,8 +293,8 @@ def select_features(
 
 
 def _score_features(items: Items, held_out: Items | None, candidates: Candidates[Any], criterion: Criterion) -> float:
-    """Return the lowest criterion that classifiers reach on a sample of items, or on all items if the sample lacks a
-    class."""
+    """Return the lowest criterion that classifiers reach on `held_out` (if None, by cross-validation), fitted to a
+    sample of items, or to all items if the sample lacks a class."""
     with contextlib.suppress(NoProbe):
         return select_classifier(items.sample(MOST_COMPARED), held_out, candidates, criterion)[0]
     return select_classifier(items, held_out, candidates, criterion)[0]

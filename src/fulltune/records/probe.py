@@ -14,8 +14,8 @@ PAIRS = 5 / 3
 """Size of a pair's features relative to a single text's: five vectors instead of three, because each text is also read
 alone."""
 LEAST_HELD_OUT, MOST_HELD_OUT = 200, 2_000
-"""Minimum and maximum number of eval rows for selecting regularisation and features. Fewer rows need
-cross-validation."""
+"""Minimum and maximum number of eval rows for selecting regularisation and features. With fewer, cross-validation
+selects them."""
 
 
 def items_per_row(form_name: str, words: float, num_choices: int) -> float:

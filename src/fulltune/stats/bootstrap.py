@@ -152,8 +152,8 @@ def resample_metrics(
     clusters: np.ndarray | None = None,
     seed: int = 0,
 ) -> dict[str, Resampled]:
-    """Compute each metric on all rows and on `samples` bootstrap resamples; return the results by metric name. Equal
-    seeds and clusters give equal resamples."""
+    """Compute each metric on all rows and on `samples` bootstrap resamples; return the results by metric name. Rows of
+    a cluster are drawn together. The same seed and clusters give the same resamples."""
     value, num_rows = dict(metrics(outputs)), len(next(iter(outputs.values())))
     if clusters is not None and len(clusters) != num_rows:
         raise ValueError(f"expected a cluster for each of {num_rows} rows, found {len(clusters)}")

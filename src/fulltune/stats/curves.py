@@ -151,7 +151,6 @@ def _is_far_above(begin: float, last: Sequence[float]) -> bool:
 
 
 def _divergence_message(start_loss: float, last_losses: Sequence[float], learning_rate: float) -> str:
-    """Return a message that compares the last losses with the start loss."""
     return (
         f"the loss diverged: before any update it was at most {start_loss:.3g}, and the last {len(last_losses)} values "
         f"are between {min(last_losses):.3g} and {max(last_losses):.3g}. {_cause(learning_rate)}"

@@ -76,8 +76,8 @@ class ComparisonPrecision:
         return _mixture_quantile(np.sqrt(self.row_variance + beyond), shares, alpha)
 
     def variance_ratios(self, *, same_seeds: bool) -> list[float]:
-        """Return equally likely values of the estimated variance between seeds divided by the true one, if the
-        comparison is repeated with other rows and, unless `same_seeds`, other seeds."""
+        """Return equally likely values of the ratio of estimated to true variance between seeds, for a repeated
+        comparison with other rows and, unless `same_seeds`, other seeds."""
         total, by_rows = variance_of_mean(self.seeds), variance_of_mean(self.seeds, by_rows=True)
         if math.isinf(self.degrees) or not total or (same_seeds and not by_rows):
             return [1.0]

@@ -162,7 +162,8 @@ def bf16_speedup(device: str) -> float:
 
 @cache
 def cpu_rates() -> tuple[float, float, float]:
-    """Return the FLOP/s of fp32 matrix products, a copy's bytes per second, and the load average before measuring."""
+    """Return the FLOP/s of fp32 matrix products, the bytes per second of a memory copy, and the load average before
+    measuring."""
     # The load is that of the whole computer, but a container or CPU set may have only some of its cores.
     load = os.getloadavg()[0] * num_cores() / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
     return (*_measure_cpu_rates(), load)

@@ -45,7 +45,7 @@ LINGER_SECONDS = 10.0
 GO_ON = "run the same command on all machines to resume"
 _END_BYTES = 32 * 2**20
 _MAX_READ = 1000
-"""Number of files above which only a folder's names and sizes are compared."""
+"""In folders with more files, only names and sizes are compared."""
 
 
 @dataclass(frozen=True)
@@ -330,7 +330,7 @@ class Peer:
 
 @contextlib.contextmanager
 def send_heartbeats(path: Path, record: Member, noticed: Callable[[], bool] = lambda: True) -> Iterator[Heartbeat]:
-    """Write heartbeats during the block and its outcome afterwards. Then wait until `noticed` returns True, at most
+    """Write heartbeats during the block and its outcome afterwards. Then wait for `noticed` to return True, but at most
     `LINGER_SECONDS`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:

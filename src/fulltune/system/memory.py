@@ -180,7 +180,7 @@ def run_with_smaller_batches(activity: str, batch_size: int, run: Callable[[int]
 
 
 def out_of_memory_error(activity: str, error: BaseException, alternatives: str) -> DoesNotFitError:
-    """Return an error for the case that even the smallest batch does not fit. The message ends with `alternatives`."""
+    """Return the error to raise if even the smallest batch does not fit. The message ends with `alternatives`."""
     return DoesNotFitError(
         f"{activity}: memory ran out: {' '.join(str(error).split())[:300] or 'MemoryError'}; {alternatives}"
     )

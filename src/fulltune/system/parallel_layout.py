@@ -201,7 +201,7 @@ def _problems_in_zero_settings(block_settings: Mapping[str, Any], recipe: Recipe
 
 
 def why_resume_impossible(checkpoint: Path, recipe: Recipe) -> str | None:
-    """Return why DeepSpeed prevents the recipe from resuming from a checkpoint, or None if it does not."""
+    """Return why DeepSpeed prevents the recipe from resuming from a checkpoint, or None if it can resume."""
     layout = layout_of(recipe)
     in_engine = layout is not None and layout.engine == "zero"
     latest = checkpoint / LATEST

@@ -25,7 +25,7 @@ from fulltune.tasks import (
 )
 
 ROWS = ""
-"""Name that `stack_arrays` replaces by a column of ones."""
+"""Name that `stack_arrays` replaces with a column of ones."""
 
 # ---- terms of a row ------------------------------------------------------------------------------------------
 

@@ -70,7 +70,8 @@ def _select_logits(logits: Logits, is_trained: Tensor) -> Logits:
 
 
 def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
-    """Compute loss in nats per token, perplexity, token accuracy, answers' mean scores, and corpus BLEU."""
+    """Compute loss in nats per token, perplexity, token accuracy, the answers' mean exact match, ROUGE-L and chrF, and
+    corpus BLEU."""
     names = set(predictions) | (set(_OF_TOKENS) if "tokens" in predictions else set())
     values = over_all(
         {name: parts for name, parts in metrics_from_sums(target, "").items() if name in names}, predictions

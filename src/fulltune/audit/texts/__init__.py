@@ -107,7 +107,7 @@ def select_checks(columns: Mapping[str, str], wanted: Collection[str] = tuple(_C
 
 
 def iterate_texts(row: Mapping[str, object], columns: Mapping[str, str], use: TextUse) -> Iterator[tuple[str, str]]:
-    """Yield column and text of each cell that the model reads (`read`) or learns to write (`written`)."""
+    """Yield the column and text of each cell that the model reads (`read`) or learns to write (`written`)."""
     for role in ROLES_AND_CHECKS[use][0]:
         column = columns.get(role, "")
         cell = row.get(column)

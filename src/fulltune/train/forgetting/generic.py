@@ -262,7 +262,6 @@ def kl_divergence(pretrained: torch.Tensor, current: torch.Tensor) -> torch.Tens
 
 
 def _shuffled_order(count: int, seed: int, cycle: int) -> list[int]:
-    """Return the numbers from 0 to `count` - 1, shuffled by `seed` and `cycle`."""
     order = list(range(count))
     random.Random(f"{seed}:replay:{cycle}").shuffle(order)
     return order

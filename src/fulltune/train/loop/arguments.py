@@ -35,7 +35,6 @@ def check_trainable(recipe: Recipe, *, check_packages: bool = True) -> None:
 
 
 def _missing_package_messages(recipe: Recipe) -> list[str]:
-    """Return a message for each missing package that the recipe needs."""
     problems = []
     if recipe.train.report_to:
         from transformers.integrations.integration_utils import get_available_reporting_integrations

@@ -19,7 +19,7 @@ NORM_SCORE, LOSS_SCORE = 3.0, 6.0
 MIN_NORM_SPREAD = 0.15
 """Smallest assumed standard deviation of the norm's logarithm."""
 MIN_LOSS_SPREAD = 0.05
-"""Smallest assumed standard deviation of the loss, relative to its start."""
+"""Smallest assumed standard deviation of the loss, relative to the initial loss."""
 RECENT_STEPS, STAY_SCORE = 20, 5.0
 """A run stops if the last `RECENT_STEPS` losses are all above the baseline and their median is `STAY_SCORE` standard
 deviations above it."""

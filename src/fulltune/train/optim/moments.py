@@ -23,7 +23,7 @@ State = dict[str, Tensor]
 
 GROUP = 128
 SMALL = 4096
-"""Tensors with fewer values keep fp32 moments, such as norms and biases (0.1 % of a model)."""
+"""Tensors with fewer values, such as norms and biases (0.1 % of a model), keep fp32 moments."""
 _FIRST_TOP, _SECOND_TOP = 126.99, 254.99
 """Largest codes of both moments; noise below 1 keeps them below 128 and 256."""
 _SHIFT = 128.0
@@ -105,7 +105,7 @@ def write_moment(
     """Store fp32 values[count] in a moment from position `begin`; `values` is overwritten.
 
     `other` holds the square roots for the second moment and scratch space for the first. `numbers` (step, parameter,
-    position, purpose) select the noise.
+    position, purpose) seed the noise.
     """
     place = state[name][begin : begin + len(values)]
     if place.dtype == torch.bfloat16:

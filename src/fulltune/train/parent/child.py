@@ -115,7 +115,7 @@ def _determine_outcome(
 
 
 _LOST = ("machine", "out_of_memory", "killed", "interrupted", "failed")
-"""Ways to lose a machine; earlier ones can cause later ones."""
+"""Reasons for losing a machine; earlier ones can cause later ones."""
 
 
 def _explain_lost_machine(machine: LostMachine) -> tuple[OutcomeStatus, str]:

@@ -131,7 +131,7 @@ class MachineGroup:
         )
 
     def _is_ready(self, peer: Peer) -> bool:
-        """Return whether a machine answers, or raise its error if its command has ended."""
+        """Return whether a machine answers; if its command has ended, raise its error."""
         is_silent = peer.silent_seconds > 4 * machines.HEARTBEAT_SECONDS
         if not peer.repeats_token(self._heartbeat.record.token) or is_silent or peer.member is None:
             return False

@@ -77,7 +77,6 @@ def stop_if_check_failed(checks: Sequence[Check], recorder: Recorder) -> None:
 
 
 def _check_trainable_parameters(model: PreTrainedModel, plan: Plan) -> Check:
-    """Check that as many parameters are trainable as planned."""
     fixed = methods.sinusoidal_tables(model)
     parameters = [parameter for name, parameter in model.named_parameters() if name not in fixed]
     trainable = sum(_num_values(parameter) for parameter in parameters if parameter.requires_grad)

@@ -197,8 +197,8 @@ class PassTimer:
     evaluate: Callable[[RowSubset], object]
 
     def run_pass(self, positions: Positions, *, keep_gradients: bool = False) -> tuple[float, float]:
-        """Run forward and backward on train rows, after clearing gradients unless `keep_gradients`; return loss and
-        seconds."""
+        """Run a forward and backward pass on train rows, after clearing gradients unless `keep_gradients`; return loss
+        and seconds."""
         trainer, rows = self.trainer, self.trainer.train_rows
         if not keep_gradients:
             self.optimizer.zero_grad()
