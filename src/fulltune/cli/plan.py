@@ -109,7 +109,7 @@ def plan_with_data(
 
 
 def _add_commands(survey: Survey, target: Path, overrides: list[str], recipe: Recipe) -> Survey:
-    """Add the commands that run the plan and, where possible, compare methods."""
+    """Return the survey with the commands that run the plan and, where possible, compare methods."""
 
     def command(verb: str, overrides: list[str]) -> str:
         return shlex.join(["fulltune", verb, str(target), *(word for one in overrides for word in ("--set", one))])

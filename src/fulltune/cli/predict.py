@@ -169,7 +169,8 @@ def write_answers(
     max_new_tokens: int,
     on_progress: Callable[[int, int | None], None],
 ) -> dict[str, Any]:
-    """Write rows with their answers to a file, and return the counts and the new columns."""
+    """Write rows with their answers to a file. Return `output`, the counts `rows`, `without_answer` and `cut`
+    (truncated), and the new `columns`."""
     new = choose_added_columns(predictor.notes, inputs.columns)
     *_, reason_column = new
     types = inputs.parquet_types() if output.suffix.lower() == ".parquet" else {}

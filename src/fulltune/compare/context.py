@@ -159,7 +159,7 @@ class Context:
 
     @property
     def alpha(self) -> float:
-        """Accepted probability of a wrong verdict, without the part already spent."""
+        """Accepted probability of a wrong verdict, minus the part already spent."""
         return 1 - self.recipe.evaluate.confidence if self.alpha_left is None else self.alpha_left
 
     def say(self, text: str) -> None:

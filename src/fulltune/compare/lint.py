@@ -131,8 +131,8 @@ def _tried_rates(row: MethodRow) -> list[float]:
 
 
 def _check_rates(trained: Sequence[MethodRow], *, full_wins: bool = False) -> RuleHits:
-    """Yield findings on methods whose rates were searched too little or, if `full_wins`, less thoroughly than
-    full's."""
+    """Yield findings on methods whose rates were searched too little or, if `full_wins`, less thoroughly than full
+    fine-tuning's."""
     weak = "so the method may look weak because of a wrong rate"
     full = [row for row in trained if row.kind == "full"]
     highest = max((max(_tried_rates(row), default=0.0) for row in full), default=0.0)
@@ -260,7 +260,6 @@ def _check_test_rows(folder: Path, in_train: str | None, verdicts: int) -> RuleH
 
 
 def _check_pretrained_weights(base: Base) -> RuleHits:
-    """Yield a finding if the pretrained weights are quantised."""
     if is_quantised_gguf(base.path):
         yield (
             "quantised-source",

@@ -47,7 +47,8 @@ def search_all_rates(context: Context, expectation: Expectation) -> dict[str, Se
 
 
 def search_rate(context: Context, method: Method, search_share: float, reserved_seconds: float = 0.0) -> Search:
-    """Load a method's finished search, or run and save it, leaving `reserved_seconds` for whole runs."""
+    """Load a method's finished search, or run one in trials of `search_share` of the steps, leaving `reserved_seconds`
+    for whole runs, and save it."""
     path = context.search_path(method.label)
     if path.exists() and not (result := Search.load(path)).time_was_up:
         return result

@@ -18,7 +18,7 @@ _LATE = 4.0
 _SURE = 0.95
 """If a clear answer is at least this probable, no more seeds run."""
 _LIKELY = 0.5
-"""If full wins with at least this probability, other methods catch up after the last seed."""
+"""If full wins with at least this probability, other methods get their missing seeds at the end."""
 _CLEAR = "the answer is clear and would very likely be the same on the test rows"
 _HOPELESS = 0.2
 """If a clear answer is less probable than this, no more seeds run."""
@@ -64,7 +64,7 @@ def alpha_left(looks: Sequence[Look], alpha: float, *, time_was_up: bool = False
 
 @dataclass(frozen=True)
 class Outlook:
-    """The predicted result of comparing a rival with full on the test rows."""
+    """The predicted result of comparing a rival with full fine-tuning on the test rows."""
 
     name: str
     score: float

@@ -80,7 +80,7 @@ def length_limit(
 
 def can_pack(recipe: Recipe, target: Target, limits: Limits, mixed: Collection[Target] = ()) -> tuple[bool, list[str]]:
     """Return whether several texts can share a row, and notes that explain why not. `mixed` holds the targets of
-    mixed-in sources. Raises `RecipeError` if the recipe requires impossible packing."""
+    mixed-in sources. Raises `RecipeError` if packing is required but impossible."""
     wanted, is_raw = recipe.data.packing, target.form.is_raw_text
     if wanted is False:
         return False, []

@@ -1,4 +1,4 @@
-"""Applies a patch file's decisions about single rows each time the data is read. A line's `row` is a
+"""Applies a patch file's decisions about single rows each time the data is read. A line's `row` is a hash from
 `numbered_row_hash`."""
 
 from __future__ import annotations

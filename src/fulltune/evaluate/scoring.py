@@ -226,7 +226,7 @@ def compute_outputs(
     most_tokens: int,
     splits: Sequence[str] = ("eval", "test"),
 ) -> tuple[dict[str, Predictions], float]:
-    """Run a model over the rows of the splits and, except for images, over generic texts cut at `most_tokens`.
+    """Run a model over the rows of the splits and, except for images, over generic texts truncated to `most_tokens`.
 
     Returns:
         Predictions by split, with those of generic texts under `generic`, and the last split's seconds per row.

@@ -145,8 +145,7 @@ def generate_answers(
 
 
 def autocast(model: PreTrainedModel, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which the model computes in `precision`. Unless the weights are sharded, their casts are
-    cached."""
+    """Return a context in which the model computes in `precision`. Cast weights are cached unless they are sharded."""
     import torch
 
     if precision == "fp32":

@@ -159,7 +159,7 @@ DISK_BYTES_PER_SECOND = 10**9
 START_SECONDS, LOADS = 20.0, 3
 """Start-up time of two processes with torch (12 to 25 s on two cores), and how many times the model is loaded."""
 CHECKS_SECONDS, SCORING_SECONDS, BASELINE_LINES = 0.5, 0.4, 3
-"""Seconds that the checks and each score row take, and the number of baseline rows."""
+"""Fixed seconds for the checks and for scoring one model, and the number of baselines."""
 LONGEST_PASSES = 2
 
 

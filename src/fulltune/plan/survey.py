@@ -195,8 +195,8 @@ def _plan_or_none(workload: Workload | None, fleet: Fleet, any_placement: bool =
 def _propose_alternatives(
     workload: Workload, basis: Basis, table: Sequence[PlacementOption], problem: str, lora: PlannedSettings | None
 ) -> tuple[str, tuple[Alternative, ...]]:
-    """Return the problem and alternatives, for the disk if only the disk is too small, else for memory. The plan `lora`
-    is added."""
+    """Return the problem and alternatives, for the disk if only the disk is too small, else for memory. The LoRA plan
+    `lora` is proposed too."""
     fleet = basis.fleet
     outcome = _plan_or_error(workload, fleet.model_copy(update={"disk_bytes": None}), table)
     where: Literal["device", "disk"] = "device"

@@ -245,7 +245,7 @@ def select_classifier(
     be fitted.
 
     `candidates` yields keys and fitted classifiers. Without `held_out`, cross-validation decides. An earlier candidate
-    wins if its criterion is higher by at most the share `tolerance`. Returns criterion, key and classifier.
+    wins if its criterion exceeds the lowest by at most `tolerance` (relative). Returns criterion, key and classifier.
     """
     if held_out is not None:
         results = [(criterion(held_out, classifier), key, classifier) for key, classifier in candidates(items)]

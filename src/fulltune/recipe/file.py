@@ -144,7 +144,7 @@ def _without_removed(problems: Iterable[str], removed: set[str]) -> list[str]:
 
 
 def _correct_kind(field_error: FieldError, values: PlainSettings) -> bool:
-    """Correct a misspelt method kind in `values`, so that its other settings can be checked. Return True if
+    """Correct a misspelt method kind in `values`, so that its other settings can be checked. Return whether it was
     corrected."""
     if field_error["type"] != "union_tag_invalid":
         return False
@@ -268,7 +268,6 @@ def _expected_and_found(expected: str, value: object) -> str:
 
 
 def _blocks_in_type(annotation: object) -> list[type[Block]]:
-    """List the block classes in a type annotation."""
     if isinstance(annotation, type) and issubclass(annotation, Block):
         return [annotation]
     return [block for inner in get_args(annotation) for block in _blocks_in_type(inner)]

@@ -182,14 +182,14 @@ class Decision(Record):
 
     verdict: VerdictKind
     recommended: str
-    """Recommended method. If the verdict is UNDECIDED: the cheapest that loses less than the margin, or empty if there
+    """Recommended method; if the verdict is UNDECIDED, the cheapest that loses less than the margin, or empty if there
     is none."""
     metric: str
     greater_is_better: bool
     margin: float
     confidence: float
     alpha: float
-    """Accepted probability of a wrong FULL, PEFT or VARIANT."""
+    """Accepted probability of a wrong verdict FULL, PEFT or VARIANT."""
     num_rows: int
     num_clusters: int
     num_draws: int

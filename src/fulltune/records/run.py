@@ -51,7 +51,8 @@ class Access(Record):
 
     @classmethod
     def load_for_same_rows(cls, folder: Path) -> tuple[Self, ...]:
-        """Load all runs' log entries for the test rows of this run. The tuple is empty if this run scored none."""
+        """Load the log entries of all runs that scored this run's test rows. The tuple is empty if this run scored
+        none."""
         folder, accesses = folder.resolve(), []
         for line in read_json_lines(folder.parent / ACCESSES):
             try:

@@ -77,8 +77,8 @@ def check_fell_and_rose(
 def check_stays_high(
     losses: Sequence[float], learning_rate: float, untrained_loss: float | None = None
 ) -> GuardDecision:
-    """Decide to stop if the last losses' median is over 3 times the start loss, and each of them is over 1.5 times the
-    start loss."""
+    """Decide to stop if the median of the last 20 losses is over 3 times the start loss (the first or, if larger,
+    `untrained_loss`), and each of them is over 1.5 times the start loss."""
     begin, last = _start_loss(losses, untrained_loss), losses[-2 * LOSS_WINDOW :]
     if len(losses) <= 2 * LOSS_WINDOW or not _is_far_above(begin, last):
         return GO_ON

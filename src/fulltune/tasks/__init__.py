@@ -131,7 +131,7 @@ class Task(Protocol):
         """Return the reason to drop a row, or None."""
 
     def group_key(self, row: Row, target: Target) -> str:
-        """Return a key that duplicates share, as do questions about one passage. Rows with the same key stay in one
+        """Return a key shared by duplicates and by questions about one passage. Rows with the same key stay in one
         split."""
 
     def row_labels(self, row: Row, target: Target) -> list[str]:
@@ -171,7 +171,7 @@ class Task(Protocol):
         """
 
     def count_items(self, labels: Tensor) -> int:
-        """Count the rows or trained tokens whose losses `loss` sums."""
+        """Count the rows or trained tokens that `loss` sums over."""
 
     # ---- evaluation -----------------------------------------------------------------------------------------------
 

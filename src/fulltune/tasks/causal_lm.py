@@ -51,7 +51,8 @@ metrics_from_sums, full_row = written.metrics_from_sums, written.full_row
 
 
 def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, file: str) -> dict[str, str]:
-    """Map roles to columns for chat (messages, tools), raw text, or pairs (prompt, input, completion)."""
+    """Map roles to columns for chat (messages, tools), raw text (text), or pairs (prompt, input, completion); raise
+    `DataError` if none fit."""
     forms = {
         "data.messages": data.messages,
         "data.prompt/completion": data.completion if data.prompt is None else data.prompt,

@@ -251,7 +251,7 @@ def predict_labels(logits: np.ndarray, target: Target) -> np.ndarray:
 
 
 def worst_rows(predictions: Predictions, texts: Sequence[str], target: Target, count: int) -> Iterable[Answer]:
-    """Yield the `count` wrong rows with the highest loss. In regression, all rows count as wrong."""
+    """Yield the `count` wrongly predicted rows with the highest loss. In regression, all rows count as wrong."""
     predicted, true = predict_labels(predictions["logits"], target), predictions["labels"]
     wrong = np.ones(len(true), bool) if target.form.is_number else ~_is_right(predictions, target)
     order = [position for position in np.argsort(-predictions["loss"], kind="stable") if wrong[position]]

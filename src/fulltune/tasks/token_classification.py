@@ -298,7 +298,7 @@ def count_spans(true: Iterable[np.ndarray], predicted: Iterable[np.ndarray], tar
 def add_words_without_token(
     predictions: Predictions, rows: Sequence[RowFeatures], target: Target
 ) -> dict[str, np.ndarray]:
-    """Add words that have no token to the predictions, as `O`. Also add the true labels as `gold`, and new counts from
+    """Return the predictions with words that have no token added as `O`, the true labels as `gold`, and new counts from
     `count_spans`."""
     gold = object_array([np.asarray(row[TAGS]) for row in rows])
     positions = [words_with_token(row) for row in rows]

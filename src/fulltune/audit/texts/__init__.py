@@ -35,7 +35,7 @@ def checks_without_package() -> list[str]:
 
 
 def masked_text(text: str) -> str:
-    """Return a text with secrets and personal data replaced. Call this before shortening."""
+    """Return a text with secrets and personal data replaced. Call this before shortening it."""
     shown = repair_text(text, _PRIVATE)
     whole = repair_text(RE["unseen"].sub("", shown), _UNCOVERING)
     if whole == shown == text:
@@ -67,7 +67,6 @@ def find_flaws(text: str, checks: Collection[str] = CHECKS_OF_READ_TEXTS) -> lis
 
 
 def _mask_flaw(flaw: Flaw, masked: str) -> Flaw:
-    """Return the flaw with quotations from the masked text."""
     again = flaw if flaw.check in _PRIVATE else _CHECKS[flaw.check](masked)
     reason = again.reason if again is not None else "in masked text"
     return replace(flaw, reason=reason, fixed=flaw.fixed and masked_text(flaw.fixed))

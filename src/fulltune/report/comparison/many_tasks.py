@@ -109,7 +109,7 @@ def build_tasks_section(record: ManyTasks) -> Section:
 
 
 def _describe_stored_sizes(record: ManyTasks) -> list[str]:
-    """Return sentences that compare full models' disk space with the smallest other method's."""
+    """Return sentences that compare the disk space of full models with the smallest other method's."""
     full, *others = record.methods
     # A head alone decides nothing; the others count unless they are known to be worse.
     on_base = [method for method in others if method.kind != "variant"]

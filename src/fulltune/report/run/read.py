@@ -177,7 +177,7 @@ def trained_row(scores: Sequence[Scores]) -> Scores | None:
 
 
 def read_run(folder: Path, scores: Scores | None = None) -> RunView:
-    """Read the folder of a run or comparison. Missing files are allowed, but other folders raise `SetupError`. For a
+    """Read the folder of a run or comparison; any other folder raises `SetupError`. Missing files are allowed. For a
     comparison's trial, pass its `scores`."""
     folder = Path(folder)
     if not folder.is_dir():

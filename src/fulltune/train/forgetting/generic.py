@@ -134,6 +134,7 @@ class Replay(TrainingPart):
     def __init__(
         self, inputs: AttemptInputs, monitor: DriftMonitor, text: GenericText, rows_per_pass: int, budget: float
     ) -> None:
+        """`budget` is the recipe's, from 0 to 1."""
         self.inputs, self.monitor, self.trainer = inputs, monitor, monitor.trainer
         self.text, self.rows_per_pass = text, rows_per_pass
         self.bounds = LANGUAGE_WEIGHTS if text.is_language_model else STATE_WEIGHTS
@@ -251,8 +252,8 @@ def create_replay(inputs: AttemptInputs, monitor: DriftMonitor) -> list[Training
 
 
 def kl_divergence(pretrained: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
-    """Sum the KL divergence of `current` from `pretrained` in nats. Both are log probabilities [positions, tokens] of
-    the most likely tokens; all other tokens count as one."""
+    """Return KL(pretrained || current) in nats, summed over positions. Both are log probabilities [positions, tokens]
+    of the pretrained model's most likely tokens; all other tokens count as one."""
     rest_pretrained, rest_current = (
         (1 - logs.exp().sum(dim=-1)).clamp(min=_MIN_REST) for logs in (pretrained, current)
     )

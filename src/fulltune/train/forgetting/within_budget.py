@@ -66,9 +66,9 @@ class WeightInterpolation:
 def keep_within_budget(
     inputs: AttemptInputs, trainer: FullTrainer, monitor: DriftMonitor, score: Callable[[Sequence[Row]], float]
 ) -> BudgetResult | None:
-    """Interpolate the weights so that drift stays within the budget. Returns the measurements, including drift on
-    held-out texts, or None if no budget is set. Reuses a result saved for the same weights. `score` computes the
-    metric on eval rows."""
+    """Interpolate the model's weights in place, between initial and trained ones, so that drift stays within the
+    budget. Returns the measurements, including drift on held-out texts, or None if no budget is set. Reuses a result
+    saved for the same weights. `score` computes the metric on eval rows."""
     plan, request = inputs.plan, inputs.request
     if plan.generic.budget is None:
         return None

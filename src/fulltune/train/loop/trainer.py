@@ -70,7 +70,7 @@ class TrainingPart(TrainerCallback):
         return {}
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Restore this part from a checkpoint's state of all parts."""
+        """Restore this part from `state`, a checkpoint's values of all parts."""
 
 
 class FullTrainer(Guarded, Trainer):

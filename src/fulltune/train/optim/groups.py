@@ -38,7 +38,8 @@ def parameter_groups(
     names: Sequence[str], decayed: Collection[str], plan: Plan, weight_decay: float, head: Collection[str] = ()
 ) -> list[Group]:
     """Split parameter names into groups with weight decay (`decayed`) and without, in the order of transformers'
-    checkpoints. Layer-wise learning rate decay also splits them by depth, top first. The `head` groups come last."""
+    checkpoints. Layer-wise learning rate decay also splits them by depth, top first. The `head` groups come last and
+    use the plan's `head_learning_rate`."""
     body = [name for name in names if name not in head]
     if plan.layerwise_lr_decay == 1.0:
         groups = _group_by_decay(body, decayed, weight_decay)

@@ -85,7 +85,7 @@ class ForkedWorker:
     args: Sequence[str] = ()
 
     def __init__(self, answers: IO[bytes], pid: int) -> None:
-        """Follow process `pid`, whose exit code the server writes to `answers`."""
+        """Watch process `pid`, whose exit code the server writes to `answers`."""
         self.pid = pid
         self._code: int | None = None
         self._answers = answers

@@ -187,7 +187,7 @@ class _AttemptOnAllMachines:
     def __init__(
         self, child: spawn.WorkerProcess, heartbeat: Heartbeat, attempt: str, others: Mapping[Peer, str]
     ) -> None:
-        """Follow `child` on this machine and the attempt on `others`, which maps machines to instance ids."""
+        """Watch `child` on this machine and the attempt on `others`, which maps machines to instance ids."""
         self._child, self._heartbeat, self._attempt = child, heartbeat, attempt
         self._running = dict(others)
         self._over_at = 0.0

@@ -28,7 +28,7 @@ MB instead of 1,020 to 1,100, but steps took 15 to 23 % longer."""
 
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 """Maximum number of kernels that oneDNN and PyTorch cache, one per shape. The default, 1,024, took 280 MiB; a step
-needs under 64."""
+needs under 64 kernels."""
 
 
 LAUNCHER = ranks.__name__  # starts several processes
