@@ -34,7 +34,8 @@ def create_private_file(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes, private: bool = False) -> None:
-    """Write a file atomically: another process sees the old or the whole new content."""
+    """Write a file atomically: another process sees the old or the whole new content. If `private`, only its owner can
+    read it."""
     with replace_atomically(path, private) as part, part.open("wb") as file:
         file.write(content)
         file.flush()

@@ -143,7 +143,7 @@ def first_few(items: Sequence[str], max_items: int = 3) -> str:
 
 
 def near_names(name: str, names: Iterable[str], most: int = 3, cutoff: float = 0.6) -> list[str]:
-    """Return the most similar names, nearest first. `cutoff` is the least similarity, 0 to 1."""
+    """Return the most similar names, nearest first. `cutoff` is the minimum similarity, 0 to 1."""
     return difflib.get_close_matches(name, list(names), n=most, cutoff=cutoff)
 
 

@@ -84,7 +84,7 @@ class RowReader:
         return items
 
     def _read_items(self, split: SplitName) -> tuple[Items, np.ndarray]:
-        """Compute the result of `items`."""
+        """Read the rows for `items`, which caches the result."""
         try:
             rows = with_decoded_images(Rows(self.folder / split), self.base.processor)
             config = self.extractor.model.config.get_text_config()

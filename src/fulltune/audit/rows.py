@@ -70,7 +70,7 @@ class AuditedRows:
             yield from ((split, row) for row in self.read(split))
 
     def _reread_packed_rows(self, recipe: Recipe) -> Iterator[Row]:
-        """Read train rows from their files, since packed rows have no cells."""
+        """Read train rows from their files, because packing loses their columns."""
         block, files = recipe.data, find_source_files(recipe)["train"]
         patched = PatchedRows(load_patch(Path(block.patch)), "train") if block.patch else None
         held_out = {row[PLACE] for split in ("eval", "test") if not getattr(block, split) for row in self.read(split)}
@@ -164,7 +164,8 @@ def scan_rows(rows: AuditedRows, expected_rows: int, listener: Listener) -> RowS
 
 
 def number_equal_rows(rows: AuditedRows, scan: RowScan, issues: list[RowIssue], decisions: Decisions) -> list[RowIssue]:
-    """Return the issues with numbers added to hashes that several rows share. Rows that `decisions` drop count too."""
+    """Return the issues, with numbers appended to hashes that several rows share. Rows that `decisions` drop count
+    too."""
     values, counts = np.unique(np.array(scan.ids, np.uint64), return_counts=True)
     several = {f"{value:016x}" for value in values[counts > 1].tolist()}
     several |= {row.partition("-")[0] for _, row in decisions}

@@ -145,7 +145,7 @@ class Trainer(Guarded, transformers.Trainer):
         """Set `_loss_is_mean` if doubling `num_items_in_batch` does not halve the loss.
 
         transformers 5.24 makes such models' gradients too large by the number of accumulation steps and processes.
-        Delete this method when transformers no longer does.
+        Delete this method once transformers has fixed that.
         """
         self._loss_scaling_known = True
         accumulates = self.args.gradient_accumulation_steps > 1 or self.accelerator.num_processes > 1

@@ -30,7 +30,8 @@ class MetricScale:
         return -math.inf if math.isnan(metric) else metric if self.greater_is_better else -metric
 
     def tolerance(self, metric: float) -> float:
-        """Return the largest difference that counts as noise: a standard error for shares, else 1 % of the metric."""
+        """Return the largest difference that counts as noise: a standard error if the metric is a share, else 1 % of
+        it."""
         if math.isnan(metric):
             return 0.0
         if not self.is_share:
@@ -133,8 +134,8 @@ def next_rate_for_whole_run(
 ) -> float | None:
     """Return the rate of the next whole run, or None if no run is needed.
 
-    The default rate comes first, then the best of the short trials, then rates beyond those tried while the outermost
-    one leads clearly. `may_extend` allows rates without a short trial.
+    The default rate comes first, then the best of the short trials, then, as long as the outermost rate leads clearly,
+    rates beyond it. `may_extend` allows rates without a short trial.
     """
     short = search.tried
     if len(short) < 2 or search.whole or len(whole_run_metrics) >= max_runs:

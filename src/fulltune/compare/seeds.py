@@ -204,8 +204,8 @@ class SeedRuns:
         return bool(looks) and looks[-1].num_seeds == len(self.results[self.context.full.label])
 
     def _recheck_rivals(self) -> dict[str, int]:
-        """Try other rates for rivals before full wins. Return the number of seeds for each rival that must catch up
-        (may be empty)."""
+        """Before full fine-tuning wins, try other learning rates for its rivals. Return the number of seeds for each
+        rival that must catch up (may be empty)."""
         context, scale = self.context, self.context.metric_scale
         kinds = ("full", *RIVALS)
         decisive = {method: runs for method, runs in self.results.items() if self._kind(method) in kinds}

@@ -120,7 +120,7 @@ def best_seed(context: Context, results: Sequence[TrialResult]) -> TrialResult:
 
 
 def keep_best_model(context: Context, results: Sequence[TrialResult]) -> None:
-    """Move the best of a method's models to `models/<method>`, and delete the other seeds' models."""
+    """Move the model of a method's best seed to `models/<method>`, and delete the other seeds' models."""
     best = best_seed(context, results).trial
     models = context.folder / "models"
     if (models / best.name).exists():

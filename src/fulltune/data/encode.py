@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 ROWS_PER_CHUNK = 1000
 CHUNK_BYTES = 2 * 2**20
-"""Bytes of text per chunk. Tokenising takes up to 170 times as much memory."""
+"""Bytes of text per chunk. Tokenising takes up to 170 times the text's memory."""
 ROWS_WORTH_PROCESSES = 20_000
 
 NEW_LABEL = "label not in train"

@@ -155,7 +155,7 @@ def join_by_value(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Return a group number for each row: uint64 [rows]. Rows with equal groups or values, directly or through other
     rows, get the same number.
 
-    A row connected to no other value keeps its value.
+    Rows whose value is connected to no other keep it as number.
     """
     if not len(groups):
         return groups

@@ -35,7 +35,6 @@ class Limits:
 
     @classmethod
     def of(cls, base: Base, recipe: Recipe) -> Limits:
-        """Collect the limits for a recipe."""
         attention = recipe.model.attn_implementation
         return cls(
             position_limit(base.config) if FACTS[recipe.task].reads == "text" else None,

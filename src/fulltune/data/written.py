@@ -185,8 +185,8 @@ def exclude_held_out_rows(
 def write_mixed_in_rows(
     recipe: Recipe, folder: Path, job: Job, mixed: Mapping[SourceName, Split], packed: bool
 ) -> tuple[MixedSummary, ...]:
-    """Write the rows of all mixed-in sources, and return a summary of each source. Raises `DataError` if a weight
-    selects no row."""
+    """Write the rows of all mixed-in sources, and return a summary of each source. Raises `DataError` if a weight is
+    too small to select a row."""
     if not mixed:
         return ()
     task, summaries, ends = task_named(job.task), list[MixedSummary](), [0]
@@ -273,7 +273,7 @@ def length_explained_by_value(lengths: np.ndarray, values: np.ndarray) -> float:
 
 
 def target_statistics(target: Target, train: Split, folder: Path) -> tuple[tuple[float, float] | None, float]:
-    """Return the mean and standard deviation of numeric targets (else None), and the share of the lengths' variance
+    """Return the mean and standard deviation of numeric targets (else None), and the share of the row lengths' variance
     that the targets explain."""
     source, in_split = train.source, train.examples
     lengths = source.lengths[in_split]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    """Map the score file's name to a function that scores a copy of the source; return {} without a source."""
+    """Map the score file's name to a function that scores the source copied as answer; return {} without a source."""
     if "source" not in scoring.target.columns or not scoring.recipe.evaluate.generate_rows:
         return {}
     return {"baseline-copy": lambda: _score_copied_source(scoring)}

@@ -179,8 +179,8 @@ class AllocationLog(TorchDispatchMode):
         self._changes.clear()
 
     def timeline(self) -> dict[tuple[str, int], np.ndarray]:
-        """Return the bytes in use, by `KINDS`, after each allocation outside middle layers, keyed by (place, number at
-        this place)."""
+        """Return the bytes in use after each allocation, except in middle layers: {(place, number at this place): bytes
+        by `KINDS`}."""
         alive, counts, after = np.zeros(len(KINDS)), Counter[str](), {}
         for place, block, size in self._changes:
             alive[KINDS.index(self._kinds.get(block, "activations"))] += size

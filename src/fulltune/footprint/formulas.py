@@ -155,7 +155,7 @@ def _flops_per_token(trace: ModelTrace, points: Sequence[tuple[int, int]], case:
 
 
 def _candidate_peaks(trace: ModelTrace, points: Sequence[tuple[int, int]]) -> tuple[LiveMemory, ...]:
-    """Return the memory at each point in a step where memory peaks for some micro batch and length."""
+    """Return the memory at each point in a step that is the peak for some micro batch and length."""
     solved = _fit_coefficients(trace.alive.reshape(len(points), -1), points)
     solved = np.round(solved.reshape(6, len(trace.keys), len(KINDS)), 6)
     highest = set()

@@ -82,8 +82,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, Parameter]:
 
 
 def max_virtual_tokens(recipe: Recipe) -> int:
-    """Return the largest `num_virtual_tokens` of the recipe's prompt methods, or 0. All methods shorten rows by this
-    number of tokens."""
+    """Return the largest `num_virtual_tokens` of the recipe's prompt methods, or 0. For a fair comparison, all methods
+    shorten rows by this number."""
     return max(
         (
             method.num_virtual_tokens

@@ -22,7 +22,7 @@ MIN_SHARE = 0.1
 def propose_for_memory(
     basis: Basis, smallest: MemorySettings, placements: Sequence[PlacementOption] = ()
 ) -> tuple[Alternative, ...]:
-    """Propose at most three changes that make a process fit in memory. Those that are enough alone come first.
+    """Propose at most three changes that make a process fit in memory. Changes that suffice alone come first.
 
     `smallest` are the settings with the lowest memory need, which still do not fit. Fitting `placements` are also
     proposed.
@@ -148,7 +148,7 @@ def check_disk_space(
 def propose_for_disk(
     recipe: Recipe, num_parameters: int, settings: MemorySettings, free_bytes: int, folder: str = ""
 ) -> tuple[Alternative, ...]:
-    """Propose changes that make the run fit on its disk. Those that are enough alone come first."""
+    """Propose changes that make the run fit on its disk. Changes that suffice alone come first."""
     needed = budget.disk_need(recipe, num_parameters, settings)
     missing = needed.total - free_bytes
     ways: list[Alternative] = []

@@ -212,7 +212,7 @@ def model_folders(run: Path) -> dict[str, Path]:
 
 def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row with the text in the column that the model reads, or raise `DataError` if the model reads several.
-    `notes` belong to the model folder."""
+    `notes` come from the model folder."""
     columns, read = notes["columns"], columns_read(notes)
     if len(read) > 1:
         raise DataError(f"this model reads several columns; give a file with the columns {', '.join(read)}")

@@ -330,7 +330,7 @@ def _pooled_embeddings(features: Features) -> dict[Pooling, np.ndarray]:
 def predict_baseline(
     extractor: FeatureExtractor, rows: EncodedRows, baseline: FrozenBaseline, classifier: LinearClassifier
 ) -> list[tuple[int, np.ndarray]]:
-    """Return (row index, outputs [items, outputs]) for each row that has items."""
+    """Return (row index, the classifier's outputs [items, num_outputs]) for each row that has items."""
     layers = (
         None
         if baseline.pooling != "head"

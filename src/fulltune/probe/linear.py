@@ -335,7 +335,7 @@ def error_rate(items: Items, classifier: LinearClassifier) -> float:
 
 
 def _row_losses(outputs: np.ndarray, right: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return the cross entropy of each right item among all items of its row."""
+    """Return the cross entropy of choosing each right item among its row's items."""
     _, row = np.unique(rows, return_inverse=True)
     highest = np.full(row.max() + 1, -np.inf)
     np.maximum.at(highest, row, outputs)

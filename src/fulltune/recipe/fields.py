@@ -93,8 +93,8 @@ class Recipe(Block):
         return hashlib.sha256(json.dumps(self.result_settings(), sort_keys=True).encode()).hexdigest()[:16]
 
     def result_settings(self) -> PlainSettings:
-        """Return the settings that affect the result, as JSON values. Output names are omitted, and in single runs also
-        the placement."""
+        """Return the settings that affect the result, as JSON values. Output names are omitted, and so is the placement
+        in single runs."""
         settings = self.model_dump(mode="json", exclude={"output", "name"})
         # These depend on the machine and do not change the result, but a comparison also measures memory and time.
         placing = ("num_processes", "num_machines", "placement", "offload", "oversubscribe")

@@ -12,7 +12,6 @@ from fulltune.text import did_you_mean
 
 
 def _raise_if_unknown_task(name: str) -> str:
-    """Return the name, or raise `ValueError` for an unknown task."""
     if name not in FACTS:
         hint = did_you_mean(name, list(FACTS))
         raise ValueError(f"expected one of {', '.join(FACTS)}, found '{name}'{f'; {hint}' if hint else ''}")
@@ -103,7 +102,7 @@ class TaskFacts:
     data: tuple[str, ...]
     """Settings of `data` that this task reads but some others do not."""
     types: tuple[ProblemType, ...]
-    """Problem types that the rows may have. A plan without rows assumes the first type."""
+    """Problem types that the rows may have. If rows are unknown, plans assume the first."""
     length_cap: int
     scored_by: Literal["classifiers", "tagging", "spans", "language"]
     """Module of `fulltune.evaluate` that scores this task's models."""

@@ -249,7 +249,7 @@ def _placement_problems(train: TrainBlock) -> dict[str, object]:
 
 
 def _class_weight_problems(value: str | dict[str | int, object] | tuple[object, ...] | None) -> dict[str, object]:
-    """Map an error message about class weights to whether it applies."""
+    """Return {error message about class weights: whether it applies}."""
     if value is None or isinstance(value, str):
         expected = "expected balanced, or a weight for each class, such as {rare: 5, usual: 1}"
         return {f"class_weights: {expected}, found {value!r}": value not in (None, "balanced")}

@@ -51,8 +51,7 @@ class Access(Record):
 
     @classmethod
     def load_for_same_rows(cls, folder: Path) -> tuple[Self, ...]:
-        """Load the log entries of all runs that scored this run's test rows. The tuple is empty if this run scored
-        none."""
+        """Load the log entries of all runs that scored this run's test rows, or an empty tuple if it scored none."""
         folder, accesses = folder.resolve(), []
         for line in read_json_lines(folder.parent / ACCESSES):
             try:

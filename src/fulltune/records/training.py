@@ -94,7 +94,7 @@ class MeasuredSetting(Record):
 
     name: str
     kind: Literal["lever", "micro batch", "compile"]
-    """Each `lever` row adds one setting. Other rows change one setting of the fastest row."""
+    """Each `lever` row adds one setting. Each other row differs from the fastest in one setting."""
     changes: dict[str, Any]
     peak_memory_bytes: int = 0
     tokens_per_second: float = 0.0

@@ -46,6 +46,7 @@ class ComparisonPrecision:
         most = max(counts)
 
         def changed(spread: SeedSpread, count: int) -> SeedSpread:
+            """Return the spread expected with `count` seeds."""
             if spread.is_none:
                 return spread
             degrees = max(1, (count if count > 1 else most) - 1)

@@ -194,7 +194,8 @@ def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
 
 
 def label_metrics(true: np.ndarray, predicted: np.ndarray, target: Target) -> dict[str, float]:
-    """Compute scikit-learn's metrics, but faster. Labels are class ids [rows], 0/1 [rows, labels] or numbers [rows]."""
+    """Compute scikit-learn's metrics by name, but faster. Labels are class ids [rows], 0/1 [rows, labels] or numbers
+    [rows]."""
     form = target.form
     if form.is_number:
         both = true.astype(np.float64), predicted.astype(np.float64)
@@ -331,7 +332,8 @@ def _regression_terms(predictions: Predictions) -> np.ndarray:
 
 
 def metrics_from_sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
-    """Map each metric to two functions: one computes its row terms, the other its value from their sums."""
+    """Map each metric (ignoring `metric`) to two functions: one computes its row terms, the other its value from their
+    sums."""
     loss: dict[str, tuple[RowTerms, FromSums]] = {"loss": (stack_arrays("loss", ROWS), ratio)}
     if target.form.is_number:
         return loss | {"r2": (_regression_terms, r2), "rmse": (_regression_terms, lambda sums: np.sqrt(ratio(sums)))}

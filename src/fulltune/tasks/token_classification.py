@@ -354,7 +354,8 @@ def worst_rows(predictions: Predictions, texts: Sequence[str], target: Target, c
 
 
 def metrics_from_sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
-    """Map each metric to two functions: one computes its row terms, the other its value from their sums."""
+    """Map each metric (ignoring `metric`) to two functions: one computes its row terms, the other its value from their
+    sums."""
     return {
         "f1": (_entity_counts, f1),
         "precision": (_entity_counts, lambda sums: share(sums[..., 0], sums[..., 1])),

@@ -127,7 +127,8 @@ def bleu_counts(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np
 
 
 def metrics_from_sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
-    """Map each metric to two functions: one computes its row terms, the other its value from their sums."""
+    """Map each metric (ignoring `metric`) to two functions: one computes its row terms, the other its value from their
+    sums."""
     return {
         "loss": (stack_arrays("nll", "tokens"), ratio),
         "perplexity": (stack_arrays("nll", "tokens"), lambda sums: np.exp(np.minimum(ratio(sums), 700.0))),

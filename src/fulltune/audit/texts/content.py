@@ -174,7 +174,7 @@ def check_markup(text: str) -> Flaw | None:
 
 
 def _html_tag_names(text: str) -> list[str]:
-    """Return the names of a text's HTML tags. `<b>` alone may be maths, so it counts only with `</b>`."""
+    """`<b>` alone may be maths, so it counts only with `</b>`."""
     tags = [(slash, name.lower(), attributes) for slash, name, attributes in RE["tag"].findall(text)]
     closed = {name for slash, name, _ in tags if slash}
     opened = {name for slash, name, _ in tags if not slash}

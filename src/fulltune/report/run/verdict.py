@@ -25,7 +25,7 @@ _LABELS = {
     "alone": "Nothing to compare with",
     "none": "No verdict",
 }
-"""Headlines by verdict. `contested`: better by loss only. `unpaired`: no difference on the same rows."""
+"""Headlines by verdict. `contested`: better by loss only. `unpaired`: the difference on the same rows is unknown."""
 NOT_MEASURED = "Their difference on the same rows was not measured."
 _OTHER_ROWS = "They were scored on different rows, so their difference is unknown."
 _LONE = "The test rows are {}: more rows with other texts are needed to distinguish a difference from chance."

@@ -157,7 +157,7 @@ def with_measurements(row: MeasuredSetting, outcome: Outcome, tokens: float, ava
 
 
 def _measure_setting(trial: PlannedTrial, row: MeasuredSetting, tokens: float, available_bytes: int) -> MeasuredSetting:
-    """Measure a setting in an attempt that stops after the dry run."""
+    """Return the setting with the results of an attempt that stops after the dry run."""
     if row.problem:
         return row
     trial.listener(PhaseBegan(name=f"measuring: {row.name}"))
