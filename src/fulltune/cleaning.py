@@ -141,8 +141,8 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
 
 
 def check_proofs_possible(recipe: Recipe, summary: DataSummary, by_classifiers: bool, by_trainings: bool) -> None:
-    """Raise `RecipeError` if classifiers or trainings cannot show the effect of cleaning with this recipe or its
-    rows."""
+    """Raise `RecipeError` if the chosen proof (fitting classifiers or training models) is impossible with this recipe
+    or its rows."""
     if by_classifiers and not summary.form.one_label:
         raise RecipeError(
             "--prove: needs rows with one label each; compare other rows by whole trainings: --trainings 3"

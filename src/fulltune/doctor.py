@@ -184,7 +184,6 @@ def diagnose(log: Log) -> tuple[Diagnosis, ...]:
 
 
 def _diagnose_unfinished_or_failed(log: Log) -> Iterator[Diagnosis]:
-    """Yield a diagnosis if a fulltune run is unfinished or failed."""
     if log.plan is None:
         return
     if log.outcome is None:

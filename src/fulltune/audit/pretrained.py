@@ -188,8 +188,8 @@ def choose_suspect_margin(margins: np.ndarray, planted_margins: np.ndarray) -> t
 
 
 def _estimate_min_errors(margins: np.ndarray, planted_margins: np.ndarray, quantile: float) -> float:
-    """From the margins below a quantile of `planted_margins`, estimate how many labels are wrong, minus one standard
-    error."""
+    """Estimate the number of wrong labels, minus one standard error, from how many margins are below a quantile of
+    `planted_margins`."""
     num_below = int(np.searchsorted(margins, np.quantile(planted_margins, quantile)))
     # Relative standard error of a count of rows, and of a share of the planted errors.
     error = math.sqrt(1 / max(1, num_below) + (1 - quantile) / (quantile * len(planted_margins)))

@@ -360,7 +360,7 @@ _MIN_IDENTICAL_CHARACTERS = 40
 
 
 def chat_faults(turns: Sequence[Turn]) -> list[str]:
-    """Describe the faults of a conversation, whose turns count from 1."""
+    """Describe the faults of a conversation. Turns are numbered from 1."""
     return [*_describe_turn_order_faults(turns), *_describe_empty_or_repeated_turns(turns)]
 
 

@@ -167,7 +167,7 @@ def progress_bar(name: str, shown: bool) -> Iterator[Callable[[int, int | None],
 
 
 def choose_model_folder(run: Path, method: str | None) -> Path:
-    """Return the folder of a run's model, and print it if a comparison's verdict chose it."""
+    """Return the folder of the model of `method` (default: the verdict's choice in a comparison, which is printed)."""
     from fulltune import predict as predicting
 
     folder, reason = predicting.choose_model_folder(run, method)

@@ -95,7 +95,7 @@ def choose_rate(metrics_by_rate: Mapping[float, float], scale: MetricScale, defa
 
 
 def _choice_reason(metrics_by_rate: Mapping[float, float], rate: float, scale: MetricScale, run_kind: str) -> str:
-    """Explain why a rate was chosen by short trials or whole runs (`run_kind`)."""
+    """Return the reason for choosing `rate`. `run_kind` names what was compared, such as short trials."""
     if rate in best_rates(metrics_by_rate, scale)[:1]:
         return f"the best of {len(metrics_by_rate)} {run_kind}"
     least = "the error of the eval rows" if scale.is_share else "1 %"

@@ -163,7 +163,7 @@ def _answer_probabilities(
     difference: UncertainValue, margin: float, level: float, test_precision: ComparisonPrecision, seeds: tuple[int, int]
 ) -> tuple[float, float, float]:
     """Estimate (by normal approximation) the probabilities of three answers on the test rows: full clearly better, both
-    equal, rival clearly better. `seeds` holds the numbers of seeds of full and rival."""
+    equal, rival clearly better. `seeds` are how many seeds full and rival will have."""
     now, test_precision = ComparisonPrecision.of(difference), test_precision.with_seeds(seeds)
     same_seeds = all(one.num_seeds == count for one, count in zip(now.seeds, seeds, strict=True))
     scatter = math.sqrt(

@@ -182,7 +182,8 @@ IN_EARLIER_SPLIT = "also in an earlier split"
 
 
 def rows_in_no_split(splits: Mapping[SplitName, Split]) -> np.ndarray:
-    """Mark train rows that a time split drops because their group begins earlier: bool [train rows]."""
+    """Mark rows that a time split drops, because their text or group is also in an earlier split: bool [source
+    rows]."""
     return ~np.logical_or.reduce([split.rows for split in splits.values() if split.source is splits["train"].source])
 
 

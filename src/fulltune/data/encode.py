@@ -255,7 +255,6 @@ def _tokenise_known_labels(job: Job, task: Task, rows: Sequence[Row]) -> list[li
 
 
 def _why_example_dropped(example: Example, drop_truncated: bool) -> Refused | None:
-    """Return why an example is dropped, or None if it is kept."""
     if example.refused is not None:
         return example.refused
     if example.trained_tokens == 0:
@@ -293,8 +292,8 @@ def encode_source(
 
 
 def join_groups_of_sources(sources: Mapping[str, EncodedSource], threshold: float) -> dict[str, EncodedSource]:
-    """Return the sources with new `groups`, which join near duplicates, also across sources, and `split_groups`, which
-    also join rows of equal `data.group`. `threshold` is a Jaccard similarity."""
+    """Return the sources with new `groups`, which join near duplicates within and across sources, and `split_groups`,
+    which also join rows of equal `data.group`. `threshold` is a Jaccard similarity."""
     if threshold >= 1 and not any(len(source.group_values) for source in sources.values()):
         return dict(sources)
     ends = np.cumsum([source.num_rows for source in sources.values()])[:-1]

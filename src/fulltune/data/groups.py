@@ -128,7 +128,8 @@ def _hash_rows(band: np.ndarray) -> np.ndarray:
 
 
 def join_near_duplicates(groups: np.ndarray, signatures: np.ndarray, threshold: float) -> np.ndarray:
-    """Return each row's group number after merging groups of near duplicates: uint64 [rows]."""
+    """Merge groups whose first rows' estimated Jaccard similarity reaches `threshold`. Return each row's group number:
+    uint64 [rows]."""
     numbers, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
     of_number = cluster_near_duplicates(signatures[first], threshold)
     sizes = np.bincount(of_number, minlength=len(numbers))

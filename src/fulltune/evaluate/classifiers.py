@@ -69,7 +69,6 @@ def score_majority_class(scoring: Scoring) -> Scored:
 
 
 def _score_longest_choice(scoring: Scoring) -> Scored:
-    """Score a baseline that picks the choice with the most characters."""
     texts = [multiple_choice.choice_texts(row, scoring.target) for row in scoring.texts]
     return _score_labels(scoring, "longest choice", np.array([int(np.argmax([*map(len, row)])) for row in texts]))
 

@@ -69,7 +69,6 @@ def _generate_answers(
 
 
 def _score_copied_source(scoring: Scoring) -> Scored:
-    """Score a baseline that copies the source as its answer."""
     drawn = rows_to_answer(scoring)
     sources, expected = _prompts_and_answers(scoring, list(drawn.values()))
     scores = scoring.task.score_answers([source.strip() for source in sources], expected)

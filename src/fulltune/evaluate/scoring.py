@@ -98,7 +98,7 @@ class Scoring:
         self, predictions: Any, references: Any, positions: Sequence[int] | None = None
     ) -> dict[str, Resampled]:
         """Return the user's metrics with resamples, or {} if the user passed no function. The function receives lists
-        if `predictions` is a list, else arrays."""
+        if `predictions` is a list, else arrays. `positions` are the scored test rows (default: all)."""
         if self.user_metrics is None:
             return {}
         call, plain = self.user_metrics, isinstance(predictions, list)
@@ -150,7 +150,7 @@ class Scoring:
         return scores, main
 
     def predict_split(self, model: PreTrainedModel, processor: Any, split: str = "test") -> Predictions:
-        """Run a model over a split, and return the arrays of the task's `reduce_logits` for all rows."""
+        """Run a model over a split, and return what the task's `reduce_logits` computes, for all rows."""
         rows, pad_token_id = with_decoded_images(self.rows(split), processor), processor.pad_token_id
         head = self.selective_head(model, pad_token_id, rows)
         # Scores do not depend on the batch size.

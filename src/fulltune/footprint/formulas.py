@@ -174,8 +174,8 @@ def _candidate_peaks(trace: ModelTrace, points: Sequence[tuple[int, int]]) -> tu
 
 
 def _fit_coefficients(values: np.ndarray, points: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Fit the coefficients of `terms` by least squares: [6, n] from values [points, n]. For images, which have one
-    size, fit only the first two."""
+    """Fit the coefficients of `terms` to n measured values by least squares: [6, n] from [points, n]. For images, which
+    have one size, fit only the first two."""
     matrix = np.array([terms(*point) for point in points], float)
     used = 6 if _has_lengths(points) else 2
     coefficients = np.zeros((6, values.shape[1]))

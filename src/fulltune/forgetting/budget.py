@@ -23,7 +23,7 @@ SAFETY_ERRORS = 1.28
 
 LANGUAGE_WEIGHTS, STATE_WEIGHTS = (0.1, 1.0), (0.005, 0.03)
 """Smallest (also initial) and largest product of replay weight and drift limit, for language models (nats per token)
-and other models (1 - cosine). Larger weights slowed learning (2026-11-27)."""
+and other models (1 - cosine). Larger weights slowed learning in our tests."""
 MAX_EXCESS = 1.0
 """Drift allowed above the limit at the peak learning rate, as a multiple of the limit."""
 MAX_FACTOR = 1.5

@@ -166,7 +166,7 @@ def why_texts_are_weak(
 ) -> str | None:
     """Return why drift on these texts is a weak measure of forgetting, or None.
 
-    `losses_or_states` is the pretrained model's result of `GenericText.measure`.
+    `losses_or_states` is what `GenericText.measure` returns for the pretrained model.
     """
     advice = "so drift on these texts means little; set preserve.probe to texts that the model was pretrained on"
     tokens = [token for ids in generic_text.ids for token in ids]

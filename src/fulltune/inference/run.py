@@ -158,7 +158,7 @@ def autocast(model: PreTrainedModel, precision: str) -> contextlib.AbstractConte
 def regression_head_in_float32(model: PreTrainedModel, target: Target) -> Iterator[None]:
     """Compute the last layer of a regression head in float32 inside the context.
 
-    bf16 cannot distinguish 526,580 from 528,000, and fp16 ends at 65,504.
+    bf16 cannot distinguish 526,580 from 528,000, and the largest fp16 number is 65,504.
     """
     layer = None
     if target.form.is_number:

@@ -190,7 +190,7 @@ class Prompt(nn.Module):
         self.weight = nn.Parameter(weight)
         self.filler = filler_id
         self.waiting = False
-        """True if the next call of the embeddings gets the virtual tokens."""
+        """True if the next call of the embeddings will insert the virtual tokens."""
         self.in_front = False
         """True if the current pass starts with virtual tokens instead of a cache."""
 

@@ -194,8 +194,8 @@ def _first_three(names: tuple[str, ...]) -> str:
 
 
 def arrange_head(model: PreTrainedModel, missing: Iterable[str], head: HeadOrigin, task_has_labels: bool) -> HeadOrigin:
-    """Reorder or reinitialise a loaded head's rows as `head` predicts, and return the actual origin. `missing` names
-    the parameters that the checkpoint lacks."""
+    """Reorder or reinitialise a loaded head's rows in place as planned in `head`, and return the actual origin.
+    `missing` names the parameters that the checkpoint lacks."""
     import torch
 
     above = [name for name in missing if not name.startswith(f"{model.base_model_prefix}.")]

@@ -16,7 +16,7 @@ from fulltune.text import format_bytes, listed
 
 MAX_ALTERNATIVES = 3
 MIN_SHARE = 0.1
-"""Share of the missing bytes below which an insufficient change is omitted."""
+"""A change that is not enough alone is proposed only if it saves at least this share of the missing bytes."""
 
 
 def propose_for_memory(

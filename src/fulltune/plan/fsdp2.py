@@ -11,7 +11,7 @@ from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase
 
 FILE_BYTES, MAX_FILES = 2**24, 64
-"""Minimum size of a checkpoint's files, and their maximum number. A file exists twice while being written."""
+"""Minimum size of a checkpoint's files, and their maximum number. While a file is written, memory holds it twice."""
 WHOLE_FILE_BYTES = 2**28
 """Maximum size of each file of the finished model, whose tensors are gathered in host memory."""
 TENSORS_OF_BLOCK = 3
@@ -188,8 +188,8 @@ def _forward_tensor_bytes(units: Units, position: str) -> tuple[tuple[int, ...],
 def _block_estimators(
     traced: Sequence[tuple[str, dict[MemoryKind, int]]], units: Units, num_layers: int, head: int, recomputed: bool
 ) -> tuple[Callable[[dict[MemoryKind, int]], int], Callable[[str], dict[MemoryKind, int]]]:
-    """Return two functions. One estimates the current block's gradient bytes from a traced point's bytes, the other the
-    bytes freed when a block ends at a position."""
+    """Return two functions. The first estimates the current block's gradient bytes from a traced point's bytes; the
+    second, the bytes freed when a block ends at a position."""
     waiting = max((one["activations"] for place, one in traced if place in AT_HEAD), default=0)
     most = max((one["activations"] for place, one in traced if place.startswith("backward ")), default=0)
     of_blocks = units.freed - units.apart

@@ -19,7 +19,7 @@ STATE_SHARE = 0.08
 SMALL_BYTES = 32 * 2**20
 """Size below which freed blocks stay on the C library's heap."""
 SMALL_OF_PARTS_BYTES = 4 * 2**20
-"""`SMALL_BYTES` with FSDP2 (see `train.parent.spawn`)."""
+"""The same limit with FSDP2, set in `train.parent.spawn`."""
 
 CUDA_CONTEXT_BYTES = 600 * 2**20
 """CUDA context, cuBLAS workspaces and the allocator's rounding (from the literature)."""

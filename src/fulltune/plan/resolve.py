@@ -67,7 +67,7 @@ def _raise_if_too_many_processes(recipe: Recipe, machine: Machine, device: str) 
 
 
 def choose_precision(recipe: Recipe, machine: Machine, device: str, reasons: Reasons) -> Any:
-    """Choose fp32, bf16 or fp16; raise `RecipeError` for fp16 on a CPU."""
+    """Return `fp32`, `bf16` or `fp16`, with the reason in `reasons`; raise `RecipeError` for fp16 on a CPU."""
     wanted = recipe.train.precision
     if wanted == "fp16" and device == "cpu":
         raise RecipeError(

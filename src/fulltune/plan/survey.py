@@ -83,7 +83,6 @@ def _layout_of(recipe: Recipe, planned: PlannedSettings) -> ParallelLayout | Non
 def _survey_without_plan(
     workload: Workload, basis: Basis, table: tuple[PlacementOption, ...], full_fits: bool, lora_fits: bool | None
 ) -> Survey:
-    """Return the survey of a run that does not fit."""
     summary, shapes, fleet, train = workload.summary, workload.shapes, basis.fleet, workload.recipe.train
     splits = summary.splits
     return Survey(
@@ -179,7 +178,7 @@ def _with_reason_for_settings(plan: Plan, names: set[str], reason: str) -> Plan:
 
 def _plan_or_none(workload: Workload | None, fleet: Fleet, any_placement: bool = False) -> PlannedSettings | None:
     """Return the plan, or None if nothing fits or `workload` is None; `any_placement` also tries placements that are
-    never automatic."""
+    never chosen automatically."""
     if workload is None:
         return None
     table = placements.placement_table(make_basis(workload, fleet))
@@ -195,8 +194,8 @@ def _plan_or_none(workload: Workload | None, fleet: Fleet, any_placement: bool =
 def _propose_alternatives(
     workload: Workload, basis: Basis, table: Sequence[PlacementOption], problem: str, lora: PlannedSettings | None
 ) -> tuple[str, tuple[Alternative, ...]]:
-    """Return the problem and alternatives, for the disk if only the disk is too small, else for memory. The LoRA plan
-    `lora` is proposed too."""
+    """Return the problem and the alternatives. They are about the disk if only the disk is too small, else about
+    memory. The LoRA plan `lora` is proposed too."""
     fleet = basis.fleet
     outcome = _plan_or_error(workload, fleet.model_copy(update={"disk_bytes": None}), table)
     where: Literal["device", "disk"] = "device"

@@ -130,7 +130,7 @@ def _save_tensors(path: Path, arrays: HeadTensors) -> None:
 
 
 def initialise_head_from_probe(model: PreTrainedModel, folder: Path, *, for_training: bool = False) -> None:
-    """Copy a run folder's probe into a loaded model's head. `for_training` copies a more regularised version."""
+    """Copy a run folder's probe into a loaded model's head. With `for_training`, copy a more regularised version."""
     import torch
     from safetensors.torch import load_file
 

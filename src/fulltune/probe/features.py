@@ -43,7 +43,7 @@ class Features:
     dense: np.ndarray | None
     """Inputs of the head's dense layer, or None if it has none."""
     mean: np.ndarray | None
-    """Mean hidden state, scaled to length 1. None for single tokens and for bodies that pool tokens."""
+    """Mean hidden state, scaled to length 1. None if items are single tokens, or if the body pools tokens."""
     labels: np.ndarray
     """Labels by kind: class or number [items]; 0 or 1 per label [items, labels]; 1 for the right choice [items]; or 1
     for the answer's first and last token [items, 2]."""

@@ -114,7 +114,8 @@ def run_and_read_hidden(
 
 
 def _select_last_token(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], states: torch.Tensor) -> torch.Tensor:
-    """Select each row's last token that is not padding, which transformers' decoders use for classification."""
+    """Return each row's state [rows, hidden] at the last token that is not padding, which transformers' decoders use
+    for classification."""
     import torch
 
     ids, pad = batch.get("input_ids"), model.config.get_text_config().pad_token_id

@@ -47,7 +47,7 @@ class LinearClassifier:
 
 @dataclass(frozen=True)
 class Items:
-    """Features, labels and rows of items, to fit or to evaluate a classifier."""
+    """Items with features, labels and row numbers, on which a classifier is fitted or evaluated."""
 
     kind: ProblemType
     features: np.ndarray

@@ -275,7 +275,7 @@ class Comparison(Record):
 
     @property
     def can_resume(self) -> bool:
-        """True if the verdict is undecided because time was up, and some alpha is left."""
+        """True if the verdict is undecided because time ran out, and part of alpha is unspent."""
         has_alpha = bool(self.openings and self.openings[-1].left)
         return self.time_was_up and self.decision.verdict == "UNDECIDED" and has_alpha
 

@@ -262,7 +262,6 @@ def load_comparison(folder: Path) -> Comparison | None:
 
 
 def raise_if_comparison(folder: Path) -> None:
-    """Raise `SetupError` if the folder belongs to a comparison."""
     if is_comparison(folder):
         raise SetupError(
             f"{folder}: belongs to a comparison, not to a single run; 'fulltune compare {folder}' resumes it, "
@@ -356,7 +355,6 @@ def describe_environment(machine: Machine) -> Environment:
 
 
 def _git_commit_hash() -> str | None:
-    """Return the current folder's short commit hash, or None."""
     try:
         result = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=5, check=False

@@ -56,7 +56,7 @@ MOST_NESTED = 100
 
 
 def find_defect(value: object) -> str | None:
-    """Describe a lone surrogate or too deep nesting in a JSON value; return None if there is neither."""
+    """Describe a lone surrogate or excessive nesting in a JSON value; return None if there is neither."""
     waiting: list[Iterator[object]] = [iter([value])]  # one per level: a list may hold millions
     while waiting:
         for part in waiting[-1]:

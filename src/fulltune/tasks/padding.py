@@ -136,7 +136,8 @@ def _bare_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def _text_to_drop_at_cuts(tokenizer: Tokenizer) -> str | None:
-    """Return the text to drop between separately tokenised parts ("" or a space), or None if both change the tokens."""
+    """Return the text ("" or a space) to drop where a text is cut so that tokenising the parts separately gives the
+    same tokens, or None if neither works."""
     together = _bare_ids("of the rain", tokenizer)
     for seam in ("", " "):
         if together == _bare_ids("of", tokenizer) + _bare_ids(" the rain"[len(seam) :], tokenizer):

@@ -285,7 +285,7 @@ _MIN_TEXT_WORDS = 5
 def open_csv_reader(
     file: Path, delimiter: str, encoding: str = UTF_8, *, strict: bool = False, errors: str = "strict"
 ) -> Iterator[Any]:
-    """Open a csv reader for cells of any length."""
+    """Yield a `csv.reader` for cells of any length; the file is open inside the context."""
     csv.field_size_limit(_MAX_CELL)
     with file.open(encoding=encoding, errors=errors, newline="") as stream:
         yield csv.reader(stream, delimiter=delimiter, strict=strict)

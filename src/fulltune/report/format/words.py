@@ -120,7 +120,8 @@ def describe_weights(share: float) -> str:
 
 
 def format_drift(drift: float, in_nats: bool) -> str:
-    """Format a drift as a percentage. `in_nats` is True for language models, whose drift is a KL divergence."""
+    """Format a drift as a percentage: 1 - exp(-drift) if `in_nats` (language models' KL divergence), else the drift
+    itself."""
     share = 100 * (-math.expm1(-drift) if in_nats else drift)
     if 0.001 <= abs(share) < 0.095:
         return f"{share:.2g}%"

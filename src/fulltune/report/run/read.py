@@ -145,7 +145,7 @@ class RunView:
     searched: Searched | None = None
     budget: BudgetResult | None = None
     accesses: tuple[Access, ...] = ()
-    """Every scoring of these test rows, also by neighbouring runs."""
+    """All scorings of these test rows, including those by neighbouring runs."""
 
     @property
     def name(self) -> str:

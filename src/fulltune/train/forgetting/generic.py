@@ -207,8 +207,8 @@ class Replay(TrainingPart):
         self.weight = state["replay_weight"]
 
     def _distance_from_pretrained(self, positions: Sequence[int]) -> torch.Tensor:
-        """Sum the distance from the pretrained model's outputs over these texts: KL divergence (language models) or
-        cosine distance."""
+        """Sum the distance from the pretrained model's outputs over these texts: KL(pretrained || current) for language
+        models, else 1 - cosine."""
         model, device = self.trainer.model, self.trainer.args.device
         if not self.text.is_language_model:
             stacked = np.stack([self.before[position] for position in positions])

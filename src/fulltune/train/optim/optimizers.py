@@ -144,8 +144,8 @@ class AdamW(torch.optim.Optimizer):
     def _store_rounded(
         self, weights: Tensor, stored: Tensor, compensation: Tensor | None, buffers: _Buffers, numbers: tuple[int, ...]
     ) -> None:
-        """Round fp32 `weights` to bf16 `stored`, and the rounding error to `compensation` if set. Overwrites `weights`.
-        `numbers` (step, parameter, position) select the noise."""
+        """Write fp32 `weights`, rounded, to bf16 `stored`, and the rounding error to `compensation` if given.
+        Overwrites `weights`. `numbers` (step, parameter, position) select the noise."""
         noise = buffers.noise.bits(len(weights), *numbers, _WEIGHT)
         if self._rounding == "stochastic":
             moments.round_at_random(weights, noise)

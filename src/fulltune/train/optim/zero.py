@@ -86,6 +86,7 @@ def gather_tensor(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def gather_second_moment(parameter: torch.Tensor) -> torch.Tensor:
+    """Gather AdamW's running mean of squared gradients."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     return safe_get_full_optimizer_state(parameter, "exp_avg_sq")

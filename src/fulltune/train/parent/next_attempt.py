@@ -75,7 +75,8 @@ def plan_next_attempt(
 
 
 def _changed_plan(plan: Plan, last: Outcome, changes: Changes, estimate_memory: EstimateMemory) -> Plan:
-    """Return the plan with changes, explained by the memory shortage in `last`, and a new memory estimate."""
+    """Return the plan with changed settings, whose reason is the memory shortage in `last`, and a new memory
+    estimate."""
 
     def reason(old: Setting) -> str:
         planned = old.reason.partition(_MARK)[0] if _MARK in old.reason else f"planned {old.value} ({old.reason})"
