@@ -155,8 +155,8 @@ def _load_audit_of_same_rows(folder: Path, summary: DataSummary) -> Audit | None
 
 
 def count_issues_by_check(issues: Sequence[RowIssue]) -> dict[str, Any]:
-    """Return the audit's fields `checks` (number of rows with issues, by check) and `examples` (a few issues per
-    check), the most frequent check first."""
+    """Return the audit's fields `checks` (number of rows per check) and `examples` (a few issues per check), most
+    frequent check first."""
     of_check = {check: list(group) for check, group in groupby(issues, key=lambda issue: issue.check)}
     order = sorted(of_check, key=lambda check: (check == HIGH_LOSS, -len(of_check[check])))
     counts = {check: len({(issue.split, issue.place) for issue in of_check[check]}) for check in order}

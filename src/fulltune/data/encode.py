@@ -228,7 +228,6 @@ def encode_chunk(job: Job, chunk: list[LocatedRow]) -> Chunk:
 
 
 def _why_row_unusable(job: Job, task: Task, row: Row) -> Refused | None:
-    """Return why a row cannot be tokenised, or None if it can."""
     if problem := why_unreadable(row, job.target.columns):
         return Refused("unreadable", problem)
     if (refused := task.why_unusable(row, job.target)) is None:

@@ -256,8 +256,8 @@ def _replace_boolean_masks(indices: Any, num_true: int) -> Any:
 
 
 def track_layers(log: AllocationLog, stacks: list[nn.ModuleList]) -> None:
-    """Install hooks, never removed, that set the log's `place` as layers run. `backward 1:last` means the last layer of
-    stack 1; `0:below`, what precedes the first layer of stack 0."""
+    """Install permanent hooks that set the log's `place` as layers run: `backward 1:last` in the last layer of stack 1,
+    `backward 0:below` below the first layer of stack 0."""
 
     def set_position(hidden: object, forward: str, backward: str) -> None:
         """Set the log's position to `forward`, and to `backward` when the gradient of `hidden` is computed."""

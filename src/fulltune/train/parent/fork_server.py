@@ -58,7 +58,6 @@ def fork_server() -> Iterator[Starter]:
 
 
 def _start_server(variables: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start `serve_forks` in a process with these environment variables."""
     return subprocess.Popen(
         [sys.executable, "-c", "from fulltune.train.parent import fork_server as f; f.serve_forks()", str(os.getpid())],
         stdin=subprocess.PIPE,

@@ -95,7 +95,6 @@ def _num_values(parameter: torch.nn.Parameter) -> int:
 
 
 def _describe_dropout(model: PreTrainedModel) -> Check:
-    """Describe the model's dropout in a check that always passes."""
     modules = [module for module in model.modules() if isinstance(module, SixteenBitDropout)]
     shares = ", ".join(sorted({f"{module.p:g} becomes {drop_threshold(module.p) / STEPS:.6g}" for module in modules}))
     ours = f"{counted(len(modules), 'module')} with 16-bit random numbers, for speed ({shares})"
