@@ -85,7 +85,7 @@ def cleaning_steps(issues: Sequence[RowIssue]) -> list[CleaningStep]:
 
 
 def row_ids(folder: Path, decisions: Decisions | None = None) -> Iterator[str]:
-    """Yield each row's id; equal rows are numbered as they were before `decisions` dropped some."""
+    """Yield each row's id; equal rows get the same numbers as before `decisions` dropped some."""
     times = Counter[str]()
     of_train = [line for (source, _), line in (decisions or {}).items() if source == "train"]
     dropped = {line.row for line in of_train if line.remedy.action == "drop"}

@@ -220,8 +220,8 @@ def write_losses(
     summary: DataSummary,
     losses_of_split: Mapping[SplitName, tuple[np.ndarray, Sequence[str | None]]],
 ) -> Audit:
-    """Write `losses.jsonl` from each example's loss sum, number of items and answer, and add the rows with the highest
-    loss to the audit."""
+    """Write `losses.jsonl` from each example's loss sum and number of items [examples, 2] and its answer, and add the
+    rows with the highest loss to the audit."""
     own = frozenset(split for split in SPLITS if getattr(recipe.data, split))
     rows = AuditedRows(folder, task_named(recipe.task), Target.of(summary), own, packed=None)
     decided = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}

@@ -79,7 +79,7 @@ def machine_group(
 def open_run(
     target: Path, overrides: list[str] | None, folder: Path | None, fresh: bool, until: Until
 ) -> tuple[Recipe, Path]:
-    """Return a single run's recipe and its folder, which is new or resumed."""
+    """Return a single run's recipe and its folder, which is new or resumed. `until` is the last stage to run."""
     from fulltune.recipe.file import load_recipe
     from fulltune.system import run_folder
 

@@ -162,7 +162,7 @@ def _leads_clearly(best: float, whole_run_metrics: Mapping[float, float], scale:
 
 
 def search_after_whole_runs(search: Search, whole_run_metrics: Mapping[float, float], scale: MetricScale) -> Search:
-    """Return the search with the rate that `choose_rate` finds in the whole runs."""
+    """Return `search` with the rate that `choose_rate` selects by the whole runs' metrics."""
     rate = choose_rate(whole_run_metrics, scale, search.usual)
     rates = {*search.tried, *whole_run_metrics}
     on_edge = rate in (min(rates), max(rates)) and _leads_clearly(rate, whole_run_metrics, scale)

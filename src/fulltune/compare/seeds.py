@@ -58,7 +58,8 @@ def search_rate(context: Context, method: Method, search_share: float, reserved_
 
 
 def _run_short_trials(context: Context, method: Method, search_share: float, reserved_seconds: float) -> Search:
-    """Try the grid's rates in short trials, then rates beyond its edge while the edge leads, and return the search."""
+    """Try the grid's rates in short trials, then rates beyond its edge as long as the edge is best, and return the
+    search."""
     label, grid, seed = method.label, budget.method_rates(context, method), context.recipe.train.seed
     if len(grid) == 1:
         return Search(method=label, chosen=grid[0], reason="the only rate in the recipe, so no search was needed")

@@ -21,7 +21,7 @@ IN_TRAIN = "in_train.npy"
 """File of bool [rows] next to the test rows: True where a train row has the same text, prompt or passage."""
 MIXED = "mixed"
 ROW_JSON = "words"
-"""Column with a row and its location as JSON. Further examples of the row have only the location."""
+"""Column with a row and its location as JSON, or only the location for further examples of the row."""
 _ROWS_PER_BATCH = 8192
 _BYTES_PER_BATCH = 16 * 2**20
 

@@ -203,7 +203,7 @@ class TrainBatches:
         self.sampler = GlobalBatchSampler(module.rows["length"], *batches, mixed=mixed)
         self.position = 0
         self.first = 0
-        """Micro batches that the next epoch skips, after resuming."""
+        """Number of micro batches that the next epoch skips after resuming."""
 
     def __len__(self) -> int:
         return len(self.sampler) // self.sampler.num_processes

@@ -137,7 +137,8 @@ def format_flags(way: Alternative) -> str:
 def check_disk_space(
     recipe: Recipe, num_parameters: int, settings: MemorySettings, free_bytes: int | None, folder: str
 ) -> DiskNeed:
-    """Return the run's disk need; raise `DoesNotFitError` with alternatives if the need exceeds `free_bytes`."""
+    """Return the disk space that the run needs; raise `DoesNotFitError` with alternatives if it exceeds
+    `free_bytes`."""
     needed = budget.disk_need(recipe, num_parameters, settings)
     if free_bytes is not None and needed.total > free_bytes:
         lines = format_alternatives(propose_for_disk(recipe, num_parameters, settings, free_bytes, folder))

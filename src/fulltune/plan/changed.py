@@ -75,7 +75,8 @@ def memory_need_of_plan(changed: Plan, recipe: Recipe, model: PlannedModel) -> M
 
 
 def with_disk_need(recipe: Recipe, plan: Plan, free_bytes: int, folder: str) -> Plan:
-    """Return the plan with its state and disk need recomputed; raise `DoesNotFitError` if the disk is too small."""
+    """Return the plan with its state and required disk space recomputed; raise `DoesNotFitError` if the disk is too
+    small."""
     recipe = with_placement(recipe, plan.placement)
     disk = alternatives.check_disk_space(recipe, plan.num_parameters, plan, free_bytes, folder)
     return plan.model_copy(update={"disk": disk, "state": memory.state_bytes(plan.num_parameters, plan)})

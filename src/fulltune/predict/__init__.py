@@ -135,7 +135,7 @@ class Predictor:
         return [PredictedRow(None, why) if why else PredictedRow({"answer": next(answers)}) for why in refused]
 
     def _classify(self, rows: Sequence[Row], report: RowProgress) -> list[PredictedRow]:
-        """Answer rows in one forward pass each, for tasks whose model writes no text."""
+        """Answer rows in one forward pass each, for tasks without generated text."""
         if not rows:  # tokenizers take no empty list
             return []
         encoded = self.task.encode(rows, self.target, self.tokenizer, self.notes["max_length"])

@@ -52,7 +52,7 @@ _Row = tuple[_Doc, str]
 
 
 def write_example(output: Path, chat: bool) -> Path:
-    """Write data and recipe of the classifier or, if `chat`, of the chat model; return the recipe's path."""
+    """Write the data and recipe of the classifier or, if `chat`, of the chat model; return the recipe's path."""
     if chat:
         write_docstring_chat(output / "chat-data")
     else:

@@ -39,7 +39,7 @@ _MIN_ENTROPY_BITS = 3.0
 
 
 def _looks_random(value: str) -> bool:
-    """Return whether a value is probably a key, not a word, name or date."""
+    """Return whether a value is probably a secret key rather than a word, name or date."""
     if RE["not_given"].search(value):
         return False
     value = value.rstrip(".:!?]}")

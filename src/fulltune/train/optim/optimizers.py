@@ -45,7 +45,7 @@ class _Buffers:
 
 
 def to_torch_state(state: Mapping[str, Tensor], shape: torch.Size) -> dict[str, Tensor]:
-    """Convert a parameter's state to that of torch's AdamW: the step, and fp32 moments of this shape."""
+    """Convert a parameter's state to the form of torch's AdamW: the step, and fp32 moments of this shape."""
     count = shape.numel()
     converted = {"step": state["step"]}
     for name in ("exp_avg", "exp_avg_sq"):

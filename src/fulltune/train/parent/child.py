@@ -119,7 +119,6 @@ _LOST = ("machine", "out_of_memory", "killed", "interrupted", "failed")
 
 
 def _explain_lost_machine(machine: LostMachine) -> tuple[OutcomeStatus, str]:
-    """Return the outcome's status and reason for a lost machine."""
     name = f"machine {machine.rank} ({machine.host})"
     meanings: dict[str, tuple[OutcomeStatus, str]] = {
         "out_of_memory": ("out_of_memory", f"the kernel killed a training process on {name} because memory ran out"),
