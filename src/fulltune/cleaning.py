@@ -41,8 +41,8 @@ ALPHA = 0.05
 """Probability that at least one interval misses the true difference (Bonferroni)."""
 FOLDER = "cleaning"
 LEAST_SHARE, MOST_SHARE = 0.002, 0.5
-"""Smallest and largest share of train rows that a step may change. Smaller changes show no effect; larger ones change
-the data too much."""
+"""Smallest and largest share of train rows that a step may change. Smaller changes have no measurable effect; larger
+ones change the data too much."""
 
 
 _IDS, _CLUSTERS = "row_ids", "row_clusters"

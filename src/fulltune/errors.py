@@ -20,7 +20,7 @@ class RecipeError(FulltuneError):
 
 
 class SetupError(FulltuneError):
-    """The environment is wrong: no such model, unwritable folder, another recipe's run folder, missing extra."""
+    """The environment is wrong: a missing model or package, an unwritable folder, or another recipe's run folder."""
 
     exit_code = 2
 

@@ -179,7 +179,7 @@ def _proposed_change(issues: Issues) -> Remedy | None:
 
 
 def make_open_decision(issues: Issues) -> RowDecision:
-    """Return an open decision that the user will edit in the patch file."""
+    """Return an undecided decision with a proposed remedy, which the user will edit in the patch file."""
     reasons = "; ".join(f"{one.check}: {one.reason}" for one in issues)
     more = {"text": issues[0].text, "reason": reasons, "proposed": _proposed_change(issues) or Remedy(action="drop")}
     return issues[0].decision(Remedy(action="undecided")).model_copy(update=more)

@@ -74,7 +74,7 @@ def short_trial(method: str, rate: float, share: float, seed: int) -> Trial:
 
 
 def whole_run_trial(method: str, rate: float, seed: int, *, is_rate_test: bool = False) -> Trial:
-    """Return the trial of a whole run. `is_rate_test` adds the rate to the trial's name."""
+    """Return a trial that trains for a whole run. `is_rate_test` adds the rate to its name."""
     name = f"{method}-rate{rate:g}-seed{seed}" if is_rate_test else f"{method}-seed{seed}"
     return Trial(name=name, method=method, learning_rate=rate, seed=seed)
 

@@ -277,7 +277,6 @@ def encode_source(
     parts = list[EncodedSource]()
 
     def encoded_batches() -> Iterator[pa.RecordBatch]:
-        """Yield the examples of each chunk, and collect its other results."""
         for part, batch, dropped in _encode_chunks(job, rows, num_rows):
             for item in dropped:
                 record_dropped(item)

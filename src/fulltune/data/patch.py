@@ -112,7 +112,7 @@ class PatchedRows:
 
 
 def numbered_row_hash(row: str, number: int) -> str:
-    """Return the hash `row`, with `-2`, `-3` ... appended for the second, third ... of equal rows."""
+    """Return a row's hash, with `-2`, `-3` ... appended for the second, third ... of equal rows."""
     return row if number == 1 else f"{row}-{number}"
 
 

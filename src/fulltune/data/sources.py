@@ -201,7 +201,7 @@ def find_target_and_count_rows(
 
 def find_mixed_target(block: DataBlock, task: Task, source: SourceRows) -> Target:
     """Return a mixed-in source's target, from the recipe's columns or else from columns with common names. Raises
-    `DataError` if neither fits."""
+    `DataError` if no columns fit."""
     columns, rows = _read_first_rows(source)
     columns = _columns_for_roles(block, columns)
     try:

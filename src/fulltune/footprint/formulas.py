@@ -34,7 +34,7 @@ FAILURES = (
     StrictDataclassError,
     RecipeError,
 )
-"""Errors of model classes for unusual configs or for tensors without values."""
+"""Errors that model classes raise for unusual configs or fake tensors."""
 
 
 def points_to_trace(case: TraceCase) -> list[tuple[int, int]]:

@@ -70,7 +70,7 @@ class Footprint(Record):
     """Assumption about the model's inputs, with its reason, or empty if there is none."""
 
     def traced_precision(self, precision: str) -> str:
-        """Return `precision` if it was traced, else the first precision that was."""
+        """Return `precision` if it was traced, else the first traced precision."""
         precisions = [variant.precision for variant in self.variants]
         return precision if precision in precisions else precisions[0]
 

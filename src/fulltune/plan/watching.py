@@ -14,7 +14,7 @@ from fulltune.records.plan import GenericTexts, Setting
 from fulltune.text import format_percent
 
 SHARE, SHARE_STEERED = 0.01, 0.05
-"""Shares of the training time for generic texts, without and with a budget."""
+"""Shares of the training time to spend on generic texts, without and with a drift budget."""
 MIN_TEXTS, MAX_TEXTS = 8, 64
 STEERED = 20
 """Number of times that a run adjusts the replay weight."""

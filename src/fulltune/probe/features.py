@@ -244,7 +244,7 @@ def _choose_answer_tokens(
     """Choose random tokens of each window and the first and last token of its answer.
 
     Returns:
-        Window and position of each token, and 1 where the answer begins and ends [tokens, 2].
+        Windows and positions of the tokens, and their labels [tokens, 2]: 1 for the answer's first and last token.
     """
     start, end, first, last = (
         labels[:, getattr(question_answering, name)] for name in ("START", "END", "FIRST", "LAST")

@@ -81,8 +81,8 @@ class PreserveBlock(Block):
     abilities."""
 
     drift: bool = True
-    """Measure at each evaluation how far outputs on generic text drift, as the rise of the loss (language models) or
-    the change of the hidden states. Measuring takes about 1 % of the training time, more in very short runs."""
+    """Measure at each evaluation how far outputs on generic text drift, as the rise in loss (language models) or the
+    change in hidden states. Measuring takes about 1 % of the training time, more in very short runs."""
     probe: str | None = None
     """File with texts that the model should still handle well, one text per line or paragraph. Default: docstrings of
     Python's standard library."""
@@ -92,7 +92,7 @@ class PreserveBlock(Block):
     the best interpolation between pretrained and trained weights that stays within the budget, and confirms its
     drift on held-out texts. A budget needs a single run with `full` or `lora`."""
     replay: str | None = AUTO
-    """Text file to replay if there is a budget. `auto` replays a part of `probe`, and `null` replays nothing."""
+    """Text file to replay if there is a budget. `auto` replays some texts of `probe`, and `null` replays nothing."""
 
     @property
     def limit(self) -> float | None:

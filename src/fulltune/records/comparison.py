@@ -155,7 +155,7 @@ class Difference(Record):
     equivalent: bool
     """True if the difference is shown to lie within the margin."""
     not_worse: bool
-    """True if the method is shown to lose less than the margin."""
+    """True if the method is shown to be worse by less than the margin, or better."""
     full_better: bool
     other_better: bool
     """True if the method is shown to be better by at least the margin."""

@@ -41,7 +41,7 @@ class ParameterChanges(Record):
 
     @property
     def share(self) -> float:
-        """Share (0 to 1) of the values with a gradient that changed."""
+        """Of the values that received a gradient, the share (0 to 1) that changed."""
         return self.num_values_changed / max(1, self.num_values_with_gradient)
 
 

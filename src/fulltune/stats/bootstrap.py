@@ -58,7 +58,7 @@ class ResamplableMetric:
 
     @property
     def sign(self) -> float:
-        """1, or -1 if smaller is better."""
+        """1 if larger is better, else -1."""
         return 1.0 if self.greater_is_better else -1.0
 
 

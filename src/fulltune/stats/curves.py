@@ -117,7 +117,7 @@ def check_got_worse(
     num_worse: int, worse_by: str, losses: Sequence[float], learning_rate: float, untrained_loss: float | None = None
 ) -> GuardDecision:
     """Decide to stop if at least two evaluations in a row (`num_worse`) were worse than before step 1 and the train
-    loss has not fallen. `worse_by` is the difference as text."""
+    loss has not fallen, else to go on. `worse_by` is the difference as text."""
     begin, now = _start_loss(losses, untrained_loss), statistics.median(losses[-2 * LOSS_WINDOW :] or [0.0])
     if num_worse < MAX_BEHIND or len(losses) < 2 * LOSS_WINDOW or now < begin:
         return GO_ON

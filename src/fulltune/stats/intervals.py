@@ -91,9 +91,9 @@ class UncertainValue:
 
     estimate: float
     centres: np.ndarray
-    """Mean of each component, [draws]."""
+    """Mean of each normal distribution: [draws]."""
     spreads: np.ndarray
-    """Standard deviation of each component, [draws]."""
+    """Standard deviation of each normal distribution: [draws]."""
     row_variance: float
     seeds: tuple[SeedSpread, ...]
     seeds_known: bool = True
@@ -188,8 +188,8 @@ def paired_difference(first: Resampled, second: Resampled, span: float | None, c
 
 
 def variance_of_mean(spreads: Sequence[SeedSpread], *, by_rows: bool = False) -> float:
-    """Return the seeds' contribution to the variance of a mean or a difference of means, or with `by_rows` only its
-    part due to rows."""
+    """Return how much the seeds add to the variance of a mean or of a difference of means. With `by_rows`, only the
+    part due to rows counts."""
     return sum((spread.by_rows if by_rows else spread.variance) / spread.num_seeds for spread in spreads)
 
 

@@ -140,7 +140,7 @@ def rows_and_seeds_needed(
     uncertain: UncertainValue, num_rows: int, margin: float, alpha: float, equivalence_alpha: float
 ) -> tuple[int | None, int | None]:
     """Return how many test rows, or how many seeds per method, would show a difference (at level `alpha`) or
-    equivalence (at `equivalence_alpha`) if the estimate were exact. Each is None if no number would."""
+    equivalence (at `equivalence_alpha`) if the estimate were exact. Each is None if no number would be enough."""
     now, size = ComparisonPrecision.of(uncertain), abs(uncertain.estimate)
 
     def decided(precision: ComparisonPrecision) -> bool:

@@ -154,7 +154,7 @@ class Member(Record):
     """Identifier of machine 0's command, which the other machines repeat."""
     heartbeats: int = 0
     instance: str
-    """Identifier of this command. A restarted command gets another one, so it cannot rejoin an attempt."""
+    """Identifier of this command. A restarted command gets a new identifier, so it cannot rejoin an attempt."""
     host: str
     address: str
     facts: dict[str, dict[str, str]]
@@ -178,7 +178,7 @@ class Member(Record):
 
 
 def own_member(recipe: Recipe, machine_address: MachineAddress, machine: Machine, token: str = "") -> Member:
-    """Return this machine's heartbeat record."""
+    """Create this machine's heartbeat record; `token` identifies machine 0's command."""
     settings = flatten_settings(recipe.model_dump(mode="json"))
     return Member(
         rank=machine_address.rank,

@@ -278,7 +278,8 @@ def raise_if_started_with_functions(folder: Path, recipe: Recipe) -> None:
 
 @contextlib.contextmanager
 def explain_os_errors(folder: Path) -> Iterator[None]:
-    """Turn errors from writing to the folder into `SetupError`, or into `DoesNotFitError` if the disk is full."""
+    """In the block, turn errors from writing to the folder into `SetupError`, or into `DoesNotFitError` if the disk is
+    full."""
     try:
         yield
     except Exception as error:

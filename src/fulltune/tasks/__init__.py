@@ -54,11 +54,11 @@ class Target:
     stride: int | None = None
     """Overlap of a long context's windows in tokens; None means a third of a window."""
     scale: tuple[float, float] | None = None
-    """Mean and standard deviation of the train rows' numeric labels, or None if unknown. Losses use labels divided by
-    the standard deviation."""
+    """Mean and standard deviation of the train rows' numeric labels, or None if unknown. The loss divides labels by the
+    standard deviation."""
     logit_scale: tuple[float, float] = (0.0, 1.0)
-    """`(shift, factor)`: `factor * logit + shift` is in the label's units. Only a head trained on standardised labels
-    changes the default."""
+    """`(shift, factor)`: `factor * logit + shift` is in the label's units. The default is kept unless the head was
+    trained on standardised labels."""
 
     @property
     def form(self) -> Form:

@@ -142,7 +142,7 @@ def loss(
     smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """Sum the batch's row losses."""
+    """Return the sum of `row_losses`."""
     return row_losses(logits, labels, target, smoothing, class_weights).sum()
 
 
@@ -297,7 +297,7 @@ def classes_with_probabilities(logits: np.ndarray, temperature: float) -> Iterab
 
 
 def with_placeholder_label(row: Row, target: Target) -> Row:
-    """Return the row with a placeholder label, which checks and tokenisation require."""
+    """Return a copy of the row with a placeholder label, which checks and tokenisation require."""
     placeholder: object = 0.0 if target.form.is_number else [] if target.form.several_labels else target.labels[0]
     return {**row, target.columns["label"]: placeholder}
 

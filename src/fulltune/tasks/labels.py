@@ -124,7 +124,8 @@ def _multi_label_target(counts: LabelCounts, columns: Mapping[str, str], file: s
 
 
 def _single_label_target(counts: LabelCounts, total: int, columns: Mapping[str, str], file: str) -> Target:
-    """Return a single-label target. Raise `DataError` for lists, words mixed with numbers, one class, or too many."""
+    """Return a single-label target. Raise `DataError` for lists, words mixed with numbers, one class, or too many
+    classes."""
     column, values = columns["label"], [value for value, *_ in counts]
     several = [value for value in values if isinstance(value, (list, tuple)) and len(value) != 1]
     if several:

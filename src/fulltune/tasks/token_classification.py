@@ -277,7 +277,8 @@ def reduce_logits(logits: Tensor, labels: Tensor, target: Target) -> dict[str, n
 
 
 def count_spans(true: Iterable[np.ndarray], predicted: Iterable[np.ndarray], target: Target) -> dict[str, np.ndarray]:
-    """Count each row's `entities` [rows, types, 3] (right, predicted, expected), its `words`, and the `right` words."""
+    """Count per row: `entities` [rows, types, 3] (right, predicted, expected), `words`, and `right` (words with the
+    right label)."""
     pairs = list(zip(true, predicted, strict=True))
     place = {kind: number for number, kind in enumerate(entity_types(target.labels))}
     entities = np.zeros((len(pairs), len(place), 3), dtype=np.int32)

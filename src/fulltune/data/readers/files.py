@@ -136,7 +136,7 @@ def file_state(file: Path) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def raise_if_files_change(before: Mapping[Path, tuple[int, ...]]) -> Iterator[None]:
-    """Raise `DataError` after the block for each file whose `file_state` differs from `before`."""
+    """After the block, raise `DataError` if a file's `file_state` differs from `before`."""
     try:
         yield
     finally:

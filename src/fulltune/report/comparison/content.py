@@ -130,7 +130,6 @@ def _list_key_figures(comparison: Comparison) -> list[NameAndValue]:
 
 
 def _build_reasons_section(comparison: Comparison) -> Section | None:
-    """Build the section of reasons and advice, or None if both are empty."""
     decision, to_do = comparison.decision, list(comparison.decision.would_decide)
     if comparison.can_resume:
         limit = comparison.expectation.budget_seconds
@@ -244,7 +243,6 @@ def build_cost_plots(comparison: Comparison) -> tuple[CostPlot, ...]:
 
 
 def _build_plot_section(comparison: Comparison, picture_file: str) -> Section | None:
-    """Build the section of cost plots, or None if no cost was measured."""
     legend = (
         "Filled: the recommended method. Square: full fine-tuning, with the margin as a band. "
         f"Whiskers: {_confidence_level(comparison)} intervals."

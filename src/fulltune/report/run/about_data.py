@@ -26,7 +26,7 @@ from fulltune.text import counted, format_number, format_percent
 
 
 def choose_row_form(summary: DataSummary | None) -> Form:
-    """Return the wording for a run's kind of rows. Without a summary, assume rows with one label."""
+    """Return the words that describe a run's rows. Without a summary, assume rows with one label."""
     form = summary.form if summary else FORMS["single_label"]
     if summary and has_images(summary):
         return replace(form, kind="images", question="IMAGE.png")

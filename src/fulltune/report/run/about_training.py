@@ -311,7 +311,7 @@ def _compare_with_plan(view: RunView, plan: Plan) -> list[Element]:
 def _build_plan_error_row(
     quantity: str, planned: float, after_dry_run: float, actual: float, format_value: Callable[[Any], str]
 ) -> TableRow:
-    """Build a row of planned, forecast and actual values (0 if unknown) and of both predictions' errors."""
+    """Build a row of planned, forecast and actual values (0 if unknown), with the errors of plan and forecast."""
 
     def error(value: float) -> str:
         return f"{round(value / actual - 1, 2) or 0:+.0%}" if value and actual else "-"

@@ -134,7 +134,7 @@ def _build_how_to_use_blocks(view: RunView, headline: Headline) -> tuple[Element
 
 
 def _how_to_get_model(status: str | None) -> str:
-    """Say how to get a model after the last attempt ended with `status` (None without an outcome)."""
+    """Say how to get a model, given the last attempt's status (None without an outcome)."""
     match status:
         case None:
             return "There is no trained model in this run folder. 'fulltune run RECIPE' resumes the run."

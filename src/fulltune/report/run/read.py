@@ -297,7 +297,7 @@ class _RunFolderReader:
                     self.unreadable.setdefault(path.relative_to(self.folder).as_posix(), []).append(str(number))
 
     def read_accesses(self) -> tuple[Access, ...]:
-        """Return every scoring of these test rows, from the file beside the run folder."""
+        """Return all recorded uses of these test rows, from the file beside the run folder."""
         try:
             return Access.load_for_same_rows(self.folder)
         except OSError:

@@ -231,7 +231,7 @@ class Replay(TrainingPart):
 
 
 def create_replay(inputs: AttemptInputs, monitor: DriftMonitor) -> list[TrainingPart]:
-    """Create the replay of generic text, in a list, or return [] if the plan has none. Call this before training
+    """Return a list with the replay of generic text, or an empty list if the plan has none. Call this before training
     changes the weights."""
     plan, rows, budget = inputs.plan, inputs.plan.generic.replay_rows, inputs.plan.generic.budget
     if budget is None or not rows or inputs.request.probe:

@@ -15,7 +15,7 @@ BASELINE_STEPS = 64
 MIN_CLEAN_STEPS = 32
 """After fewer accepted steps, only non-finite values count as bad."""
 NORM_SCORE, LOSS_SCORE = 3.0, 6.0
-"""Robust standard deviations above the median beyond which norm and loss are outliers."""
+"""Norms and losses are outliers if they exceed the median by this many robust standard deviations."""
 MIN_NORM_SPREAD = 0.15
 """Smallest assumed standard deviation of the norm's logarithm."""
 MIN_LOSS_SPREAD = 0.05

@@ -25,7 +25,7 @@ GROUP = 128
 SMALL = 4096
 """Tensors with fewer values, such as norms and biases (0.1 % of a model), keep fp32 moments."""
 _FIRST_TOP, _SECOND_TOP = 126.99, 254.99
-"""Largest codes of both moments; noise below 1 keeps them below 128 and 256."""
+"""Largest codes of the first and second moment. Rounding noise below 1 is added, so codes stay below 128 and 256."""
 _SHIFT = 128.0
 """Offset of second-moment codes stored as int8, the dtype to which fp32 converts fastest."""
 _TINY = torch.finfo(torch.float32).tiny

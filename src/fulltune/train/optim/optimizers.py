@@ -72,7 +72,8 @@ class AdamW(torch.optim.Optimizer):
         rounding: Rounding | None = "stochastic",
         seed: int = 0,
     ) -> None:
-        """Raise `SetupError` if a weight is neither fp32 nor bf16; `rounding` applies to bf16 weights."""
+        """Raise `SetupError` if a weight is neither fp32 nor bf16. `rounding` applies to bf16 weights; None rounds to
+        nearest."""
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._format: Format = moments_format
         self._rounding = rounding

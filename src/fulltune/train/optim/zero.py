@@ -105,7 +105,7 @@ def is_in_use(model: PreTrainedModel) -> bool:
 
 
 def write_gathered(model: PreTrainedModel, folder: Path) -> None:
-    """Write the model's weights as plain safetensors in fp32, tied ones once."""
+    """Write the model's weights in fp32 as plain safetensors, with tied weights only once."""
     saved = model.state_dict().keys()
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
     tensors |= {name: buffer for name, buffer in model.named_buffers() if name in saved}

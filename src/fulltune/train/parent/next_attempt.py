@@ -131,7 +131,8 @@ def killed_too_often_message(last: Outcome) -> str:
 
 
 def out_of_memory_messages(recipe: Recipe, plan: Plan, last: Outcome, tried: Sequence[str]) -> list[str]:
-    """Return the error's lines if memory ran out and no setting can help. `tried` describes earlier changes."""
+    """Return the error message's lines for when memory ran out and no setting can help. `tried` describes earlier
+    changes."""
     lines = [f"{describe_memory_shortage(last, plan)}: {last.reason}"]
     lines += [f"tried: {reason}" for reason in tried]
     for name, changes, text in memory_fallbacks(recipe, plan, last.phase, lambda changes: True):
@@ -170,7 +171,7 @@ def memory_fallbacks(
     recipe: Recipe, plan: Plan, phase: Phase | None, fits: Callable[[Changes], bool]
 ) -> Iterator[tuple[str, Changes | None, str]]:
     """Yield (name, changed settings, description) for each way to save memory in a phase (default: a step), mildest
-    first. If a way is ruled out, the settings are None. `fits` returns whether changes save enough memory."""
+    first. Settings are None for a way that is ruled out. `fits` returns whether changes save enough memory."""
     for saving in MEMORY_SAVINGS:
         if (phase or "step") not in saving.fallback:
             continue

@@ -200,8 +200,8 @@ def _run_trainer(training: Training) -> tuple[TrainerState, torch.optim.Optimize
 
 
 def _stop_before_training(inputs: AttemptInputs) -> None:
-    """With one process, raise `InterruptedRun` if a stop signal came before training. Several processes can agree to
-    stop only after a step."""
+    """With one process, raise `InterruptedRun` if a stop signal came before training. Several processes agree on
+    stopping only after a step."""
     if inputs.stop.is_requested and inputs.plan.num_processes == 1:
         step = inputs.request.first_step
         raise InterruptedRun(

@@ -293,8 +293,8 @@ def _fit_train_time(
     longest: tuple[float, float, float],
     budget: float,
 ) -> tuple[PassTime, float]:
-    """Fit the pass time to the longest pass (work, first seconds, second seconds) and, if `budget` seconds allow, a
-    typical one. Also return one-time seconds for compiling or else for each new shape."""
+    """Fit the formula for a pass's time to the longest pass (work, first seconds, second seconds) and, if `budget`
+    seconds allow, to a typical one. Also return one-time seconds for compiling or else for each new shape."""
     long, first_seconds, seconds = longest
     compiled = max(0.0, first_seconds - seconds)
     at = int(np.argmin(abs(work - work.mean()))) if len(work) else 0

@@ -38,7 +38,7 @@ class Evaluator(TrainingPart):
         self.start_counts: np.ndarray | None = None
         """Contributions of the eval rows to the metric before step 1: float64 [rows, k]."""
         self.num_worse, self.worse_by = 0, ""
-        """Consecutive evaluations worse than before step 1, and a description of the last difference."""
+        """Number of consecutive evaluations worse than before step 1, and a description of the last difference."""
         self.matched_start = False
         """True once an evaluation was not worse than before step 1."""
         self._predictions: Predictions = {}

@@ -194,7 +194,8 @@ def _gather_trained(model: PreTrainedModel) -> None:
 
 
 def _save_full(model: PreTrainedModel, folder: Path, is_main: bool) -> None:
-    """Save as `save_pretrained` does. Sharded weights are written file by file, so that no rank holds all of them."""
+    """Save the model as `save_pretrained` does. Sharded weights are written file by file, so that no rank holds all of
+    them."""
     in_engine = zero.is_in_use(model)
     is_shared = in_engine or sharding.is_fsdp2_sharded(model)
     # `save_pretrained` converts tensors that have other names in files.
