@@ -57,7 +57,6 @@ MAX_LOSSES, MAX_LOSS_SHARE = 100, 0.1
 
 
 def checks_that_need_model(summary: DataSummary) -> set[str]:
-    """Return the names of the checks that need the pretrained model."""
     checks = {LABEL} if summary.form.one_label else set[str]()
     return checks | {OUTLIER} if summary.task in ("text-classification", "image-classification") else checks
 

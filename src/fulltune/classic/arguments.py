@@ -22,7 +22,7 @@ _NOT_THE_SCRIPT = ("fulltune", "transformers", "accelerate", "torch", "trl")
 
 
 def issue_notice(text: str) -> None:
-    """Issue a `FulltuneNotice` that points to a line of the user's script, so that Python shows each text once."""
+    """Issue a `FulltuneNotice` for the calling line of the user's script. Python shows each notice once per line."""
     level, frame = 1, sys._getframe()
     while frame.f_back and str(frame.f_globals.get("__name__")).split(".")[0] in _NOT_THE_SCRIPT:
         level, frame = level + 1, frame.f_back

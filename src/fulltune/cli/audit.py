@@ -166,7 +166,7 @@ def save_decisions(patch_file: Path, decided: Decisions) -> None:
 
 
 def list_undecided_rows(issues: Iterable[RowIssue], decided: Decisions) -> list[Issues]:
-    """Group the issues by undecided row. Rows with the most serious and certain issues come first."""
+    """Return the issues of each undecided row, rows with the most serious and certain issues first."""
     order, by_row = list(ABOUT), defaultdict[tuple[str, str], list[RowIssue]](list)
     for issue in sorted(issues, key=lambda issue: (order.index(issue.check), -issue.score)):
         if issue.key not in decided or decided[issue.key].is_open:

@@ -138,7 +138,7 @@ def hash_forbidden_texts(path_of_setting: Mapping[str, str], files: Iterable[Pat
 
 
 def texts_in_cell(cell: object) -> Iterator[str]:
-    """Yield all texts in a cell, including nested ones. A list of single words is one text."""
+    """Yield all texts in a cell, including nested ones. A list of single words counts as one text."""
     parts = cell.values() if isinstance(cell, Mapping) else cell if isinstance(cell, (list, tuple)) else ()
     if isinstance(cell, str):
         yield cell

@@ -42,7 +42,7 @@ class Variant(Record):
     first: tuple[LiveMemory, ...]
     """Points in a step's first micro batch, which allocates gradients."""
     later: tuple[LiveMemory, ...]
-    """Points in the other micro batches, which add to the gradients."""
+    """Points in later micro batches, which add to the gradients."""
 
 
 class Footprint(Record):

@@ -161,7 +161,7 @@ def choose_loader_workers(recipe: Recipe, machine: Machine, device: str, reasons
     """Choose the number of data-loader workers per process, which is 0 except for images on a GPU.
 
     Collating texts takes at most 5 % of a step, but decoding images takes five times as long as a ViT-base step on an
-    A100 (measured).
+    A100.
     """
     name = "dataloader_num_workers"
     if device == "cpu" or FACTS[recipe.task].reads != "image" or recipe.train.extra.get(name) is not None:

@@ -20,7 +20,7 @@ from fulltune.system import parallel_layout
 from fulltune.system.parallel_layout import ParallelLayout
 
 MUCH_FASTER = 1.25
-"""Minimum speed-up at which ZeRO, a separate installation, replaces a placement that fits."""
+"""Minimum speed-up at which ZeRO replaces a placement that fits, because ZeRO must be installed separately."""
 FEW_ROWS, MANY_ROWS = 10_000, 100_000
 SMALL_ENCODER, LARGE = 500_000_000, 10**10
 MORE, HOSTS = (2, 4, 8), (64, 128, 192, 256, 384, 512, 768, 1024, 2048)

@@ -91,7 +91,8 @@ def fit_at_strengths(
 def shift_and_scale(features: np.ndarray, centred: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return each feature's shift (0 unless `centred`) and scale.
 
-    Features that hardly vary are not scaled up fully, because the first training steps would upset such a classifier.
+    Nearly constant features are not fully scaled up, because the first training steps would spoil a classifier that
+    relies on them.
     """
     centre = features.mean(axis=0, dtype=np.float64) if centred else np.zeros(features.shape[1])
     variance = ((features - centre) ** 2).mean(axis=0)
@@ -150,8 +151,8 @@ def _fit_logistic(
 
 
 def _limit_threads(multiplications: int) -> contextlib.AbstractContextManager[object]:
-    """Return a context manager that limits small matrix products to one thread, because two threads took 2.4 times as
-    long, or 30 times on two busy cores."""
+    """Return a context manager that limits small matrix products to one thread, because two threads took 2.4 to 30
+    times as long."""
     if multiplications > _MANY_MULTIPLICATIONS:
         return contextlib.nullcontext()
     return cast("contextlib.AbstractContextManager[object]", _thread_pools().limit(limits=1))

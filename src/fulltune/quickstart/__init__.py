@@ -235,7 +235,7 @@ def _drop_near_copies(docs: Iterable[_Doc], make_text: Callable[[_Doc], str]) ->
 
 
 def _masked_words(text: str) -> tuple[str, ...]:
-    """Return a text's words in lower case, with "#" for consecutive names."""
+    """Return a text's words in lower case, with each run of names replaced by "#"."""
     words = ("#" if _NAME.search(word) else word.lower() for word in re.findall(r"\w+", text))
     return tuple(word for sign, run in groupby(words) for word in ("#" if sign == "#" else list(run)))
 

@@ -148,7 +148,7 @@ def _parse_json(text: str) -> object:
 
 
 def _without_repeated_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a dictionary from pairs. Raises `ValueError` for repeated names."""
+    """Raises `ValueError` for repeated names."""
     values = dict(pairs)
     if len(values) < len(pairs):
         repeated = _repeated([name for name, _ in pairs])

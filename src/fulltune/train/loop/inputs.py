@@ -68,7 +68,7 @@ class AttemptInputs:
 
     @property
     def in_engine(self) -> bool:
-        """True if ZeRO's engine, created when training starts, trains the model."""
+        """True if the model is trained by ZeRO's engine, which training creates."""
         return self.layout is not None and self.layout.engine == "zero"
 
     def warn(self, text: str) -> None:

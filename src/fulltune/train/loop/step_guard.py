@@ -207,6 +207,6 @@ ROLLBACK_RATE_FACTOR = 0.5
 
 def learning_rate_factor(rollbacks: Sequence[int]) -> float:
     """Return the factor that multiplies the learning rate after rollbacks to these steps. The first rollback to a
-    checkpoint does not lower the rate, because most causes do not recur (docs/concepts/guards.md)."""
+    checkpoint does not lower the rate, because most causes do not recur."""
     is_first_free = bool(rollbacks) and rollbacks[0] > 0
     return float(ROLLBACK_RATE_FACTOR ** (len(rollbacks) - is_first_free))

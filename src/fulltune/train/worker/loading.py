@@ -133,7 +133,8 @@ def scale_head(
 ) -> tuple[ScaledHead | None, str]:
     """Make the head's last layer learn standardized numbers; return the layer, or None if impossible, and a note.
     `scale` is (mean, standard deviation). `batch` is used to test that the model outputs the layer's values.
-    `predicts_numbers` is True if the layer was already trained to predict numbers."""
+    `predicts_numbers` is True if the layer was already trained to predict numbers. `own_loss` (the user's loss)
+    prevents scaling."""
     layer, problem = find_output_layer(model, 1), ""
     if own_loss:
         problem = "you supply compute_loss"
