@@ -159,7 +159,7 @@ def _log_from_series(source: Path, series: Mapping[str, Mapping[int, float]], be
 
 
 def summarise_log(log: Log) -> str:
-    """Summarise a log in one line: source, number of steps and evaluations, and metric."""
+    """Summarise a log on one line: source, number of steps and evaluations, and metric."""
     curves = log.curves
     evaluations = len(curves.metric or curves.eval_loss)
     by = f", judged by {curves.metric_name} and loss" if curves.metric and curves.metric_name != "loss" else ""

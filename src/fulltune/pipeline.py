@@ -227,7 +227,7 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
 
 
 def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
-    """Replace the plan's settings by the fastest ones measured on this machine; save and return the plan."""
+    """Replace the plan's settings with the fastest ones measured on this machine; save and return the plan."""
     if job.recipe.train.num_machines > 1:
         raise RecipeError("--measure: needs a single machine; set train.num_machines=1 and fewer processes")
     available, _ = plan.usable_memory(job.recipe, hardware.measure_machine(), trial.device)

@@ -84,7 +84,7 @@ class AuditedRows:
         return " | ".join(" ".join(masked_text(text).split()) for text in texts)[:max_characters]
 
     def source_of(self, split: SplitName) -> str:
-        """Return the split from whose file a split's rows were taken."""
+        """Return the split whose data file holds a split's rows."""
         return split if split in self.own_files else "train"
 
     def content_text(self, row: Row, group_key: str) -> str:
@@ -164,7 +164,7 @@ def scan_rows(rows: AuditedRows, expected_rows: int, listener: Listener) -> RowS
 
 
 def number_equal_rows(rows: AuditedRows, scan: RowScan, issues: list[RowIssue], decisions: Decisions) -> list[RowIssue]:
-    """Return the issues, with numbers appended to hashes that several rows share. Rows that `decisions` drop count
+    """Return the issues, with numbers appended to hashes that several rows share. Rows dropped by `decisions` count
     too."""
     values, counts = np.unique(np.array(scan.ids, np.uint64), return_counts=True)
     several = {f"{value:016x}" for value in values[counts > 1].tolist()}

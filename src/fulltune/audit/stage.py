@@ -197,7 +197,6 @@ def _outlier_issues(rows: AuditedRows, reader: RowReader, scan: RowScan, not_run
 
 
 def _label_issues(rows: AuditedRows, positions: np.ndarray, judged: JudgedLabels) -> list[RowIssue]:
-    """Return an issue for each suspected or doubtful label."""
     issues, column = list[RowIssue](), rows.target.columns.get("label")
     listed = {int(positions[at]): at for at in np.flatnonzero(judged.suspects | judged.doubtful)}
     for position, row in enumerate(rows.read("train")):

@@ -122,7 +122,7 @@ class Seq2SeqTrainingArguments(OldNames, transformers.Seq2SeqTrainingArguments):
 
 
 def _translate_old_name(name: str, value: Any, arguments: dict[str, Any]) -> None:
-    """Replace an old argument in `arguments` by the new one; raise `ValueError` if the two conflict."""
+    """Replace an old argument in `arguments` with the new one; raise `ValueError` if the two conflict."""
     if name in IGNORED:
         issue_notice(f"{name} is ignored: {IGNORED[name]}")
         return

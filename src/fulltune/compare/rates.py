@@ -19,7 +19,7 @@ CLEARLY = 2
 
 @dataclass(frozen=True)
 class MetricScale:
-    """The eval metric's direction and number of rows, and whether it is a share."""
+    """The eval metric's direction, whether it is a share, and the number of eval rows."""
 
     greater_is_better: bool
     eval_rows: int

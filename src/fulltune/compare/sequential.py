@@ -23,7 +23,7 @@ _CLEAR = "the answer is clear and would very likely be the same on the test rows
 _HOPELESS = 0.2
 """If a clear answer is less probable than this, no more seeds run."""
 WAITING_SHARE = 0.25
-"""Share of a look's alpha that methods with fewer seeds may spend."""
+"""Share of each interim look's alpha that methods with fewer seeds may spend."""
 
 
 TIME_UP_SHARE = 0.5

@@ -221,7 +221,7 @@ def _load_or_score(path: Path, score: Callable[[], Scored]) -> Scores:
 
 @contextlib.contextmanager
 def _explain_out_of_memory(activity: str) -> Iterator[None]:
-    """Replace an out-of-memory error in the block by a message that names the `activity` and a remedy."""
+    """Replace an out-of-memory error in the block with a message that names the `activity` and a remedy."""
     try:
         yield
     except Exception as error:

@@ -243,7 +243,7 @@ class AllocationLog(TorchDispatchMode):
 
 
 def _replace_boolean_masks(indices: Any, num_true: int) -> Any:
-    """Replace each boolean mask in an index by integer indices for `num_true` positions."""
+    """Replace each boolean mask in an index with integer indices for `num_true` positions."""
     return [
         place
         for index in indices

@@ -100,7 +100,7 @@ def load_budget_texts(block: PreserveBlock) -> BudgetTexts:
 
 
 def count_texts_for(texts: Sequence[str], total_tokens: int) -> int:
-    """Return how many texts, counted from the first and truncated, fit into about `total_tokens`."""
+    """Return how many of the first texts, if truncated, fit into about `total_tokens`."""
     # Scripts without spaces, or with several bytes per letter, have more tokens than words.
     sizes = (max(len(text.split()), len(text.encode()) // _WORD_BYTES) for text in texts)
     words = accumulate(min(size, _READ_WORDS) for size in sizes)

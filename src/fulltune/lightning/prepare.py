@@ -118,7 +118,8 @@ class FineTuning:
         return values | {"val_check_interval": batches, "check_val_every_n_epoch": None}
 
     def monitor(self) -> dict[str, str]:
-        """Return the eval metric and its direction, as arguments for `EarlyStopping` and `ModelCheckpoint`."""
+        """Return `monitor` (the eval metric) and `mode` (its direction), as for `EarlyStopping` and
+        `ModelCheckpoint`."""
         plan = self.module.plan
         return {"monitor": PREFIX + plan.metric, "mode": "max" if plan.greater_is_better else "min"}
 

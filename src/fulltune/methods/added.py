@@ -195,7 +195,7 @@ class Prompt(nn.Module):
         """True if the current pass starts with virtual tokens instead of a cache."""
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Replace the first positions of `embeddings[rows, tokens, size]` by virtual tokens. ZeRO gathers the weight
+        """Replace the first positions of `embeddings[rows, tokens, size]` with virtual tokens. ZeRO gathers the weight
         because this is a module call."""
         ahead = self.weight.to(embeddings.dtype).expand(len(embeddings), -1, -1)
         return torch.cat((ahead, embeddings[:, self.size :]), dim=1)

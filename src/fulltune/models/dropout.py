@@ -32,7 +32,7 @@ def drop_threshold(p: float) -> int:
 
 
 def replace_dropout(model: nn.Module) -> int:
-    """Replace every plain `nn.Dropout` with 0 < p < 1 by `SixteenBitDropout`; return how many were replaced."""
+    """Replace every plain `nn.Dropout` with 0 < p < 1 with `SixteenBitDropout`; return how many were replaced."""
     dropouts = [
         (parent, name, child)
         for parent in model.modules()

@@ -55,7 +55,7 @@ _KERNELS_OFF = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
 def apply_liger_kernels(model: PreTrainedModel) -> None:
-    """Replace modules by Liger's kernels in place, or raise `SetupError` if Liger does not support the model."""
+    """Replace modules with Liger's kernels in place, or raise `SetupError` if Liger does not support the model."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     from transformers.integrations.liger import apply_liger_kernel
 

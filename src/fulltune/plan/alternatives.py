@@ -111,7 +111,7 @@ def _propose_smaller_model(basis: Basis, settings: MemorySettings) -> Alternativ
 
 
 def format_alternatives(ways: Sequence[Alternative]) -> list[str]:
-    """Describe each alternative in one line that starts with `enough` or `helps`."""
+    """Describe each alternative on one line that starts with `enough` or `helps`."""
     lines = []
     for way in ways:
         named = way.hardware or any(name not in way.change for name in way.settings)

@@ -74,7 +74,7 @@ def _best_option(basis: Basis, settings: dict[str, Any]) -> PlacementOption:
 
 
 def table_row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, changes: dict[str, Any]) -> PlacementOption:
-    """Return a placement's row in the table; `changes` are the settings that differ from the recipe's."""
+    """Return a placement as a row of the plan's table; `changes` are the settings that differ from the recipe's."""
     kinds, layout = dict(memory.kinds), basis.layout
     # Evaluation, saving or resuming may have the higher peak.
     kinds["buffers"] = kinds.get("buffers", 0) + memory.peak - sum(kinds.values())

@@ -330,7 +330,7 @@ def _setting_lines(node: Any, before: str = "") -> Iterable[tuple[str, int]]:
 
 
 def _substitute_variables(value: Any, name: str, problems: list[str]) -> Any:
-    """Replace `${NAME}` in all texts by environment variables. Append a message to `problems` for each unset
+    """Replace `${NAME}` in all texts with environment variables. Append a message to `problems` for each unset
     variable."""
     if isinstance(value, dict):
         return {key: _substitute_variables(inner, f"{name}.{key}", problems) for key, inner in value.items()}

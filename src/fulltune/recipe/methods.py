@@ -115,7 +115,7 @@ class LoraMethod(_TrainedMethod):
     """Train low-rank updates of frozen matrices (Hu et al. 2021) and the task's head."""
 
     kind: Literal["lora"]
-    """Two low-rank matrices are trained beside each frozen one."""
+    """Two low-rank matrices are trained alongside each frozen matrix."""
     rank: int = Field(default=16, ge=1)
     """Rank of the updates."""
     alpha: float | None = Field(default=None, gt=0)

@@ -133,7 +133,7 @@ class CompareBlock(Block):
     seeds: int | None = Field(default=None, ge=1)
     """Maximum number of seeds per method. Default: 3, or 5 below 10,000 train rows."""
     sequential: bool = True
-    """Decide on the eval rows after each seed which methods need another one. With `false`, every method gets all
+    """After each seed, decide from the eval rows which methods need another one. With `false`, every method gets all
     seeds."""
     search_share: float = Field(default=0.06, gt=0, le=1)
     """Length of each short trial in the learning rate search, as a share of a whole run (at least 10 steps). Methods

@@ -72,7 +72,7 @@ class LabelErrors(Record):
     recall: float
     """Share of flipped labels that the check found."""
     precision: float
-    """Estimated share of suspects whose label is really wrong."""
+    """Estimated share of suspected labels that are really wrong."""
     estimated_errors: float
 
 

@@ -47,7 +47,7 @@ class Access(Record):
     model: str
     """Hash of the training's outcome, or empty for a comparison."""
     rows: str
-    """Hash of the test rows, whatever their order."""
+    """Hash of the test rows, regardless of order."""
 
     @classmethod
     def load_for_same_rows(cls, folder: Path) -> tuple[Self, ...]:

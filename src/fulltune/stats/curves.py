@@ -56,7 +56,7 @@ def check_divergence(
 def check_fell_and_rose(
     losses: Sequence[float], learning_rate: float, untrained_loss: float | None = None
 ) -> GuardDecision:
-    """Decide to stop if the loss clearly fell, but rose back to its first values and to `untrained_loss`."""
+    """Decide to stop if the loss fell clearly, but rose again to its initial values and to `untrained_loss`."""
     first, now = statistics.fmean(losses[:LOSS_WINDOW] or [0.0]), statistics.median(losses[-2 * LOSS_WINDOW :] or [0.0])
     if len(losses) < 4 * LOSS_WINDOW or first <= 0 or now < max(first, untrained_loss or 0.0):
         return GO_ON

@@ -21,7 +21,7 @@ else:  # torch and transformers are not imported only for types
     Tensor = Tokenizer = Any
 
 LENGTH = "length"
-"""A row's cost in tokens, by default the number of `input_ids`. The model does not read this feature."""
+"""A row's cost in tokens, by default the number of `input_ids`. The model ignores this feature."""
 PLACE = "fulltune:place"
 """Key of a row's location (file and line), unique within a split."""
 Row = Mapping[str, Any]
@@ -206,7 +206,7 @@ class Task(Protocol):
         """Return one answer per row in the format that `fulltune predict` writes; `temperature` divides the logits."""
 
     def display_text(self, row: Row, target: Target) -> str:
-        """Return a row's text in one line, for lists of mistakes."""
+        """Return a row's text on one line, for lists of mistakes."""
 
     def chance_loss(self, summary: DataSummary, class_weights: Sequence[float] | None) -> float:
         """Return the loss of a model that ignores its input."""

@@ -31,7 +31,7 @@ class Flaw:
 
 
 def to_regex(pattern: str) -> re.Pattern[str]:
-    """Compile a pattern after replacing each `<name>` by the pattern of that name in `PATTERNS`."""
+    """Compile a pattern after replacing each `<name>` with the pattern of that name in `PATTERNS`."""
     for word, meaning in PATTERNS["words"].items():
         pattern = pattern.replace(f"<{word}>", meaning)
     return re.compile(pattern)

@@ -74,7 +74,7 @@ def readable_status(outcome: str) -> str:
 
 
 def sanitize(text: str) -> str:
-    """Replace control and text-direction characters by their codes."""
+    """Replace control and text-direction characters with their codes."""
     return _UNSAFE.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text.replace("\r\n", "\n"))
 
 

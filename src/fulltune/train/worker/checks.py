@@ -139,7 +139,8 @@ def _install_selective_head(trainer: FullTrainer, rows: Rows, task: Task, own_lo
 
 
 def _check_chunked_loss(trainer: FullTrainer, head_result: str, is_required: bool) -> Check:
-    """Check that the loss can be chunked. If not, training needs more memory; the check fails only if `is_required`."""
+    """Check that the loss can be chunked. If not, training needs more memory; the check fails only if `is_required`.
+    Without a selective head, `head_result` is reported."""
     result = head_result if trainer.head is None else trainer.head.chunking_note
     possible = trainer.head is not None and trainer.head.can_chunk
     if is_required and not possible:

@@ -158,7 +158,7 @@ DISK_SAMPLE_BYTES = 2**25
 
 def pass_work(shapes: np.ndarray, quadratic: float) -> np.ndarray:
     """Compute the relative work of each pass from shapes[passes, 2]: its number of rows and its longest row's tokens.
-    `quadratic` comes from `_attention_work_ratio`."""
+    `quadratic` is the relative work of attention (`_attention_work_ratio`)."""
     rows, length = shapes.astype(float).T
     return rows * length * (1 + quadratic * length)
 
