@@ -176,8 +176,8 @@ class SeedRuns:
         return budget.forecast_remaining_seconds(self.context, counts, seeds or self.expectation.num_seeds)
 
     def _first_unaffordable_method(self) -> str | None:
-        """Return the first method that no time is left to run, after reserving two seeds of full and its first rival,
-        or None."""
+        """Return the first method for which too little time is left after reserving two seeds of full and its first
+        rival, or None."""
         context = self.context
         pair = (context.full.label, next(method for method in self.results if self._kind(method) in RIVALS))
         keep = self._reserved_seconds(min(budget.LEAST_SEEDS, context.recipe.compare.seeds or budget.LEAST_SEEDS))

@@ -117,8 +117,8 @@ def choose_placement(workload: Workload, fleet: Fleet, own_loss: bool = False) -
         return with_placement(recipe, "single"), "one process"
 
     def memory_with(placement: Placement) -> tuple[int, int, int]:
-        """Return the bytes per process that are free, needed without savings that change the result, and needed with
-        them."""
+        """Return three numbers of bytes per process: free memory, and the need without and with savings that change the
+        result."""
         own = with_placement(recipe, placement)
         basis = make_basis(replace(workload, recipe=own), fleet, own_loss=own_loss)
         exact, changed = (choose.lowest_memory_settings(basis, same_result=same).memory.peak for same in (True, False))

@@ -60,7 +60,6 @@ def parse_word_list(value: Any) -> list[str] | None:
 
 
 def _words_and_tags_if_lists(row: Row, columns: Mapping[str, str]) -> tuple[list[str] | None, list[str] | None]:
-    """Return a row's words and tags, with None for an unreadable list."""
     tokens, tags = row.get(columns["tokens"]), row.get(columns["tags"])
     # With tags separated by spaces, a sentence such as `[1]` is a word and not a list.
     if isinstance(tokens, str) and isinstance(tags, str) and not tags.lstrip().startswith("["):

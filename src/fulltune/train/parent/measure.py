@@ -70,7 +70,7 @@ def micro_batches_to_measure(recipe: Recipe, plan: Plan, best: Changes) -> list[
 
 
 def compilation_to_measure(recipe: Recipe, best: MeasuredSetting, missing_tool: str | None) -> list[MeasuredSetting]:
-    """Return the best setting plus torch.compile, in a list, or [] if the recipe already decides. Its `problem` is set
+    """Return a list of the best setting with torch.compile, or [] if the recipe already decides. Its `problem` is set
     if a tool is missing or the run is short."""
     train = recipe.train
     if train.torch_compile is not None or train.zero_enabled_by or train.use_liger_kernel:

@@ -311,8 +311,8 @@ def _fit_train_time(
 
 
 def _forecast_evaluations(passes: PassTimer, train: PassTime, quadratic: float, budget: float) -> tuple[float, int]:
-    """Return the seconds per evaluation and the number of evaluations. `budget` limits the measuring time, in
-    seconds."""
+    """Return the seconds per evaluation and the number of evaluations. `budget` limits the measuring time, in seconds;
+    `quadratic` comes from `_attention_work_ratio`."""
     plan, first_step = passes.inputs.plan, passes.inputs.request.first_step
     lengths = np.asarray(cast("Any", passes.trainer.eval_dataset)["length"])
     parts = list(batches(positions_longest_first(lengths), plan.eval_batch_size))
