@@ -325,7 +325,7 @@ def _find_similar_held_out_rows(
 
 
 def _read_held_out(rows: AuditedRows, scan: RowScan, positions: set[int]) -> dict[int, tuple[str, str]]:
-    """Map the position of each held-out row in `positions` to its text, and to its location with a quotation."""
+    """Return, by position, the text of each held-out row in `positions`, and its location with a quotation."""
     held_out = chain(rows.read("eval"), rows.read("test")) if positions else ()
     return {
         position: (rows.task.group_key(row, rows.target), f"{row[PLACE]}: '{rows.masked_start(row, _MAX_QUOTED)}'")

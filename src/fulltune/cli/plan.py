@@ -200,7 +200,6 @@ def _raise_if_recipe_or_tokens_invalid(recipe: Recipe, base: Base, summary: Data
 
 
 def _make_assumed_summary(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
-    """Make a data summary that assumes `rows` train rows of `tokens` tokens each."""
     from fulltune.tasks import Target
 
     data, form = recipe.data, form_of(recipe)

@@ -42,8 +42,8 @@ def alpha_spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = F
 
 
 def alpha_left(looks: Sequence[Look], alpha: float, *, time_was_up: bool = False) -> tuple[float, float]:
-    """Return two error probabilities: the alpha that the test rows may spend after these looks, and the alpha left for
-    later verdicts."""
+    """Return how much of `alpha` the next verdict may spend after these looks at the test rows, and how much is left
+    for later verdicts."""
     of_seeds: dict[int, float] = {}
     for earlier in looks:
         of_seeds.setdefault(earlier.num_seeds, earlier.spent)  # a second look after the same seeds spends no more

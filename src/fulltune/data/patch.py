@@ -88,7 +88,6 @@ class PatchedRows:
                 yield place, patched
 
     def _apply_decisions(self, location: str, row: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the row after its decisions, or None if it is dropped."""
         while (row_hash := row_id(row)) in self.hashes:
             self._copies[row_hash] += 1
             decision = self.decisions.get((self.source, numbered_row_hash(row_hash, self._copies[row_hash])))

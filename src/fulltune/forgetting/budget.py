@@ -74,7 +74,8 @@ def share_at_limit(inside: InterpolationPoint, outside: InterpolationPoint, limi
 def best_point_within(
     points: Sequence[InterpolationPoint], limit: float, greater_is_better: bool
 ) -> InterpolationPoint:
-    """Return the point with the best metric within the limit; among equals, the point with the least drift."""
+    """Return the point with the best metric among the start and the points within the limit; among equals, the one with
+    the least drift."""
     sign = 1 if greater_is_better else -1
     possible = [point for point in points if point.is_start or is_within(point.drift, limit)]
 

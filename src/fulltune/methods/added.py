@@ -230,7 +230,7 @@ class Prompt(nn.Module):
         return self(embeddings) if is_first else embeddings
 
     def before_decoder(self, _: object, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Extend the decoder's mask over the encoder's virtual tokens."""
+        """Hook that extends the decoder's mask of encoder tokens over the virtual tokens."""
         mask = kwargs.get("encoder_attention_mask")
         return args, kwargs if mask is None else {**kwargs, "encoder_attention_mask": self._prepend(mask, 1)}
 

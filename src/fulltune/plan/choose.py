@@ -123,7 +123,8 @@ def _explain_checkpointing(
 
 
 def record_choice(basis: Basis, option: SettingsOption, own_loss: bool, reasons: Reasons) -> None:
-    """Add the chosen batch sizes, checkpointing, chunked loss and optimizer to `reasons`."""
+    """Add the chosen batch sizes, checkpointing, chunked loss and optimizer to `reasons`. `own_loss` is True if the
+    user passed `compute_loss`."""
     recipe, train, settings = basis.recipe, basis.recipe.train, option.settings
     fits_whole_batch = settings.micro_batch_size == basis.rows_per_process
     part = "the whole global batch fits" if fits_whole_batch else "the largest part of the global batch that fits"

@@ -132,7 +132,7 @@ def _plan_or_error(
 
 
 def rank_fitting_placements(table: Sequence[PlacementOption]) -> list[PlacementOption]:
-    """Return the placements that fit, the fastest first; bf16 weights and 8-bit AdamW come last."""
+    """Return the placements that fit, the fastest first; those with bf16 weights or 8-bit AdamW come last."""
     fitting = (one for one in table if one.fits)
     return sorted(fitting, key=lambda option: (_changes_arithmetic(option), -(option.tokens_per_second or 0.0)))
 

@@ -136,7 +136,7 @@ def difference_of_methods(
     sign: float,
     span: float | None,
 ) -> UncertainValue:
-    """Return the mean metric over seeds of method `first` minus that of `second`, with its uncertainty.
+    """Return how much better method `first` is than `second` in the mean metric over seeds, with the uncertainty.
 
     `sign` is -1 if smaller is better. `span` is the metric's range, or None if unbounded.
     """
