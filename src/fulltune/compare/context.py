@@ -166,7 +166,7 @@ class Context:
         self.job.listener(Message(text=text))
 
     def method_setup(self, label: str) -> MethodSetup:
-        """Return a method's setup by label. The first call plans the method."""
+        """Return the setup of the method with this label. The first call plans the method."""
         if label not in self._setups:
             method = next(one for one in self.trained_methods if one.label == label)
             recipe = self._recipe_of(method)

@@ -219,7 +219,7 @@ class RowCounts:
             shown += places[: _MAX_PLACES - len(shown)]
 
     def of(self, kind: str) -> Counter[str]:
-        """Return the counts of a kind by name."""
+        """Return {name: count} for a kind."""
         return Counter({what: count for (of, what), count in self.counts.items() if of == kind})
 
 

@@ -124,7 +124,6 @@ def squad_scores(predicted: Sequence[str], accepted: Sequence[Sequence[str]]) ->
 
 
 def _word_f1(answer: Sequence[str], accepted: Sequence[str]) -> float:
-    """Return the F1 of two answers' words."""
     if not answer or not accepted:
         return float(answer == accepted)
     return 2 * sum((Counter(answer) & Counter(accepted)).values()) / (len(answer) + len(accepted))

@@ -27,7 +27,7 @@ PLACE = "fulltune:place"
 Row = Mapping[str, Any]
 """A row of the user's file: column name to value."""
 RowFeatures = Mapping[str, Any]
-"""A tokenised example: feature name to a number, a text, or a flat list or array."""
+"""A tokenised example: a dictionary from feature names to numbers, texts, or flat lists or arrays."""
 RowAnswer = dict[str, Any]
 Predictions = Mapping[str, np.ndarray]
 """Output of `Task.reduce_logits` for all rows: name to array [rows, ...]."""

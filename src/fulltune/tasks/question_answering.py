@@ -87,7 +87,7 @@ why_unanswerable = why_unusable
 
 
 def accepted_answers(row: Row, target: Target) -> list[AnswerSpan]:
-    """Return a row's accepted answers, the first of which is trained, or an empty list for impossible questions."""
+    """Return a row's accepted answers, the first of which is trained on, or an empty list for impossible questions."""
     if str(row.get(IMPOSSIBLE)).lower() == "true":
         return []
     return parse_answers(row.get(target.columns["answers"]), context_of(row, target))

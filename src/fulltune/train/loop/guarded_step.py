@@ -32,9 +32,9 @@ def rows_in(batch: Mapping[str, object]) -> int:
 class Guarded:
     """Mixin for a `Trainer` that skips a bad update, or stops training before it.
 
-    Skipping frees the gradients, so the optimizer's moments do not change either. DeepSpeed updates inside its backward
-    pass, so each loss is judged before that pass, and no step is skipped. If skipping does not help, training raises
-    `Diverged`. Put the mixin first:
+    Skipping frees the gradients, so the optimizer's moments do not change either. DeepSpeed updates weights inside its
+    backward pass, so each loss is judged before that pass, and no step is skipped. If skipping does not help, training
+    raises `Diverged`. Put the mixin first:
 
         class Mine(fulltune.Guarded, SFTTrainer): ...
     """

@@ -93,8 +93,8 @@ def gather_second_moment(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def link_moments(zero: Any) -> None:
-    """Link all groups' moments to their parameters. DeepSpeed 0.19.8 (stages 1 and 2) links them before the second
-    group has moments."""
+    """Link the moments of all parameter groups to the parameters. DeepSpeed 0.19.8 (stages 1 and 2) links them before
+    the second group has moments."""
     if hasattr(zero, "_hp_optimizer_states_linked"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
