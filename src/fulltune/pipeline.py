@@ -268,7 +268,7 @@ def _scoring(job: Run, trial: Plan, summary: DataSummary, metrics: UserMetrics |
 
 
 def write_report(job: Run) -> Path:
-    """Write the report from the run's files, and return its path."""
+    """Write the report and return its path."""
     job.phase("writing the report")
     if job.began is not None:
         run_folder.record_duration(job.folder, job.began)

@@ -166,7 +166,7 @@ class Inferred:
     num_rows: int
     columns: tuple[str, ...] | None = None
     is_guess: bool = False
-    """True if the missing header line is only a guess."""
+    """True if it is only a guess that the header line is missing."""
     unused: str = ""
     notes: tuple[str, ...] = ()
 

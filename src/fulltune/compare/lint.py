@@ -197,8 +197,8 @@ def _is_attention_matrix(name: str) -> bool:
 
 
 def _check_equal_terms(trained: Sequence[MethodRow]) -> RuleHits:
-    """Yield findings on unequal token counts or head initialisation, and on one rate for all methods. Variants are not
-    compared, because they differ on purpose."""
+    """Yield findings if methods differ in token counts or head initialisation, or share one learning rate. Variants are
+    not compared, because they differ on purpose."""
     if (
         len(trained) > 1
         and len({row.learning_rate for row in trained}) == 1
@@ -243,8 +243,8 @@ def _check_eval_rows(seed_runs: SeedRuns, trained: Sequence[MethodRow]) -> RuleH
 
 
 def _check_test_rows(folder: Path, in_train: str | None, verdicts: int) -> RuleHits:
-    """Yield findings on test rows that occur in train (described in `in_train`) or were used for other verdicts
-    (`verdicts` counts this comparison's)."""
+    """Yield findings on test rows that occur in train (described in `in_train`) or were used for several verdicts
+    (`verdicts` of this comparison)."""
     if in_train:
         yield "test-in-train", "test rows", f"{in_train}, especially for methods that memorise rows"
     if verdicts > 1:

@@ -141,7 +141,7 @@ def _with_searched_rate(recipe: Recipe, searched: Searched) -> Recipe:
 
 
 def move_best_run(job: Run, searched: Searched) -> None:
-    """Move the best run into the run folder. The plan moves last, so that an interrupted move can resume."""
+    """Move the best run into the run folder. The plan file is moved last, so that an interrupted move can resume."""
     run, trial, method = job.folder, job.folder / FOLDER, job.recipe.method.label
     (run / "attempts").mkdir(exist_ok=True)
     for attempt in sorted((trial / "attempts").glob(f"{searched.trial}-*")):

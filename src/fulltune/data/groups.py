@@ -156,7 +156,7 @@ def join_by_value(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Return a group number for each row: uint64 [rows]. Rows with equal groups or values, directly or through other
     rows, get the same number.
 
-    Rows whose value is connected to no other keep it as number.
+    If connected rows all have one value, this value is their number.
     """
     if not len(groups):
         return groups

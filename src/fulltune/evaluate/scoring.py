@@ -73,8 +73,8 @@ class Scoring:
         positions: Sequence[int] | None = None,
         metrics: Callable[[Predictions], Mapping[str, float]] | None = None,
     ) -> dict[str, Resampled]:
-        """Compute `metrics` (default: the task's) by name on all test rows or those at `positions`, and on bootstrap
-        resamples."""
+        """Compute `metrics` (default: the task's) on all test rows, or those at `positions`, and on bootstrap
+        resamples. Return them by name."""
         scored = slice(None) if positions is None else np.asarray(positions, np.int64)
         clusters, in_train = (np.load(self.data / "test" / name)[scored] for name in (CLUSTERS, IN_TRAIN))
 

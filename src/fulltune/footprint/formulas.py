@@ -90,8 +90,8 @@ _Copy = tuple[dict[str, int], tuple[str, ...]]
 
 
 def _reduced_copies(case: TraceCase) -> tuple[_Copy, list[tuple[dict[str, int], tuple[str, ...], int]]]:
-    """Return the smallest copy as (depths, kinds), and for each type of layer a copy with one more of this type, as
-    (depths, kinds, number of omitted layers)."""
+    """Return the smallest copy as (number of layers by config attribute, layer types), and one with an additional layer
+    of each type, as (numbers, types, number of omitted layers)."""
     depths, kinds = layer_counts(case), layer_types(case)
     if kinds:
         (name,) = depths

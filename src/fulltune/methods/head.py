@@ -77,7 +77,7 @@ def rescale_outputs(layer: nn.Linear, shift: float, factor: float) -> None:
 
 
 def rescaled_parameters(tensors: Mapping[str, torch.Tensor], shift: float, factor: float) -> dict[str, torch.Tensor]:
-    """Return a layer's `weight` and `bias` after `rescale_outputs`, in their dtypes."""
+    """Return new `weight` and `bias`, in their dtypes, with which a layer outputs `output * factor + shift`."""
     shifts = {"bias": shift}
     return {
         name: (values.double() * factor + shifts.get(name, 0.0)).to(values.dtype) for name, values in tensors.items()

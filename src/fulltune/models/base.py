@@ -169,7 +169,7 @@ def with_decoded_images(rows: Any, processor: Any) -> Any:
 
 
 def processor_fingerprint(processor: Any) -> str:
-    """Return a text that differs between tokenizers or image processors whose outputs may differ."""
+    """Return a text that identifies a tokenizer or image processor by all settings that may affect its outputs."""
     if not hasattr(processor, "get_vocab"):
         return str(processor.to_json_string())
     parts = [processor.get_vocab(), str(processor.chat_template), list(processor.model_input_names)]

@@ -24,7 +24,7 @@ def propose_for_memory(
 ) -> tuple[Alternative, ...]:
     """Propose at most three changes that make a process fit in memory. Changes that suffice alone come first.
 
-    `smallest` are the settings with the lowest memory need, which still do not fit. Fitting `placements` are also
+    `smallest` are the settings with the lowest memory need, which still do not fit. `placements` that fit are also
     proposed.
     """
     recipe, now = basis.recipe, basis.memory_need(smallest).peak

@@ -26,7 +26,7 @@ NORM_VALUES = 6
 
 
 def fsdp_units(shapes: Shapes) -> Units:
-    """Return the parameter counts of the model's FSDP units. If they are unknown, estimate them with equal blocks."""
+    """Return the parameter counts of the model's FSDP units. If they are unknown, assume equal blocks."""
     if shapes.units is not None:
         return shapes.units
     vocabulary = min(shapes.num_parameters, shapes.vocab_size * shapes.hidden_size)
@@ -201,7 +201,7 @@ def _block_estimators(
     passes = max(0, most - waiting) if waiting else 0  # recomputed and temporary activations
 
     def current_block_gradients(bytes_at_point: dict[MemoryKind, int]) -> int:
-        """Return the current block's part of the gradient bytes. If blocks differ in size, return a whole block's."""
+        """Return the current block's part of the gradient bytes, or a whole block's if blocks differ in size."""
         are_equal = units.block and of_blocks % units.block == 0
         return (bytes_at_point["gradients"] - head) % units.block if are_equal else units.block
 

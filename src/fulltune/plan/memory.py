@@ -107,7 +107,7 @@ def peak_heap_bytes(points: Sequence[tuple[float, int, int]], block_bytes: int) 
     heap = max(small for small, _, _ in points)
 
     def reused(free: float, large: int) -> int:
-        """Return how many bytes of large blocks reuse free heap; each block needs twice its size."""
+        """Return how many bytes of large blocks fit into free heap, assuming that each block needs twice its size."""
         return block_bytes * min(large // block_bytes, int(free / 2 / block_bytes))
 
     return heap, max(heap - reused(heap - small, fits) + large + fits for small, large, fits in points)

@@ -63,8 +63,8 @@ SEED = 0
 LOSS_TOLERANCE = 0.02
 """Relative increase of the held-out loss that is accepted for a more regularised probe."""
 START_STRENGTH_DIVISOR = 8.0
-"""Divisor of the best strength for the start of training, because a head that already fits leaves no gradient for the
-body."""
+"""Training starts from a head fitted with the best strength divided by this, because a head that already fits leaves no
+gradient for the body."""
 _USUAL_HIDDEN_SIZE = 1_024
 
 

@@ -103,7 +103,7 @@ def shift_and_scale(features: np.ndarray, centred: bool) -> tuple[np.ndarray, np
 def _fit_by_form(
     items: Items, features: np.ndarray, has_bias: bool, strengths: Sequence[float]
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Yield (strength, classifier) pairs, fitted as the form of the rows requires."""
+    """Yield each regularisation strength with a classifier that suits the problem type."""
     match items.kind:
         case "regression":
             yield from _fit_ridge(features, items.labels, has_bias, strengths)
@@ -281,7 +281,8 @@ def select_features(
     criterion: Criterion,
     tolerance: float = 0.0,
 ) -> tuple[SpaceName, float, Any, LinearClassifier]:
-    """Select the best features (a key of `spaces`) on a sample of items, then the best classifier on all items.
+    """Select the best features (a key of `spaces`) on a sample of items, then, as `select_classifier` does, the best
+    classifier on all items.
 
     Returns:
         Name of the features, criterion, key and classifier.

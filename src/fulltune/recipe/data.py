@@ -189,7 +189,6 @@ class DataBlock(Block):
 
     @model_validator(mode="after")
     def _settings_must_agree(self) -> DataBlock:
-        """Raise `ValueError` if settings of this block contradict each other."""
         mixed, weights = [one.path for one in self.mixed_files], [one.weight for one in self.mixed_files]
         train = (*self.task_files, *mixed)
         held_out = {role: path for role, path in (("eval", self.eval), ("test", self.test)) if path is not None}

@@ -202,7 +202,8 @@ class BaseMethod(_MethodSettings):
     """Score the pretrained model without training it, for comparison."""
 
     kind: Literal["base"]
-    """Language models are scored unchanged. For classifiers, the baseline always predicts the most frequent class."""
+    """For language models, the pretrained model is scored; for classifiers, a baseline that always predicts the most
+    frequent class."""
 
 
 Method = Annotated[

@@ -67,7 +67,7 @@ class LabelErrors(Record):
     agreement: float
     suspects: int
     doubtful: int
-    """Number of rows for which another label is clearly more likely. The precision of this number is unknown."""
+    """Number of rows for which another label is clearly more likely. How many of them are wrong is unknown."""
     planted: int
     recall: float
     """Share of flipped labels that the check found."""

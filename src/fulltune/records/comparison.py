@@ -148,7 +148,7 @@ class Difference(Record):
     """Upper end of the interval for this difference alone, at `Decision.confidence`."""
     adjusted_low: float
     adjusted_high: float
-    """Upper end of the interval that is adjusted for all methods (Holm) and earlier looks."""
+    """Upper end of the interval, adjusted for comparing several methods (Holm) and for earlier looks."""
     adjusted_p: float
     adjusted_equivalence_p: float
     """Larger p-value of the two one-sided tests against the margin."""

@@ -87,7 +87,6 @@ def check_sdpa(device: str, backend: str | None) -> CheckOutcome:
 
 
 def check_flash_attention_2(device: str) -> CheckOutcome:
-    """Check the attention of the package flash-attn against eager attention."""
     from transformers import utils
 
     if device != "cuda":
@@ -287,7 +286,7 @@ class Page(Record):
 
 
 def run_checks(listener: Callable[[str], None] = lambda line: None) -> Page:
-    """Run every check on every device, telling `listener` before each. A check that raises counts as failed."""
+    """Run every check on every device, announcing each to `listener`. A check that raises counts as failed."""
     started = time.monotonic()
     hide_progress_bars()
     findings = []

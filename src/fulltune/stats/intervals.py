@@ -173,7 +173,7 @@ def _uncertain_value(
 
 def paired_difference(first: Resampled, second: Resampled, span: float | None, confidence: float) -> Estimate | None:
     """Return `first`'s metric minus `second`'s with its bootstrap interval, or None if there are too few rows or no
-    finite values."""
+    finite values. `span` is the metric's range, or None if unbounded."""
     sizes = [(model.num_rows, model.num_clusters, model.draws.shape) for model in (first, second)]
     if sizes[0] != sizes[1] or first.num_clusters < _MIN_CLUSTERS:
         return None

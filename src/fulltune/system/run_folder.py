@@ -175,7 +175,6 @@ def missing_weight_file(model_folder: Path) -> Path | None:
 
 
 def _is_resumable_comparison(folder: Path) -> bool:
-    """Return whether the folder has an undecided comparison that can be resumed."""
     try:
         comparison = load_comparison(folder)
     except SetupError:  # written by another version

@@ -34,7 +34,7 @@ Predictions = Mapping[str, np.ndarray]
 RowTerms = Callable[[Predictions], np.ndarray]
 """Computes the terms that each row adds to a metric's sums: float64 [rows, k]."""
 FromSums = Callable[[np.ndarray], np.ndarray]
-"""Computes a metric [...] from its terms, summed over rows: [..., k]."""
+"""Computes a metric from the sums of its terms over all rows: [..., k] to [...]."""
 
 
 _IN_SUMMARY = ("problem_type", "columns", "labels", "joint", "num_choices")

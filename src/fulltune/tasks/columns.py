@@ -110,8 +110,8 @@ def _has_adjacent_strings(text: str) -> bool:
 
 
 def find_usual_column(names: Sequence[str], columns: Sequence[str], file: str) -> str | None:
-    """Return the column with one of these names, ignoring case, or None. Earlier names come first. Raise `DataError` if
-    a name matches two columns."""
+    """Return the column with one of these names, ignoring case, or None. Earlier names take precedence. Raise
+    `DataError` if a name matches two columns."""
     for name in names:
         alike = [column for column in columns if column.lower().strip() == name]
         if name in alike or len(alike) == 1:

@@ -55,7 +55,7 @@ NOWHERE = 0
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, file: str) -> Target:
-    """Return the target, or raise `DataError` if no row has an answer in its context."""
+    """Return the target with the recipe's stride, or raise `DataError` if no row has an answer in its context."""
     target = Target("span", columns, stride=data.stride)
     answered = 0
     for row in rows:

@@ -40,7 +40,7 @@ MAX_REPEATED = 0.5
 
 
 def check_repetition(text: str) -> Flaw | None:
-    """Detect a text of mostly repetitions, a phrase repeated over 100 words, or two copies of one text."""
+    """Detect a text that is mostly repetition, repeats a phrase over 100 words, or consists of two copies."""
     return _check_repeated_character(text) or _check_repeated_words(text)
 
 
@@ -156,7 +156,7 @@ _HIDDEN = [(end, to_regex(pattern)) for end, pattern in PATTERNS["hidden"]]
 
 
 def check_markup(text: str) -> Flaw | None:
-    """Detect HTML tags or entities outside code, and a text of markup only."""
+    """Detect HTML tags or entities outside code, and texts that are only markup."""
     if "<" not in text and "&" not in text:
         return None
     bare = _without_code(text)

@@ -148,7 +148,7 @@ def raise_if_files_change(before: Mapping[Path, tuple[int, ...]]) -> Iterator[No
 
 
 def printable(path: str | Path) -> str:
-    """Format a path for messages; bytes that are not UTF-8 become `\\xe4`."""
+    """Format a path for messages; bytes that are not valid UTF-8 are escaped as `\\xe4`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -227,7 +227,8 @@ _LAST_TWO = re.compile(rf"({'|'.join(_SPLIT_WORDS)})[\W_]+((?:set|data|split)s?)
 
 
 def _parse_split_from_name(file: Path) -> tuple[SplitName | None, tuple[str, ...]]:
-    """Return the split in a file name, or None, and its other words, without suffix, numbers and version.
+    """Return the split that a file name mentions, or None, and the name's other words, without suffix, numbers and
+    version.
 
     A split word such as `dev` counts only as the last word, as one of two words (`dev_matched`), or joined to a word
     such as `set` (`testset_w_refs`).

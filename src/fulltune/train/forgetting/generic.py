@@ -141,8 +141,8 @@ class Replay(TrainingPart):
         self.limit = limit_of(budget, text.is_language_model)
         self.weight = self.bounds[0] / self.limit
         self.before: Sequence[Any] = ()
-        """The pretrained model's outputs for each text: a language model's log probabilities and ids, float16 and int32
-        [tokens, `TOP_TOKENS`]; for others the mean hidden state, float64 [hidden]."""
+        """The pretrained model's outputs for each text: for language models, log probabilities and ids, float16 and
+        int32 [tokens, `TOP_TOKENS`]; for others, the mean hidden state, float64 [hidden]."""
 
     def texts_of_step(self, step: int) -> list[int]:
         """Return the positions of the texts replayed at a step (from 1). All texts are replayed once before any

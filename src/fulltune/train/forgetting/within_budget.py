@@ -103,8 +103,8 @@ def _choose_and_certify(
     score: Callable[[Sequence[Row]], float],
     opening_times: tuple[str, ...],
 ) -> BudgetResult:
-    """Choose the best interpolation within the budget and measure its drift on held-out texts. `opening_times` lists
-    earlier uses of these texts."""
+    """Choose the best interpolation within the budget and measure its drift on held-out texts. `opening_times` are the
+    times of earlier uses of these texts."""
     plan, trainer, stop = inputs.plan, monitor.trainer, inputs.stop
     budget = plan.generic.budget
     assert budget is not None

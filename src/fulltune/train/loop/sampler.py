@@ -19,7 +19,7 @@ class MixedSource:
     """A source of mixed-in rows; each epoch uses `rows_per_epoch` of them."""
 
     rows: range
-    """Row numbers, which follow the task's own."""
+    """Numbers of the source's rows, counted after the task's own rows."""
     rows_per_epoch: int
 
     def rows_of_epoch(self, seed: int, epoch: int) -> list[int]:

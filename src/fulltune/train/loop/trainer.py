@@ -193,8 +193,8 @@ class FullTrainer(Guarded, Trainer):
     def computing_needed_logits(
         self, labels: torch.Tensor, trained_positions: torch.Tensor | None = None, *, all_logits: bool = False
     ) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which the model computes only the logits that the loss needs, chunked if planned unless
-        `all_logits` is set. By default `trained_positions` are derived from `labels`."""
+        """Return a context in which the model computes only the logits that the loss needs. They are chunked if
+        planned, unless `all_logits` is set. By default `trained_positions` are derived from `labels`."""
         if self.head is None:
             return contextlib.nullcontext()
         chunked = self.head.can_chunk and self._plan.chunked_loss and not all_logits
@@ -206,7 +206,7 @@ class FullTrainer(Guarded, Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Train on one micro batch. Before a step's first micro batch, each part adds its gradients."""
+        """Train on one micro batch. Before a step's first one, parts such as replay add their gradients."""
         if not self.batches:
             for part in self.parts:
                 part.add_gradient()

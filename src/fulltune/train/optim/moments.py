@@ -6,7 +6,7 @@ With 8 bits, groups of 128 values share an fp32 scale (2.0625 bytes per paramete
     v = (s_v * r)^4      r in [0, 1], in 255 steps       s_v: largest v^(1/4) of the group
 
 A linear code would round small values to 0, and v = 0 divides by epsilon (other codes: arXiv 2602.23349). Codes and
-bf16 moments are rounded stochastically, or small changes would be lost; a positive v never gets code 0.
+bf16 moments are rounded stochastically, because small changes would otherwise be lost; a positive v never gets code 0.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ class AdamW(torch.optim.Optimizer):
         self, weights: Tensor, stored: Tensor, compensation: Tensor | None, buffers: _Buffers, numbers: tuple[int, ...]
     ) -> None:
         """Write fp32 `weights`, rounded, to bf16 `stored`, and the rounding error to `compensation` if given.
-        Overwrites `weights`. `numbers` (step, parameter, position) select the noise."""
+        Overwrites `weights` and the scratch `buffers`. `numbers` (step, parameter, position) select the noise."""
         noise = buffers.noise.bits(len(weights), *numbers, _WEIGHT)
         if self._rounding == "stochastic":
             moments.round_at_random(weights, noise)

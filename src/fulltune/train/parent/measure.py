@@ -138,7 +138,8 @@ def choose_fastest_plan(trial: PlannedTrial, summary: DataSummary, available_byt
 
 
 def with_measurements(row: MeasuredSetting, outcome: Outcome, tokens: float, available_bytes: int) -> MeasuredSetting:
-    """Return the setting with an attempt's measurements or its problem. `tokens` counts those of the whole training."""
+    """Return the setting with an attempt's measurements or its problem. `tokens` is the number of tokens in the whole
+    training."""
     forecast, problem = outcome.forecast, textwrap.shorten(outcome.reason, 120)
     if outcome.status == "out_of_memory":
         problem = f"memory ran out: {problem}"

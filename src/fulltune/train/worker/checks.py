@@ -127,7 +127,7 @@ def _check_packed_texts_isolated(trainer: FullTrainer, model: PreTrainedModel) -
 
 def _install_selective_head(trainer: FullTrainer, rows: Rows, task: Task, own_loss: bool) -> Check:
     """Let the trainer compute only trained tokens' logits if the results stay the same. The returned check always
-    passes."""
+    passes. `own_loss` (the user's) needs all logits."""
     if trainer.is_deepspeed_enabled:  # only its engine can run the model, and it exists once training begins
         result = "off: ZeRO shards the model"
     elif own_loss:  # needs all logits

@@ -33,8 +33,8 @@ def sum_counts(counts: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, in
 def rows_of_rank(order: Sequence[int], batch_size: int, rank: int, num_processes: int) -> tuple[list[int], int]:
     """Return the positions of the rows that a rank scores (every n-th batch of `order`), and how many of them count.
 
-    A rank with one batch fewer also runs the last row, without counting it, because with sharded weights all ranks must
-    run equally many passes.
+    A rank with one batch fewer also runs the last row of `order`, without counting it, because with sharded weights all
+    ranks must run the same number of passes.
     """
     chunks = list(batches(order, batch_size))
     mine = chunks[rank::num_processes]
