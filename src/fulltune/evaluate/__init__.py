@@ -121,7 +121,6 @@ def _score_frozen_classifier(scoring: Scoring, scorer: ModuleType, fitted: Probe
 
 
 def _score_probe_head(scoring: Scoring, scorer: ModuleType) -> Scored:
-    """Score the pretrained model with the linear probe as its head."""
     model, processor = scoring.load_model_and_processor(None)
     probe.initialise_head_from_probe(model, scoring.data.parent)
     scores, main = scorer.score_model(scoring, model, processor)

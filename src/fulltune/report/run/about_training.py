@@ -213,7 +213,6 @@ def build_settings_section(view: RunView) -> Section | None:
 
 
 def build_environment_section(view: RunView) -> Section | None:
-    """Build the section on versions and machines, or None if unknown."""
     env = view.environment
     if env is None:
         return None
