@@ -49,8 +49,8 @@ def end_on_signal(number: int, frame: object) -> None:
 def machine_group(
     target: Path, overrides: list[str] | None, machine_rank: int | None, rendezvous: str | None, max_wait: str
 ) -> Iterator[MachineGroup | None]:
-    """In a `with` block on machine 0, lead the other machines. On others, follow machine 0 and exit. Yield None for a
-    run on one machine."""
+    """In a `with` block on machine 0, coordinate the other machines. On others, follow machine 0 and exit. Yield None
+    for a run on one machine."""
     from fulltune.recipe.file import load_recipe
     from fulltune.system import run_folder
     from fulltune.system.machines import parse_machine_address

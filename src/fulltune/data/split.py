@@ -102,7 +102,7 @@ def _random_splits(
 
 
 def hold_out_groups(groups: np.ndarray, strata: np.ndarray, fraction: float) -> np.ndarray:
-    """Mark the rows to hold out, in whole groups and about the same share of each stratum: bool [rows].
+    """Mark the rows to hold out, bool [rows]: whole groups, with about the same share of each stratum.
 
     At least one group of each stratum (class) with two or more groups is held out.
     """

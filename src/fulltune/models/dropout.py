@@ -15,7 +15,7 @@ class SixteenBitDropout(nn.Dropout):
     """`nn.Dropout` that draws 16 random bits per value on the CPU."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Apply dropout: with 16-bit random numbers when training on a CPU, otherwise as `nn.Dropout`."""
+        """Apply dropout with 16-bit random numbers when training on a CPU, otherwise as `nn.Dropout` does."""
         if not self.training or self.p == 0.0 or input.device.type != "cpu":
             return super().forward(input)
         dropped = drop_threshold(self.p)

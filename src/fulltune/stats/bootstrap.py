@@ -78,7 +78,7 @@ def find_metric(task_name: TaskName, target: Target, metric: str) -> Resamplable
 
 
 def _function_for_metric(task_name: TaskName, target: Target, metric: str) -> Callable[[Predictions], float]:
-    """Return a function that computes only this metric, not all of the task's."""
+    """Return a function that computes only this metric, not all metrics of the task."""
     if target.form.is_number and metric in NUMBER_METRICS:
         return lambda outputs: NUMBER_METRICS[metric](
             outputs["labels"].astype(np.float64), predict_labels(outputs["logits"], target).astype(np.float64)
@@ -186,9 +186,9 @@ class ResampledTrials:
     """Metric values of each method's trials, as computed by `resample_trials`."""
 
     point: tuple[np.ndarray, ...]
-    """Values on all rows, [seeds] for each method."""
+    """Values on all rows: one array [seeds] for each method."""
     draws: tuple[np.ndarray, ...]
-    """Values on the resamples, [draws, seeds] for each method."""
+    """Values on the resamples: one array [draws, seeds] for each method."""
     num_clusters: int
     num_rows: int
 

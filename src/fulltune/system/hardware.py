@@ -152,7 +152,7 @@ def _format_range(values: Sequence[float], unit: str, digits: int = 0, ratio: fl
 
 @cache
 def bf16_speedup(device: str) -> float:
-    """Return how many times as fast as fp32 a training step is under bf16 autocast, measured once per process."""
+    """Return the speedup of a training step under bf16 autocast over fp32, measured once per process."""
     if device != "cpu":
         return _measure_bf16_speedup(device, rows=4096, width=2048)
     small = _measure_bf16_speedup(device, rows=64, width=128)

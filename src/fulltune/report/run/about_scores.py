@@ -39,7 +39,6 @@ _LABEL_LIMIT = 60
 
 
 def build_results_section(view: RunView) -> Section | None:
-    """Build the section of test scores, or None without scores."""
     if not view.scores:
         return None
     leading = view.trained or view.scores[-1]
@@ -175,7 +174,6 @@ def _pair_answers(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[Ex
 
 
 def build_confusion_section(view: RunView) -> Section | None:
-    """Build the section on confused labels, or None without a confusion matrix."""
     counts = view.trained.confusion if view.trained else None
     return unless_empty("Confusion", [build_label_table(counts), _build_confusion_table(counts)] if counts else [])
 

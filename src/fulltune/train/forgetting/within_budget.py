@@ -170,7 +170,7 @@ def _sample_eval_rows(inputs: AttemptInputs, trainer: FullTrainer) -> Sequence[R
 def _refine_near_limit(
     points: list[InterpolationPoint], limit: float, measure: Callable[[float], InterpolationPoint]
 ) -> list[InterpolationPoint]:
-    """Measure further points near the share at which drift first exceeds `limit`, and return only these."""
+    """Measure further points near the share at which drift first exceeds `limit`, and return only the new ones."""
     refined: list[InterpolationPoint] = []
     for _ in range(REFINEMENTS):
         tried = sorted([*points, *refined], key=lambda point: point.share)
