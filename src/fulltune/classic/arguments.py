@@ -155,7 +155,7 @@ def _translate_old_name(name: str, value: Any, arguments: dict[str, Any]) -> Non
 
 
 def _use_cpu_for_bf16(keywords: dict[str, Any]) -> None:
-    """Set `use_cpu` for bf16 without a GPU, because transformers would raise an error."""
+    """Set `use_cpu` for bf16 without a GPU, because transformers would otherwise raise an error."""
     bf16_names = [name for name in ("bf16", "bf16_full_eval") if keywords.get(name)]
     has_gpu = torch.accelerator.is_available() or is_torch_bf16_gpu_available() or is_torch_xla_available()
     if bf16_names and not keywords.get("use_cpu") and not has_gpu:

@@ -277,8 +277,8 @@ class SeedRuns:
 def load_method_outputs(
     context: Context, results: Results, subfolder: str, methods_behind: Collection[str]
 ) -> list[MethodOutputs]:
-    """Load each method's saved outputs from a subfolder. The `methods_behind` have fewer seeds and may spend only a
-    part of alpha."""
+    """Load each method's saved outputs from a subfolder. The `methods_behind` have fewer seeds and may spend only
+    `WAITING_SHARE` of alpha."""
     folder, setups = context.folder / subfolder, {method: context.method_setup(method) for method in results}
     return [
         MethodOutputs(

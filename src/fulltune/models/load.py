@@ -120,8 +120,8 @@ def _missing_parameters(
 def _clear_gguf_attributes(model: PreTrainedModel) -> None:
     """Remove quantization attributes from a model loaded from GGUF; raise `SetupError` for other quantized models.
 
-    transformers 5.24 refuses `save_pretrained` with these attributes. Delete this when transformers removes them
-    itself.
+    transformers 5.24 refuses `save_pretrained` with these attributes. Delete this function once transformers
+    removes them.
     """
     if getattr(getattr(model.config, "quantization_config", None), "quant_method", None) is None:
         return

@@ -75,7 +75,7 @@ def _matches_condition(value: object, condition: bool | str | list[str]) -> bool
 
 
 def _setting_value(recipe: Recipe, method: ComparedMethod, form: Form | None, name: str) -> Any:
-    """Return the value of a dotted name in `excluded.toml`, such as `train.optim` or `form.is_number`."""
+    """Return the recipe's value of a dotted name in `excluded.toml`, such as `train.optim` or `form.is_number`."""
     block, *fields = name.split(".")
     value: Any = getattr(recipe, block, None)
     if fields:

@@ -66,7 +66,7 @@ class Form:
     several_labels: bool = False
     tags_words: bool = False
     row_shares: tuple[str, ...] = ()
-    """Metrics computed as a proportion of the rows or of a similar number of items."""
+    """Metrics that are proportions of the rows or of a similar number of items."""
     has_windows: bool = False
     """True if a long row becomes several examples (windows) but gets one answer."""
     reads_any_text: bool = False

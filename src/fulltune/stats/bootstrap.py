@@ -18,7 +18,7 @@ SAMPLES = 10_000
 SAMPLES_ANEW = 1_000
 """Number of resamples for metrics that are recomputed from all rows."""
 _MAX_PRODUCTS = 2e10
-"""Maximum number of multiplications; a metric with many terms gets fewer resamples."""
+"""Maximum number of multiplications in resampling; a metric with many terms gets fewer resamples."""
 _MIN_SAMPLES = 1_000
 _WEIGHTS_AT_ONCE = 3_000_000
 _SEED = 0

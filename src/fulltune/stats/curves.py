@@ -245,7 +245,8 @@ class Curves:
         return self.metric_name in ("loss", "perplexity")
 
     def largest_chance_difference(self, *values: float) -> float:
-        """Return the largest difference between these metric values that chance alone may cause."""
+        """Return the largest difference between these metric values that chance alone may cause: two standard errors
+        for proportions."""
         if not is_share(self.metric_name):
             return (RISE_RATIO - 1 if self.is_loss else MIN_RELATIVE_CHANGE) * abs(values[0])
         rows = self.eval_rows or ASSUMED_ROWS
