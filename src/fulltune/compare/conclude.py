@@ -70,8 +70,8 @@ def _verdict_on_rows(
 def note_verdict_without_leaks(
     context: Context, compared: Sequence[MethodOutputs], clusters: np.ndarray, decision: Decision
 ) -> list[str]:
-    """Repeat the verdict without the test rows that occur in train. Return a list with a note on the result, or an
-    empty list if no rows occur in train."""
+    """Repeat the verdict without the test rows that also occur in train. Return a list with a note on the result, or an
+    empty list if there are no such rows."""
     leaked = np.load(context.folder / "data" / "test" / IN_TRAIN)
     if not leaked.any():
         return []
