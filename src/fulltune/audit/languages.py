@@ -78,7 +78,7 @@ def _num_letter_bytes(words: str) -> int:
 def _likeliest_language(words: str, main_languages: Collection[str]) -> tuple[str, float] | None:
     """Return the likeliest language and its probability, or None if the words are in no language.
 
-    The probability includes those of related languages, except the main ones.
+    The probabilities of related languages are added, except those of other main languages.
     """
     shares = Counter[str]()
     for code, share in _load_identifier().rank(words):

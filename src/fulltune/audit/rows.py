@@ -195,7 +195,7 @@ def identify_rows(
 
 
 def _flaw_to_issue(rows: AuditedRows, split: SplitName, row: Row, column: str, flaw: Flaw) -> RowIssue:
-    """Return an issue whose remedy is the repaired text or, if the cell cannot be repaired, to drop the row."""
+    """Return an issue whose remedy is to use the repaired text or, if the cell cannot be repaired, to drop the row."""
     # A turn of a conversation is not a cell, so it cannot be replaced.
     repairable = flaw.fixed is not None and isinstance(row[column], str)
     remedy = Remedy(action="replace", column=column, value=flaw.fixed) if repairable else None

@@ -31,7 +31,7 @@ FORECAST_AGAIN = 1.15
 SEEDS_ALIKE, SEEDS_APART = 0.005, 0.02
 """Assumed standard deviations between seeds, low and high."""
 START_SECONDS, SCORING_SECONDS, VERDICT_SECONDS = 5.0, 5.0, 10.0
-"""First estimates, for small models on a slow CPU. Finished trials replace them."""
+"""First estimates, for small models on a slow CPU. Measurements of finished trials replace them."""
 _FIRST_SECONDS = 13.0
 _PASSES_PER_STEP = 3
 

@@ -96,8 +96,8 @@ class Stage:
 
 
 def prepare(stage: Stage) -> DataSummary:
-    """Prepare the rows of the data files in `stage.folder`, or reuse rows prepared earlier from the same inputs. If
-    preparing fails, earlier rows stay in place."""
+    """Prepare the data files' rows in `stage.folder`, or reuse rows prepared earlier from the same inputs. If preparing
+    fails, earlier rows stay in place."""
     recipe, folder = stage.recipe, stage.folder
     is_image = FACTS[recipe.task].reads == "image"
     if is_image and recipe.data.near_duplicates < 1:

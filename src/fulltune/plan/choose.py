@@ -73,7 +73,8 @@ def lowest_memory_settings(basis: Basis, same_result: bool = False) -> SettingsO
 
 
 def _candidate_settings(basis: Basis, start: MemorySettings) -> list[MemorySettings]:
-    """Combine every allowed micro batch size with every set of memory savings that does not change the result."""
+    """Return `start` with every allowed micro batch size and every set of memory savings that does not change the
+    result."""
     rows, size = basis.rows_per_process, basis.recipe.train.micro_batch_size
     sizes = [size] if size is not None else [divisor for divisor in range(rows, 0, -1) if rows % divisor == 0]
     return [

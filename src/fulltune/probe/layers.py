@@ -188,7 +188,8 @@ def _apply_activation(activation: str, norm: torch.nn.Module | None, values: np.
 
 
 def _fit_mean_predictor(dense_inputs: np.ndarray, mean: np.ndarray, has_bias: bool, shift: float) -> LinearClassifier:
-    """Fit a ridge regression from the dense layer's inputs to the mean over tokens, with outputs centred at `shift`."""
+    """Fit a ridge regression from the dense layer's inputs to the mean over tokens, with `shift` as the outputs'
+    mean."""
     from sklearn.linear_model import RidgeCV
 
     centre, scale = shift_and_scale(dense_inputs, has_bias)

@@ -219,8 +219,8 @@ def _exported_names(package: tuple[str, ...]) -> frozenset[str]:
 
 
 def _drop_near_copies(docs: Iterable[_Doc], make_text: Callable[[_Doc], str]) -> list[_Row]:
-    """Return each docstring with its text, except texts that differ from an earlier one only in names or, in texts of
-    six words or more, in one word."""
+    """Return each docstring with its text, without texts that differ from an earlier one only in names or, from six
+    words on, in one word."""
     known_masks: set[tuple[str, ...]] = set()
     rows: list[_Row] = []
     for doc, text in ((doc, text) for doc in docs if (text := make_text(doc))):

@@ -86,7 +86,7 @@ class Proof(Record):
     difference: float
     low: float
     high: float
-    """Upper end of a simultaneous 95 % interval over eval rows and, for trainings, seeds."""
+    """Upper end of a simultaneous 95 % interval over eval rows and, if models were trained, seeds."""
     patch: str = ""
 
 

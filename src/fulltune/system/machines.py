@@ -319,7 +319,7 @@ class Peer:
         return self.member
 
     def repeats_token(self, token: str) -> bool:
-        """Return whether the machine repeats the token of machine 0's command."""
+        """Return whether the machine's heartbeat repeats the token of machine 0's command."""
         member = self.read()
         return member is not None and member.token == token
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 IGNORED = -100
 """Label of tokens that are not trained, the `ignore_index` of PyTorch's losses."""
 TRAINED = "trained_positions"
-"""Key of a batch's `trained_positions`, computed before the move to a device."""
+"""Key of a batch's `trained_positions`, computed before the batch moves to a device."""
 
 
 def pad_features(

@@ -41,10 +41,10 @@ class Hooks:
     """The user's functions. With `compute_loss`, training runs in the user's process."""
 
     metrics: Callable[..., Mapping[str, float]] | None = None
-    """`metrics(predictions, references)` returns further metrics for the test rows and for each bootstrap sample. Both
-    arguments are arrays of class ids, 0/1 rows or numbers (classifiers), arrays of choice numbers (multiple choice),
-    lists of tags per row (taggers), answers, which may be empty, and lists of accepted answers (question answering),
-    or generated and expected answers (other text tasks)."""
+    """`metrics(predictions, references)` returns further metrics for the test rows and each bootstrap sample. Both
+    arguments are arrays of class ids, 0/1 rows or numbers for classifiers, arrays of choice numbers for multiple
+    choice, and lists of tags per row for taggers. For question answering they are answers, which may be empty, and
+    lists of accepted answers; for other text tasks, generated and expected answers."""
     preprocess: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     """`preprocess(row)` returns the changed row; called for each row read."""
     compute_loss: Callable[..., Any] | None = None
