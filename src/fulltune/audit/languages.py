@@ -28,7 +28,6 @@ MIN_ROWS = 20
 
 @cache
 def _load_identifier() -> Any:
-    """Load py3langid's (0.4) language identifier once."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

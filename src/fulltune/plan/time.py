@@ -135,7 +135,6 @@ def step_seconds(
 def _estimate_optimizer_seconds(
     num_trained: int, fleet: Fleet, settings: MemorySettings, layout: ParallelLayout | None
 ) -> float:
-    """Estimate the optimizer's seconds per step."""
     host = fleet.host_memory_gb_per_second * 1e9
     if fleet.gpu_model is None:
         return UPDATE_BYTES * num_trained / host
