@@ -103,7 +103,7 @@ def test_data_file_misnamed_shows_what_is_there(case: Case) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("train.csv", "", ": the file is empty, expected rows; choose another file, or write it again"),
+        ("train.csv", "", ": the file is empty; choose another file, or write it again"),
         ("train.csv", "text,label\n", ": no rows; add rows, or choose another file"),
         (
             "train.csv",
@@ -186,7 +186,7 @@ def test_column_not_found_asks_for_it(case: Case) -> None:
     refused(
         case.data(CSV.replace("label", "b", 1)),
         DATA,
-        "train.csv: no column found for data.label; name it in the recipe (columns here: text, b)",
+        "train.csv: no column found for data.label; set it in the recipe (columns in the file: text, b)",
     )
 
 
@@ -195,7 +195,7 @@ def test_column_missing_in_test_file_is_refused(case: Case) -> None:
     refused(
         case.data(CSV, data={"test": "test.csv"}),
         DATA,
-        "test.csv: no column 'label' (data.label), which train has; columns here: text, y",
+        "test.csv: no column 'label' (data.label), which train has; columns in the file: text, y",
     )
 
 
@@ -231,7 +231,7 @@ def test_labels_numbers_and_words_are_refused(case: Case) -> None:
         case.data(rows),
         DATA,
         "train.csv: column 'label' mixes words ('food' in 19 rows, 'weather' in 18 rows) and numbers ('3' in 3 rows) "
-        "as labels, first: train.csv:2; expected one kind. Rename the labels, or remove the wrong rows",
+        "as labels, first: train.csv:2. Expected only one of the two: rename the labels, or remove the wrong rows",
     )
 
 
@@ -243,7 +243,7 @@ def test_rows_empty_many_are_refused(case: Case, column: str, check: str) -> Non
     refused(
         case.data(rows),
         DATA,
-        f"train.csv: 10 of 40 rows cannot be used (10 x {check}); first: train.csv:2, column '{column}' is empty. "
+        f"train.csv: 10 of 40 rows cannot be used ({check}: 10). The first is train.csv:2: column '{column}' is empty. "
         "Remove or repair these rows, or choose another column in the recipe",
     )
 
@@ -304,7 +304,7 @@ def test_messages_without_content_are_refused(chat_case: Callable[..., Result]) 
     refused(
         chat_case([{"messages": [{"role": "user"}, ANSWER]}] * 20),
         DATA,
-        "train.jsonl: 20 of 20 rows cannot be used (20 x no conversation); first: train.jsonl:1, a message with role "
+        "train.jsonl: 20 of 20 rows cannot be used (no conversation: 20). The first is train.jsonl:1: a message with role "
         "'user' has neither 'content' nor 'tool_calls'. Remove or repair these rows, or choose another column in the "
         "recipe",
     )
@@ -317,7 +317,7 @@ def test_answers_beyond_max_length_are_refused(chat_case: Callable[..., Result])
     refused(
         result,
         DATA,
-        f"train.jsonl: 40 of 40 rows cannot be used (40 x answer cut off); first: {first}, the whole answer lies "
+        f"train.jsonl: 40 of 40 rows cannot be used (answer cut off: 40). The first is {first}: the whole answer lies "
         "beyond data.max_length. Raise data.max_length, shorten these rows, or drop them with "
         "data.truncation_strategy: drop",
     )
@@ -356,8 +356,8 @@ def test_model_id_offline_is_refused(case: Case) -> None:
     refused(
         case.data(CSV, model="nobody/nothing"),
         RECIPE,
-        "model: nobody/nothing: no such folder, and not available from the Hub (offline, or unknown id); give a "
-        "folder, a .gguf file, package:NAME/PATH or the id of a cached model",
+        "model: nobody/nothing: not found here or on the Hub (are you offline, or is the id wrong?); use a "
+        "folder, a .gguf file, package:NAME/PATH or, offline, the id of a cached model",
     )
 
 
@@ -383,7 +383,7 @@ def test_model_file_that_is_damaged_is_named(
     case: Case, broken_model: Path, name: str, content: str, said: str
 ) -> None:
     (broken_model / name).write_text(content)
-    problem = f"{broken_model}/{name}: {said}; copy or train the model again"
+    problem = f"{broken_model}/{name}: {said}; copy, download or train the model again"
     refused(case.data(CSV, model=broken_model), RECIPE, problem)
 
 
@@ -503,8 +503,7 @@ def test_model_that_cannot_write_is_refused_for_causal_lm(case: Case) -> None:
     refused(
         case.data(tiny.pair_rows(), task="causal-lm"),
         RECIPE,
-        f"model: {case.model}: a 'bert' model does not write text from left to right; take a decoder (GPT-, "
-        "Llama-like)",
+        f"model: {case.model}: a 'bert' model cannot generate text; use a decoder (GPT- or Llama-like)",
     )
 
 
@@ -540,7 +539,7 @@ def test_max_length_over_the_models_limit_is_refused(case: Case) -> None:
         ("model: x\ntask: causal-lm\ndata: {train: []}\n", ":3  data.train: no file is given"),
         (
             "model: x\ntask: causal-lm\ndata:\n  train: a\n  test: a\n",
-            ":5  data.test: the file is also in train, but rows for scoring must not be trained on",
+            ":5  data.test: also in train, but a model must not be scored on train rows; use another file",
         ),
     ],
 )
@@ -679,16 +678,16 @@ def test_disk_too_small_is_refused_before_training(
     short, *ways = result.problems[-4:]
     assert re.fullmatch(
         f"{re.escape(str(measured[-1]))}: checkpoints and the model need [\\d.]+ MiB on disk "
-        r"\(4 x [\d.]+ MiB and [\d.]+ MiB\), but only 977 KiB is free",
+        r"\(4 checkpoints of [\d.]+ MiB, and [\d.]+ MiB for the model\), but only 977 KiB is free",
         short,
     )
     assert re.match(
-        rf"enough: free [\d.]+ MiB on the disk of {re.escape(str(measured[-1]))}, or choose another folder: frees",
+        rf"enough: free [\d.]+ MiB on the disk of {re.escape(str(measured[-1]))}, or choose another folder",
         ways[0],
     )
     assert [way.split(": frees")[0] for way in ways[1:]] == [
-        "helps: train.save_total_limit: 1",
-        "helps: train.optim: adamw_8bit",
+        "not enough alone: train.save_total_limit: 1",
+        "not enough alone: train.optim: adamw_8bit",
     ]
     assert not list(case.folder.glob("runs/*/attempts"))
 

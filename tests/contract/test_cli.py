@@ -117,7 +117,7 @@ def test_init_unknown_form_of_data_is_refused(tmp_path: Path) -> None:
     assert result.problems == [
         f"{data}: its columns fit no task: expected columns text + label (classification), tokens + tags (entities), "
         "prompt + completion or messages (language model), question + context + answers, source + target, choices + "
-        "label, image + label, or only text; no column holds texts or images; columns here: a, b"
+        "label, image + label, or only text; no column holds texts or images; columns in the file: a, b"
     ]
 
 
@@ -150,7 +150,9 @@ def test_run_folder_as_target_with_overrides_is_refused(recipe: Path) -> None:
     assert fulltune("data", recipe, "--run-folder", run).code == 0
     result = fulltune("data", run, "--set", "train.seed=1")
     assert result.code == 2
-    assert result.problems == [f"{run}: is a run folder, whose settings are fixed; give the recipe to change them"]
+    assert result.problems == [
+        f"{run}: is a run folder, so its settings cannot be changed; for other settings, pass the recipe instead"
+    ]
 
 
 def test_override_changes_the_setting(recipe: Path) -> None:

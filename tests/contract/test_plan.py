@@ -162,7 +162,7 @@ def test_plan_for_other_hardware_needs_config_tokenizer_and_rows_but_no_weights(
     for verb in (("run",), ("plan",), ("data",)):  # the pretrained model judges labels
         refused = fulltune(*verb, recipe, *there)
         problems = [
-            f"model: {here}: no weights (*.safetensors) beside config.json; only plan --for works without weights"
+            f"model: {here}: no weights (*.safetensors) next to config.json; only 'fulltune plan --for' works without"
         ]
         assert (refused.code, refused.problems) == (2, problems)
 

@@ -96,7 +96,7 @@ def test_notes_of_a_model_that_are_damaged_are_named(content: str, said: str, cl
     folder = shutil.copytree(classifier, tmp_path / "run" / "models" / "full")
     (folder / "fulltune.json").write_text(content)
     result = fulltune("predict", tmp_path / "run", "a text")
-    assert result.problems == [f"{folder}/fulltune.json: {said}; copy or train the model again"]
+    assert result.problems == [f"{folder}/fulltune.json: {said}; copy, download or train the model again"]
     assert result.code == 2
 
 
@@ -151,7 +151,7 @@ def test_file_keeps_the_rows_own_columns_and_adds_label_and_all_probabilities(
     place = "in.csv:4" if given == "csv" else "in.parquet:2"
     assert f"{place}: column 'text' is empty" in said.err
     assert (
-        "without an answer: 1 of 3 rows; their new columns are empty, and 'predicted_error' gives the reason"
+        "1 of 3 rows got no answer; their new columns are empty except 'predicted_error', which gives the reason"
         in said.err
     )
     assert list(tmp_path.glob("*.part")) == []
@@ -258,7 +258,7 @@ def test_table_without_header_and_with_other_cells_than_in_training_is_refused(
     (tmp_path / "in.csv").write_text("sun\nrain\n", encoding="utf-8")
     said = fulltune("predict", trained_without_header, "--file", tmp_path / "in.csv")
     assert said.code == DataError.exit_code
-    assert "in.csv:1: 1 cell, expected 3 as in data.columns" in said.err
+    assert "in.csv:1: found 1 cell, but data.columns has 3" in said.err
 
 
 def test_types_of_a_parquet_file_stay_and_columns_of_others_are_text(classifier: Path, tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_types_of_a_parquet_file_stay_and_columns_of_others_are_text(classifier:
     [
         ("there.csv", "there.csv: already exists; name another file, or replace it with --force"),
         ("out.xlsx", "out.xlsx: cannot be written as '.xlsx'; expected one of .csv, .tsv, .jsonl, .ndjson, .parquet"),
-        ("nowhere/out.csv", "there is no folder"),
+        ("nowhere/out.csv", "does not exist"),
     ],
 )
 def test_output_that_cannot_or_must_not_be_written_is_refused(
@@ -320,7 +320,7 @@ def test_broken_file_is_refused_before_a_row_is_answered(classifier: Path, tmp_p
     (tmp_path / "in.csv").write_text("text,id\nsun,1\nrain\n", encoding="utf-8")
     said = fulltune("predict", classifier, "--file", tmp_path / "in.csv", "-o", tmp_path / "out.csv")
     assert said.code == DataError.exit_code
-    assert "in.csv:3: 1 cell, expected 2" in said.err
+    assert "in.csv:3: found 1 cell, but the header has 2" in said.err
     assert not (tmp_path / "out.csv").exists()
 
 
@@ -363,7 +363,9 @@ def test_json_is_the_same_for_texts_stdin_and_files_but_for_the_place(classifier
 
 
 def test_row_that_cannot_be_answered_is_an_error_from_python(classifier: Path) -> None:
-    with pytest.raises(DataError, match=r"predict: row 2: column 'text' is empty \(1 such rows\)"):
+    with pytest.raises(
+        DataError, match=r"predict: 1 row cannot be answered; the first is row 2: column 'text' is empty"
+    ):
         predict.load_predictor(classifier).predict([{"text": "sun"}, {"text": ""}])
 
 

@@ -69,16 +69,16 @@ def test_deepspeed_that_is_missing_is_named_with_its_extra(
     [
         (
             {"placement": "zero2", "extra": {"deepspeed": ZERO2}},
-            "train.placement and extra.deepspeed both set the layout; remove one of them",
+            "train.placement and train.extra.deepspeed both set the layout; remove one of them",
         ),
         (
             {"offload": "optimizer", "extra": {"deepspeed": ZERO2}},
-            "train.offload and extra.deepspeed both set the layout; remove one of them",
+            "train.offload and train.extra.deepspeed both set the layout; remove one of them",
         ),
         ({"placement": "zero2", "offload": "all"}, "train.offload: 'all' needs placement: zero3, found zero2"),
         (
             {"extra": {"deepspeed": {**ZERO2, "gradient_clipping": 0.5}}},
-            'train.extra.deepspeed: gradient_clipping is 0.5, but train.max_grad_norm gives 1.0; write "auto"',
+            'train.extra.deepspeed: gradient_clipping is 0.5, but train.max_grad_norm gives 1.0; set gradient_clipping to "auto"',
         ),
     ],
 )

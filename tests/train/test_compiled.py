@@ -85,7 +85,7 @@ def test_dropout_draws_the_same_again_where_blocks_are_recomputed(tmp_path: Path
     for recomputed in (False, True):
         folder = tmp_path / str(recomputed)
         outcome = train(folder, model, tiny.topic_rows(), compile=True, train={"activation_checkpointing": recomputed})
-        assert results(outcome)["dropout"] == "torch's, or none"
+        assert results(outcome)["dropout"] == "PyTorch's, or none"
         curves.append([event["loss"] for event in runs.events(folder, "train")])
         assert not counters["graph_break"]
 

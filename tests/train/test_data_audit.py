@@ -50,7 +50,7 @@ def test_wrong_labels_are_found_and_said_with_how_far_to_trust_it(audited: Path)
     assert len(places) == 10
     assert len([place for place in places if place < 50]) >= 8
     out = " ".join((audited / "out.txt").read_text(encoding="utf-8").split())
-    assert "got a wrong label on purpose" in out
+    assert "given a wrong label on purpose" in out
     assert "personal data" in out
     assert "jane.miller" not in out
 

@@ -189,7 +189,7 @@ def test_no_row_that_differs_is_no_proof_that_none_would() -> None:
     [
         (192, 2, 1.0, "Of the 2 suspects, between 0 and 2 are wrong: correct labels can"),
         (100_000, 1_900, 0.8, "between 0 and 1,900 are wrong: correct labels can"),
-        (192, 60, 0.8, "Of the 60 suspects, about 80% (between 39 and 57 rows) are wrong by the same measure"),
+        (192, 60, 0.8, "Of the 60 suspects, about 80% (39 to 57 rows) are mislabelled by the same estimate"),
     ],
 )
 def test_share_of_wrong_suspects_is_said_with_an_interval_or_not_at_all(
@@ -207,5 +207,5 @@ def test_share_of_wrong_suspects_is_said_with_an_interval_or_not_at_all(
     )
     told = describe_label_errors(found, rows)
     assert said in told
-    assert "45 of these wrong labels would be suspected" in told
+    assert "45 of these wrong labels would be flagged" in told
     assert ("In all, about" in told) == (suspects == 60)

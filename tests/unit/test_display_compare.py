@@ -40,7 +40,7 @@ def test_verdict_classification_is_said_first_with_the_field_below() -> None:
     assert "▸ lora      973 k (4.3%)  92.2% [91.3, 93.0]     +0.34 [-0.27, +0.95]   99.6%" in lines
     assert "▸ lora   3 min 53 s · 0.86×    2.48 k  21.1 T · 0.68×  1.17 GiB · 0.81×" in lines
     assert "▸ lora   565 MiB · 0.62×   3.73 MiB · 0.043×  1.24 ms" in lines, "columns that do not fit stand below"
-    assert "- prompt: fewer seeds, because full and the best other method" in text
+    assert "- prompt: trained with fewer seeds, because full and the best other method" in text
     assert "took 45 min 12 s in total, 10.0× one full run (4 min 31 s)" in text
 
 

@@ -86,7 +86,9 @@ def test_hints_that_cannot_be_are_refused(
 
 def test_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
     data = _written(tmp_path / "rows.csv", RESTAURANTS)
-    with pytest.raises(DataError, match=r"rows.csv: no column 'mrr' \(--column prompt=\); columns here: mr, ref"):
+    with pytest.raises(
+        DataError, match=r"rows.csv: no column 'mrr' \(--column prompt=\); columns in the file: mr, ref"
+    ):
         infer_task(data, hints=(None, {"prompt": "mrr"}))
 
 
@@ -170,7 +172,7 @@ def test_columns_without_usual_names_are_proposed_as_the_rows_suggest(
     data = _written(tmp_path / "rows.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
     with pytest.raises(DataError) as refusal:
         infer_task(data)
-    assert f"for example {example}; columns here: " in str(refusal.value)
+    assert f"for example {example}; columns in the file: " in str(refusal.value)
 
 
 def _rows(folder: Path, **cells: str | list[object]) -> Path:

@@ -96,7 +96,7 @@ def test_wrong_entries_are_refused_all_at_once(tmp_path: Path, train: str, expec
 
 def test_file_to_score_on_cannot_be_mixed_in(tmp_path: Path) -> None:
     assert problems(written(tmp_path, "[a.jsonl, {path: dev.jsonl, weight: 0.1}]")) == [
-        "recipe.yaml:4  data.eval: the file is also in train, but rows for scoring must not be trained on"
+        "recipe.yaml:4  data.eval: also in train, but a model must not be scored on train rows; use another file"
     ]
 
 

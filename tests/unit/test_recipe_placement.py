@@ -38,10 +38,14 @@ STATE = {"weights": 400, "gradients": 401, "optimizer": 800}
             {"placement": "fsdp2", "num_processes": 2, "optim": "adafactor"},
             ["optim: 'adafactor' needs whole tensors, but placement: fsdp2 shards them; expected one of adamw_8bit, "],
         ),
-        ({"placement": "zero3", "extra": {"deepspeed": {}}}, ["placement and extra.deepspeed both set"]),
+        ({"placement": "zero3", "extra": {"deepspeed": {}}}, ["placement and train.extra.deepspeed both set"]),
         (
             {"placement": "ddp", "offload": "all", "extra": {"deepspeed": {}}},
-            ["placement: ddp needs", "placement and extra.deepspeed both", "offload and extra.deepspeed both"],
+            [
+                "placement: ddp needs",
+                "placement and train.extra.deepspeed both",
+                "offload and train.extra.deepspeed both",
+            ],
         ),
     ],
 )

@@ -72,7 +72,7 @@ def test_every_problem_of_a_recipe_is_named_at_once_with_its_line(tmp_path: Path
                 "5  data: set twice",
                 "4  train.rows: unknown setting",
                 "5  data.max_rows: expected",
-                "5  data.eval: the file is also in train, but rows for scoring",
+                "5  data.eval: also in train, but a model must not be scored on train rows",
             ],
         ),
         (  # nothing is told of what was left out

@@ -215,7 +215,7 @@ def find_misspelt_classes(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
             new = list(dict.fromkeys(instead.get(label, label) for label in labels))
             is_list = rows.target.form.several_labels
             remedy = Remedy(action="replace", column=column, value=new if is_list else new[0])
-            reason = f"class {doubtful[0]!a} may mean {instead[doubtful[0]]!a}"
+            reason = f"class {doubtful[0]!a} may be another spelling of {instead[doubtful[0]]!a}"
             issues.append(rows.issue(CLASS_NAMES, (split, row), reason, remedy))
     return issues
 

@@ -192,7 +192,7 @@ def _outlier_issues(rows: AuditedRows, reader: RowReader, scan: RowScan, not_run
             )
             issues.append(rows.issue(OUTLIER, (split, row), reason, score=round(distance, 4)))
     if num_unread:
-        not_run[OUTLIER] = f"{counted(num_unread, 'row')} not in the sample"
+        not_run[OUTLIER] = f"{counted(num_unread, 'row')} outside the random sample"
     return issues
 
 
@@ -207,7 +207,7 @@ def _label_issues(rows: AuditedRows, positions: np.ndarray, judged: JudgedLabels
         check = LABEL if judged.suspects[at] else DOUBTFUL
         # An image whose label is its folder has no label column, so it can only be dropped.
         remedy = None if column is None or column not in row else Remedy(action="replace", column=column, value=other)
-        reason = f"'{other}' is likelier by {-100 * margin:.0f} percentage points"
+        reason = f"'{other}' is {-100 * margin:.0f} percentage points more likely than the label"
         issues.append(rows.issue(check, ("train", row), reason, remedy, -margin))
     return issues
 

@@ -176,7 +176,7 @@ def print_unfair_settings(targets: list[Path], overrides: list[str], budget: str
     for target, several in () if as_json else findings.items():
         where = f"{target}: " if len(findings) > 1 else ""
         lines = [f"{each.level}: {each.where}: {each.what}; {each.to_do}" for each in several]
-        for line in lines or ["no setting would make this comparison unfair"]:
+        for line in lines or ["no unfair setting was found"]:
             out.print(f"{where}{line}", soft_wrap=True, markup=False)
     if any(finding.level == "unfair" for several in findings.values() for finding in several):
         raise typer.Exit(UNFAIR)

@@ -191,7 +191,9 @@ def infer_task(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
         raise_if_preference_data(columns, head[:_FEW], files.where)
     for role, column in roles.items():
         if column not in columns:
-            raise DataError(f"{files.where}: no column '{column}' (--column {role}=); columns here: {shown(columns)}")
+            raise DataError(
+                f"{files.where}: no column '{column}' (--column {role}=); columns in the file: {shown(columns)}"
+            )
     forms = list(_possible_tasks(columns, given_task, roles))
     refusals, flags = list[DataError](), _one_hot_columns(columns, head)
     for task, role in forms:
@@ -212,7 +214,7 @@ def infer_task(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
     if refusals and len({task for task, _ in forms}) == 1:
         raise refusals[0]
     advice = _advise_on_columns(columns, head, flags)
-    raise DataError(f"{paths[0]}: its columns fit no task: {advice}; columns here: {shown(columns)}")
+    raise DataError(f"{paths[0]}: its columns fit no task: {advice}; columns in the file: {shown(columns)}")
 
 
 def _possible_tasks(

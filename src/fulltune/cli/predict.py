@@ -107,7 +107,9 @@ def _read_table(file: Path, model_notes: Row) -> PredictInput:
     if problems:
         raise DataError(problems)
     if missing := [column for column in predict.columns_read(model_notes) if column not in columns]:
-        raise DataError(f"{file}: no column '{missing[0]}', which the model reads (columns here: {shown(columns)})")
+        raise DataError(
+            f"{file}: no column '{missing[0]}', which the model reads (columns in the file: {shown(columns)})"
+        )
     image_root = source.files[0].parent if source.image_folder is None else None
     return PredictInput(str(file), source.rows, tuple(columns), total, file, image_root)
 
@@ -181,7 +183,7 @@ def write_answers(
                 predictor,
                 inputs,
                 lambda location, row, answer, reason: put(row, make_added_cells(new, answer, reason)),
-                f"their new columns are empty, and '{reason_column}' gives the reason",
+                f"their new columns are empty except '{reason_column}', which gives the reason",
                 max_new_tokens,
                 on_progress,
             )
@@ -224,7 +226,7 @@ def _answer_rows(
     if rows and without == rows:
         raise DataError(f"{inputs.where}: no row could be answered ({counted(rows, 'row')})")
     if without:
-        _warn(f"without an answer: {without:,} of {counted(rows, 'row')}; {replacement_note}")
+        _warn(f"{without:,} of {counted(rows, 'row')} got no answer; {replacement_note}")
     if cut:
         _warn(f"truncated: {cut:,} of {counted(rows, 'row')}; each {predictor.describe_truncation()}")
     return {"rows": rows, "without_answer": without, "cut": cut}
@@ -255,7 +257,7 @@ def check_output(output: Path, replace: bool) -> None:
     if output.suffix.lower() not in _WRITTEN:
         raise SetupError(f"{output}: cannot be written as '{output.suffix}'; expected one of {', '.join(_WRITTEN)}")
     if not output.parent.is_dir():
-        raise SetupError(f"{output}: there is no folder {output.parent}; create it, or name another")
+        raise SetupError(f"{output}: the folder {output.parent} does not exist; create it, or choose another")
     if output.is_dir():
         raise SetupError(f"{output}: is a folder; name a file")
     if output.exists() and not replace:

@@ -107,7 +107,9 @@ def open_run_folder(target: Path, recipe: Recipe, overrides: list[str], folder: 
         text = target.read_text(encoding="utf-8") + "".join(f"\n# --set {override}\n" for override in overrides)
         run, resumed = run_folder.find_or_make_folder(recipe, text, recipe.name or target.stem, folder, fresh)
     elif overrides or folder or fresh:
-        raise SetupError(f"{target}: is a run folder, whose settings are fixed; give the recipe to change them")
+        raise SetupError(
+            f"{target}: is a run folder, so its settings cannot be changed; for other settings, pass the recipe instead"
+        )
     goes_on = resumed and not run_folder.is_complete(run)
     err.print(f"[dim]{'resuming' if goes_on else 'run folder'} {escape(str(run))}[/dim]", soft_wrap=True)
     return run

@@ -87,7 +87,8 @@ def note_verdict_without_leaks(
     clean = _verdict_on_rows(context, unseen, clusters[~leaked], decision.alpha)
     scores = ", ".join(f"{method} {format_metric(clean.metric, one.value)}" for method, one in clean.scores.items())
     same = clean.verdict == decision.verdict
-    return [f"{prefix}{scores}, and {'still' if same else f'not {decision.verdict} but'} {clean.verdict}"]
+    verdict = f"still {clean.verdict}" if same else f"{clean.verdict} instead of {decision.verdict}"
+    return [f"{prefix}{scores}; the verdict is {verdict}"]
 
 
 def log_use_of_test_rows(

@@ -184,7 +184,8 @@ def _check_methods(trained: Sequence[MethodRow], *, time_was_up: bool = False) -
         targets = (row.settings.get("target_modules") or of_peft or []) if row.kind in ("lora", "peft") else []
         names = [] if isinstance(targets, str) else [str(name) for name in targets]
         if names and all(map(_is_attention_matrix, names)):
-            what = f"only attention is updated ({', '.join(names)}), which is known to be worse than all linear layers"
+            attention = f"only attention is updated ({', '.join(names)})"
+            what = f"{attention}, which is known to work worse than updating all linear layers"
             yield "attention-only-lora", row.method, what
         if row.kind == "full" and row.weights_dtype != "fp32" and row.bf16_rounding in (None, "nearest"):
             rounded = "rounded to nearest, so that most updates are lost at usual learning rates"
@@ -230,8 +231,8 @@ def _check_eval_rows(seed_runs: SeedRuns, trained: Sequence[MethodRow]) -> RuleH
             "few-eval-rows",
             "eval rows",
             f"the learning rates are chosen on {scale.eval_rows:,} rows, which cannot distinguish rates that differ by "
-            f"less than about {100 * resolution:.2g} points. A rate replaces the default only if it leads by more, so "
-            "any method may have a better rate",
+            f"less than about {100 * resolution:.2g} points. A rate replaces the default only if it is better by more, "
+            "so a slightly better rate may have been missed",
         )
     if summary.test_share_in_eval > MOST_TEST_IN_EVAL:
         yield (
@@ -264,8 +265,7 @@ def _check_pretrained_weights(base: Base) -> RuleHits:
         yield (
             "quantised-source",
             "model",
-            "the pretrained weights come from a quantised file (gguf), so all methods start from rounded weights, "
-            "and full fine-tuning trains them",
+            "the pretrained weights come from a quantised file (gguf), so all methods start from rounded weights",
         )
 
 

@@ -144,10 +144,12 @@ def _choose_next_seeds(
     if beaten and not late:
         return {}, _CLEAR
     if beaten and not again:
-        return dict.fromkeys(late, num_seeds), f"{full} beats the best other method; {', '.join(late)} must catch up"
+        return dict.fromkeys(
+            late, num_seeds
+        ), f"{full} beats the best other method; as many seeds for {', '.join(late)}"
     if num_seeds >= max_seeds and not again and late and all(one.chances[0] >= _LIKELY for one in leading):
         # Nothing else is left to do, and without this the answer could not be FULL.
-        reason = f"{full} seems to beat the best other method; {', '.join(late)} must catch up"
+        reason = f"{full} seems to beat the best other method; as many seeds for {', '.join(late)}"
         return dict.fromkeys(late, num_seeds), reason
     if num_seeds >= max_seeds:
         return {}, "all planned seeds are finished"

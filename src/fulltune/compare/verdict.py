@@ -177,7 +177,7 @@ def _state_verdict(verdict: VerdictKind, recommended: str, full: str, difference
         case "EQUIVALENT":
             return f"Use {recommended}: it is as good as {full} within the margin and trains fewer weights."
     if recommended:
-        loss = f"is not worse than {full} by the margin"
+        loss = f"is worse than {full} by less than the margin, if at all,"
         return f"It is unclear whether the methods are equal, but {recommended} {loss} and trains fewer weights."
     return "These rows and seeds cannot distinguish the methods."
 
@@ -193,7 +193,7 @@ def _explain_difference(rival: Difference, write: MetricFormatter) -> str:
     elif rival.equivalent:
         answer = "equal within the margin"
     elif rival.not_worse:
-        answer = f"{rival.method} is not worse by the margin"
+        answer = f"{rival.method} is worse by less than the margin, if at all"
     else:
         answer = "not decided"
     points = " points" if write.in_points else ""
@@ -225,7 +225,7 @@ def _verdict_notes(differences: Sequence[Difference], verdict: VerdictKind, reco
     deciding = [one for one in differences if one.decides]
     for shown in differences:
         if not shown.decides and (shown.other_better or shown.equivalent or shown.estimate <= 0):
-            how = "is not worse than full" if shown.not_worse else "scores no less than full"
+            how = "is not worse than full" if shown.not_worse else "scores at least as well as full"
             yield f"{shown.method}, shown for reference, {how}: check whether the task can be learned from these rows"
     if fewer := [one.method for one in deciding if one.num_seeds == 1 and one.seeds_known]:
         yield f"{', '.join(fewer)}: only one seed, so the spread between seeds is taken from the other methods"

@@ -87,10 +87,10 @@ def _too_many_dropped_problem(
         if check == "answer cut off"
         else "Remove or repair these rows, or choose another column in the recipe"
     )
-    by_check = ", ".join(f"{count} x {check}" for check, count in counts.most_common())
+    by_check = ", ".join(f"{check}: {count}" for check, count in counts.most_common())
     return [
-        f"{source.where}: {total:,} of {counted(num_checked, 'row')} cannot be used ({by_check}); first: {place}, "
-        f"{masked_text(reason)}. {remedy}"
+        f"{source.where}: {total:,} of {counted(num_checked, 'row')} cannot be used ({by_check}). The first is "
+        f"{place}: {masked_text(reason)}. {remedy}"
     ]
 
 

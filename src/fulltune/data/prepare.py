@@ -112,8 +112,8 @@ def prepare(stage: Stage) -> DataSummary:
     if stage.planned_fingerprint and stage.planned_fingerprint != fingerprint:
         changed = "the data files or the texts of preserve.probe" if recipe.preserve.probe else "the data files"
         raise SetupError(
-            f"{folder.parent}: {changed} changed since this run was planned, so its checkpoints and scores belong to "
-            "other rows; start a new run (--fresh)"
+            f"{folder.parent}: {changed} changed since this run was planned, so its checkpoints and scores no longer "
+            "match the data; restore the files, or start a new run (--fresh)"
         )
     for abandoned in folder.parent.glob(f"{folder.name}.part-*"):
         shutil.rmtree(abandoned)

@@ -190,7 +190,7 @@ def find_target_and_count_rows(
         needed |= {"time": block.time} if block.time and name == "train" else {}
         missing += [
             f"{sources[name].where}: no column '{column}' (data.{role}); "
-            f"{did_you_mean(column, present) or 'columns here: ' + shown(present)}"
+            f"{did_you_mean(column, present) or 'columns in the file: ' + shown(present)}"
             for role, column in needed.items()
             if column not in present
         ]

@@ -208,9 +208,9 @@ def _refuse_small_splits(recipe: Recipe, splits: Mapping[SplitName, Split], num_
         )
     each = f", at least {sum(not split.has_own_file for split in splits.values()) + 1} different ones of each label"
     raise DataError(
-        f"{train.where}: {counted(train.num_read, 'row')}{of_labels} form {groups} by {' and '.join(by)}. Groups are "
-        f"never separated, and the largest has {counted(largest, 'row')}, so they are too few or too large for three "
-        f"splits of at least 2 rows ({', '.join(small) or f'{num_held_out:,} are to be held out'}); add rows"
+        f"{train.where}: {counted(train.num_read, 'row')}{of_labels} cannot be split into train, eval and test of at "
+        f"least 2 rows each ({', '.join(small) or f'{num_held_out:,} are to be held out'}). Groups by "
+        f"{' and '.join(by)} stay together ({groups}; the largest has {counted(largest, 'row')}). Add rows"
         f"{each if train.names else ''}, raise data.eval_fraction and data.test_fraction, or set data.eval and "
         f"data.test{sections}"
     )

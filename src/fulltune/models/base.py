@@ -284,7 +284,7 @@ def check_weights(base: Base) -> None:
                 "safetensors or, if you trust their source, set model.allow_pickled_weights: true"
             )
         raise SetupError(
-            f"model: {name}: no weights (*.safetensors) beside config.json; only plan --for works without weights"
+            f"model: {name}: no weights (*.safetensors) next to config.json; only 'fulltune plan --for' works without"
         )
 
 
@@ -332,8 +332,8 @@ def load_with_advice(block: ModelBlock, part_name: str, load_part: Callable[[], 
             ) from None
         if isinstance(error, OSError) and not Path(block.name).exists() and not block.name.startswith("package:"):
             raise SetupError(
-                f"model: {block.name}: no such folder, and not available from the Hub (offline, or unknown id); "
-                "give a folder, a .gguf file, package:NAME/PATH or the id of a cached model"
+                f"model: {block.name}: not found here or on the Hub (are you offline, or is the id wrong?); use "
+                "a folder, a .gguf file, package:NAME/PATH or, offline, the id of a cached model"
             ) from None
         folder = find_model_path(block) or Path(block.name)
         for file in sorted({*folder.glob("*config.json"), *folder.glob("*token*.json")}):
@@ -348,8 +348,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise SetupError(f"{path}: the file is not valid JSON; copy or train the model again") from None
+        raise SetupError(f"{path}: the file is not valid JSON; copy, download or train the model again") from None
     if not isinstance(content, dict):
         shown = json.dumps(content)[:40]
-        raise SetupError(f"{path}: expected a JSON object, found {shown}; copy or train the model again")
+        raise SetupError(f"{path}: expected a JSON object, found {shown}; copy, download or train the model again")
     return content

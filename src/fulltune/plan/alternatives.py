@@ -111,15 +111,14 @@ def _propose_smaller_model(basis: Basis, settings: MemorySettings) -> Alternativ
 
 
 def format_alternatives(ways: Sequence[Alternative]) -> list[str]:
-    """Describe each alternative on one line that starts with `enough` or `helps`."""
+    """Describe each alternative on one line that says whether it is enough on its own."""
     lines = []
     for way in ways:
         named = way.hardware or any(name not in way.change for name in way.settings)
         flags = f"; {format_flags(way)}" if named else ""
         costs = f" ({way.costs})" if way.costs != "nothing" else ""
-        lines.append(
-            f"{'enough' if way.enough else 'helps'}: {way.change}: frees {format_bytes(way.frees_bytes)}{costs}{flags}"
-        )
+        frees = f": frees {format_bytes(way.frees_bytes)}" if way.settings or way.hardware else ""
+        lines.append(f"{'enough' if way.enough else 'not enough alone'}: {way.change}{frees}{costs}{flags}")
     return lines
 
 

@@ -11,7 +11,7 @@ from fulltune.records.plan import DiskNeed, MemoryKind, MemoryNeed, MemorySettin
 from fulltune.system import parallel_layout
 from fulltune.system.hardware import Machine
 from fulltune.system.parallel_layout import BUCKET_VALUES, ParallelLayout
-from fulltune.text import format_bytes, parse_bytes
+from fulltune.text import counted, format_bytes, parse_bytes
 
 LIBRARIES_BYTES = 700 * 2**20
 
@@ -198,7 +198,8 @@ def disk_need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> 
 def disk_full_message(recipe: Recipe, needed: DiskNeed, free_bytes: int, folder: str) -> str:
     """Return the error message for a disk that is too small. If `folder` is empty, the message names the recipe's
     output."""
-    parts = f"{needed.num_checkpoints} x {format_bytes(needed.checkpoint_bytes)} and {format_bytes(needed.model)}"
+    checkpoints = f"{counted(needed.num_checkpoints, 'checkpoint')} of {format_bytes(needed.checkpoint_bytes)}"
+    parts = f"{checkpoints}, and {format_bytes(needed.model)} for the model"
     return (
         f"{folder or recipe.output}: checkpoints and the model need {format_bytes(needed.total)} on disk ({parts}), "
         f"but only {format_bytes(free_bytes)} is free"

@@ -73,4 +73,4 @@ def should_group_by_length(explained_share: float) -> tuple[bool, str]:
     share = f"the target explains {explained_share:.0%} of the variance in length"
     if explained_share >= MAX_LENGTH_EXPLAINED:
         return False, f"{share}: rows of similar length would have similar targets"
-    return True, f"less padding; {share}" if explained_share else "less padding"
+    return True, f"less padding, and {share}" if explained_share else "less padding"

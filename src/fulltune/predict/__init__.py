@@ -16,6 +16,7 @@ from fulltune.recipe.model import ModelBlock
 from fulltune.system.run_folder import load_comparison
 from fulltune.tasks import Refused, Row, RowAnswer, Target, Task, task_named, token_classification
 from fulltune.tasks.columns import in_batches, why_unreadable
+from fulltune.text import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,10 +77,16 @@ class Predictor:
         refused = [(number, row.refused) for number, row in enumerate(predicted, start=1) if row.refused is not None]
         if refused:
             number, first = refused[0]
-            raise DataError(f"predict: row {number}: {first.reason} ({len(refused)} such rows); remove or repair them")
+            of = f"{counted(len(refused), 'row')} cannot be answered; the first is row {number}"
+            raise DataError(f"predict: {of}: {first.reason}. Remove or repair them")
         cut = [number for number, row in enumerate(predicted, start=1) if row.is_cut]
         if cut:
-            _log.warning("predict: row %d %s (%d such rows)", cut[0], self.describe_truncation(), len(cut))
+            _log.warning(
+                "predict: %s truncated; the first, row %d, %s",
+                counted(len(cut), "row"),
+                cut[0],
+                self.describe_truncation(),
+            )
         return [row.answer for row in predicted if row.answer is not None]
 
     def describe_truncation(self) -> str:

@@ -197,13 +197,13 @@ class DataBlock(Block):
             "without a weight; remove one of the weights": weights and not self.task_files,
             f"train: the weights add up to {sum(weights):g}, expected at most {_MAX_WEIGHT_SUM:g}, because each "
             "epoch needs rows of the task; lower the weights": sum(weights) > _MAX_WEIGHT_SUM,
-            "train: no file is given": not train or not all(train),
+            "train: no file given; write the path of a data file": not train or not all(train),
             **{
                 f"train: {path} is listed twice, once with a weight; keep one entry": train.count(path) > 1
                 for path in mixed
             },
             **{
-                f"{role}: the file is also in train, but rows for scoring must not be trained on": path in train
+                f"{role}: also in train, but a model must not be scored on train rows; use another file": path in train
                 for role, path in held_out.items()
             },
             "test: the file is the same as eval, but test rows must not select the checkpoint; use another file": (

@@ -227,7 +227,7 @@ def _placement_problems(train: TrainBlock) -> dict[str, object]:
     has_own_file = train.engine_settings is not None
     least = -(-processes // train.num_machines) * train.num_machines
     instead = "zero2 or zero3 with an offload" if placement == "fsdp2" else "single"
-    both = "{} and extra.deepspeed both set the layout; remove one of them"
+    both = "{} and train.extra.deepspeed both set the layout; remove one of them"
     fits = ("zero3",) if offload == "all" else ("zero2", "zero3")
     return {
         f"num_processes: expected a multiple of num_machines ({train.num_machines}), such as {least}, found "

@@ -310,7 +310,9 @@ def judge_curves(curves: Curves) -> Fit:
     chance = curves.largest_chance_difference(curves.best[1])
     chance_in_words = f"{100 * chance:.1f} points" if is_share(curves.metric_name) else format_number(chance)
     rows = f"{curves.eval_rows:,}" if curves.eval_rows else f"{ASSUMED_ROWS:,} (assumed)"
-    evidence = f"{evidence}. But {since_best}: with {rows} rows, a difference of up to {chance_in_words} may be chance"
+    evidence = (
+        f"{evidence}. However, {since_best}. With {rows} rows, differences of up to {chance_in_words} may be chance"
+    )
     return Fit("over-confident", evidence, turn_step, details)
 
 

@@ -11,6 +11,7 @@ from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.training import ENGINE_SETTINGS
 from fulltune.records.plan import MemoryKind, Plan
+from fulltune.text import counted
 
 MemoryTier = Literal["device", "host"]
 
@@ -146,7 +147,7 @@ def _fill_and_check(
             block[field] = value
         elif current not in (AUTO, value):
             against = f"{name} is {json.dumps(current)}, but {source} gives {json.dumps(value)}"
-            problems.append(f'{recipe.train.zero_enabled_by}: {against}; write "auto"')
+            problems.append(f'{recipe.train.zero_enabled_by}: {against}; set {name} to "auto"')
     return filled, problems
 
 
@@ -215,6 +216,6 @@ def why_resume_impossible(checkpoint: Path, recipe: Recipe) -> str | None:
     if same_stage and processes == recipe.train.num_processes:
         return None
     train = recipe.train
-    now = f"{train.zero_enabled_by or f'train.placement: {train.placement}'} on {train.num_processes}"
-    before = f"ZeRO stage {'3' if stage == 3 else '1 or 2'} on {processes}"
-    return f"{checkpoint}: was written by {before} processes, but is resumed with {now} processes; {_BACK}"
+    now = f"{train.zero_enabled_by or f'train.placement: {train.placement}'} on {counted(train.num_processes, 'process', 'processes')}"
+    before = f"ZeRO stage {'3' if stage == 3 else '1 or 2'} on {counted(processes, 'process', 'processes')}"
+    return f"{checkpoint}: was written by {before}, but is resumed with {now}; {_BACK}"

@@ -134,7 +134,7 @@ def find_column(
         # Names from other programs may be in another Unicode normal form.
         same = [column for column in columns if normalize("NFC", column) == normalize("NFC", name)]
         if not same:
-            hint = did_you_mean(name, columns) or f"columns here: {shown(columns)}"
+            hint = did_you_mean(name, columns) or f"columns in the file: {shown(columns)}"
             raise DataError(f"{file}: no column '{name}' (data.{role}); {hint}")
         return name if name in columns else same[0]
     return find_usual_column(names or USUAL_NAMES[role], columns, file)
@@ -166,7 +166,7 @@ def find_columns(
 
 
 def missing_column(role: str, columns: Sequence[str], file: str) -> str:
-    return f"{file}: no column found for data.{role}; name it in the recipe (columns here: {shown(columns)})"
+    return f"{file}: no column found for data.{role}; set it in the recipe (columns in the file: {shown(columns)})"
 
 
 def shown(columns: Iterable[str]) -> str:

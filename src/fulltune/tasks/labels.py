@@ -89,8 +89,9 @@ def _regression_target(counts: LabelCounts, columns: Mapping[str, str], file: st
     wrong = [value for value, *_ in counts if is_word(value)]
     if wrong:
         raise DataError(
-            f"{file}: column '{columns['label']}' must hold numbers for regression; found {str(wrong[0])[:60]!r} "
-            f"({_count_rows(counts, is_word)} such rows{_first_at(counts, wrong[0])}); repair or remove these rows"
+            f"{file}: column '{columns['label']}' must hold numbers for regression, but "
+            f"{counted(_count_rows(counts, is_word), 'value')} cannot be read as one, such as {str(wrong[0])[:60]!r}"
+            f"{_first_at(counts, wrong[0])}; repair or remove these rows"
         )
     # Numbers that are too large are dropped row by row.
     if len({number for value, *_ in counts if (number := parse_float32(value)) is not None}) == 1:
@@ -171,8 +172,8 @@ def _raise_if_words_and_numbers(counts: LabelCounts, column: str, file: str) -> 
         rarer = min((words, numbers), key=Counter.total)
         first = _first_at(counts, next(value for value, *_ in counts if str(value) in rarer))
         raise DataError(
-            f"{file}: column '{column}' mixes words ({_two_most(words)}) and numbers ({_two_most(numbers)}) as labels"
-            f"{first}; expected one kind. Rename the labels, or remove the wrong rows"
+            f"{file}: column '{column}' has both words ({_two_most(words)}) and numbers ({_two_most(numbers)}) as "
+            f"labels{first}. Expected only one of the two: rename the labels, or remove the wrong rows"
         )
 
 

@@ -142,7 +142,7 @@ def test_times_with_faults_are_refused_at_once_with_places(tmp_path: Path, encod
 
 @pytest.mark.parametrize(
     ("change", "facts"),
-    [({"day": 7}, ("eval has 0", "test has 0")), ({"user": "u"}, ("form 1 group ", "test has 0"))],
+    [({"day": 7}, ("eval has 0", "test has 0")), ({"user": "u"}, ("(1 group;", "test has 0"))],
 )
 def test_rows_that_no_boundary_parts_are_refused(
     tmp_path: Path, encoder_tokenizer: Any, change: dict[str, Any], facts: tuple[str, ...]

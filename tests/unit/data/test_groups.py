@@ -234,8 +234,8 @@ def test_missing_columns_are_refused_by_name(tmp_path: Path, encoder_tokenizer: 
         prepare(tmp_path, user_rows(), encoder_tokenizer, group="usr", time="day", test=test)
     assert list(caught.value.problems) == [
         "train.jsonl: no column 'usr' (data.group); did you mean 'user'?",
-        "train.jsonl: no column 'day' (data.time); columns here: text, label, user",
-        "test-file.jsonl: no column 'usr' (data.group); columns here: text, label",
+        "train.jsonl: no column 'day' (data.time); columns in the file: text, label, user",
+        "test-file.jsonl: no column 'usr' (data.group); columns in the file: text, label",
     ]
 
 
@@ -263,15 +263,13 @@ def test_rows_that_nearly_all_hang_together_are_refused_with_numbers(
     with pytest.raises(DataError) as caught:
         prepare(tmp_path, rows, encoder_tokenizer, group="user")
     [problem] = caught.value.problems
-    assert (
-        f"by 'user' (data.group) and their texts. Groups are never separated, and the largest has {largest} rows, "
-        in problem
-    )
+    assert "by 'user' (data.group) and their texts stay together (" in problem
+    assert f"the largest has {largest} rows" in problem
     assert "data.eval and data.test" in problem
 
 
 def test_few_users_are_refused_or_noted(tmp_path: Path, encoder_tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="100 rows of 2 labels form 2 groups by 'user'"):
+    with pytest.raises(DataError, match="100 rows of 2 labels cannot be split into train, eval and test"):
         prepare(tmp_path / "2", rows_of(2), encoder_tokenizer, group="user")
     notes = prepare(tmp_path / "3", rows_of(3), encoder_tokenizer, group="user").notes
     assert any(

@@ -162,8 +162,8 @@ def of_disk(monkeypatch: pytest.MonkeyPatch, free: int, kept: int) -> tuple[Alte
 def test_lines_say_what_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = alternatives.format_alternatives(of_disk(monkeypatch, 20 * GIB, 1))
     assert lines == [
-        "enough: free 36 GiB on the disk of runs, or choose another folder: frees 36 GiB",
-        "helps: train.optim: adamw_8bit: frees 24 GiB (8-bit moments)",
+        "enough: free 36 GiB on the disk of runs, or choose another folder",
+        "not enough alone: train.optim: adamw_8bit: frees 24 GiB (8-bit moments)",
     ]
 
 

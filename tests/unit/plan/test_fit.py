@@ -211,7 +211,7 @@ def test_every_placement_begins_and_is_watched_alike_and_says_what_makes_its_res
         (
             DoesNotFitError,
             {"disk": GB},
-            r"need 5.82 GiB on disk \(4 x 1.24 GiB and 855 MiB\), but only 954 MiB is free",
+            r"need 5.82 GiB on disk \(4 checkpoints of 1.24 GiB, and 855 MiB for the model\), but only 954 MiB is free",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Each kind of rows is shown in its own words."""
+"""Each row type is shown in its own words."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_reports_images_name_no_tokens_and_escape_paths(classification: Path) ->
     columns = {"image": "image", "label": "label"}
     markdown, html = rewritten(classification, columns=columns, previews=read_only("<b>cats</b>/1.png", "cat"))
     data = markdown.partition("## Data")[2].partition("\n## ")[0]
-    assert "kind of rows: images" in data
+    assert "row type: images" in data
     assert "tokens" not in data
     assert "p50" not in data
     assert "&lt;b&gt;cats&lt;/b&gt;/1.png" in html
@@ -71,7 +71,7 @@ def test_reports_windows_and_answers_of_questions(classification: Path) -> None:
         classification, problem_type="span", columns=columns, previews=read_only("[CLS]Who?[SEP]Ada did.[SEP]", "Ada")
     )
     assert "| split | windows |" in markdown
-    assert "longest window: 97 tokens" in markdown
+    assert "maximum length: 97 tokens" in markdown
     assert "answer: Ada" in markdown
     assert "fulltune predict banking-1 --file ROWS.jsonl" in markdown
 

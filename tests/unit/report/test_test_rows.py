@@ -33,17 +33,17 @@ UNSEEN = Estimate(value=0.931, low=0.922, high=0.94, rows=2935, clusters=2900)
     [
         (
             145, 3080, UNSEEN,
-            "Of 3,080 test rows, 145 leak: their text also occurs in train. Without them: accuracy 93.1% [92.2%, "
+            "145 of 3,080 test rows are leaked: their text also occurs in train. Without them: accuracy 93.1% [92.2%, "
             "94.0%] (93.4% with them).",
         ),
         (
             2, 41, UNSEEN,
-            "Of 41 test rows, 2 leak: their text also occurs in train (equal, or nearly so). Without them: accuracy "
+            "2 of 41 test rows are leaked: their text also occurs in train (equal, or nearly so). Without them: accuracy "
             "93.1% [92.2%, 94.0%] (93.4% with them).",
         ),
         (
             37, 40, None,
-            "Of 40 test rows, 37 leak: their text also occurs in train. Too few other rows remain to judge the model "
+            "37 of 40 test rows are leaked: their text also occurs in train. Too few other rows remain to judge the model "
             "on unseen rows.",
         ),
     ],

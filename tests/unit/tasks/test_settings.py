@@ -159,7 +159,7 @@ def test_wrong_class_weights_are_refused(given: Any, labels: str, message: str) 
         ("image-classification", "convnext", ""),
         ("image-classification", "bert", "cannot classify images"),
         ("causal-lm", "gpt2", ""),
-        ("causal-lm", "bert", "from left to right"),
+        ("causal-lm", "bert", "cannot generate text"),
         ("seq2seq", "t5", ""),
         ("seq2seq", "led", ""),
         ("seq2seq", "mbart", "language"),

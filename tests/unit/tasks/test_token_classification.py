@@ -62,7 +62,7 @@ def test_sentence_in_square_brackets_beside_plain_tags_is_a_word() -> None:
 
 
 def test_column_that_is_missing_is_named() -> None:
-    with pytest.raises(DataError, match=r"f: no column found for data.tags; name it in the recipe"):
+    with pytest.raises(DataError, match=r"f: no column found for data.tags; set it in the recipe"):
         task.find_columns(["tokens", "x"], [], BLOCK, "f")
 
 

@@ -34,7 +34,7 @@ def list_data_files(path: Path) -> list[Path]:
     if not has_data_suffix(path):
         raise DataError(f"{path}: unknown file type '{path.suffix}'; expected {_KINDS}: save it as one of them")
     if status.st_size == 0:
-        raise DataError(f"{path}: the file is empty, expected rows; choose another file, or write it again")
+        raise DataError(f"{path}: the file is empty; choose another file, or export it again")
     return [path]
 
 

@@ -209,7 +209,9 @@ def _refuse_nul_bytes(file: Path) -> None:
     with file.open("rb") as stream:
         line = next((line for line, content in enumerate(stream, start=1) if 0 in content), None)
     if line is not None:
-        raise DataError(f"{file}:{line}: NUL bytes, as in UTF-16, expected text in UTF-8; {_SAVE_AS_UTF_8}")
+        raise DataError(
+            f"{file}:{line}: contains NUL bytes (is it UTF-16?), but UTF-8 text was expected; {_SAVE_AS_UTF_8}"
+        )
 
 
 def _decode_bytes(value: object, encoding: str = "utf-8") -> object:

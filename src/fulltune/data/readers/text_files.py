@@ -45,7 +45,7 @@ def read_csv_or_tsv(
                 if cells and cells[0].startswith('\ufeff"'):
                     yield line, _MARK
                 elif cells and len(cells) != len(header):
-                    yield line, f"{counted(len(cells), 'cell')}, expected {len(header)} as in {source}; {remedy}"
+                    yield line, f"found {counted(len(cells), 'cell')}, but {source} has {len(header)}; {remedy}"
                 elif cells and [cells[0].removeprefix("\ufeff"), *cells[1:]] == [*header]:
                     yield line, _NAMES_AGAIN if columns else _AGAIN
                 elif cells:

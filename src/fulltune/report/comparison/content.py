@@ -145,7 +145,7 @@ def _build_method_tables(comparison: Comparison) -> tuple[Element, ...]:
     tables = (_build_quality_table(comparison), _build_cost_table(comparison))
     if not fewer:
         return tables
-    why = f"{', '.join(fewer)}: fewer seeds, because full and the best other method come first"
+    why = f"{', '.join(fewer)}: trained with fewer seeds, because full and the best other method come first"
     return (*tables, Bullets((why,)))
 
 
@@ -178,7 +178,8 @@ def _build_quality_table(comparison: Comparison) -> Table:
     spread = "rows and seeds" if differences_with_spread(comparison) else "rows only, because there is one seed"
     caption = (
         f"Quality on the test rows. {recommended}{write.name}: mean over seeds, with a {level} interval over {spread}. "
-        "The intervals of differences hold jointly for all deciding methods. Above 0, full is better. "
+        "The intervals of the differences hold jointly for all methods that decide the verdict. "
+        "Above 0, full is better. "
         f"Drift: {comparison.drift_unit} on generic text. *: the best rate is at the edge of those tried"
     )
     better = f"full is better by{' [points]' if write.in_points else ''}"
@@ -268,9 +269,9 @@ def list_warnings(comparison: Comparison) -> list[str]:
     still_open = [one for one in deciding if one.is_open]
     if any(one.detectable > decision.margin for one in still_open):
         lines.append(
-            "Note: with these test rows and seeds, 8 of 10 comparisons would detect differences "
-            f"{listed([f'{write.detectable_size(one.detectable)} ({one.method})' for one in still_open])}. "
-            f"The margin is {write.amount(decision.margin)}."
+            "Note: with these test rows and seeds, a comparison has an 80% chance of detecting differences "
+            f"{listed([f'{write.detectable_size(one.detectable)} ({one.method})' for one in still_open])}, but the "
+            f"margin is only {write.amount(decision.margin)}."
         )
     return lines
 
@@ -304,15 +305,14 @@ def list_comparison_facts(comparison: Comparison) -> list[NameAndValue]:
     took = f"{format_seconds(comparison.seconds)} in total"
     if full is not None and full.train_seconds > 0:
         full_seconds = full.train_seconds
-        took += f", {format_ratio(comparison.seconds / full_seconds)} one full run ({format_seconds(full_seconds)})"
+        as_long = f"{format_ratio(comparison.seconds / full_seconds)} as long as"
+        took += f", {as_long} one full run ({format_seconds(full_seconds)})"
     times = "once" if len(openings) == 1 else f"{len(openings)} times"
     mixed = f" and {comparison.mixed_rows:,} mixed in per epoch" if comparison.mixed_rows else ""
-    opened = f"{times}: " + "; ".join(f"{full_seconds.time} by {full_seconds.by}" for full_seconds in openings)
+    opened = f"{times}: " + "; ".join(f"{opening.time} by {opening.by}" for opening in openings)
     write, seeds = MetricFormatter.of(comparison.decision), counted(expected.num_seeds, "seed")
     detectable = f"forecast before the start, with {seeds}: {describe_detectable(expected, write)}"
-    spread = [
-        f"{method} by {write.amount(full_seconds)}" for method, full_seconds in comparison.decision.seed_sds.items()
-    ]
+    spread = [f"{method} {write.amount(sd)}" for method, sd in comparison.decision.seed_sds.items()]
     lines = [
         (
             "rows",
@@ -322,7 +322,7 @@ def list_comparison_facts(comparison: Comparison) -> list[NameAndValue]:
         ("test rows used for a verdict", opened if openings else "not recorded"),
         ("took", f"{took}; {comparison.device}, {cores}"),
         ("detectable", detectable if expected.detectable else ""),
-        ("seeds differed", f"{', '.join(spread)} (standard deviation)" if spread else ""),
+        ("standard deviation between seeds", ", ".join(spread)),
         ("design" if expected.budget_seconds is None else "budget", "; ".join(expected.notes)),
         ("drift", f"{comparison.drift_unit} relative to the pretrained model, on {comparison.generic_text}"),
     ]
@@ -364,7 +364,9 @@ def describe_detectable(expected: Expectation, formatter: MetricFormatter) -> st
         reason = "" if formatter.in_points else f", because {formatter.name} is not a share of rows"
         return f"unknown until the first seeds are trained{reason}"
     alike, apart = map(formatter.detectable_size, expected.detectable)
-    return f"differences {alike} if seeds differ by half a point, {apart} if they differ by two (power 80%)"
+    return (
+        f"differences {alike} if the standard deviation between seeds is half a point, {apart} if it is two (power 80%)"
+    )
 
 
 def _build_learning_rate_table(comparison: Comparison) -> Table:

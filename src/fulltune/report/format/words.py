@@ -58,7 +58,7 @@ def describe_memory_peak(peak_bytes_by_kind: Mapping[MemoryKind, int]) -> str:
     after = "in the backward pass" if peak_bytes_by_kind.get("activations") else "in the optimizer's update"
     when = after if peak_bytes_by_kind.get("gradients") else "before the first gradient"
     # A kind without bytes at the peak can be large at another point in time.
-    return f"A step's memory peaks {when}"
+    return f"Within a step, memory use peaks {when}"
 
 
 def format_setting(value: Any) -> str:

@@ -73,8 +73,8 @@ def build_data_section(view: RunView) -> Section | None:
     summary = view.summary
     if summary is None:
         return None
-    facts = [("kind of rows", choose_row_form(summary).kind)]
-    facts += [(f"column for {role.replace('_', ' ')}", column) for role, column in summary.columns.items()]
+    facts = [("row type", choose_row_form(summary).kind)]
+    facts += [(f"{role.replace('_', ' ')} column", column) for role, column in summary.columns.items()]
     facts += _row_length_fact(summary)
     if summary.scale is not None:
         mean, spread = map(format_number, summary.scale)
@@ -101,7 +101,7 @@ def _row_length_fact(summary: DataSummary) -> list[NameAndValue]:
     """Return the maximum row length in tokens and its reason, or an empty list for images."""
     if has_images(summary):
         return []
-    return [(choose_row_form(summary).longest, f"{counted(summary.max_length, 'token')}: {summary.max_length_reason}")]
+    return [("maximum length", f"{counted(summary.max_length, 'token')} ({summary.max_length_reason})")]
 
 
 def build_split_table(summary: DataSummary) -> Table:
@@ -121,7 +121,9 @@ def build_split_table(summary: DataSummary) -> Table:
             *(("mixed in", source.counts, f"file {source.where}") for source in summary.mixed),
         ]
     )
-    caption = "Splits share no rows: train is for learning, eval for choosing, test for reporting"
+    caption = (
+        "Each row is in one split: train fits the weights, eval chooses the checkpoint, test is for the final scores"
+    )
     if lengths:
         caption += f". p50, p95, longest: tokens per {row}"
     return Table(caption, header, rows, numeric=frozenset(range(1, len(header) - 1)))

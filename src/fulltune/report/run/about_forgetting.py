@@ -34,7 +34,7 @@ def build_forgetting_section(view: RunView) -> Section | None:
     texts = (
         f"{plan.generic.texts_per_evaluation} generic texts"
         if plan.generic.budget is None
-        else "a part of the selection texts"
+        else "some of the texts used for selection"
     )
     drift_words = describe_drift(points, dict(errors), saved_step, writes)
     drift = Paragraph(f"During training: {drift_words} Drift was measured on {texts} (preserve.probe: {source}).")
@@ -95,7 +95,7 @@ def describe_budget_result(result: BudgetResult) -> str:
         return f"{lead}infeasible, because {why} {on}. The run keeps the pretrained model."
     lead += "PASS" if result.passed else "FAIL"
     by, upper = (words.format_drift(one, False) for one in (sealed.mean, sealed.upper))
-    what = f"generic text changed by {by} (1 - cosine; with 95% confidence at most {upper})"
+    what = f"the hidden states of generic text changed by {by} (1 - cosine; with 95% confidence at most {upper})"
     if result.is_language_model:
         most = f"{'least' if sealed.upper < 0 else 'most'} {_change_of_likelihood(sealed.upper)}"
         what = f"a token of generic text became {_change_of_likelihood(sealed.mean)} (with 95% confidence at {most})"
@@ -125,8 +125,8 @@ def describe_budget_cost(result: BudgetResult | None) -> tuple[str, str]:
         weights = "the pretrained model" if result.choice.is_start else words.describe_weights(result.choice.share)
         return (
             f"the forgetting budget (preserve.budget) limits the weights to {weights}",
-            f"{MOST_GAIN:.0%} of the gain needs a budget of about {share} (--set preserve.budget={share}), or more "
-            "probe texts if the error of the drift is large compared with the budget",
+            f"to keep {MOST_GAIN:.0%} of the gain, set a budget of about {share} (--set preserve.budget={share}), or "
+            "use more probe texts if the standard error of the drift is large compared with the budget",
         )
     if result.choice.is_start:
         evidence = "training did not improve the eval score, with or without the budget (preserve.budget)"

@@ -99,7 +99,7 @@ def describe_leaks(scores: Sequence[Scores], summary: DataSummary | None) -> str
     if not row.num_leaks or whole is None:
         return None
     content = leaked_content(summary.columns if summary else (), row.near_leaks)
-    leaks = f"Of {whole.rows or row.rows:,} test rows, {row.num_leaks:,} leak: their {content}"
+    leaks = f"{row.num_leaks:,} of {whole.rows or row.rows:,} test rows are leaked: their {content}"
     if row.metric_without_leaks is None:
         return f"{leaks}. Too few other rows remain to judge the model on unseen rows."
     name, value = words.metric_name(row.main_metric), words.format_estimate(row.main_metric, row.metric_without_leaks)

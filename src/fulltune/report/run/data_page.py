@@ -46,7 +46,7 @@ def write_data_page(folder: Path) -> Path:
         headline = Headline(
             "undecided",
             "Rows to review",
-            f"{counted(len(audit.checks), 'check')} found something in {rows:,} rows: {most}{more}.",
+            f"Of {rows:,} rows, some were found by {counted(len(audit.checks), 'check')}: {most}{more}.",
             note="No row was changed. Each finding is a suspicion with a suggested remedy.",
         )
     sections = [
@@ -102,7 +102,7 @@ def describe_label_errors(errors: LabelErrors, num_train_rows: int) -> str:
         f"Linear classifiers on the pretrained model judged the labels of {errors.judged_rows:,} train rows{some}. "
         "Each row was judged by a classifier that was not fitted on it. The classifiers agree with "
         f"{format_percent(errors.agreement)} of the labels. To measure their reliability, "
-        f"{counted(errors.planted, 'row')} got a wrong label on purpose."
+        f"{counted(errors.planted, 'row')} were given a wrong label on purpose."
     )
     doubt = (
         f" For {counted(errors.doubtful, 'further row' if errors.suspects else 'row')}, another label is clearly "
@@ -110,8 +110,8 @@ def describe_label_errors(errors: LabelErrors, num_train_rows: int) -> str:
     )
     doubt = doubt if errors.doubtful else ""
     if not errors.suspects:
-        return f"{text} Fewer than three in four suspicions would be right, so no row is suspected.{doubt}"
-    text += f" {round(errors.recall * errors.planted):,} of these wrong labels would be suspected. Of the "
+        return f"{text} Fewer than three in four flagged labels would really be wrong, so no row is flagged.{doubt}"
+    text += f" {round(errors.recall * errors.planted):,} of these wrong labels would be flagged. Of the "
     text += counted(errors.suspects, "suspect")
     if errors.suspects < max(_FEW_SUSPECTS, _FEW_OF_ROWS * errors.judged_rows):
         few = "correct labels can look this suspicious too, so read the rows"
@@ -121,8 +121,8 @@ def describe_label_errors(errors: LabelErrors, num_train_rows: int) -> str:
     least, most = (max(0.0, min(1.0, errors.precision + one)) * errors.suspects for one in (-error, error))
     wrong = round(min(errors.estimated_errors, errors.suspects / errors.recall))
     return (
-        f"{text}, about {errors.precision:.0%} (between {least:,.0f} and {most:,.0f} rows) are wrong by the same "
-        f"measure. In all, about {wrong:,} labels are wrong.{doubt}"
+        f"{text}, about {errors.precision:.0%} ({least:,.0f} to {most:,.0f} rows) are mislabelled by the same "
+        f"estimate, and about {wrong:,} labels in total.{doubt}"
     )
 
 
@@ -133,7 +133,7 @@ def _build_cleaning_section(all_proofs: Sequence[Proofs]) -> Section | None:
 
 def _build_cleaning_trial_blocks(proofs: Proofs) -> list[Element]:
     if not proofs.proofs:
-        return [Paragraph(f"No cleaning step could be compared by {proofs.source}.")]
+        return [Paragraph(f"No cleaning step could be tested with {proofs.source}.")]
     write, rows = words.MetricFormatter(proofs.metric, _MARGIN), list[TableRow]()
     for proof in proofs.proofs:
         done, then = (
@@ -148,8 +148,8 @@ def _build_cleaning_trial_blocks(proofs: Proofs) -> list[Element]:
         over, how = "eval rows and seeds", f"The model was trained with {counted(proofs.repetitions, 'seed')}"
     tried = f" Not tried (too few or too many rows): {'; '.join(proofs.untried)}." if proofs.untried else ""
     difference = f"difference{' in points' if write.in_points else ''}"
-    header = ("check", "its rows", "rows", write.name, difference, "verdict")
-    caption = f"By {proofs.source}: {write.name} with each step alone; joint 95% intervals over {over}"
+    header = ("check", "action", "rows", write.name, difference, "verdict")
+    caption = f"Measured with {proofs.source}: {write.name} after each step on its own; joint 95% intervals over {over}"
     return [
         Paragraph(
             f"{how} with and without each step, and compared on the same {counted(proofs.eval_rows, 'eval row')}. "

@@ -97,8 +97,8 @@ def _num_values(parameter: torch.nn.Parameter) -> int:
 def _describe_dropout(model: PreTrainedModel) -> Check:
     modules = [module for module in model.modules() if isinstance(module, SixteenBitDropout)]
     shares = ", ".join(sorted({f"{module.p:g} becomes {drop_threshold(module.p) / STEPS:.6g}" for module in modules}))
-    ours = f"{counted(len(modules), 'module')} with 16-bit random numbers, for speed ({shares})"
-    return Check(name="dropout", result=ours if modules else "torch's, or none", passed=True)
+    ours = f"{counted(len(modules), 'module')} with faster 16-bit random numbers ({shares})"
+    return Check(name="dropout", result=ours if modules else "PyTorch's, or none", passed=True)
 
 
 def _last_trained_tokens(rows: Rows) -> np.ndarray:

@@ -163,7 +163,7 @@ def test_header_among_rows_whose_columns_are_named_is_refused_by_its_line(tmp_pa
     ("content", "expected"),
     [
         (b"SQLite format 3\0" + bytes(500), ": is an SQLite database, "),
-        ("text,label\nrain,a\n".encode("utf-32"), ":1: NUL bytes, as in UTF-16"),
+        ("text,label\nrain,a\n".encode("utf-32"), ":1: contains NUL bytes (is it UTF-16?)"),
         (b"\n<!DOCTYPE html>\n<html><body>Log in</body></html>\n", ": is a web page (HTML)"),
         (b'<!doctype html><html><meta content="width=1, scale=1">', ": is a web page (HTML)"),
         (b"<HTML>\n<body>404, not found</body></html>\n", ": is a web page (HTML)"),
