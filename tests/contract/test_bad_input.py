@@ -304,7 +304,8 @@ def test_messages_without_content_are_refused(chat_case: Callable[..., Result]) 
     refused(
         chat_case([{"messages": [{"role": "user"}, ANSWER]}] * 20),
         DATA,
-        "train.jsonl: 20 of 20 rows cannot be used (no conversation: 20). The first is train.jsonl:1: a message with role "
+        "train.jsonl: 20 of 20 rows cannot be used (no conversation: 20). The first is "
+        "train.jsonl:1: a message with role "
         "'user' has neither 'content' nor 'tool_calls'. Remove or repair these rows, or choose another column in the "
         "recipe",
     )

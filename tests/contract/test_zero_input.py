@@ -78,7 +78,8 @@ def test_deepspeed_that_is_missing_is_named_with_its_extra(
         ({"placement": "zero2", "offload": "all"}, "train.offload: 'all' needs placement: zero3, found zero2"),
         (
             {"extra": {"deepspeed": {**ZERO2, "gradient_clipping": 0.5}}},
-            'train.extra.deepspeed: gradient_clipping is 0.5, but train.max_grad_norm gives 1.0; set gradient_clipping to "auto"',
+            "train.extra.deepspeed: gradient_clipping is 0.5, but train.max_grad_norm gives 1.0; set "
+            'gradient_clipping to "auto"',
         ),
     ],
 )

@@ -112,8 +112,11 @@ def test_settings_that_contradict_the_plan_are_all_named() -> None:
     lines = parallel_layout.plan_conflicts(recipe(settings), 2, 2, 2, "fp32")
 
     assert lines == [
-        'train.extra.deepspeed: train_batch_size is 16, but train.global_batch_size gives 8; set train_batch_size to "auto"',
-        'train.extra.deepspeed: gradient_clipping is 0.5, but train.max_grad_norm gives 1.0; set gradient_clipping to "auto"',
+        "train.extra.deepspeed: train_batch_size is 16, but train.global_batch_size gives 8; set "
+        "train_batch_size to "
+        '"auto"',
+        "train.extra.deepspeed: gradient_clipping is 0.5, but train.max_grad_norm gives 1.0; set gradient_clipping to "
+        '"auto"',
         'train.extra.deepspeed: bf16.enabled is true, but train.precision gives false; set bf16.enabled to "auto"',
     ]
 

@@ -216,6 +216,7 @@ def why_resume_impossible(checkpoint: Path, recipe: Recipe) -> str | None:
     if same_stage and processes == recipe.train.num_processes:
         return None
     train = recipe.train
-    now = f"{train.zero_enabled_by or f'train.placement: {train.placement}'} on {counted(train.num_processes, 'process', 'processes')}"
+    set_by = train.zero_enabled_by or f"train.placement: {train.placement}"
+    now = f"{set_by} on {counted(train.num_processes, 'process', 'processes')}"
     before = f"ZeRO stage {'3' if stage == 3 else '1 or 2'} on {counted(processes, 'process', 'processes')}"
     return f"{checkpoint}: was written by {before}, but is resumed with {now}; {_BACK}"

@@ -73,7 +73,8 @@ RESULTS = {method: [result(trial(f"{method}-seed42", 1e-3))] for method in ("ful
     ("leaked", "expected"),
     [
         (0, []),
-        (1, ["without the test row whose text also occurs in train: full 74.9%, lora 25.1%; the verdict is still FULL"]),
+        (1, ["without the test row whose text also occurs in train: full 74.9%, lora 25.1%; the verdict is "
+             "still FULL"]),
         (200, ["without the 200 test rows whose text also occurs in train: full 50.0%, lora 50.0%; the verdict is "
                "EQUIVALENT instead of FULL"]),
         (395, ["without the 395 test rows whose text also occurs in train: too few rows remain for a verdict"]),

@@ -38,13 +38,13 @@ UNSEEN = Estimate(value=0.931, low=0.922, high=0.94, rows=2935, clusters=2900)
         ),
         (
             2, 41, UNSEEN,
-            "2 of 41 test rows are leaked: their text also occurs in train (equal, or nearly so). Without them: accuracy "
-            "93.1% [92.2%, 94.0%] (93.4% with them).",
+            "2 of 41 test rows are leaked: their text also occurs in train (equal, or nearly so). Without them: "
+            "accuracy 93.1% [92.2%, 94.0%] (93.4% with them).",
         ),
         (
             37, 40, None,
-            "37 of 40 test rows are leaked: their text also occurs in train. Too few other rows remain to judge the model "
-            "on unseen rows.",
+            "37 of 40 test rows are leaked: their text also occurs in train. Too few other rows remain to judge the "
+            "model on unseen rows.",
         ),
     ],
 )  # fmt: skip
