@@ -34,7 +34,8 @@ NUM_ROWS = 48
 MOST_LOST = 2
 """Of so many rows, the 5 % that may be listed and left out before the file is refused."""
 _TO_DO = re.compile(
-    r"\b(save|put|rename|remove|repair|give|name|set|write|close|download|copy|add|change|raise|leave|restore)\b", re.I
+    r"\b(save|put|rename|remove|repair|give|name|set|write|close|download|copy|add|change|raise|leave|restore|choose|export)\b",
+    re.I,
 )
 _LINE_END = re.compile("\r\n|\n|\r")
 

@@ -314,7 +314,7 @@ def test_messages_without_content_are_refused(chat_case: Callable[..., Result]) 
 def test_answers_beyond_max_length_are_refused(chat_case: Callable[..., Result]) -> None:
     rows = [conversation(n, {"role": "user", "content": "rain " * 300}, ANSWER) for n in range(40)]
     result = chat_case(rows)
-    first = result.problems[0].split("first: ")[1].split(",")[0]
+    first = result.problems[0].split("The first is ")[1].split(": ")[0]
     refused(
         result,
         DATA,

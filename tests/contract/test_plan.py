@@ -207,8 +207,8 @@ def test_config_alone_is_not_enough_to_train(tmp_path: Path) -> None:
     )
     assert result.code == 2
     assert result.problems == [
-        f"model: {EXAMPLES / 'llama-2-7b'}: no weights (*.safetensors) beside config.json; "
-        "only plan --for works without weights",
+        f"model: {EXAMPLES / 'llama-2-7b'}: no weights (*.safetensors) next to config.json; "
+        "only 'fulltune plan --for' works without",
     ]
 
 

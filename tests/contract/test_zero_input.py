@@ -142,7 +142,7 @@ ZERO3 = {"placement": "zero3", "num_processes": 2}
         (3, {**ZERO3, "offload": "all"}, None),
         (2, {"num_processes": 2}, WROTE.format("1 or 2") + "train.placement: auto on 2 processes"),
         (2, ZERO3, WROTE.format("1 or 2") + "train.placement: zero3 on 2 processes"),
-        (3, {**ZERO3, "num_processes": 1}, WROTE.format("3") + "train.placement: zero3 on 1 processes"),
+        (3, {**ZERO3, "num_processes": 1}, WROTE.format("3") + "train.placement: zero3 on 1 process"),
     ],
 )
 def test_checkpoint_of_deepspeed_needs_the_same_stage_and_processes(

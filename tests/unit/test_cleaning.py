@@ -208,4 +208,4 @@ def test_share_of_wrong_suspects_is_said_with_an_interval_or_not_at_all(
     told = describe_label_errors(found, rows)
     assert said in told
     assert "45 of these wrong labels would be flagged" in told
-    assert ("In all, about" in told) == (suspects == 60)
+    assert ("labels in total" in told) == (suspects == 60)

@@ -41,7 +41,7 @@ def test_verdict_classification_is_said_first_with_the_field_below() -> None:
     assert "▸ lora   3 min 53 s · 0.86×    2.48 k  21.1 T · 0.68×  1.17 GiB · 0.81×" in lines
     assert "▸ lora   565 MiB · 0.62×   3.73 MiB · 0.043×  1.24 ms" in lines, "columns that do not fit stand below"
     assert "- prompt: trained with fewer seeds, because full and the best other method" in text
-    assert "took 45 min 12 s in total, 10.0× one full run (4 min 31 s)" in text
+    assert "took 45 min 12 s in total, 10.0× as long as one full run (4 min 31 s)" in text
 
 
 @pytest.mark.parametrize("made", [comparisons.comparison, comparisons.language, comparisons.hostile])

@@ -72,7 +72,7 @@ def test_table_method_that_waited_and_rate_on_the_edge_are_marked(tmp_path: Path
     markdown, _ = cards(tmp_path, comparisons.comparison())
     assert cells(markdown, "prompt")[0][-1] == "2"
     assert "- prompt: trained with fewer seeds, because full and the best other method come first" in markdown
-    assert "- took: 45 min 12 s in total, 10.0× one full run (4 min 31 s); cpu, 2 cores" in markdown
+    assert "- took: 45 min 12 s in total, 10.0× as long as one full run (4 min 31 s); cpu, 2 cores" in markdown
     assert cells(markdown, "head")[0][-2] == "0.0032*"
     assert cells(markdown, "head")[2][3] == "0.0032*"
 
