@@ -39,6 +39,7 @@ def parse_plan_options(hardware: str | None, rows: int | None, tokens: int | Non
     problems: list[str] = []
 
     def parse_or_note_problem(parse: Callable[[str], Any], text: str | None) -> Any:
+        """Return the parsed text, or None without a text or after an error, which goes into `problems`."""
         try:
             return None if text is None else parse(text)
         except RecipeError as error:
@@ -200,6 +201,7 @@ def _raise_if_recipe_or_tokens_invalid(recipe: Recipe, base: Base, summary: Data
 
 
 def _make_assumed_summary(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
+    """Return a summary for `rows` assumed rows of `tokens` tokens each."""
     from fulltune.tasks import Target
 
     data, form = recipe.data, form_of(recipe)

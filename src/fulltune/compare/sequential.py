@@ -143,14 +143,12 @@ def _choose_next_seeds(
     beaten = all(one.full_wins for one in leading)
     if beaten and not late:
         return {}, _CLEAR
+    rest = f"train as many seeds of {', '.join(late)}"
     if beaten and not again:
-        return dict.fromkeys(
-            late, num_seeds
-        ), f"{full} beats the best other method; as many seeds for {', '.join(late)}"
+        return dict.fromkeys(late, num_seeds), f"{full} beats the best other method; {rest}"
     if num_seeds >= max_seeds and not again and late and all(one.chances[0] >= _LIKELY for one in leading):
         # Nothing else is left to do, and without this the answer could not be FULL.
-        reason = f"{full} seems to beat the best other method; as many seeds for {', '.join(late)}"
-        return dict.fromkeys(late, num_seeds), reason
+        return dict.fromkeys(late, num_seeds), f"{full} seems to beat the best other method; {rest}"
     if num_seeds >= max_seeds:
         return {}, "all planned seeds are finished"
     # Two seeds say too little about their spread to give up because of it.

@@ -74,7 +74,7 @@ def test_look_equal_leader_ends_it_whatever_the_rest_does() -> None:
 def test_look_full_that_beats_the_leader_lets_close_ones_catch_up() -> None:
     result = looked([0.95, 0.90, 0.938], [3, 3, 1], spread=0.002, most=3)
     assert (result.wanted_seeds, result.waiting) == ({"prompt": 3}, ())
-    assert result.reason == "full beats the best other method; as many seeds for prompt"
+    assert result.reason == "full beats the best other method; train as many seeds of prompt"
     assert result.spent == alpha_spent(3, 3, 0.05)
     second = looked([0.95, 0.90, 0.90], [3, 3, 3], spread=0.002, most=3, again=True)
     assert not second.wanted_seeds
@@ -84,7 +84,7 @@ def test_look_full_that_beats_the_leader_lets_close_ones_catch_up() -> None:
 def test_look_after_the_last_seeds_the_others_catch_up_where_full_is_likely_to_be_better() -> None:
     result = looked([0.95, 0.935, 0.938], [3, 3, 1], spread=0.004, most=3)
     assert (result.wanted_seeds, result.waiting) == ({"prompt": 3}, ())
-    assert result.reason == "full seems to beat the best other method; as many seeds for prompt"
+    assert result.reason == "full seems to beat the best other method; train as many seeds of prompt"
     assert looked([0.95, 0.949, 0.938], [3, 3, 1], spread=0.004, most=3).wanted_seeds == {}
     assert looked([0.95, 0.935, 0.938], [3, 3, 3], spread=0.004, most=3, again=True).wanted_seeds == {}
 
