@@ -138,7 +138,8 @@ def difference_of_methods(
 ) -> UncertainValue:
     """Return how much better method `first` is than `second` in the mean metric over seeds, with the uncertainty.
 
-    `spreads` has one entry per method. `sign` is -1 if smaller is better. `span` is the metric's range, or None if unbounded.
+    `spreads` has one entry per method. `sign` is -1 if smaller is better. `span` is the metric's range, or None if
+    unbounded.
     """
     centres = sign * (drawn.draws[first].mean(axis=1) - drawn.draws[second].mean(axis=1))
     estimate = sign * float(drawn.point[first].mean() - drawn.point[second].mean())
