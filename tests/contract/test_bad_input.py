@@ -113,7 +113,7 @@ def test_data_file_misnamed_shows_what_is_there(case: Case) -> None:
         (
             "train.csv",
             CSV + "a,b,c\n",
-            ":42: 3 cells, expected 2 as in the header; put a text with commas or line breaks in double quotes",
+            ":42: found 3 cells, but the header has 2; put a text with commas or line breaks in double quotes",
         ),
         (
             "train.csv",
@@ -128,7 +128,8 @@ def test_data_file_misnamed_shows_what_is_there(case: Case) -> None:
         (
             "train.csv",
             CSV.encode("utf-16"),
-            ":1: NUL bytes, expected UTF-8; save it as UTF-8, or set data.encoding",
+            ":1: contains NUL bytes (is it UTF-16?), but UTF-8 text was expected; save it as UTF-8, or set "
+            "data.encoding",
         ),
         (
             "train.csv",
@@ -230,8 +231,9 @@ def test_labels_numbers_and_words_are_refused(case: Case) -> None:
     refused(
         case.data(rows),
         DATA,
-        "train.csv: column 'label' mixes words ('food' in 19 rows, 'weather' in 18 rows) and numbers ('3' in 3 rows) "
-        "as labels, first: train.csv:2. Expected only one of the two: rename the labels, or remove the wrong rows",
+        "train.csv: column 'label' has both words ('food' in 19 rows, 'weather' in 18 rows) and numbers ('3' in 3 "
+        "rows) as labels, first: train.csv:2. Expected only one of the two: rename the labels, or remove the "
+        "wrong rows",
     )
 
 
@@ -285,8 +287,8 @@ def test_regression_target_word_is_refused(case: Case) -> None:
     refused(
         case.data(CSV, data={"problem_type": "regression"}),
         DATA,
-        "train.csv: column 'label' must hold numbers for regression; found 'weather' (40 such rows, first: "
-        "train.csv:2); repair or remove these rows",
+        "train.csv: column 'label' must hold numbers for regression, but 40 values cannot be read as one, such as "
+        "'weather', first: train.csv:2; repair or remove these rows",
     )
 
 

@@ -91,5 +91,5 @@ def test_rows_with_another_number_of_choices_are_left_out_and_listed(tiny_encode
     for row in rows[:10]:
         row["choices"] = row["choices"][:2]
         row["label"] = 0
-    with pytest.raises(DataError, match=r"10 of 60 rows cannot be used \(10 x other number of choices\)"):
+    with pytest.raises(DataError, match=r"10 of 60 rows cannot be used \(other number of choices: 10\)"):
         runs.run(tmp_path / "many", tiny_encoder, rows, until="data", task="multiple-choice")

@@ -83,10 +83,7 @@ def test_tagging_run_beats_the_baselines_and_is_scored_as_seqeval_does(
     assert limit == reached.summary.limit > reached.summary.max_length
     caplog.clear()
     assert len(predictor.predict([{"tokens": ["soup"] * 2}, {"tokens": ["soup"] * limit}])[1]["tags"]) == limit
-    assert (
-        f"row 2 is longer than {limit} tokens: the remaining words are not read and get the tag O (1 such"
-        in caplog.text
-    )
+    assert f"row 2, is longer than {limit} tokens: the remaining words are not read and get the tag O" in caplog.text
 
     printed = fulltune("predict", reached.folder, "ask soup rain, from bread", "--json")
     assert printed.code == 0, printed.err
