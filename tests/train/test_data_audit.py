@@ -129,7 +129,7 @@ def test_trainings_compare_each_step_and_further_seeds_take_only_further_runs(au
     assert (proofs.source, proofs.metric, proofs.repetitions) == ("trainings", "accuracy", 2)
     assert {(one.check, one.action) for one in proofs.proofs} == {("label error", "drop"), ("label error", "replace")}
     assert all(one.low <= one.difference <= one.high for one in proofs.proofs)
-    assert "By trainings" in (run / "data.md").read_text(encoding="utf-8")
+    assert "Measured with trainings" in (run / "data.md").read_text(encoding="utf-8")
     kept = {path: path.stat().st_mtime_ns for path in (run / "cleaning").glob("*.npz")}
     assert len(kept) == 6
     assert not [path for path in (run / "cleaning").glob("*-[01]") if path.is_dir()]
