@@ -177,6 +177,7 @@ def test_fp16_that_is_no_faster_is_said_to_be_so_and_on_a_cpu_it_is_refused() ->
     assert "emulates" in reason("P100", "bf16")
     with pytest.raises(RecipeError, match="fp16 is not possible on a CPU"):
         resolve.choose_precision(recipe(train={"precision": "fp16"}), HOST, "cpu", Reasons())
+    assert resolve.choose_precision(recipe(train={"precision": "bf16"}), HOST, "cpu", Reasons()) == "bf16"
 
 
 def test_card_without_fast_bf16_is_offered_no_narrow_weights() -> None:
