@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 # The benches are no installed package: they are found by the path that was set above.
-from bench.gpu_day import day, here, page, parts  # noqa: E402  # after what it needs
+from bench.gpu_day import day, here, page, parts  # noqa: E402  # found by the path that was set above
 
 NAMES = [part.name for part in parts.PARTS]
 

@@ -92,7 +92,7 @@ class OldNames:
     """
 
     def __init__(self, *positional: Any, **keywords: Any) -> None:
-        new_names = [field.name for field in dataclasses.fields(self) if field.init]  # type: ignore[arg-type]  # beside
+        new_names = [field.name for field in dataclasses.fields(self) if field.init]  # type: ignore[arg-type]  # of subclasses
         for name in keywords:
             if name not in new_names and name not in OLD_NAMES:
                 hint = did_you_mean(name, [*new_names, *OLD_NAMES])
@@ -109,7 +109,7 @@ class OldNames:
         if not torch.accelerator.is_available():
             arguments["dataloader_pin_memory"] = False  # it has no effect, and torch warns at each loader
         super().__init__(*positional, **(arguments | {"logging_nan_inf_filter": False}))
-        if self.fp16 and self.device.type == "cpu":  # type: ignore[attr-defined]  # of the class beside
+        if self.fp16 and self.device.type == "cpu":  # type: ignore[attr-defined]  # of subclasses
             issue_notice("fp16=True: no GPU found, so training computes in fp32")
 
 

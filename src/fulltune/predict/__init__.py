@@ -78,7 +78,7 @@ class Predictor:
         if refused:
             number, first = refused[0]
             of = f"{counted(len(refused), 'row')} cannot be answered; the first is row {number}"
-            raise DataError(f"predict: {of}: {first.reason}. Remove or repair them")
+            raise DataError(f"predict: {of}: {first.reason}. Remove or repair such rows")
         cut = [number for number, row in enumerate(predicted, start=1) if row.is_cut]
         if cut:
             _log.warning(
