@@ -74,7 +74,7 @@ def run(recipe: Recipe | str | Path, **settings: Any) -> RunResult:
 
 
 def load_predictor(run: str | Path, method: str | None = None) -> Predictor:
-    """Load a finished model; call its `predict(rows)` to answer rows.
+    """Load a finished model, onto a GPU if there is one; call its `predict(rows)` to answer rows.
 
     Args:
         run: A run folder, or a model folder that fulltune wrote.

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-def test_run_on_cuda_learns_and_its_model_answers_on_the_cpu(precision: str, kind: str, tmp_path: Path) -> None:
+def test_run_on_cuda_learns_and_its_model_answers_there(precision: str, kind: str, tmp_path: Path) -> None:
     model = tiny.save_model(tmp_path / "model", kind)
     reached = runs.run(
         tmp_path,
@@ -37,7 +37,9 @@ def test_run_on_cuda_learns_and_its_model_answers_on_the_cpu(precision: str, kin
     )
     assert reached.outcome.peak_memory_bytes > 0
     assert reached.scores[-1].metrics["accuracy"].value > 0.9
-    answers = predict.load_predictor(reached.folder).predict([{"text": "the soup in the town number 1"}])
+    predictor = predict.load_predictor(reached.folder)
+    assert predictor.model.device.type == "cuda"
+    answers = predictor.predict([{"text": "the soup in the town number 1"}])
     assert answers[0]["label"] == "food"
     assert sum(answers[0]["probabilities"].values()) == pytest.approx(1)
 

@@ -16,13 +16,12 @@ import torch
 
 from fulltune.audit.pretrained import RowReader
 from fulltune.errors import DoesNotFitError, RecipeError
-from fulltune.evaluate import _explain_out_of_memory
 from fulltune.methods.added import add_peft_modules
 from fulltune.probe import _out_of_memory_as_no_probe
 from fulltune.probe.linear import NoProbe
 from fulltune.recipe.methods import LoraMethod
 from fulltune.records.plan import GenericTexts
-from fulltune.system.memory import run_with_smaller_batches
+from fulltune.system.memory import explain_out_of_memory, run_with_smaller_batches
 from fulltune.train.forgetting.generic import DriftMonitor
 from fulltune.train.worker import main as worker
 
@@ -70,8 +69,8 @@ def test_batches_become_smaller_for_memory_alone() -> None:
 
 
 @pytest.mark.parametrize(("error", "found"), [(CardIsFull(), DoesNotFitError), (Fault(), Fault)])
-def test_scores_that_do_not_fit_say_what_to_do(error: BaseException, found: type[BaseException]) -> None:
-    with pytest.raises(found), _explain_out_of_memory("scoring test"):
+def test_what_does_not_fit_says_what_to_do(error: BaseException, found: type[BaseException]) -> None:
+    with pytest.raises(found), explain_out_of_memory("scoring test", "free memory"):
         raise error
 
 

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -27,7 +26,7 @@ from fulltune.records.training import Outcome
 from fulltune.stats.bootstrap import Resampled, find_metric
 from fulltune.stats.calibration import fit_temperature
 from fulltune.stats.intervals import paired_difference
-from fulltune.system.memory import is_out_of_memory, out_of_memory_error
+from fulltune.system.memory import explain_out_of_memory
 from fulltune.tasks import Predictions, Target, task_named
 from fulltune.tasks.classes import label_as_text, predict_labels
 from fulltune.tasks.labels import class_weights
@@ -35,6 +34,7 @@ from fulltune.tasks.labels import class_weights
 BEFORE_TRAINING = "before-training"
 LINEAR_PROBE = "linear probe of the pretrained model"
 SPLITS: tuple[SplitName, ...] = ("train", "eval")
+_REMEDY = "even the smallest batch failed; free memory and run the same command again. The trained model is saved"
 SplitLosses = tuple[np.ndarray, Sequence[str | None]]
 """Each example's summed loss and number of items as float64 [examples, 2], and its predicted label as text or None."""
 
@@ -59,7 +59,7 @@ def score_baselines(scoring: Scoring) -> list[Scores]:
     scorers = {BEFORE_TRAINING: score_pretrained} if scoring.task.FACTS.writes else {}
     scorers |= scorer.baseline_scorers(scoring)
     if scoring.task.FACTS.head_is_new:
-        with _explain_out_of_memory("the linear probe of the pretrained model"):
+        with explain_out_of_memory("the linear probe of the pretrained model", _REMEDY):
             scorers |= _probe_baselines(scoring, scorer)
     shapes = folder / "plan" / SHAPES
     # A checkpoint that already has a head for the task is also scored untrained. A comparison does so as `base`.
@@ -157,7 +157,7 @@ def train_and_eval_losses(scoring: Scoring) -> dict[SplitName, SplitLosses]:
     measure = find_metric(scoring.recipe.task, scoring.target, "loss")
     assert measure.row_terms is not None, "a loss is a mean"
     by_split: dict[SplitName, SplitLosses] = {}
-    with _explain_out_of_memory("reading rows with the trained model"):
+    with explain_out_of_memory("reading rows with the trained model", _REMEDY):
         model, processor = scoring.load_model_and_processor(scoring.data.parent / scoring.plan.model_folder)
         for split in SPLITS:
             predictions = scoring.predict_split(model, processor, split)
@@ -208,7 +208,7 @@ def _load_or_score(path: Path, score: Callable[[], Scored]) -> Scores:
     if path.exists():
         return Scores.load(path)
     started = time.monotonic()
-    with _explain_out_of_memory(f"scoring {path.stem}"):
+    with explain_out_of_memory(f"scoring {path.stem}", _REMEDY):
         scores, main = score()
     path.with_suffix(".npz").unlink(missing_ok=True)
     if main is not None:
@@ -216,18 +216,3 @@ def _load_or_score(path: Path, score: Callable[[], Scored]) -> Scores:
     scores = scores.model_copy(update={"seconds": round(time.monotonic() - started, 3)})
     scores.save(path)
     return scores
-
-
-@contextlib.contextmanager
-def _explain_out_of_memory(activity: str) -> Iterator[None]:
-    """Replace an out-of-memory error in the block with a message that names the `activity` and a remedy."""
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise out_of_memory_error(
-            activity,
-            error,
-            "even the smallest batch failed; free memory and run the same command again. The trained model is saved",
-        ) from None

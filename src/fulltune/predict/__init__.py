@@ -5,14 +5,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fulltune.errors import DataError, SetupError
-from fulltune.inference.run import Batching, generate_answers, run_rows
+from fulltune.inference.run import Batching, ProgressCallback, generate_answers, run_rows
 from fulltune.methods import folder as folders
 from fulltune.models.base import Base, with_decoded_images
 from fulltune.models.load import load_model as load_model
 from fulltune.recipe.model import ModelBlock
+from fulltune.recipe.tasks import FACTS
+from fulltune.records.plan import Plan
+from fulltune.system.hardware import BF16_FROM
+from fulltune.system.memory import explain_out_of_memory, run_with_smaller_batches
 from fulltune.system.run_folder import load_comparison
 from fulltune.tasks import Refused, Row, RowAnswer, Target, Task, task_named, token_classification
 from fulltune.tasks.columns import in_batches, why_unreadable
@@ -26,6 +30,8 @@ _log = logging.getLogger(__name__)
 RowProgress = Callable[[int, int], None]
 _WINDOW_PROMPTS = 64
 _BATCH, _BATCH_OF_PROMPTS = 32, 8
+_REMEDY = "free memory; on a GPU, start the command with CUDA_VISIBLE_DEVICES= to use the CPU instead"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,14 +44,17 @@ class PredictedRow:
     """True if the model read only the beginning of the row."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Predictor:
-    """A trained model with everything needed to answer rows."""
+    """A trained model that answers rows."""
 
     model: PreTrainedModel
     tokenizer: Any
     """The tokenizer, or the `ImageReader` of a model for images."""
     notes: Mapping[str, Any]
+    batch_size: int
+    """Rows per batch, halved each time memory runs out."""
+    precision: str
 
     @cached_property
     def task(self) -> Task:
@@ -131,12 +140,9 @@ class Predictor:
             except DataError as error:
                 refused.append(Refused("refused by the chat template", str(error)))
         answers = iter(
-            generate_answers(
-                self.model,
-                self.tokenizer,
-                prompts,
-                max_new_tokens,
-                Batching(_BATCH_OF_PROMPTS, on_progress=lambda done, total, share: report(done, total)),
+            self._run_in_batches(
+                lambda batching: generate_answers(self.model, self.tokenizer, prompts, max_new_tokens, batching),
+                lambda done, total, share: report(done, total),
             )
         )
         return [PredictedRow(None, why) if why else PredictedRow({"answer": next(answers)}) for why in refused]
@@ -156,17 +162,25 @@ class Predictor:
         answers: Iterator[RowAnswer] = iter(())
         if questions:
             features = [dict(example.features) for examples in usable for example in examples]
-            batching = Batching(
-                _BATCH, on_progress=lambda done, total, _: report(done * len(questions) // total, len(questions))
-            )
             opened_rows, pad = with_decoded_images(features, self.tokenizer), self.tokenizer.pad_token_id
-            outputs = run_rows(self.model, opened_rows, self.task, self.target, pad, batching)
+            outputs = self._run_in_batches(
+                lambda batching: run_rows(self.model, opened_rows, self.task, self.target, pad, batching),
+                lambda done, total, _: report(done * len(questions) // total, len(questions)),
+            )
             temperature = float(self.notes.get("temperature", 1.0))
             answers = iter(self.task.answers(outputs, questions, usable, self.target, temperature))
         return [
             PredictedRow(None, why) if why else PredictedRow(next(answers), is_cut=examples[0].truncated)
             for why, examples in zip(refused, encoded, strict=True)
         ]
+
+    def _run_in_batches(self, run: Callable[[Batching], T], on_progress: ProgressCallback) -> T:
+        def run_batches(batch_size: int) -> T:
+            self.batch_size = batch_size  # later rows start with the size that fits
+            return run(Batching(batch_size, self.precision, on_progress=on_progress))
+
+        with explain_out_of_memory("predict", _REMEDY):
+            return run_with_smaller_batches("predict", self.batch_size, run_batches)
 
 
 # ---- which model ----------------------------------------------------------------------------------------------
@@ -181,7 +195,23 @@ def load_predictor(run: Path, method: str | None = None) -> Predictor:
         model = folders.load_method_folder(folder, base.processor).model
     else:
         model = load_model(base, {}, head_is_new=False)
-    return Predictor(model.eval(), base.processor, notes)
+    device, batch_size, precision = _choose_settings(folder, _BATCH_OF_PROMPTS if FACTS[base.task].writes else _BATCH)
+    with explain_out_of_memory("predict", _REMEDY):
+        return Predictor(model.eval().to(device), base.processor, notes, batch_size, precision)
+
+
+def _choose_settings(folder: Path, batch_size: int) -> tuple[str, int, str]:
+    """Return device, batch size and precision: on a GPU, those of the run's plan."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu", batch_size, "fp32"
+    plans = folder.resolve().parent.parent / "plan"
+    if not (paths := [*plans.glob(f"{folder.name}.json"), *plans.glob(f"{folder.name}-seed*.json")]):
+        return "cuda", batch_size, "fp32"
+    plan = Plan.load(paths[0])
+    is_emulated = plan.precision == "bf16" and torch.cuda.get_device_capability() < BF16_FROM
+    return "cuda", plan.eval_batch_size, "fp32" if is_emulated else plan.precision
 
 
 def choose_model_folder(run: Path, method: str | None = None) -> tuple[Path, str]:

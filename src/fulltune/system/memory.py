@@ -8,7 +8,7 @@ import re
 import resource
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -179,11 +179,16 @@ def run_with_smaller_batches(activity: str, batch_size: int, run: Callable[[int]
         _log.warning("%s: memory ran out; continuing with batches of %d rows", activity, batch_size)
 
 
-def out_of_memory_error(activity: str, error: BaseException, alternatives: str) -> DoesNotFitError:
-    """Return the error to raise if even the smallest batch does not fit. The message ends with `alternatives`."""
-    return DoesNotFitError(
-        f"{activity}: memory ran out: {' '.join(str(error).split())[:300] or 'MemoryError'}; {alternatives}"
-    )
+@contextlib.contextmanager
+def explain_out_of_memory(activity: str, remedy: str) -> Iterator[None]:
+    """Turn an out-of-memory error in the block into a `DoesNotFitError`."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        cause = " ".join(str(error).split())[:300] or "MemoryError"
+        raise DoesNotFitError(f"{activity}: memory ran out: {cause}; {remedy}") from None
 
 
 ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
