@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from fulltune.cli import options, stages
 from fulltune.cli.launch import launch
+from fulltune.cli.schema import schema
 from fulltune.cli.stages import err, out
 from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, SetupError
 from fulltune.system import signals
@@ -26,7 +27,6 @@ EXPORT = (
 )
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Fine-tune every parameter of a pretrained model, and see with numbers whether it was worth it.",
@@ -379,6 +379,9 @@ def quickstart(
         recipe = example.write_example(output, chat)
     err.print(f"[dim]the recipe: {escape(str(recipe))}[/dim]", soft_wrap=True)
     run(recipe, set_, fresh=fresh)
+
+
+app.command()(schema)
 
 
 @app.command()

@@ -49,7 +49,6 @@ def _generate_answers(
     tokenizer: Tokenizer,
     rows: Mapping[int, Row],
 ) -> list[str]:
-    """Generate an answer to each of these test rows; use smaller batches if memory runs out."""
     if "source" in scoring.target.columns:  # one example per row, truncated as in training
         test = scoring.rows("test")
         prompts = [list(map(int, test[position]["input_ids"])) for position in rows]

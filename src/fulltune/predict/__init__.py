@@ -124,7 +124,6 @@ class Predictor:
             yield from predicted
 
     def _find_refusal(self, row: Row) -> Refused | None:
-        """Return the reason why the model cannot answer a row, or None."""
         if reason := why_unreadable(row, self.target.columns):
             return Refused("unreadable", reason)
         return self.task.why_unanswerable(row, self.target)

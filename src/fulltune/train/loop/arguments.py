@@ -161,7 +161,6 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Trainin
 
 
 def _error_from_transformers(message: str, is_runtime_error: bool, plan: Plan) -> FulltuneError:
-    """Convert an error of `TrainingArguments` to `SetupError` if a connection failed, else to `RecipeError`."""
     if not is_runtime_error or re.search("gloo|nccl|connect|socket", message, re.IGNORECASE) is None:
         return RecipeError(f"train: transformers rejects these settings: {message}")
     return SetupError(
