@@ -30,8 +30,6 @@ def test_help_lists_every_verb() -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ("export runs/a", "'python llama.cpp/convert_hf_to_gguf.py RUN/models/full'"),
-        ("export runs/a", "'optimum-cli export onnx --model RUN/models/full onnx'"),
         ("run tickets.csv", "'fulltune init tickets.csv'"),
         ("init stanfordnlp/imdb", "'hf download stanfordnlp/imdb --repo-type dataset --local-dir imdb'"),
     ],

@@ -14,6 +14,7 @@ import typer
 from rich.markup import escape
 
 from fulltune.cli import options, stages
+from fulltune.cli.export import export
 from fulltune.cli.launch import launch
 from fulltune.cli.schema import schema
 from fulltune.cli.stages import err, out
@@ -21,10 +22,6 @@ from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, Setu
 from fulltune.system import signals
 from fulltune.text import counted, format_seconds
 
-EXPORT = (
-    "export: there is no such command, because RUN/models/full is already a Hugging Face folder. GGUF: 'python "
-    "llama.cpp/convert_hf_to_gguf.py RUN/models/full'; ONNX: 'optimum-cli export onnx --model RUN/models/full onnx'"
-)
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -258,6 +255,7 @@ def compare(
         cli_compare.compare(targets, set_ or [], run_folder, fresh, budget, as_json)
 
 
+app.command()(export)
 app.command()(launch)
 
 
@@ -421,8 +419,6 @@ def main() -> None:
     logging.getLogger("huggingface_hub").propagate = False  # the hub prints its own lines
     signals.set_handlers(stages.end_on_signal, signals.ENDING)
     try:
-        if sys.argv[1:2] == ["export"]:
-            raise SetupError(EXPORT)
         app(standalone_mode=True)
     except FulltuneError as error:
         colour = "yellow" if isinstance(error, InterruptedRun) else "red"

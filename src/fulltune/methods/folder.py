@@ -108,6 +108,11 @@ def read_notes(folder: Path) -> dict[str, Any]:
     return read_json_object(folder / NOTES)
 
 
+def notes_without_method(folder: Path) -> dict[str, Any]:
+    """Return a model folder's notes as they are stored beside a whole model."""
+    return {name: value for name, value in read_notes(folder).items() if name not in ("method", "base_model")}
+
+
 def load_processor(folder: Path) -> Any:
     return Base.from_block(ModelBlock(name=str(folder.resolve())), read_notes(folder)["task"]).processor
 
@@ -178,7 +183,7 @@ def merge_into_pretrained(folder: Path, output: Path) -> None:
         raise SetupError(f"{output}: the folder is not empty; choose a new one")
     if not can_be_merged(folder):
         raise SetupError(f"{folder}: cannot be merged: the folder contains a whole model, or a method that adds hooks")
-    notes, processor = read_notes(folder), load_processor(folder)
+    processor = load_processor(folder)
     applied = load_method_folder(folder, processor)
     try:
         model = applied.model if applied.peft_model is None else applied.peft_model.merge_and_unload()
@@ -186,5 +191,5 @@ def merge_into_pretrained(folder: Path, output: Path) -> None:
         raise SetupError(f"{folder}: PEFT cannot merge the method: {' '.join(str(error).split())[:200]}") from error
     model.save_pretrained(output)
     processor.save_pretrained(output)
-    files.write_json(output / NOTES, {name: notes[name] for name in notes if name not in ("method", "base_model")})
+    files.write_json(output / NOTES, notes_without_method(folder))
     copy_permissions_from_config(output)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from fulltune.errors import SetupError
 from fulltune.records.comparison import Comparison
+from fulltune.records.export import Verification
 from fulltune.records.scores import Scores
 from fulltune.report.comparison import content as about_comparison
 from fulltune.report.comparison.many_tasks import write_tasks_report
@@ -14,13 +15,14 @@ from fulltune.report.format.words import write_sanitized
 from fulltune.report.run import content
 from fulltune.report.run.content import build_run_report
 from fulltune.report.run.data_page import write_data_page
-from fulltune.report.run.model_card import build_merged_card, build_model_card
+from fulltune.report.run.model_card import build_exported_card, build_merged_card, build_model_card
 from fulltune.report.run.read import read_run
 
 __all__ = [
     "build_run_terminal_report",
     "write_comparison_report",
     "write_data_page",
+    "write_exported_card",
     "write_merged_card",
     "write_model_card",
     "write_run_report",
@@ -78,3 +80,10 @@ def write_merged_card(trained_folder: Path, merged_folder: Path, task: str) -> N
     path = Path(trained_folder) / "README.md"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     write_sanitized(Path(merged_folder) / "README.md", build_merged_card(text, Path(merged_folder).name, task))
+
+
+def write_exported_card(trained_folder: Path, target: Path, verification: Verification, usage: str) -> None:
+    """Write an exported model's `README.md`, based on the trained model's card."""
+    path = trained_folder / "README.md"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    write_sanitized(target / "README.md", build_exported_card(text, verification, usage))

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
+from fulltune.records.export import Verification
 from fulltune.records.plan import Plan
-from fulltune.records.scores import Scores
+from fulltune.records.scores import Estimate, Scores
 from fulltune.report.format import words
-from fulltune.report.format.blocks import Code, Element, Facts, Paragraph, Section
+from fulltune.report.format.blocks import Code, Element, Facts, Paragraph, Section, Table
 from fulltune.report.format.pages import LOADING, TEMPLATES, escape_markdown, render_section
 from fulltune.report.run import about_training
 from fulltune.report.run.about_data import build_split_table, choose_row_form, describe_mixed_sources, has_images
@@ -48,6 +49,38 @@ def build_merged_card(trained_card: str, folder_name: str, task: str) -> str:
     what = "The trained weights are merged into those of the pretrained model. " + HOW_TO_LOAD["full"]
     blocks = (Paragraph(what), Code(build_loading_code(folder_name, task, None), "python"))
     return (trained_card or _BARE).partition(_LOADING)[0] + render_section(Section("load", "How to load", blocks), "##")
+
+
+def build_exported_card(trained_card: str, verification: Verification, usage: str) -> str:
+    """Turn a trained model's card into an export's, with its verification and how to run it."""
+    stored = f", weights stored as {verification.stored_as}" if verification.stored_as else ""
+    what = (
+        f"Exported as {verification.format}{stored}. The model and the export answered "
+        f"{counted(verification.rows, 'test row')}:"
+    )
+    sections = (
+        Section("verification", "Verification", (Paragraph(what), *build_verification_tables(verification))),
+        Section("load", "How to load", (Code(usage, "sh" if "\n" not in usage else "python"),)),
+    )
+    return (trained_card or _BARE).partition(_LOADING)[0] + "\n".join(render_section(one, "##") for one in sections)
+
+
+def build_verification_tables(verification: Verification) -> tuple[Table, ...]:
+    """Return tables of an export's checks and, if it was scored, of both models' metrics."""
+    checks = tuple((check.name, check.result, check.expected) for check in verification.checks)
+    metrics = tuple(
+        (words.metric_name(name), f"{pair.source:.4g}", f"{pair.export:.4g}", _format_difference(pair.difference))
+        for name, pair in verification.metrics.items()
+    )
+    header = ("metric", "model", "export", "difference")
+    return (
+        Table("Checks", ("check", "result", "expected"), checks),
+        *([Table("Metrics on the same test rows", header, metrics, frozenset({1, 2, 3}))] if metrics else []),
+    )
+
+
+def _format_difference(value: Estimate | None) -> str:
+    return "-" if value is None else f"{value.value:+.2g} [{value.low:+.2g}, {value.high:+.2g}]"
 
 
 def _build_front_matter(view: RunView, scores: Scores | None) -> str:

@@ -1,0 +1,74 @@
+"""Write a Hugging Face folder in a chosen dtype and shard size."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from fulltune.export.source import Source
+from fulltune.export.texts import check_equal, check_tokenizer
+from fulltune.models.base import Base
+from fulltune.models.load import load_model
+from fulltune.recipe.model import ModelBlock
+from fulltune.records.export import ExportCheck
+from fulltune.tasks import Tensor
+
+PACKAGES = ("safetensors",)
+QUANTIZATIONS: tuple[str, ...] = ()
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+class HfFolder:
+    """A reloaded Hugging Face folder, computed in float32."""
+
+    def __init__(self, folder: Path, source: Source) -> None:
+        base = Base.from_block(ModelBlock(name=str(folder)), source.scoring.recipe.task)
+        self.processor = base.processor
+        self.model = load_model(base, {}, head_is_new=False).float().eval()
+        self.max_kl = 1e-3 if source.scoring.task.FACTS.writes and source.request.is_lossy else None
+
+    def __call__(self, **batch: Tensor) -> Any:
+        return self.model(**batch)
+
+
+def why_impossible(source: Source) -> str | None:
+    return None
+
+
+def write(source: Source, folder: Path) -> None:
+    import torch
+
+    model = copy.deepcopy(source.model).to(getattr(torch, source.dtype))  # `to` changes a model in place
+    model.save_pretrained(folder, max_shard_size=source.request.max_shard_size)
+    source.processor.save_pretrained(folder)
+
+
+def load(source: Source, folder: Path) -> HfFolder:
+    return HfFolder(folder, source)
+
+
+def check(source: Source, folder: Path, exported: HfFolder) -> list[ExportCheck]:
+    """Check the tokenizer, the labels, the end tokens and the dtype of the weights."""
+    from safetensors import safe_open
+
+    dtypes = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            dtypes |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    expected = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[source.dtype]
+    result = " ".join(sorted(dtypes - {"I64", "BOOL"}))
+    checks = [
+        *check_tokenizer(source, exported.processor),
+        ExportCheck(name="dtype of the weights", result=result, expected=expected, passed=result == expected),
+        check_equal("same labels", exported.model.config.id2label, source.model.config.id2label),
+    ]
+    if source.scoring.task.FACTS.writes:
+        ends = [model.generation_config.eos_token_id for model in (exported.model, source.model)]
+        checks.append(check_equal("same end tokens", *ends))
+    return checks
+
+
+def usage(folder: str) -> str:
+    return f"fulltune predict {folder} TEXT     # or from_pretrained({json.dumps(folder)}) in transformers"

@@ -1,0 +1,70 @@
+"""Write an encoder's body as a sentence-transformers folder that averages token embeddings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from fulltune.export.source import Source
+from fulltune.export.texts import check_tokenizer, sample_texts
+from fulltune.inference.run import mean_pool
+from fulltune.records.export import ExportCheck
+
+PACKAGES = ("sentence-transformers",)
+QUANTIZATIONS: tuple[str, ...] = ()
+DTYPES: tuple[str, ...] = ()
+
+
+def why_impossible(source: Source) -> str | None:
+    facts = source.scoring.task.FACTS
+    if facts.writes or facts.reads != "text":
+        return f"needs a text encoder, but the model is for {source.scoring.recipe.task}"
+    return None
+
+
+def write(source: Source, folder: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+
+    body: Any = source.model.base_model
+    with TemporaryDirectory() as scratch:
+        body.save_pretrained(scratch)
+        source.processor.save_pretrained(scratch)
+        encoder = Transformer(scratch, max_seq_length=source.notes["max_length"])
+        modules = [encoder, Pooling(body.config.hidden_size, pooling_mode="mean")]
+        SentenceTransformer(modules=modules, device="cpu").save(str(folder), create_model_card=False)
+
+
+def load(source: Source, folder: Path) -> None:
+    """Return None, because the export has no logits: `check` compares its embeddings."""
+
+
+def check(source: Source, folder: Path, exported: None) -> list[ExportCheck]:
+    """Check the tokenizer, and the embeddings of texts against the mean of the source's last hidden states."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    model, texts = SentenceTransformer(str(folder), device="cpu"), [text for text in sample_texts(source) if text]
+    embeddings = model.encode(texts, convert_to_tensor=True)
+    largest = 0.0
+    for text, embedding in zip(texts, embeddings, strict=True):
+        inputs = source.processor([text], truncation=True, max_length=source.notes["max_length"], return_tensors="pt")
+        with torch.no_grad():
+            hidden = source.model.base_model(**inputs).last_hidden_state
+        expected = mean_pool(hidden, inputs["attention_mask"])[0]
+        largest = max(largest, float((embedding - expected).abs().max() / expected.abs().max()))
+    same = ExportCheck(
+        name=f"largest relative difference of {len(texts)} embeddings",
+        result=f"{largest:.1e}",
+        expected="at most 1e-04",
+        passed=largest <= 1e-4,
+    )
+    return [*check_tokenizer(source, model.tokenizer), same]
+
+
+def usage(folder: str) -> str:
+    return f"""from sentence_transformers import SentenceTransformer
+
+# The body of the model, without its head; embeddings are means over tokens.
+embeddings = SentenceTransformer("{folder}").encode(["a text", "another text"])"""

@@ -1,0 +1,92 @@
+"""The model that is exported, with the test rows on which the export is verified."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fulltune.errors import SetupError
+from fulltune.evaluate import make_scoring
+from fulltune.evaluate.scoring import Scoring
+from fulltune.methods import folder as folders
+from fulltune.models.base import Base
+from fulltune.models.load import load_model
+from fulltune.recipe.model import ModelBlock
+from fulltune.records.data import DataSummary
+from fulltune.records.plan import Plan
+from fulltune.system.run_folder import load_run_recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """The options of `fulltune export`."""
+
+    run: Path
+    model_folder: Path
+    to: str
+    output: Path
+    quantize: str | None = None
+    dtype: str | None = None
+    """`fp32`, `bf16` or `fp16`; None keeps the dtype of the model's files."""
+    max_shard_size: str = "50GB"
+    llama_cpp: Path | None = None
+    """The user's checkout of llama.cpp, or None for the packaged converter."""
+
+    @property
+    def is_lossy(self) -> bool:
+        return self.quantize is not None or self.dtype in ("bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model to export, in float32 on the CPU, with its test rows."""
+
+    request: ExportRequest
+    folder: Path
+    """Plain Hugging Face folder: the model folder, or a temporary folder with merged weights."""
+    model: PreTrainedModel
+    processor: Any
+    scoring: Scoring
+    stored_dtype: str
+    """Dtype of the model's files, such as `bfloat16`."""
+    notes: Mapping[str, Any]
+    """The model folder's `fulltune.json`, without the method."""
+
+    @property
+    def dtype(self) -> str:
+        """The dtype to write: that of the option `dtype`, or that of the model's files."""
+        return DTYPES[self.request.dtype] if self.request.dtype else self.stored_dtype
+
+    @property
+    def reads_text(self) -> bool:
+        return self.scoring.task.FACTS.reads == "text"
+
+
+@contextlib.contextmanager
+def open_source(request: ExportRequest) -> Iterator[Source]:
+    """Load the model to export. A method's weights are merged first, into a temporary folder."""
+    run, plain = request.run, request.model_folder
+    recipe, data = load_run_recipe(run), run / "data"
+    if not (data / "test").is_dir():
+        raise SetupError(f"{run}: has no test rows ({data / 'test'}), with which an export is verified")
+    plans = [run / "plan" / f"{plain.name}.json", *sorted((run / "plan").glob(f"{plain.name}-seed*.json"))]
+    with tempfile.TemporaryDirectory() as scratch:
+        if folders.has_only_trained_parameters(plain):
+            plain = Path(scratch) / plain.name
+            folders.merge_into_pretrained(request.model_folder, plain)
+        base = Base.from_block(ModelBlock(name=str(plain.resolve())), recipe.task)
+        model = load_model(base, {}, head_is_new=False).float().eval()
+        plan = Plan.load(next(path for path in plans if path.exists()))
+        scoring = make_scoring(recipe, plan, DataSummary.of_run(run), run, base)
+        stored = str(base.config.dtype or "float32").removeprefix("torch.")
+        notes = folders.notes_without_method(request.model_folder)
+        yield Source(request, plain, model, base.processor, scoring, stored, notes)

@@ -1,0 +1,95 @@
+"""Compare the token ids and rendered chats of two tokenizers on real and difficult texts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from fulltune.export.source import Source
+from fulltune.records.export import ExportCheck
+from fulltune.tasks import PLACE, Tokenizer
+
+_MAX_TEXTS = 200
+_DIFFICULT = (
+    "Café — 123 😊 naïve",
+    "  two  spaces\tand a tab\n\nand lines",
+    "日本語 한국어 العربية हिन्दी",
+    "3.14159 1,000,000 x=y+1; def f(a): return a",
+    "👩‍👩‍👧‍👦 🇩🇪 e\u0301 \u00a0 \u200b",
+)
+_TOOL: dict[str, Any] = {
+    "name": "search",
+    "description": "Search the web.",
+    "parameters": {"type": "object", "properties": {"query": {"type": "string"}}},
+}
+_CHATS = (
+    ({"role": "user", "content": "What is 2+2? Café — 123 😊"},),
+    ({"role": "system", "content": ""}, {"role": "user", "content": "Hi"}),
+    ({"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}, {"role": "user", "content": "3?"}),
+)
+
+
+def sample_texts(source: Source) -> list[str]:
+    """Return texts of the first test rows, difficult texts, and every special token between words."""
+    rows = ({name: cell for name, cell in row.items() if name != PLACE} for row in source.scoring.texts)
+    texts = [text for _, text in zip(range(_MAX_TEXTS), _strings(rows), strict=False)]
+    return [*texts, *_DIFFICULT, *(f"a {token} b" for token in source.processor.all_special_tokens)]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield every text in nested lists and dictionaries."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Iterable):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)
+
+
+def render_chats(tokenizer: Any) -> list[str]:
+    """Render chats with a tokenizer's template, except those that it refuses, such as a system prompt."""
+    from jinja2 import TemplateError
+
+    texts = []
+    for chat in _CHATS if tokenizer.chat_template else ():
+        for tools in (None, [{"type": "function", "function": _TOOL}]):
+            with contextlib.suppress(TemplateError):
+                texts.append(
+                    tokenizer.apply_chat_template(list(chat), tools=tools, tokenize=False, add_generation_prompt=True)
+                )
+    return texts
+
+
+def check_token_ids(
+    name: str, texts: list[str], ids: Callable[[str], list[int]], exported_ids: Callable[[str], list[int]]
+) -> ExportCheck:
+    """Check that both tokenizers return the same ids for every text."""
+    different = [text for text in texts if ids(text) != exported_ids(text)]
+    result = f"{len(texts) - len(different)} of {len(texts)} texts"
+    if different:
+        result += f"; different for {different[0][:60]!r}"
+    return ExportCheck(name=name, result=result, expected="all", passed=not different)
+
+
+def check_equal(name: str, actual: object, expected: object) -> ExportCheck:
+    """Check that two values, too long to print, are equal."""
+    passed = actual == expected
+    return ExportCheck(name=name, result="yes" if passed else "no", expected="yes", passed=passed)
+
+
+def check_tokenizer(source: Source, exported: Tokenizer) -> list[ExportCheck]:
+    """Check the vocabulary, token ids and chat template of a Hugging Face tokenizer."""
+    if not source.reads_text:
+        return []
+    ours = source.processor
+    chats = render_chats(ours)
+    checks = [
+        check_token_ids(
+            "same token ids",
+            [*sample_texts(source), *chats],
+            lambda text: ours(text)["input_ids"],
+            lambda text: exported(text)["input_ids"],
+        ),
+        check_equal("same vocabulary", exported.get_vocab(), ours.get_vocab()),
+    ]
+    return [*checks, check_equal("same rendered chats", render_chats(exported), chats)] if chats else checks
