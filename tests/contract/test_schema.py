@@ -153,9 +153,8 @@ def test_schema_is_printed_or_written(tmp_path: Path) -> None:
     expected = json.loads(json.dumps(recipe_schema()))
     assert json.loads(fulltune("schema").out) == expected
     file = tmp_path / "recipe.schema.json"
-    result = fulltune("schema", "-o", file)
+    assert fulltune("schema", "-o", file).out == ""
     assert json.loads(file.read_text(encoding="utf-8")) == expected
-    assert f"# yaml-language-server: $schema={file}" in result.out
     assert fulltune("schema", "-o", tmp_path).code == 2
 
 

@@ -16,7 +16,6 @@ from rich.markup import escape
 from fulltune.cli import options, stages
 from fulltune.cli.export import export
 from fulltune.cli.launch import launch
-from fulltune.cli.schema import schema
 from fulltune.cli.stages import err, out
 from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, SetupError
 from fulltune.system import signals
@@ -379,7 +378,17 @@ def quickstart(
     run(recipe, set_, fresh=fresh)
 
 
-app.command()(schema)
+@app.command()
+def schema(output: options.OutputFile = None) -> None:
+    """Print the JSON schema of recipes, with which editors complete and check settings."""
+    from fulltune.files import write_json
+    from fulltune.recipe.schema import recipe_schema
+    from fulltune.system.run_folder import explain_os_errors
+
+    if output is None:
+        return stages.print_json(recipe_schema())
+    with explain_os_errors(output):
+        write_json(output, recipe_schema())
 
 
 @app.command()

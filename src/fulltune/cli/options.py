@@ -16,6 +16,7 @@ Version = Annotated[bool, typer.Option("--version", help="Print the version.", i
 TargetArgument = Annotated[
     Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe (YAML), or the folder of a run.", show_default=False)
 ]
+OutputFile = Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file instead of stdout.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change a setting: block.name=value. Repeatable.", metavar="NAME=VALUE"),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import DataError, SetupError
 from fulltune.inference.run import Batching, ProgressCallback, generate_answers, run_rows
@@ -16,7 +16,7 @@ from fulltune.recipe.model import ModelBlock
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.plan import Plan
 from fulltune.system.hardware import BF16_FROM
-from fulltune.system.memory import explain_out_of_memory, run_with_smaller_batches
+from fulltune.system.memory import T, explain_out_of_memory, run_with_smaller_batches
 from fulltune.system.run_folder import load_comparison
 from fulltune.tasks import Refused, Row, RowAnswer, Target, Task, task_named, token_classification
 from fulltune.tasks.columns import in_batches, why_unreadable
@@ -31,7 +31,6 @@ RowProgress = Callable[[int, int], None]
 _WINDOW_PROMPTS = 64
 _BATCH, _BATCH_OF_PROMPTS = 32, 8
 _REMEDY = "free memory; on a GPU, start the command with CUDA_VISIBLE_DEVICES= to use the CPU instead"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,6 @@ class Predictor:
         return [PredictedRow(None, why) if why else PredictedRow({"answer": next(answers)}) for why in refused]
 
     def _classify(self, rows: Sequence[Row], report: RowProgress) -> list[PredictedRow]:
-        """Answer rows in one forward pass each, for tasks without generated text."""
         if not rows:  # tokenizers take no empty list
             return []
         encoded = self.task.encode(rows, self.target, self.tokenizer, self.notes["max_length"])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from fulltune.recipe.rules import NO_PACKAGES, as_training_arguments
 from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.records.plan import Plan
 from fulltune.system import parallel_layout
+from fulltune.system.run_folder import flatten_settings
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -93,6 +95,7 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Trainin
     from transformers import TrainingArguments
 
     train = recipe.train
+    os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false"} | os.environ
     values: dict[str, Any] = {
         "output_dir": str(checkpoints),
         "per_device_train_batch_size": plan.micro_batch_size,
@@ -136,7 +139,7 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Trainin
         values["ddp_backend"] = "gloo"
     # The Trainer cannot save optimizer state that FSDP2 shards: `FullTrainer` does.
     values["save_only_model"] = plan.placement == "fsdp2"
-    extra = as_training_arguments(train.extra)
+    extra = {"run_name": f"{checkpoints.parents[1].name}-{plan.trial}"} | as_training_arguments(train.extra)
     # Rows are copied to the GPU while the next ones are collated; pinned memory alone does not do that.
     if isinstance(config := extra.get("accelerator_config") or {}, dict):  # else a file of the user's
         extra["accelerator_config"] = {"non_blocking": plan.device == "cuda", **config}
@@ -154,6 +157,8 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Trainin
         arguments = TrainingArguments(**values, **extra)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise _error_from_transformers(" ".join(str(error).split()), isinstance(error, RuntimeError), plan) from None
+    settings = flatten_settings(recipe.model_dump(mode="json", exclude_defaults=True), "recipe.")
+    arguments.to_dict = partial(dict, arguments.to_dict() | settings)  # type: ignore[method-assign]  # for trackers; picklable
     if arguments.n_gpu > 1:
         # The Trainer would split each micro batch over all visible GPUs (DataParallel) and scale the loss.
         arguments._n_gpu = 1

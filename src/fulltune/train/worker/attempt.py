@@ -18,6 +18,7 @@ from fulltune.train.journal import CHECKS, SCORING
 from fulltune.train.loop.callbacks import Checkpoints, Progress, UpdateMeter
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.step_guard import judge_parameter_changes, short_notice_warning
+from fulltune.train.loop.trackers import close_trackers, guard_trackers
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.worker import distributed, loading, weights
 from fulltune.train.worker.best import Fields, load_best_weights
@@ -54,13 +55,17 @@ def train_attempt(inputs: AttemptInputs) -> Fields:
         checkpoints=Checkpoints(inputs.request, inputs.journal, inputs.usage),
         checks=[],
     )
+    guard_trackers(trainer, inputs.warn)
     trainer.add_parts(_create_callbacks(training))
     # bf16 weights compute in bf16 without autocast; LoRA's layers then need their own casts.
     autocast = plan.precision != "fp32" and plan.weights_dtype == "fp32"
     with methods.without_lora_input_casts(loaded.applied, autocast):
         _run_checks(training)
         if not inputs.request.probe:
-            return _train_and_save(training)
+            try:
+                return _train_and_save(training)
+            finally:
+                close_trackers(trainer)
     if forecast := inputs.usage.forecast:
         inputs.usage.tokens_per_second = forecast.tokens_per_second
     return {"reason": "probed", "checks": tuple(training.checks)}
@@ -137,11 +142,13 @@ def _train_and_save(training: Training) -> Fields:
     if not inputs.is_main:
         return {}
     usage.update_peak_disk(request.checkpoints, *request.all_initial_weights, request.model_folder)
+    if budget is not None:
+        best |= {"best_metric": budget.choice.metric, "weights_reason": budget.weights_reason}
+    trainer.log({f"eval_final_{plan.metric}": best["best_metric"]})
     return {
         "reason": "early stopping" if state.global_step < plan.total_steps else "all steps done",
         "steps": state.global_step,
         **best,
-        **({} if budget is None else {"best_metric": budget.choice.metric, "weights_reason": budget.weights_reason}),
         "tokens_by_source": trainer.sampler.tokens_by_source(state.global_step) if inputs.summary.mixed else (),
         "parameter_changes": changes,
         "checks": tuple(training.checks),
