@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -187,23 +186,3 @@ def test_only_model_is_taken_without_a_verdict(unfinished: Path) -> None:
     for name in ("full", "adapter"):
         (unfinished / "models" / name / "fulltune.json").unlink()
     assert predict.choose_model_folder(unfinished) == (unfinished / "models" / "lora", "")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "problem"),
-    [
-        ([], "models/full: is already a complete model; with --method, choose a model that can be merged: lora"),
-        (
-            ["--method", "adapter"],
-            "models/adapter: a method of kind adapter adds modules to the model and cannot be merged; with "
-            "--method, choose a model that can be merged: lora",
-        ),
-    ],
-)
-def test_merge_of_what_cannot_be_merged_names_what_can(
-    arguments: list[Any], problem: str, unfinished: Path, tmp_path: Path
-) -> None:
-    said = fulltune("merge", decided(unfinished, "FULL", "full"), "-o", tmp_path / "merged", *arguments)
-    assert said.code == 2
-    taken = [] if arguments else [f"{unfinished}: using 'full': the verdict is FULL (choose another with --method)"]
-    assert said.problems == [*taken, f"{unfinished}/{problem}"]

@@ -115,7 +115,7 @@ def test_models_are_calibrated_and_have_a_card_as_those_of_a_run(finished: tuple
         assert text.startswith("---\nlibrary_name: transformers")
         shown = {f" {100 * value:.1f}% [" for value in comparison.decision.values[row.method]}
         assert any(one in text for one in shown), text
-    assert fulltune("merge", folder, "--method", "lora", "-o", folder.parent / "merged").code == 0
+    assert fulltune("export", folder, "--method", "lora", "--to", "hf", "-o", folder.parent / "merged").code == 0
     text = (folder.parent / "merged" / "README.md").read_text(encoding="utf-8")
     assert 'from_pretrained("merged")' in text
     assert "PeftModel" not in text

@@ -50,7 +50,7 @@ def test_part_of_a_model_is_not_trained_on(tmp_path: Path) -> None:
     check_model(recipe, found)
     assert found.path is not None
     (found.path / "adapter_config.json").write_text("{}")
-    with pytest.raises(SetupError, match=r"only trained parameters; .* 'fulltune merge .*models/lora --output"):
+    with pytest.raises(SetupError, match=r"only trained parameters; .* 'fulltune export .*models/lora --to hf"):
         check_model(recipe, found)
 
 

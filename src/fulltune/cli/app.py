@@ -339,28 +339,6 @@ def predict(
 
 
 @app.command()
-def merge(
-    run_folder: options.ModelFolder,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
-    method: options.MethodName = None,
-) -> None:
-    """Merge LoRA or head weights into the pretrained model and write a plain Hugging Face folder."""
-    from fulltune.cli import predict as cli_predict
-    from fulltune.methods import folder
-    from fulltune.report import write_merged_card
-    from fulltune.system.run_folder import explain_os_errors, hide_progress_bars
-
-    model_folder = stages.choose_model_folder(run_folder, method)
-    if not folder.can_be_merged(model_folder):
-        raise SetupError(cli_predict.why_not_mergeable(run_folder, model_folder))
-    hide_progress_bars()
-    with explain_os_errors(output):
-        folder.merge_into_pretrained(model_folder, output)
-        write_merged_card(model_folder, output, folder.read_notes(model_folder)["task"])
-    out.print(f"model: {escape(str(output))}", soft_wrap=True)
-
-
-@app.command()
 def quickstart(
     chat: Annotated[bool, typer.Option("--chat", help="Fine-tune a chat model instead of a classifier.")] = False,
     output: Annotated[Path, typer.Option("--output", help="Where to put data, recipe and runs.")] = Path("runs"),

@@ -14,7 +14,7 @@ FORMATS = ("hf", "onnx", "gguf", "sentence-transformers")
 
 
 def export(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    run_folder: options.ModelFolder,
     to: Annotated[str, typer.Option("--to", help=", ".join(FORMATS), metavar="FORMAT", show_default=False)],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A new folder. Default: RUN/exports/MODEL-FORMAT.")
@@ -31,7 +31,7 @@ def export(
     method: options.MethodName = None,
     as_json: options.Json = False,
 ) -> None:
-    """Write a model in another format, and verify on the test rows that it gives the same answers."""
+    """Write a model, with LoRA merged, in another format, and verify on test rows that it gives the same answers."""
     from fulltune.export import export_model
     from fulltune.export.source import ExportRequest
     from fulltune.report.format import pages
@@ -40,8 +40,9 @@ def export(
     if to not in FORMATS:
         raise SetupError(f"--to {to}: expected one of {', '.join(FORMATS)}")
     model_folder = stages.choose_model_folder(run_folder, method)
-    output = output or run_folder / "exports" / "-".join(filter(None, (model_folder.name, to, quantize or dtype)))
-    request = ExportRequest(run_folder, model_folder, to, output, quantize, dtype, max_shard_size, llama_cpp)
+    name = "-".join(filter(None, (model_folder.name, to, quantize or dtype)))
+    output = output or model_folder.resolve().parents[1] / "exports" / name
+    request = ExportRequest(model_folder, to, output, quantize, dtype, max_shard_size, llama_cpp)
     with stages.progress_display(details=False) as display:
         verification = export_model(request, display)
     if as_json:

@@ -26,7 +26,6 @@ from fulltune.data.readers.text_files import SEPARATED, detect_delimiter, open_c
 from fulltune.errors import DataError, InterruptedRun, SetupError
 from fulltune.files import replace_atomically
 from fulltune.inference.store import to_json_value
-from fulltune.methods import folder as folders
 from fulltune.system.run_folder import explain_os_errors
 from fulltune.tasks import Row, Target
 from fulltune.tasks.columns import BadCell, shown
@@ -352,15 +351,3 @@ def _open_parquet_writer(
         yield write
         if waiting:
             flush()
-
-
-def why_not_mergeable(run: Path, model_folder: Path) -> str:
-    """Say why a model cannot be merged, and which models of its run can."""
-    why, models = "is already a complete model", predict.model_folders(run)
-    if folders.has_only_trained_parameters(model_folder):
-        kind = folders.read_notes(model_folder)["method"]["kind"]
-        why = f"a method of kind {kind} adds modules to the model and cannot be merged"
-    can = [name for name, path in models.items() if folders.can_be_merged(path)]
-    if can:
-        return f"{model_folder}: {why}; with --method, choose a model that can be merged: {', '.join(can)}"
-    return f"{model_folder}: {why}" + (f"; {run} has no other model that can be merged" if models else "")

@@ -48,7 +48,7 @@ class FormatModule(Protocol):
     def check(self, source: Source, folder: Path, exported: Any) -> list[ExportCheck]:
         """Run the checks that only this format needs, such as those of its tokenizer."""
 
-    def usage(self, folder: str) -> str:
+    def usage(self, source: Source, folder: str) -> str:
         """Return code that runs the export."""
 
 
@@ -78,7 +78,7 @@ def export_model(request: ExportRequest, listener: Listener = lambda event: None
             verification = _verify(form, source, part)
             write_json(part / VERIFICATION, verification.model_dump(mode="json"))
             write_json(part / folders.NOTES, source.notes)
-            write_exported_card(request.model_folder, part, verification, form.usage(request.output.name))
+            write_exported_card(request.model_folder, part, verification, form.usage(source, request.output.name))
             part.chmod(0o755)  # `mkdtemp` makes a private folder
             return _move_if_verified(part, request.output, verification)
         finally:

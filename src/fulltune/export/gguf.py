@@ -231,5 +231,5 @@ def _check_continuations(source: Source, exported: GgufModel, is_exact: bool) ->
     return ExportCheck(name="same greedy continuations", result=result, expected=expected, passed=passed)
 
 
-def usage(folder: str) -> str:
+def usage(source: Source, folder: str) -> str:
     return f"llama-cli -m {folder}/{FILE}     # or: ollama create NAME -f {folder}/Modelfile"

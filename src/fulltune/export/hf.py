@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from fulltune.models.base import Base
 from fulltune.models.load import load_model
 from fulltune.recipe.model import ModelBlock
 from fulltune.records.export import ExportCheck
+from fulltune.report.run.model_card import build_loading_code
 from fulltune.tasks import Tensor
 
 PACKAGES = ("safetensors",)
@@ -70,5 +70,5 @@ def check(source: Source, folder: Path, exported: HfFolder) -> list[ExportCheck]
     return checks
 
 
-def usage(folder: str) -> str:
-    return f"fulltune predict {folder} TEXT     # or from_pretrained({json.dumps(folder)}) in transformers"
+def usage(source: Source, folder: str) -> str:
+    return build_loading_code(folder, source.scoring.recipe.task, None)

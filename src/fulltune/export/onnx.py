@@ -88,7 +88,7 @@ def check(source: Source, folder: Path, exported: OnnxModel) -> list[ExportCheck
     return [*check_tokenizer(source, exported.processor), labels]
 
 
-def usage(folder: str) -> str:
+def usage(source: Source, folder: str) -> str:
     return f"""import onnxruntime
 from transformers import AutoTokenizer
 

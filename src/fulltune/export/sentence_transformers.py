@@ -63,7 +63,7 @@ def check(source: Source, folder: Path, exported: None) -> list[ExportCheck]:
     return [*check_tokenizer(source, model.tokenizer), same]
 
 
-def usage(folder: str) -> str:
+def usage(source: Source, folder: str) -> str:
     return f"""from sentence_transformers import SentenceTransformer
 
 # The body of the model, without its head; embeddings are means over tokens.

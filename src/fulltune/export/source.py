@@ -30,8 +30,8 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 class ExportRequest:
     """The options of `fulltune export`."""
 
-    run: Path
     model_folder: Path
+    """Folder `models/NAME` of a run."""
     to: str
     output: Path
     quantize: str | None = None
@@ -40,6 +40,10 @@ class ExportRequest:
     max_shard_size: str = "50GB"
     llama_cpp: Path | None = None
     """The user's checkout of llama.cpp, or None for the packaged converter."""
+
+    @property
+    def run(self) -> Path:
+        return self.model_folder.resolve().parents[1]
 
     @property
     def is_lossy(self) -> bool:

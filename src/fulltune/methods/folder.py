@@ -99,10 +99,6 @@ def has_only_trained_parameters(folder: Path) -> bool:
     return (folder / CONFIG).exists()
 
 
-def can_be_merged(folder: Path) -> bool:
-    return has_only_trained_parameters(folder) and read_notes(folder)["method"]["kind"] not in BY_HOOKS
-
-
 def read_notes(folder: Path) -> dict[str, Any]:
     """Read a model folder's `fulltune.json`, or raise `SetupError` if the file is damaged."""
     return read_json_object(folder / NOTES)
@@ -178,11 +174,9 @@ def _check_tensor_names(expected: set[str], actual: set[str], source: Path) -> N
 
 
 def merge_into_pretrained(folder: Path, output: Path) -> None:
-    """Merge a folder's parameters into the pretrained weights, and write a whole model to the empty folder `output`."""
-    if output.exists() and any(output.iterdir()):
-        raise SetupError(f"{output}: the folder is not empty; choose a new one")
-    if not can_be_merged(folder):
-        raise SetupError(f"{folder}: cannot be merged: the folder contains a whole model, or a method that adds hooks")
+    """Merge a folder's parameters into the pretrained weights, and write a whole model to the new folder `output`."""
+    if (kind := read_notes(folder)["method"]["kind"]) in BY_HOOKS:
+        raise SetupError(f"{folder}: a method of kind {kind} adds modules to the model and cannot be merged")
     processor = load_processor(folder)
     applied = load_method_folder(folder, processor)
     try:

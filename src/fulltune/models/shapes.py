@@ -115,7 +115,7 @@ def check_model(recipe: Recipe, base: Base) -> None:
         # Training would use the pretrained model instead.
         raise SetupError(
             f"model: {base.block.name}: the folder contains only trained parameters; merge them (LoRA, head) into the "
-            f"pretrained model with 'fulltune merge {base.path} --output MERGED', and set model: MERGED"
+            f"pretrained model with 'fulltune export {base.path} --to hf -o MERGED', and set model: MERGED"
         )
     problem = why_unfit_for_task(base.config, FACTS[recipe.task])
     experts = [getattr(base.config.get_text_config(), name, None) for name in ("num_local_experts", "num_experts")]

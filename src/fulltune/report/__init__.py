@@ -15,7 +15,7 @@ from fulltune.report.format.words import write_sanitized
 from fulltune.report.run import content
 from fulltune.report.run.content import build_run_report
 from fulltune.report.run.data_page import write_data_page
-from fulltune.report.run.model_card import build_exported_card, build_merged_card, build_model_card
+from fulltune.report.run.model_card import build_exported_card, build_model_card
 from fulltune.report.run.read import read_run
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "write_comparison_report",
     "write_data_page",
     "write_exported_card",
-    "write_merged_card",
     "write_model_card",
     "write_run_report",
     "write_tasks_report",
@@ -73,13 +72,6 @@ def _comparison_record_path(folder: Path) -> Path:
 def write_model_card(folder: Path, model_folder: Path, scores: Scores | None = None) -> None:
     """Write the model card beside the weights. For a comparison's trial, pass its `scores`."""
     write_sanitized(Path(model_folder) / "README.md", build_model_card(read_run(folder, scores), Path(model_folder)))
-
-
-def write_merged_card(trained_folder: Path, merged_folder: Path, task: str) -> None:
-    """Write a merged model's `README.md`, based on the trained model's card."""
-    path = Path(trained_folder) / "README.md"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    write_sanitized(Path(merged_folder) / "README.md", build_merged_card(text, Path(merged_folder).name, task))
 
 
 def write_exported_card(trained_folder: Path, target: Path, verification: Verification, usage: str) -> None:

@@ -11,8 +11,10 @@ import yaml
 
 from fulltune import report
 from fulltune.records.data import DataSummary
+from fulltune.records.export import ExportCheck, MetricPair, Verification
 from fulltune.records.plan import Plan, Setting
-from fulltune.report.run.model_card import build_merged_card
+from fulltune.records.scores import Estimate
+from fulltune.report.run.model_card import build_exported_card
 
 
 def written(folder: Path) -> tuple[dict[str, Any], str]:
@@ -128,15 +130,29 @@ model = PeftModel.from_pretrained(base, "lora")
 """
 
 
-def test_card_keeps_what_is_known_and_loads_the_whole_model() -> None:
-    found = build_merged_card(CARD, "merged", "text-classification")
-    before, _, loading = found.partition("## How to load")
+VERIFIED = Verification(
+    format="onnx",
+    stored_as="int8",
+    rows=40,
+    checks=(ExportCheck(name="same labels", result="yes", expected="yes"),),
+    metrics={"accuracy": MetricPair(source=0.9, export=0.85, difference=Estimate(value=-0.05, low=-0.1, high=0.01))},
+    packages={},
+)
+
+
+def test_card_of_an_export_shows_how_it_was_verified_and_loads() -> None:
+    card = build_exported_card(CARD, VERIFIED, "onnxruntime ...")
+    before, _, rest = card.partition("## Verification")
     assert before == CARD.partition("## How to load")[0]
-    assert 'AutoModelForSequenceClassification.from_pretrained("merged")' in loading
-    assert "PeftModel" not in found
+    assert "Exported as onnx, weights stored as int8. The model and the export answered 40 test rows:" in rest
+    assert [[cell.strip() for cell in line.split("|")[1:5]] for line in rest.splitlines() if "-0.05" in line] == [
+        ["accuracy", "0.9", "0.85", "-0.05 [-0.1, +0.01]"]
+    ]
+    assert "onnxruntime ..." in rest.partition("## How to load")[2]
+    assert "PeftModel" not in card
 
 
 def test_card_of_a_model_without_one_says_how_to_load_it() -> None:
-    found = build_merged_card("", "merged", "causal-lm")
-    assert found.startswith("---\nlibrary_name: transformers")
-    assert 'AutoModelForCausalLM.from_pretrained("merged")' in found
+    card = build_exported_card("", VERIFIED, "onnxruntime ...")
+    assert card.startswith("---\nlibrary_name: transformers")
+    assert "onnxruntime ..." in card

@@ -23,7 +23,7 @@ from fulltune.text import counted, format_number
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "safetensors")
 _LOADING = "## How to load\n"
-_BARE = "---\nlibrary_name: transformers\ntags:\n- fulltune\n---\n\n# A merged model\n\n"
+_BARE = "---\nlibrary_name: transformers\ntags:\n- fulltune\n---\n\n# An exported model\n\n"
 
 
 def build_model_card(view: RunView, model_folder: Path) -> str:
@@ -42,13 +42,6 @@ def build_model_card(view: RunView, model_folder: Path) -> str:
     lead = f"{escape_markdown(words.strip_folders(view.model))} with {trained} by fulltune, for {view.task}."
     head = f"{_build_front_matter(view, scores)}\n\n# {escape_markdown(view.name)}\n\n{lead}\n\n"
     return head + "\n".join(render_section(one, "##") for one in sections if one is not None)
-
-
-def build_merged_card(trained_card: str, folder_name: str, task: str) -> str:
-    """Turn a trained model's card into the merged model's, which loads without an adapter."""
-    what = "The trained weights are merged into those of the pretrained model. " + HOW_TO_LOAD["full"]
-    blocks = (Paragraph(what), Code(build_loading_code(folder_name, task, None), "python"))
-    return (trained_card or _BARE).partition(_LOADING)[0] + render_section(Section("load", "How to load", blocks), "##")
 
 
 def build_exported_card(trained_card: str, verification: Verification, usage: str) -> str:
