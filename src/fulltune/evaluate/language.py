@@ -44,10 +44,7 @@ def score_model(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) 
 
 
 def _generate_answers(
-    scoring: Scoring,
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    rows: Mapping[int, Row],
+    scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer, rows: Mapping[int, Row]
 ) -> list[str]:
     if "source" in scoring.target.columns:  # one example per row, truncated as in training
         test = scoring.rows("test")

@@ -28,10 +28,8 @@ class GuardedTracker:
                 getattr(self.tracker, event)(*arguments, **named)
         except Exception as error:
             self.has_failed = True
-            name, reason = (
-                type(self.tracker).__name__.removesuffix("Callback"),
-                shorten(str(error), 250, placeholder=" ..."),
-            )
+            name = type(self.tracker).__name__.removesuffix("Callback")
+            reason = shorten(str(error), 250, placeholder=" ...")
             self.warn(f"train.report_to: {name} failed ({type(error).__name__}: {reason}); training goes on without it")
 
 
