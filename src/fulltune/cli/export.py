@@ -22,7 +22,7 @@ def export(
     quantize: Annotated[str | None, typer.Option(help="onnx: int8; gguf: q8_0 or q4_k_m.", metavar="TYPE")] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="hf, gguf: fp32, bf16 or fp16. Default: as in the model's files.", metavar="DTYPE"),
+        typer.Option(help="hf, gguf: float32, bfloat16 or float16. Default: as in the model's files.", metavar="DTYPE"),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="hf: largest weights file.", metavar="SIZE")] = "50GB",
     llama_cpp: Annotated[

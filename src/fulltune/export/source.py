@@ -23,7 +23,7 @@ from fulltune.system.run_folder import load_run_recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ExportRequest:
     output: Path
     quantize: str | None = None
     dtype: str | None = None
-    """`fp32`, `bf16` or `fp16`; None keeps the dtype of the model's files."""
+    """Dtype of the weights to write, or None for that of the model's files."""
     max_shard_size: str = "50GB"
     llama_cpp: Path | None = None
     """The user's checkout of llama.cpp, or None for the packaged converter."""
@@ -47,7 +47,7 @@ class ExportRequest:
 
     @property
     def is_lossy(self) -> bool:
-        return self.quantize is not None or self.dtype in ("bf16", "fp16")
+        return self.quantize is not None or self.dtype in DTYPES[1:]
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class Source:
 
     @property
     def dtype(self) -> str:
-        """The dtype to write: that of the option `dtype`, or that of the model's files."""
-        return DTYPES[self.request.dtype] if self.request.dtype else self.stored_dtype
+        """Dtype of the weights to write."""
+        return self.request.dtype or self.stored_dtype
 
     @property
     def reads_text(self) -> bool:
@@ -83,7 +83,7 @@ def open_source(request: ExportRequest) -> Iterator[Source]:
     if not (data / "test").is_dir():
         raise SetupError(f"{run}: has no test rows ({data / 'test'}), with which an export is verified")
     plans = [run / "plan" / f"{plain.name}.json", *sorted((run / "plan").glob(f"{plain.name}-seed*.json"))]
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=run) as scratch:  # where a model of this size was stored before
         if folders.has_only_trained_parameters(plain):
             plain = Path(scratch) / plain.name
             folders.merge_into_pretrained(request.model_folder, plain)
