@@ -139,7 +139,14 @@ def why_unusable(row: Row, target: Target) -> Refused | None:
 
 
 def with_placeholder_answer(row: Row, target: Target) -> Row:
-    return {**row, target.columns["completion"]: "?"} if "completion" in target.columns else row
+    if "messages" not in target.columns:
+        return {**row, target.columns["completion"]: "?"} if "completion" in target.columns else row
+    column, answer = target.columns["messages"], {"role": "assistant", "content": "?"}
+    try:
+        messages = chat.clean_messages(row.get(column))
+    except DataError:
+        return row  # refused later, with the reason
+    return row if not messages or messages[-1]["role"] == "assistant" else {**row, column: [*messages, answer]}
 
 
 def why_unanswerable(row: Row, target: Target) -> Refused | None:

@@ -135,3 +135,13 @@ def test_messages_of_sharegpt_are_translated() -> None:
         {"role": "assistant", "content": "b"},
         {"role": "tool", "content": "c"},
     ]
+
+
+@pytest.mark.parametrize("last", [{"role": "user", "content": "and?"}, {"role": "tool", "content": "42"}])
+def test_conversation_that_ends_with_a_question_is_continued_from_its_end(last: dict[str, str]) -> None:
+    target, tokenizer = Target("chat", {"messages": "messages"}), tiny.decoder_tokenizer(tiny.CHATML)
+    row = causal_lm.with_placeholder_answer({"messages": [*TALK[1:3], last]}, target)
+    prompt = tokenizer.decode(causal_lm.generation_ids(row, target, tokenizer))
+    assert prompt.endswith(f"{last['content']}<|im_end|>\n<|im_start|>assistant\n")
+    answered = {"messages": TALK[1:3]}
+    assert causal_lm.with_placeholder_answer(answered, target) == answered
