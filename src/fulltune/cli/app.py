@@ -16,6 +16,7 @@ from rich.markup import escape
 from fulltune.cli import options, stages
 from fulltune.cli.export import export
 from fulltune.cli.launch import launch
+from fulltune.cli.serve import chat, serve
 from fulltune.cli.stages import err, out
 from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, SetupError
 from fulltune.system import signals
@@ -256,6 +257,8 @@ def compare(
 
 app.command()(export)
 app.command()(launch)
+app.command()(serve)
+app.command()(chat)
 
 
 @app.command()
@@ -311,7 +314,7 @@ def predict(
         typer.Option("--output", "-o", help="Write rows and answers to this csv, tsv, jsonl or parquet file."),
     ] = None,
     force: options.Force = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of a generated answer, in tokens.", min=1)] = 128,
+    max_new_tokens: options.MaxNewTokens = 128,
     method: options.MethodName = None,
     as_json: options.Json = False,
 ) -> None:

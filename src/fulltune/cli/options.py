@@ -92,6 +92,10 @@ Rendezvous = Annotated[
 WaitForMachines = Annotated[
     str, typer.Option("--wait-for-machines", help="How long machines wait for each other.", metavar="TIME")
 ]
+MaxNewTokens = Annotated[int, typer.Option(help="Maximum length of a generated answer, in tokens.", min=1)]
+Host = Annotated[str, typer.Option(help="Address to listen on. There is no authentication.")]
+Port = Annotated[int, typer.Option(min=1, max=65535)]
+Beside = Annotated[str | None, typer.Option(help="Also ask 'base' (the pretrained model), a folder or a Hub id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of a table.")]
 ModelFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or of a model.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]

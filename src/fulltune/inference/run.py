@@ -33,6 +33,7 @@ class Batching:
     precision: str = "fp32"
     head: SelectiveHead | None = None
     on_progress: ProgressCallback = lambda done, total, share: None
+    streamer: Any = None
 
 
 def run_rows(
@@ -137,6 +138,7 @@ def generate_answers(
                 max_new_tokens=min(max_new_tokens, most) if most else max_new_tokens,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
+                streamer=batching.streamer,
                 **options,
             )
         for position, row in zip(positions, outputs if two_parts else outputs[:, ids.shape[1] :], strict=True):

@@ -54,6 +54,7 @@ class Predictor:
     batch_size: int
     """Rows per batch, halved each time memory runs out."""
     precision: str
+    streamer: Any = None
 
     @cached_property
     def task(self) -> Task:
@@ -174,7 +175,7 @@ class Predictor:
     def _run_in_batches(self, run: Callable[[Batching], T], on_progress: ProgressCallback) -> T:
         def run_batches(batch_size: int) -> T:
             self.batch_size = batch_size  # later rows start with the size that fits
-            return run(Batching(batch_size, self.precision, on_progress=on_progress))
+            return run(Batching(batch_size, self.precision, on_progress=on_progress, streamer=self.streamer))
 
         with explain_out_of_memory("predict", _REMEDY):
             return run_with_smaller_batches("predict", self.batch_size, run_batches)

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import sys
+from typing import Any
+
+import typer
+from rich.markup import escape
+
+from fulltune.cli import options, stages
+from fulltune.cli.stages import err
+from fulltune.errors import SetupError
+
+
+def serve(
+    run_folder: options.ModelFolder,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 8000,
+    method: options.MethodName = None,
+) -> None:
+    """Answer over HTTP: causal-lm with OpenAI's API (transformers serve), other tasks at POST /predict."""
+    from fulltune import predict
+    from fulltune.methods import folder as folders
+
+    folder = stages.choose_model_folder(run_folder, method)
+    notes = folders.read_notes(folder)
+    is_handed_over = notes["task"] == "causal-lm"  # transformers serve does not know encoder-decoders
+    for package in ("fastapi", "uvicorn", *["openai"] * is_handed_over):
+        if importlib.util.find_spec(package) is None:
+            raise SetupError(f"serve: the package '{package}' is missing; pip install 'fulltune[serve]'")
+    if is_handed_over and folders.has_only_trained_parameters(folder):
+        raise SetupError(
+            f"{folder}: is not a whole model; write one: fulltune export {folder} --to hf -o NEW, and serve NEW"
+        )
+    try:
+        listening = socket.create_server((host, port))
+    except OSError as error:
+        why = str(error.strerror).partition(" (while")[0]
+        raise SetupError(f"serve: cannot listen on {host}, port {port}: {why}; change --port or --host") from None
+    read = [(role, column) for role, column in notes["columns"].items() if role not in predict.NOT_READ]
+    row = {column: ["..."] if role in ("tokens", "choices") else "..." for role, column in read}
+    path, body = "/predict", dict[str, Any](rows=[row])
+    if is_handed_over:
+        path, body = "/v1/completions", {"model": str(folder), "prompt": "..."}
+        if (folder / "chat_template.jinja").exists():
+            path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": body.pop("prompt")}]
+    json_body = json.dumps(body, ensure_ascii=False)
+    _show(f"try: curl http://{host}:{port}{path} -H 'Content-Type: application/json' -d '{json_body}'")
+    if is_handed_over:
+        listening.close()
+        _show(f"starting transformers serve; for many users at once: vllm serve {folder}")
+        os.environ["HF_HUB_DISABLE_UPDATE_CHECK"] = "1"  # on PyPI
+        command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder)]
+        os.execv(sys.executable, [*command, "--host", host, "--port", str(port)])
+    from fulltune.serve.endpoint import Endpoint
+
+    Endpoint(predict.load_predictor(folder), run_folder.resolve().name).run(listening)
+
+
+def chat(
+    run_folder: options.ModelFolder,
+    beside: options.Beside = None,
+    max_new_tokens: options.MaxNewTokens = 128,
+    method: options.MethodName = None,
+) -> None:
+    """Talk to a trained language model. /new starts over; /exit or Ctrl-D ends."""
+    from fulltune.serve.chat import open_conversations
+
+    conversations = open_conversations(stages.choose_model_folder(run_folder, method), beside)
+    while True:
+        try:
+            line = input("> " * sys.stdin.isatty()).strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line == "/exit":
+            return
+        for conversation in conversations if line else ():
+            if line == "/new":
+                conversation.messages.clear()
+                continue
+            if len(conversations) > 1:
+                typer.echo(f"{conversation.name}: ", nl=False)
+            if reason := conversation.ask(line, max_new_tokens):
+                _show(f"no answer: {reason}")
+
+
+def _show(line: str) -> None:
+    err.print(f"[dim]{escape(line)}[/dim]", soft_wrap=True)
