@@ -19,6 +19,7 @@ PARTS = (
     "accuracy",
     "data_stage",
     "predict_rows",
+    "serve_load",
     "kill_resume",
     "faults",
     "clean_steps",
