@@ -4,7 +4,7 @@ import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,13 +111,10 @@ class DriftMonitor(TrainingPart):
         return {"generic_texts": self.texts_digest, "generic": self.start}
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        self._handle_changed_texts(state["generic_texts"])
+        """Restore the start. If the texts differ from the checkpoint's, raise `SetupError` or, without a budget, warn
+        and stop measuring drift."""
         self.start = state.get("generic")
-
-    def _handle_changed_texts(self, saved_digest: str | None) -> None:
-        """Raise `SetupError` if the generic texts' digest differs from the checkpoint's. Without a budget, warn and
-        stop measuring drift instead."""
-        if self.text is None or saved_digest in (None, self.texts_digest):
+        if self.text is None or state["generic_texts"] in (None, self.texts_digest):
             return
         probe = self.inputs.recipe.preserve.probe or BUNDLED
         problem = f"preserve.probe: {probe}: the texts changed since this run began, so drift cannot be compared"
@@ -196,7 +193,7 @@ class Replay(TrainingPart):
             return
         if (drift := self.monitor.measure_drift()) is None:
             return
-        rate = cast("Any", self.trainer.lr_scheduler).get_last_lr()[0] / plan.learning_rate
+        rate = self.trainer.lr_scheduler.get_last_lr()[0] / plan.learning_rate
         self.weight = next_replay_weight(self.weight, drift, self.limit, rate, self.bounds)
         self.inputs.recorder.write(Steered(step=step, drift=drift.mean, error=drift.error, weight=self.weight))
 

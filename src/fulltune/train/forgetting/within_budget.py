@@ -112,7 +112,10 @@ def _choose_and_certify(
     selection, held_out = monitor.tokenize(texts.selection), monitor.tokenize(texts.held_out)
     is_language_model = inputs.summary.form.reads_any_text
     limit = limit_of(budget, is_language_model)
-    rows = _sample_eval_rows(inputs, trainer)
+    rows = trainer.eval_rows
+    if len(rows) > MAX_ROWS:
+        draw = random.Random(inputs.recipe.data.split_seed)
+        rows = RowSubset(rows, sorted(draw.sample(range(len(rows)), MAX_ROWS)))
 
     def measure_outputs(share: float, text: GenericText) -> np.ndarray:
         interpolation.set_weights(share)
@@ -157,14 +160,6 @@ def _choose_and_certify(
         weak_texts_reason=monitor.weak_texts_reason(selection, start),
         opening_times=opening_times,
     )
-
-
-def _sample_eval_rows(inputs: AttemptInputs, trainer: FullTrainer) -> Sequence[Row]:
-    """Return the eval rows, or a fixed sample of `MAX_ROWS` of them."""
-    rows = trainer.eval_rows
-    if len(rows) <= MAX_ROWS:
-        return rows
-    return RowSubset(rows, sorted(random.Random(inputs.recipe.data.split_seed).sample(range(len(rows)), MAX_ROWS)))
 
 
 def _refine_near_limit(

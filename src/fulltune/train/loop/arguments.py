@@ -148,11 +148,8 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Trainin
     if extra.get("dataloader_num_workers") and hasattr(os, "fork"):
         # Forked workers need no pickling and touch no GPU.
         extra.setdefault("dataloader_multiprocessing_context", "fork")
-    extra |= (
-        {parallel_layout.PACKAGE: parallel_layout.resolve_settings(recipe, plan)}
-        if recipe.train.zero_enabled_by
-        else {}
-    )
+    if recipe.train.zero_enabled_by:
+        extra[parallel_layout.PACKAGE] = parallel_layout.resolve_settings(recipe, plan)
     try:
         arguments = TrainingArguments(**values, **extra)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:

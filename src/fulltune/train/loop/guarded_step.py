@@ -45,6 +45,7 @@ class Guarded:
     model: Any
     state: transformers.TrainerState
     optimizer: Any
+    lr_scheduler: Any
     is_deepspeed_enabled: bool
 
     tokens_seen: torch.Tensor | int = 0

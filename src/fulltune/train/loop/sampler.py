@@ -156,10 +156,9 @@ class GlobalBatchSampler:
         for batch in self.batches_of_steps(first_step, last_step):
             parts = list(self.micro_batches(batch))
             together = range(0, len(parts), self.num_processes)
-            yield [max(parts[at : at + self.num_processes], key=self._max_length) for at in together]
-
-    def _max_length(self, rows: list[int]) -> int:
-        return int(self.lengths[rows].max())
+            yield [
+                max(parts[at : at + self.num_processes], key=lambda rows: self.lengths[rows].max()) for at in together
+            ]
 
     def _longest_first(self, rows: list[int]) -> list[int]:
         numbers = np.asarray(rows, np.int64)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import SCHEDULER_NAME
 
 from fulltune.inference.selective_head import SelectiveHead
@@ -26,7 +27,7 @@ from fulltune.train.loop.guarded_step import Guarded
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.sampler import GlobalBatchSampler, MixedSource
 from fulltune.train.loop.step_guard import StepHistory, StepVerdict, learning_rate_factor
-from fulltune.train.optim import fsdp2, optimizers, zero
+from fulltune.train.optim import fsdp2, optimizers
 from fulltune.train.optim.groups import planned_optimizer
 
 _MAX_NAMED_ROWS = 32
@@ -124,14 +125,6 @@ class FullTrainer(Guarded, Trainer):
         return self.model_wrapped if self.is_deepspeed_enabled else self.model
 
     @property
-    def _optimizer(self) -> Any:
-        return self.optimizer
-
-    @property
-    def _schedule(self) -> Any:
-        return self.lr_scheduler
-
-    @property
     def train_rows(self) -> Sequence[Row]:
         return cast("Sequence[Row]", self.train_dataset)
 
@@ -184,8 +177,8 @@ class FullTrainer(Guarded, Trainer):
         """Lower the learning rates restored from the checkpoint, according to past rollbacks."""
         if learning_rate_factor(self._plan.rollbacks) == 1:
             return
-        schedule = getattr(self._schedule, "scheduler", self._schedule)  # accelerate's wrapper
-        groups = self._optimizer.param_groups
+        schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate's wrapper
+        groups = self.optimizer.param_groups
         for group, rate, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
             group["lr"] = rate * factor(schedule.last_epoch)
         schedule._last_lr = [group["lr"] for group in groups]  # what is logged
@@ -260,7 +253,7 @@ class FullTrainer(Guarded, Trainer):
     def load_weights(self, checkpoint: Path) -> None:
         """Load a checkpoint's weights, sharded or not."""
         if self.is_deepspeed_enabled:
-            zero.load_engine_checkpoint(self.model_wrapped, checkpoint)
+            deepspeed_load_checkpoint(self.model_wrapped, str(checkpoint))
         elif fsdp2.is_sharded_checkpoint(checkpoint):
             fsdp2.load_weights(self.model, checkpoint, self.trained_only)
         else:
@@ -275,11 +268,9 @@ class FullTrainer(Guarded, Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         # The Trainer (transformers 5.24) refuses it.
-        optimizer = self._optimizer
-        fsdp2.load_optimizer(self.model, optimizer.optimizer, Path(checkpoint))
-        schedule = self._schedule
-        schedule.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
-        for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+        fsdp2.load_optimizer(self.model, self.optimizer.optimizer, Path(checkpoint))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
 
     @contextlib.contextmanager
@@ -293,10 +284,10 @@ class FullTrainer(Guarded, Trainer):
             super()._save_checkpoint(model, trial)
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             if self.is_shared:  # the Trainer does not save these then
-                state = fsdp2.sharded_optimizer_state(self.model, self._optimizer.optimizer)
+                state = fsdp2.sharded_optimizer_state(self.model, self.optimizer.optimizer)
                 fsdp2.save_sharded_checkpoint(self.model, state, folder, self.trained_only)
                 if self.args.should_save:
-                    torch.save(self._schedule.state_dict(), folder / SCHEDULER_NAME)
+                    torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
                 self._save_scaler(str(folder))
                 self._save_rng_state(str(folder))
             if self.args.should_save:

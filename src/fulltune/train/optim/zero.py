@@ -85,13 +85,6 @@ def gather_tensor(parameter: torch.Tensor) -> torch.Tensor:
     return values.float() if values.is_floating_point() else values
 
 
-def gather_second_moment(parameter: torch.Tensor) -> torch.Tensor:
-    """Gather AdamW's running mean of squared gradients."""
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    return safe_get_full_optimizer_state(parameter, "exp_avg_sq")
-
-
 def link_moments(zero: Any) -> None:
     """Link the moments of all parameter groups to the parameters. DeepSpeed 0.19.8 (stages 1 and 2) links them before
     the second group has moments."""
@@ -132,9 +125,3 @@ def set_values(parameter: Any, value: torch.Tensor) -> None:
     rank = torch.distributed.get_rank(parameter.ds_process_group)
     shard = value.flatten()[rank * size : (rank + 1) * size].to(torch.float32)
     deepspeed.utils.safe_set_local_fp32_param(parameter, torch.nn.functional.pad(shard, (0, size - len(shard))))
-
-
-def load_engine_checkpoint(engine: Any, checkpoint: Path) -> None:
-    from transformers.integrations.deepspeed import deepspeed_load_checkpoint
-
-    deepspeed_load_checkpoint(engine, str(checkpoint))

@@ -43,7 +43,9 @@ def second_moment(parameter: torch.nn.Parameter, optimizer: Any) -> torch.Tensor
     if zero.is_in_engine(parameter):
         if not any("exp_avg_sq" in state for state in optimizer.state.values()):
             return None
-        return zero.gather_second_moment(parameter).cpu()
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return safe_get_full_optimizer_state(parameter, "exp_avg_sq").cpu()
     own = isinstance(optimizer, AdamW)
     second = optimizer.second_moment(parameter) if own else optimizer.state.get(parameter, {}).get("exp_avg_sq")
     return None if second is None else sharding.local_tensor(second).cpu()
