@@ -46,10 +46,8 @@ def parse_plan_options(hardware: str | None, rows: int | None, tokens: int | Non
             problems.extend(error.problems)
             return None
 
-    fleet, hourly = (
-        parse_or_note_problem(gpus.parse_hardware, hardware),
-        parse_or_note_problem(time.parse_price, price),
-    )
+    fleet = parse_or_note_problem(gpus.parse_hardware, hardware)
+    hourly = parse_or_note_problem(time.parse_price, price)
     for name, value, what in (("rows", rows, "train rows"), ("tokens", tokens, "tokens per row")):
         if value is not None and value < 1:
             problems.append(f"--{name}: found {value}, but the number of {what} must be at least 1")

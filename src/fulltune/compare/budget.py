@@ -277,11 +277,8 @@ def actual_to_planned_time(context: Context) -> tuple[dict[str, float], float]:
     steps, planned = defaultdict[str, float](float), defaultdict[str, float](float)
     rest, planned_rest = 0.0, _FIRST_SECONDS
     for result in context.saved_results():
-        method, share, need = (
-            result.trial.method,
-            result.trial.share,
-            context.method_setup(result.trial.method).plan.time,
-        )
+        method, share = result.trial.method, result.trial.share
+        need = context.method_setup(method).plan.time
         if result.trial.name not in took or not result.tokens_per_second or need is None or not need.train_seconds:
             continue
         slower = need.tokens / result.tokens_per_second / need.train_seconds

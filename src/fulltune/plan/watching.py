@@ -62,11 +62,9 @@ def _texts_per_evaluation(
 ) -> int:
     """Return how many generic texts each evaluation reads, to take about 1 % (with a budget, 5 %) of the training time;
     0 if drift is off."""
-    name, against = (
-        "preserve.drift",
-        "drift is measured on text, but this task reads images" if FACTS[recipe.task].reads != "text" else "",
-    )
-    against = "only the head is trained" if recipe.method.kind == "head" and not against else against
+    name, against = "preserve.drift", "only the head is trained" if recipe.method.kind == "head" else ""
+    if FACTS[recipe.task].reads != "text":
+        against = "drift is measured on text, but this task reads images"
     if not recipe.preserve.drift or against:
         reasons.add(name, None if recipe.preserve.drift else False, False, against)
         return 0

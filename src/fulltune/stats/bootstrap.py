@@ -220,10 +220,8 @@ def resample_trials(
             for outputs in trials
         ]
         # A metric that is undefined on a resample counts as 0.
-        point, drawn = (
-            np.array([model.value for model in anew]),
-            np.nan_to_num(np.stack([model.draws for model in anew], axis=1)),
-        )
+        point = np.array([model.value for model in anew])
+        drawn = np.nan_to_num(np.stack([model.draws for model in anew], axis=1))
     ends = np.cumsum([len(method) for method in methods])[:-1]
     return ResampledTrials(tuple(np.split(point, ends)), tuple(np.split(drawn, ends, axis=1)), num_clusters, num_rows)
 

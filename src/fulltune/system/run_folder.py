@@ -219,10 +219,7 @@ def flatten_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, A
 
 def _differing_settings(folder: Path, recipe: Recipe) -> str:
     """Return the names of settings that differ from the folder's recipe, in parentheses, or an empty string."""
-    before, now = (
-        flatten_settings(load_run_recipe(folder).result_settings()),
-        flatten_settings(recipe.result_settings()),
-    )
+    before, now = (flatten_settings(one.result_settings()) for one in (load_run_recipe(folder), recipe))
     names = [name for name in {**before, **now} if before.get(name, {}) != now.get(name, {})]
     return f" ({first_few(names)})" if names else ""
 

@@ -35,11 +35,8 @@ UNDECODABLE = "undecodable image"
 loss, count_items, reduce_logits = classes.loss, classes.count_items, classes.reduce_logits
 metrics, answers = classes.metrics, classes.answers
 metrics_from_sums, chance_loss = classes.metrics_from_sums, classes.chance_loss
-with_placeholder_answer, row_labels, config_changes = (
-    classes.with_placeholder_label,
-    labels.row_labels,
-    classes.config_changes,
-)
+with_placeholder_answer = classes.with_placeholder_label
+row_labels, config_changes = labels.row_labels, classes.config_changes
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, file: str) -> Target:

@@ -76,12 +76,8 @@ def write_tasks_report(folder: Path, record: ManyTasks) -> tuple[Path, ...]:
 
 def build_tasks_section(record: ManyTasks) -> Section:
     """Build the section that compares the methods' costs and scores over all tasks."""
-    write, totals, scores, tasks = (
-        MetricFormatter("accuracy", _MARGIN),
-        list[TableRow](),
-        list[TableRow](),
-        list[TableRow](),
-    )
+    write = MetricFormatter("accuracy", _MARGIN)
+    totals, scores, tasks = list[TableRow](), list[TableRow](), list[TableRow]()
     for method in record.methods:
         apart = "reference" if method.kind == "full" else NOTHING
         if method.behind:

@@ -44,16 +44,12 @@ TEMPLATES = jinja2.Environment(
 )
 
 
-def render_html(report: Report, template: str = "report.html.j2") -> str:
-    return TEMPLATES.get_template(template).render(report=report)
-
-
 def write_pages(path: Path, report: Report, template: str = "report.html.j2", private: bool = True) -> Path:
     """Write a report as Markdown and HTML files, which only their owner can read if `private`. Return the HTML file's
     path."""
     write_sanitized(path.with_suffix(".md"), render_markdown(report), private)
     target = path.with_suffix(".html")
-    write_sanitized(target, render_html(report, template), private)
+    write_sanitized(target, TEMPLATES.get_template(template).render(report=report), private)
     return target
 
 
@@ -209,8 +205,8 @@ def _terminal_renderables(part: Headline | Element, width: int) -> Iterator[Rend
             yield from (_format_row_preview(segments, label) for segments, label in part.items)
         case Exchanges():
             for prompt, replies in part.items:
-                yield Text(_shortened(prompt), style="bold")
-                yield _build_two_column_grid([(who, _shortened(what)) for who, what in replies])
+                yield Text(one_line(prompt)[:_SHOWN_LIMIT], style="bold")
+                yield _build_two_column_grid([(who, one_line(what)[:_SHOWN_LIMIT]) for who, what in replies])
 
 
 def _build_two_column_grid(rows: Iterable[tuple[str, str]], gap_width: int = 2) -> Grid:
@@ -224,7 +220,7 @@ def _build_two_column_grid(rows: Iterable[tuple[str, str]], gap_width: int = 2) 
 
 def _split_to_width(table: Table, width: int) -> Iterator[Grid]:
     """Split a table into tables at most `width` characters wide, each with the first column."""
-    cells = [[_format_terminal_cell(cell) for cell in row] for row in table.rows]
+    cells = [[one_line(cell if isinstance(cell, str) else cell.shown_text()) for cell in row] for row in table.rows]
     headers, widest, needed = [], [], []
     for number, name in enumerate(map(one_line, table.header)):
         wide = max((cell_len(row[number]) for row in cells), default=0)
@@ -253,12 +249,6 @@ def _split_to_width(table: Table, width: int) -> Iterator[Grid]:
         yield grid
 
 
-def _format_terminal_cell(cell: Cell | str) -> str:
-    if isinstance(cell, str):
-        return one_line(cell)
-    return one_line(cell.shown_text())
-
-
 def _format_row_preview(segments: Iterable[Segment], label: str | None) -> Text:
     line = Text("  ")
     for segment in segments:
@@ -269,7 +259,3 @@ def _format_row_preview(segments: Iterable[Segment], label: str | None) -> Text:
         line.append("→ ", style="dim")
         line.append(f"⟦{one_line(label)}⟧", style="green")
     return line
-
-
-def _shortened(text: str) -> str:
-    return one_line(text)[:_SHOWN_LIMIT]

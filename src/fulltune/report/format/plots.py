@@ -144,19 +144,14 @@ def _to_svg_figure(figure: Figure, title: str, description: str) -> blocks.Figur
     return blocks.Figure(svg, title, description)
 
 
-def _shortened_name(name: str) -> str:
-    name = words.one_line(name)
-    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
-
-
 def _draw_mark(axes: Axes, mark: Mark, position: tuple[float, float], axis: Literal["x", "y"], marker: str) -> None:
     """Draw a mark with its interval as an error bar along `axis`."""
-    colour = BLUE if mark.filled else QUIET
+    name, colour = words.one_line(mark.name), BLUE if mark.filled else QUIET
     reach: dict[str, Any] = {f"{axis}err": [[max(0.0, mark.value - mark.low)], [max(0.0, mark.high - mark.value)]]}
     axes.errorbar(
         *position, **reach, fmt=marker, markersize=7, color=colour, markerfacecolor=colour if mark.filled else PAGE,
         elinewidth=1.75, capsize=5, capthick=1.75, mew=1.75, zorder=4 if mark.filled else 3,
-        label=_shortened_name(mark.name),
+        label=name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…",
     )  # fmt: skip
 
 

@@ -60,7 +60,9 @@ def describe_drift(points: Sequence[Point], errors: Mapping[int, float], saved_s
         return "The drift on generic text is unknown, because none of its values is finite."
     step, value = next((point for point in finite if point[0] == saved_step), finite[-1])
     error = errors.get(step, 0.0)
-    size = _format_drift_with_error(value, error, in_nats)
+    unit = "nats per token; ±: standard error"
+    unit = unit if in_nats else "(1 - cosine: 0 is unchanged, 1 is unrelated; ±: standard error)"
+    size = f"{format_number(value)} ± {format_number(error)} {unit}"
     if abs(value) <= CHANCE_STANDARD_ERRORS * error:
         return f"There is no measurable drift on generic text at step {step:,} ({size})."
     if value < 0:
@@ -71,13 +73,6 @@ def describe_drift(points: Sequence[Point], errors: Mapping[int, float], saved_s
         share = format_percent(-math.expm1(-value))
         return f"A token of generic text became {share} less likely by step {step:,} ({size}){when}."
     return f"The hidden states of generic text changed by {size} by step {step:,}{when}."
-
-
-def _format_drift_with_error(value: float, error: float, in_nats: bool) -> str:
-    size = f"{format_number(value)} ± {format_number(error)}"
-    if in_nats:
-        return f"{size} nats per token; ±: standard error"
-    return f"{size} (1 - cosine: 0 is unchanged, 1 is unrelated; ±: standard error)"
 
 
 def describe_budget_result(result: BudgetResult) -> str:

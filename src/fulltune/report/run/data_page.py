@@ -136,12 +136,9 @@ def _build_cleaning_trial_blocks(proofs: Proofs) -> list[Element]:
         return [Paragraph(f"No cleaning step could be tested with {proofs.source}.")]
     write, rows = words.MetricFormatter(proofs.metric, _MARGIN), list[TableRow]()
     for proof in proofs.proofs:
-        done, then = (
-            {"drop": "dropped", "replace": "changed"}[proof.action],
-            write.value(proof.before + proof.difference),
-        )
+        done, then = {"drop": "dropped", "replace": "changed"}[proof.action], proof.before + proof.difference
         difference = write.interval(proof.difference, proof.low, proof.high)
-        rows.append((proof.check, done, f"{proof.rows:,}", then, difference, proofs.verdict(proof)))
+        rows.append((proof.check, done, f"{proof.rows:,}", write.value(then), difference, proofs.verdict(proof)))
     if proofs.source == "classifiers":
         over, how = "eval rows", f"Linear classifiers on the pretrained model were fitted {proofs.repetitions} times"
     else:
