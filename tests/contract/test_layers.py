@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("launch",),
     ),
     (("pipeline.py",),),
-    (("compare", "cleaning.py"), ("export",), ("selfcheck",), ("doctor.py",), ("serve",), ("cli/show",)),
+    (("compare", "cleaning.py"), ("export",), ("push",), ("selfcheck",), ("doctor.py",), ("serve",), ("cli/show",)),
     (("cli", "cli/__init__"), ("api.py",), ("classic",), ("lightning",)),
 )
 """From the ground up. On a floor stand stacks, and in a stack rooms: one imports from lower floors, and from what is

@@ -16,6 +16,7 @@ from rich.markup import escape
 from fulltune.cli import options, stages
 from fulltune.cli.export import export
 from fulltune.cli.launch import launch
+from fulltune.cli.push import push
 from fulltune.cli.serve import chat, serve
 from fulltune.cli.stages import err, out
 from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, SetupError
@@ -257,6 +258,7 @@ def compare(
 
 app.command()(export)
 app.command()(launch)
+app.command()(push)
 app.command()(serve)
 app.command()(chat)
 
