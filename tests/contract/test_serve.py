@@ -398,8 +398,8 @@ def handed_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Result, 
 def test_language_model_is_handed_over_to_transformers_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = made(tmp_path / "model", "chat")
     result, command = handed_over(model, monkeypatch)
-    assert command[1:5] == ["-m", "transformers.cli.transformers", "serve", str(model)]
-    assert command[5:7] == ["--host", "127.0.0.1"]
+    assert command[1:6] == ["-P", "-m", "transformers.cli.transformers", "serve", str(model)]
+    assert command[6:8] == ["--host", "127.0.0.1"]
     assert f"vllm serve {model}" in result.err
     assert f'/v1/chat/completions -H \'Content-Type: application/json\' -d \'{{"model": "{model}"' in result.err
     (model / "chat_template.jinja").unlink()

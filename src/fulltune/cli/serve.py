@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -47,13 +48,13 @@ def serve(
         path, body = "/v1/completions", {"model": str(folder), "prompt": "..."}
         if (folder / "chat_template.jinja").exists():
             path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": body.pop("prompt")}]
-    json_body = json.dumps(body, ensure_ascii=False)
-    _show(f"try: curl http://{host}:{port}{path} -H 'Content-Type: application/json' -d '{json_body}'")
+    request = f"{path} -H 'Content-Type: application/json' -d '{json.dumps(body, ensure_ascii=False)}'"
+    _show(f"serving {folder} until Ctrl-C; try: curl http://{host}:{port}{request}")
     if is_handed_over:
         listening.close()
         _show(f"starting transformers serve; for many users at once: vllm serve {folder}")
         os.environ["HF_HUB_DISABLE_UPDATE_CHECK"] = "1"  # on PyPI
-        command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder)]
+        command = [sys.executable, "-P", "-m", "transformers.cli.transformers", "serve", str(folder)]
         os.execv(sys.executable, [*command, "--host", host, "--port", str(port)])
     from fulltune.serve.endpoint import Endpoint
 
@@ -70,21 +71,16 @@ def chat(
     from fulltune.serve.chat import open_conversations
 
     conversations = open_conversations(stages.choose_model_folder(run_folder, method), beside)
-    while True:
-        try:
-            line = input("> " * sys.stdin.isatty()).strip()
-        except (EOFError, KeyboardInterrupt):
-            return
-        if line == "/exit":
-            return
-        for conversation in conversations if line else ():
-            if line == "/new":
-                conversation.messages.clear()
-                continue
-            if len(conversations) > 1:
-                typer.echo(f"{conversation.name}: ", nl=False)
-            if reason := conversation.ask(line, max_new_tokens):
-                _show(f"no answer: {reason}")
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while (line := input("> " * sys.stdin.isatty()).strip()) != "/exit":
+            for conversation in conversations if line else ():
+                if line == "/new":
+                    conversation.messages.clear()
+                    continue
+                if len(conversations) > 1:
+                    typer.echo(f"{conversation.name}: ", nl=False)
+                if reason := conversation.ask(line, max_new_tokens):
+                    _show(f"no answer: {reason}")
 
 
 def _show(line: str) -> None:
