@@ -21,7 +21,7 @@ WORDS = re.compile(
 )
 """Texts by which code decides, and what a GPU's libraries read in the environment."""
 CALLS = re.compile(
-    r"autocast|GradScaler|^(synchronize|record_stream|empty_cache|Stream|pin_memory|is_out_of_memory)$", re.I
+    r"autocast|GradScaler|^(synchronize|record_stream|empty_cache|(?-i:Stream)|pin_memory|is_out_of_memory)$", re.I
 )
 VALUES = re.compile(r"pin_memory|non_blocking|expandable_segments")
 """Names of arguments and settings whose value a GPU acts upon."""
