@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from fulltune.errors import DoesNotFitError, GuardStop, SetupError
+from fulltune.errors import DoesNotFitError, GuardStop, InterruptedRun, SetupError
 from fulltune.export.source import ExportRequest, Source, open_source
 from fulltune.export.verify import ComparedAnswers, Exported, compare_answers
 from fulltune.files import write_json
@@ -117,13 +117,21 @@ def _version(package: str) -> str | None:
 
 
 def _verify(form: FormatModule, source: Source, folder: Path) -> Verification:
-    exported, request = form.load(source, folder), source.request
-    compared = ComparedAnswers() if exported is None else compare_answers(source, exported)
+    request, compared = source.request, ComparedAnswers()
+    try:
+        if (exported := form.load(source, folder)) is not None:
+            compared = compare_answers(source, exported)
+        checks = form.check(source, folder, exported)
+    except InterruptedRun:
+        raise
+    except Exception as error:  # each runtime has its own errors for a file that it cannot run
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".replace(str(folder), request.output.name)
+        checks = [ExportCheck(name="loads and runs", result=text, expected="yes", passed=False)]
     return Verification(
         format=request.to,
         stored_as=request.quantize or request.dtype,
         rows=compared.rows,
-        checks=(*form.check(source, folder, exported), *compared.checks),
+        checks=(*checks, *compared.checks),
         metrics=compared.metrics,
         packages={name: _version(name) or "" for name in ("transformers", *form.PACKAGES)},
     )

