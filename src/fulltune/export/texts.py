@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from typing import Any
 
 from fulltune.export.source import Source
+from fulltune.inference.store import read_original_rows
 from fulltune.records.export import ExportCheck
 from fulltune.tasks import PLACE, Tokenizer
 
@@ -31,10 +33,14 @@ _CHATS = (
 
 
 def sample_texts(source: Source) -> list[str]:
-    """Return texts of the first test rows, difficult texts, and every special token between words."""
-    rows = ({name: cell for name, cell in row.items() if name != PLACE} for row in source.scoring.texts)
-    texts = [text for _, text in zip(range(_MAX_TEXTS), _strings(rows), strict=False)]
-    return [*texts, *_DIFFICULT, *(f"a {token} b" for token in source.processor.all_special_tokens)]
+    """Return texts of the first test, eval and train rows, difficult texts, and every special token between words."""
+    splits = chain.from_iterable(read_original_rows(source.scoring.data / name) for name in ("test", "eval", "train"))
+    rows = ({name: cell for name, cell in row.items() if name != PLACE} for row in splits)
+    return [
+        *islice(_strings(rows), _MAX_TEXTS),
+        *_DIFFICULT,
+        *(f"a {token} b" for token in source.processor.all_special_tokens),
+    ]
 
 
 def _strings(value: Any) -> Iterator[str]:

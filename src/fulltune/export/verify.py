@@ -19,6 +19,7 @@ from fulltune.tasks import Predictions, Tensor
 
 _MAX_ROWS, _MAX_TEXTS = 1000, 64
 """Maximum number of test rows, for classifiers and for language models."""
+_TOKENS_AT_ONCE = 256
 _MAX_DIFFERENCE = 1e-4
 """Largest accepted difference of two logits, relative to the largest logit if that is above 1."""
 _TOLERATED = 0.02
@@ -58,8 +59,9 @@ class _Differences:
         scale = max(1.0, expected.abs().max().item())
         difference = (actual - expected).abs().max().item() / scale
         self.largest = max(self.largest, math.inf if math.isnan(difference) else difference)
-        log_p, log_q = expected.double().log_softmax(-1), actual.double().log_softmax(-1)
-        self.divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).numpy())
+        for p, q in zip(expected.split(_TOKENS_AT_ONCE), actual.split(_TOKENS_AT_ONCE), strict=True):
+            log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+            self.divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).numpy())
         self.same.append((expected.argmax(-1) == actual.argmax(-1)).numpy())
 
 
@@ -94,7 +96,7 @@ def _run_both(
     differences = _Differences()
     parts: tuple[list[Predictions], list[Predictions]] = ([], [])
     order = [position for position in positions_by_length(rows) if position < count]
-    for positions in batches(order, 2 if task.FACTS.writes else 32):
+    for positions in batches(order, 1 if task.FACTS.writes else 32):
         batch = model_batch(source.model, task, [rows[i] for i in positions], source.processor.pad_token_id)
         labels, attended = batch.pop("labels"), batch.get("attention_mask")
         with torch.no_grad():
