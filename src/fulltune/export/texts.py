@@ -33,11 +33,11 @@ _CHATS = (
 
 
 def sample_texts(source: Source) -> list[str]:
-    """Return texts of the first test, eval and train rows, difficult texts, and every special token between words."""
+    """Return different texts of test, eval and train rows, difficult texts, and every special token between words."""
     splits = chain.from_iterable(read_original_rows(source.scoring.data / name) for name in ("test", "eval", "train"))
     rows = ({name: cell for name, cell in row.items() if name != PLACE} for row in splits)
     return [
-        *islice(_strings(rows), _MAX_TEXTS),
+        *list(dict.fromkeys(islice(_strings(rows), 10 * _MAX_TEXTS)))[:_MAX_TEXTS],
         *_DIFFICULT,
         *(f"a {token} b" for token in source.processor.all_special_tokens),
     ]
