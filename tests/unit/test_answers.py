@@ -77,4 +77,4 @@ def test_metric_of_one_row_has_no_interval() -> None:
     found = drawn["rougeL"].estimate(0.9)
     assert found.rows == 1
     assert words.format_estimate("rougeL", found) == "0.5 [one row]"
-    assert words.format_interval("rougeL", Estimate(value=0.5, low=0.4, high=0.6, rows=2)) == "[0.4, 0.6]"
+    assert words.format_estimate("rougeL", Estimate(value=0.5, low=0.4, high=0.6, rows=2)) == "0.5 [0.4, 0.6]"

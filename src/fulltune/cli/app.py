@@ -154,6 +154,7 @@ def plan(
     """Choose and explain every setting, and show memory, placements, time, and alternatives if the run does not fit."""
     from fulltune.cli import plan as cli_plan
     from fulltune.cli.show import plan as display_plan
+    from fulltune.plan.alternatives import format_alternatives
     from fulltune.records.training import Measurements
     from fulltune.report.format import pages
 
@@ -173,13 +174,15 @@ def plan(
         survey, planned = cli_plan.plan_with_data(target, set_ or [], recipe, folder, checked, planned)
     measured = Measurements.load(folder / "plan" / "measured.json") if measure else None
     if as_json:
-        stages.print_json(cli_plan.plan_as_json(survey, planned, measured))
+        fields = {} if planned is None else planned.model_dump(mode="json")
+        rows_measured = {} if measured is None else {"measured": measured.model_dump(mode="json")}
+        stages.print_json({**fields, "survey": survey.model_dump(mode="json"), **rows_measured})
     else:
         pages.print_parts(out, display_plan.build_plan_sections(survey, planned))
         if measured is not None:
             pages.print_parts(out, [display_plan.build_measured_table(measured)])
     if planned is None:
-        raise cli_plan.does_not_fit_error(survey, alternatives_shown=not as_json)
+        raise DoesNotFitError([*survey.notes, *(format_alternatives(survey.ways_out) if as_json else ())])
 
 
 @app.command()

@@ -21,9 +21,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change a setting: block.name=value. Repeatable.", metavar="NAME=VALUE"),
 ]
-RunFolder = Annotated[
-    Path | None, typer.Option("--run-folder", help="Run folder to use instead of a new one in 'output'.")
-]
+RunFolder = Annotated[Path | None, typer.Option(help="Run folder to use instead of a new one in 'output'.")]
 JudgeLabels = Annotated[
     bool,
     typer.Option(
@@ -37,13 +35,11 @@ Prove = Annotated[
 ]
 Trainings = Annotated[
     int,
-    typer.Option(
-        "--trainings", help="Train with and without each cleaning step, with N seeds each (2 or more).", metavar="N"
-    ),
+    typer.Option(help="Train with and without each cleaning step, with N seeds each (2 or more).", metavar="N"),
 ]
 StepsOf = Annotated[
     list[str] | None,
-    typer.Option("--check", help="For --trainings: try only the steps of this check. Repeatable.", metavar="CHECK"),
+    typer.Option(help="For --trainings: try only the steps of this check. Repeatable.", metavar="CHECK"),
 ]
 ListLosses = Annotated[
     bool,
@@ -51,9 +47,7 @@ ListLosses = Annotated[
 ]
 Accept = Annotated[
     list[str] | None,
-    typer.Option(
-        "--accept", help="Write the proposed remedies of a check into the patch. Repeatable.", metavar="CHECK"
-    ),
+    typer.Option(help="Write the proposed remedies of a check into the patch. Repeatable.", metavar="CHECK"),
 ]
 Review = Annotated[
     bool,
@@ -61,7 +55,7 @@ Review = Annotated[
 ]
 PatchFile = Annotated[
     Path | None,
-    typer.Option("--patch", help="File for decisions. Default: NAME.patch.jsonl beside the recipe, or in the RUN."),
+    typer.Option(help="File for decisions. Default: NAME.patch.jsonl beside the recipe, or in the RUN."),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start a new run even if this recipe has an unfinished one.")]
 SearchRate = Annotated[
@@ -69,29 +63,25 @@ SearchRate = Annotated[
 ]
 SearchBudget = Annotated[
     str | None,
-    typer.Option("--budget", help="Approximate time for search and best run, such as 20m or 2h.", metavar="TIME"),
+    typer.Option(help="Approximate time for search and best run, such as 20m or 2h.", metavar="TIME"),
 ]
 CompareBudget = Annotated[
     str | None,
-    typer.Option(
-        "--budget", help="Maximum total time, such as 30m or 2h. Rerun with a larger budget to resume.", metavar="TIME"
-    ),
+    typer.Option(help="Maximum total time, such as 30m or 2h. Rerun with a larger budget to resume.", metavar="TIME"),
 ]
 MethodName = Annotated[
     str | None,
-    typer.Option("--method", help="Method whose model is used. Default: the method that the comparison recommends."),
+    typer.Option(help="Method whose model is used. Default: the method that the comparison recommends."),
 ]
 MachineRank = Annotated[
     int | None,
-    typer.Option("--machine-rank", help="Rank of this machine among several, starting at 0 (docs/guides/scale.md)."),
+    typer.Option(help="Rank of this machine among several, starting at 0 (docs/guides/scale.md)."),
 ]
 Rendezvous = Annotated[
     str | None,
-    typer.Option("--rendezvous", help="Address of machine 0, where several machines meet.", metavar="HOST[:PORT]"),
+    typer.Option(help="Address of machine 0, where several machines meet.", metavar="HOST[:PORT]"),
 ]
-WaitForMachines = Annotated[
-    str, typer.Option("--wait-for-machines", help="How long machines wait for each other.", metavar="TIME")
-]
+WaitForMachines = Annotated[str, typer.Option(help="How long machines wait for each other.", metavar="TIME")]
 MaxNewTokens = Annotated[int, typer.Option(help="Maximum length of a generated answer, in tokens.", min=1)]
 Host = Annotated[str, typer.Option(help="Address to listen on. There is no authentication.")]
 Port = Annotated[int, typer.Option(min=1, max=65535)]
@@ -106,10 +96,10 @@ Hardware = Annotated[
     str | None,
     typer.Option("--for", help='Plan for other hardware: "8x A100-80GB", "1x RTX 4090, 64GB host", "cpu".'),
 ]
-NumRows = Annotated[int | None, typer.Option("--rows", help="Plan without data: number of train rows (with --tokens).")]
-NumTokens = Annotated[int | None, typer.Option("--tokens", help="Plan without data: tokens per row (with --rows).")]
+NumRows = Annotated[int | None, typer.Option(help="Plan without data: number of train rows (with --tokens).")]
+NumTokens = Annotated[int | None, typer.Option(help="Plan without data: tokens per row (with --rows).")]
 HourlyPrice = Annotated[
-    str | None, typer.Option("--price", help="Price of one device per hour: 2.5 or '2.5 USD'.", metavar="PRICE")
+    str | None, typer.Option(help="Price of one device per hour: 2.5 or '2.5 USD'.", metavar="PRICE")
 ]
 MeasureSettings = Annotated[
     bool, typer.Option("--measure", help="Measure one step of each setting here and choose the fastest that fits.")

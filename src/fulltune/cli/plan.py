@@ -7,10 +7,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fulltune.errors import DoesNotFitError, FulltuneError, RecipeError
+from fulltune.errors import RecipeError
 from fulltune.footprint import records
 from fulltune.plan import device_and_precision, gpus, time, workload
-from fulltune.plan.alternatives import format_alternatives
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.settings import PLACEMENT, to_yaml, with_settings
 from fulltune.plan.survey import survey_placements
@@ -21,7 +20,6 @@ from fulltune.recipe.rules import form_of
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary, SplitSummary
 from fulltune.records.plan import Plan, Survey
-from fulltune.records.training import Measurements
 from fulltune.system import hardware
 
 if TYPE_CHECKING:
@@ -232,15 +230,3 @@ def _make_assumed_summary(recipe: Recipe, rows: int, tokens: int) -> DataSummary
         sources={},
         fingerprint="",
     )
-
-
-def plan_as_json(survey: Survey, plan: Plan | None, measured: Measurements | None = None) -> dict[str, Any]:
-    fields = {} if plan is None else plan.model_dump(mode="json")
-    rows = {} if measured is None else {"measured": measured.model_dump(mode="json")}
-    return {**fields, "survey": survey.model_dump(mode="json"), **rows}
-
-
-def does_not_fit_error(survey: Survey, alternatives_shown: bool) -> FulltuneError:
-    """Return the error for a plan that does not fit, with alternatives unless these were shown."""
-    remedies = [] if alternatives_shown else format_alternatives(survey.ways_out)
-    return DoesNotFitError([*survey.notes, *remedies])

@@ -251,21 +251,18 @@ def forecast_costs(context: Context) -> tuple[dict[str, MethodCost], float]:
         if context.scores_runs and method is context.full:  # baselines embed the train rows as well, some repeatedly
             baselines = planned.time.overhead_seconds.get(BASELINES, 0.0) if planned.time else 0.0
             end = rest * VERDICT_SECONDS + slower * max(baselines, rows * row_seconds)
+        whole_runs = [one.trial for one in results if one.trial.method == label and not one.trial.searches]
+        current_rates = () if search is None else (search.chosen, *search.whole)
         costs[label] = MethodCost(
             run=slower * planned.time.total_seconds if planned.time else 0.0,
             num_rates=len(method_rates(context, method)),
             decides=method is context.full or context.recipe.compared_kind(method) in RIVALS,
             start=rest * START_SECONDS,
             scoring=scoring,
-            done=0 if search is None else _runs_at_current_rates(search, [one.trial for one in results]),
+            done=sum(trial.learning_rate in current_rates for trial in whole_runs),
             searched=search is not None and not search.time_was_up,
         )
     return costs, end
-
-
-def _runs_at_current_rates(search: Search, trials: Sequence[Trial]) -> int:
-    whole_runs = [one for one in trials if one.method == search.method and not one.searches]
-    return sum(one.learning_rate in (search.chosen, *search.whole) for one in whole_runs)
 
 
 def actual_to_planned_time(context: Context) -> tuple[dict[str, float], float]:

@@ -126,6 +126,9 @@ def build_comparison(
     context, summary = seed_runs.context, seed_runs.context.summary
     rows = method_rows(seed_runs, decision, baselines)
     environment = run_folder.describe_environment(context.machine)
+    dropped = [f"rows dropped: {count:,}, {reason}" for reason, count in summary.dropped.items()]
+    linted = rows_in_train(summary)
+    in_two_splits = [note for note in summary.notes if ALSO_OCCURS in note and note != linted]
     comparison = Comparison(
         name=context.folder.name,
         model=context.recipe.model.name,
@@ -151,7 +154,7 @@ def build_comparison(
         data_fingerprint=summary.fingerprint,
         command=context.command,
         versions={"fulltune": environment.fulltune, "python": environment.python, **environment.packages},
-        notes=tuple(_data_notes(context)),
+        notes=(*dropped, *in_two_splits),
     )
     return comparison.model_copy(update={"findings": lint_comparison(seed_runs, comparison)})
 
@@ -207,14 +210,6 @@ def _estimate_drift(context: Context, results: Sequence[TrialResult]) -> Estimat
         {"drift": of_text}, lambda texts: {"drift": float(texts["drift"].mean())}, samples=_TEXT_SAMPLES
     )
     return drawn["drift"].estimate(context.recipe.evaluate.confidence)
-
-
-def _data_notes(context: Context) -> list[str]:
-    """Return notes on dropped rows and on rows in two splits."""
-    dropped = [f"rows dropped: {count:,}, {reason}" for reason, count in context.summary.dropped.items()]
-    linted = rows_in_train(context.summary)
-    notes = [note for note in context.summary.notes if ALSO_OCCURS in note]
-    return dropped + [note for note in notes if note != linted]
 
 
 def write_model_cards(seed_runs: SeedRuns) -> None:

@@ -169,27 +169,11 @@ def _answer_probabilities(
     scatter = math.sqrt(
         now.row_variance + test_precision.row_variance + max(0.0, now.seed_variance - test_precision.seed_variance)
     )
-    chances = [
-        _normal_probabilities(
-            difference.estimate,
-            scatter,
-            test_precision.half_width(level, luck),
-            test_precision.half_width(2 * level, luck),
-            margin,
-        )
-        for luck in test_precision.variance_ratios(same_seeds=same_seeds)
-    ]
+    normal, chances = NormalDist(difference.estimate, max(scatter, 1e-12)), []
+    for luck in test_precision.variance_ratios(same_seeds=same_seeds):
+        needed = max(margin, test_precision.half_width(level, luck))
+        room = margin - test_precision.half_width(2 * level, luck)  # equivalence is tested on one side
+        equivalent = normal.cdf(room) - normal.cdf(-room) if room > 0 else 0.0
+        chances.append((1 - normal.cdf(needed), min(equivalent, 1.0), normal.cdf(-needed)))
     full, equal, rival = (float(np.mean(each)) for each in zip(*chances, strict=True))
     return full, equal, rival
-
-
-def _normal_probabilities(
-    estimate: float, scatter: float, half_width: float, one_sided_half_width: float, margin: float
-) -> tuple[float, float, float]:
-    """Return the probabilities that full is better, both are equal, or the rival is better, if the estimate is normal
-    with standard deviation `scatter`. The half widths belong to the intervals for a difference and
-    (`one_sided_half_width`) for equivalence."""
-    needed, room = max(margin, half_width), margin - one_sided_half_width
-    normal = NormalDist(estimate, max(scatter, 1e-12))
-    equal = normal.cdf(room) - normal.cdf(-room) if room > 0 else 0.0
-    return 1 - normal.cdf(needed), min(equal, 1.0), normal.cdf(-needed)

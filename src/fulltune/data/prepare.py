@@ -52,7 +52,6 @@ from fulltune.data.written import (
     DROPPED,
     dropped_row_as_json_line,
     exclude_held_out_rows,
-    list_dropped,
     make_previews,
     target_statistics,
     write_mixed_in_rows,
@@ -189,7 +188,9 @@ def _prepare_uncached(
 
     late = rows_in_no_split(splits)
     mixed, also_held_out = exclude_held_out_rows(recipe, encoded, splits)
-    list_dropped(folder, chain(rows_dropped_by_time_split(block, splits["train"].source, late), also_held_out))
+    dropped_later = chain(rows_dropped_by_time_split(block, splits["train"].source, late), also_held_out)
+    with (folder / DROPPED).open("a", encoding="utf-8") as file:
+        file.writelines(map(dropped_row_as_json_line, dropped_later))
     written = write_splits(folder, task, splits, limit if packed else None, int(late.sum()))
     mixed_in = write_mixed_in_rows(recipe, folder, job, mixed, packed)
     remarks += note_forbidden_texts(forbidden, splits["train"], mixed)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice, pairwise
 from pathlib import Path
@@ -44,11 +44,6 @@ def dropped_row_as_json_line(item: DroppedRow) -> str:
     return (
         json.dumps(masked_cells(json.loads(json.dumps(asdict(item), default=to_json_value))), ensure_ascii=False) + "\n"
     )
-
-
-def list_dropped(folder: Path, items: Iterable[DroppedRow]) -> None:
-    with (folder / DROPPED).open("a", encoding="utf-8") as file:
-        file.writelines(map(dropped_row_as_json_line, items))
 
 
 def iterate_stored_rows(source: EncodedSource, is_wanted: np.ndarray) -> Iterator[tuple[int, str, dict[str, Any]]]:

@@ -37,11 +37,6 @@ FAILURES = (
 """Errors that model classes raise for unusual configs or fake tensors."""
 
 
-def points_to_trace(case: TraceCase) -> list[tuple[int, int]]:
-    """Return the (rows, tokens) points to trace; an image has length 1."""
-    return list(itertools.product(ROWS, _LENGTHS if has_tokens(case) else (1,)))
-
-
 def trace_model(case: TraceCase, points: Sequence[tuple[int, int]], *, recomputed: bool, training: bool) -> ModelTrace:
     """Trace a model at each (rows, length) point, if possible by extrapolating from copies with few layers."""
     try:
@@ -62,10 +57,8 @@ def _extrapolate_from_copies(
     base = trace_copy(case, start[0], points, kinds=start[1], recomputed=recomputed, training=training)
     # As many points as terms, and one more as a check.
     checked = list(range(len(points) if len(points) <= len(ROWS) else len(_LENGTHS) + 2))
-    matrix, wanted = (
-        np.array([_layer_terms(*points[at]) for at in places], float) for places in (checked, range(len(points)))
-    )
-    traced = base
+    wanted = np.array([(1, rows * length, rows * length**2, length**2) for rows, length in points], float)
+    matrix, traced = wanted[checked], base
     for depths, kinds, further in growths:
         sample = [points[at] for at in checked]
         more = trace_copy(case, depths, sample, kinds=kinds, recomputed=recomputed, training=training)
@@ -112,10 +105,6 @@ def _reduced_copies(case: TraceCase) -> tuple[_Copy, list[tuple[dict[str, int], 
     ]
 
 
-def _layer_terms(rows: int, length: int) -> tuple[int, ...]:
-    return (1, rows * length, rows * length * length, length * length)
-
-
 def _added_shapes(few: tuple[tuple[int, ...], ...], more: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
     return tuple((Counter(more) - Counter(few)).elements())
 
@@ -126,7 +115,8 @@ _FAR = (16, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 
 def trace_footprint(case: TraceCase) -> Footprint:
     """Trace a model's evaluation and training steps, and fit its footprint to the traces."""
-    points = points_to_trace(case)
+    # An image has length 1.
+    points = list(itertools.product(ROWS, _LENGTHS if has_tokens(case) else (1,)))
     evaluated = trace_model(case, points, recomputed=False, training=False)
     variants, of_training = [], 0.0
     for recomputed in case.checkpointing:

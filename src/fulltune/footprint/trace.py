@@ -39,7 +39,11 @@ PIXELS_OF_A_TOKEN = 32 * 32
 
 def estimate_footprint(case: TraceCase, why: str) -> Footprint:
     """Estimate a footprint by a rule of thumb. `why` is the reason for not tracing the model."""
-    shapes = _trained_parameter_shapes(case)
+    with torch.device("meta"):
+        model = getattr(transformers, case.task.FACTS.auto_class).from_config(case.config)
+        if not case.all_trained:
+            case.prepare(model)
+    shapes = [tuple(one.shape) for one in model.parameters() if case.all_trained or one.requires_grad]
     num_trainable = case.num_parameters if case.all_trained else sum(map(math.prod, shapes))
     layers, hidden, vocab = _model_sizes(case)
     tokens = 1
@@ -88,14 +92,6 @@ def _rough_memory(
         for kind, (own, size) in {**sizes, "buffers": (0, buffers)}.items()
     }
     return LiveMemory.model_validate({"place": place, "coefficients": coefficients})
-
-
-def _trained_parameter_shapes(case: TraceCase) -> list[tuple[int, ...]]:
-    with torch.device("meta"):
-        model = getattr(transformers, case.task.FACTS.auto_class).from_config(case.config)
-        if not case.all_trained:
-            case.prepare(model)
-    return [tuple(one.shape) for one in model.parameters() if case.all_trained or one.requires_grad]
 
 
 def _model_sizes(case: TraceCase) -> tuple[int, int, int]:

@@ -44,15 +44,6 @@ class ChunkedLogits:
         return losses, right
 
 
-def summed_cross_entropy(
-    logits: torch.Tensor | ChunkedLogits, targets: torch.Tensor, label_smoothing: float
-) -> torch.Tensor:
-    """Return the sum of all tokens' cross entropies, a scalar; `targets[tokens]` are token ids."""
-    if isinstance(logits, ChunkedLogits):
-        return logits.loss(targets, label_smoothing)
-    return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing, reduction="sum")
-
-
 def token_scores(logits: torch.Tensor | ChunkedLogits, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each token's cross entropy (float32), and whether its target has the highest logit (bool)."""
     if isinstance(logits, ChunkedLogits):

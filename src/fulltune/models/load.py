@@ -180,17 +180,9 @@ def head_origin_by_labels(checkpoint_labels: tuple[str, ...], task_labels: tuple
         order = tuple(checkpoint_labels.index(name) for name in task_labels)
         same = f": its {len(task_labels)} labels are the same"
         return HeadOrigin(order, same if checkpoint_labels == task_labels else f"{same}, reordered by name")
-    if all(_GENERIC.fullmatch(name) for name in checkpoint_labels):
-        return HeadOrigin(
-            None, f"the checkpoint's {len(checkpoint_labels)} labels have no names ({_first_three(checkpoint_labels)})"
-        )
-    return HeadOrigin(
-        None, f"the checkpoint's {len(checkpoint_labels)} labels are different ({_first_three(checkpoint_labels)})"
-    )
-
-
-def _first_three(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+    why = "have no names" if all(_GENERIC.fullmatch(name) for name in checkpoint_labels) else "are different"
+    named = ", ".join(checkpoint_labels[:3]) + (" ..." if len(checkpoint_labels) > 3 else "")
+    return HeadOrigin(None, f"the checkpoint's {len(checkpoint_labels)} labels {why} ({named})")
 
 
 def arrange_head(model: PreTrainedModel, missing: Iterable[str], head: HeadOrigin, task_has_labels: bool) -> HeadOrigin:

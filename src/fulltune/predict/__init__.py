@@ -215,7 +215,7 @@ def _choose_settings(folder: Path, batch_size: int) -> tuple[str, int, str]:
 def choose_model_folder(run: Path, method: str | None = None) -> tuple[Path, str]:
     """Return a model's folder, and the reason if a comparison's verdict chose the model, else "". Raise `SetupError` if
     no single model matches."""
-    there = model_folders(run)
+    there = {path.parent.name: path.parent for path in sorted(run.glob(f"models/*/{folders.NOTES}"))}
     names = ", ".join(there)
     if method is not None:
         if method not in there:
@@ -239,10 +239,6 @@ def choose_model_folder(run: Path, method: str | None = None) -> tuple[Path, str
             f"{names}"
         )
     return there[recommended], reason
-
-
-def model_folders(run: Path) -> dict[str, Path]:
-    return {path.parent.name: path.parent for path in sorted(run.glob(f"models/*/{folders.NOTES}"))}
 
 
 def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from fulltune.errors import SetupError
-from fulltune.records.comparison import Comparison
 from fulltune.records.export import Verification
 from fulltune.records.scores import Scores
 from fulltune.report.comparison import content as about_comparison
@@ -17,6 +16,7 @@ from fulltune.report.run.content import build_run_report
 from fulltune.report.run.data_page import write_data_page
 from fulltune.report.run.model_card import build_exported_card, build_model_card
 from fulltune.report.run.read import read_run
+from fulltune.system.run_folder import COMPARISONS, load_comparison
 
 __all__ = [
     "build_run_terminal_report",
@@ -27,8 +27,6 @@ __all__ = [
     "write_run_report",
     "write_tasks_report",
 ]
-
-RECORD, PROOF = "compare/comparison.json", "proof.json"
 
 
 def write_run_report(folder: Path) -> Path:
@@ -42,10 +40,13 @@ def build_run_terminal_report(folder: Path) -> list[Headline | Section | Element
 
 def write_comparison_report(folder: Path) -> tuple[Path, ...]:
     """Write a finished comparison's pages, plot and `proof.json`, and return their paths."""
-    source = _comparison_record_path(Path(folder))
-    comparison = Comparison.load(source)
-    target = Path(folder) if Path(folder).is_dir() else source.parent
-    card, picture, proof = (target / name for name in ("card.md", "card.png", PROOF))
+    comparison = load_comparison(folder)
+    if comparison is None:
+        raise SetupError(
+            f"{folder}: contains no finished comparison ({COMPARISONS[0]} is missing); run 'fulltune compare RECIPE' "
+            "to the end"
+        )
+    card, picture, proof = (folder / name for name in ("card.md", "card.png", "proof.json"))
     if plots := about_comparison.build_cost_plots(comparison):
         subtitle = f"{comparison.name}: {comparison.decision.headline}"
         write_cost_picture(about_comparison.format_verdict(comparison.decision), subtitle, plots, picture)
@@ -55,18 +56,6 @@ def write_comparison_report(folder: Path) -> tuple[Path, ...]:
     html = write_pages(card, report, "comparison.html.j2", private=False)
     comparison.save(proof)
     return (card, html, picture, proof) if plots else (card, html, proof)
-
-
-def _comparison_record_path(folder: Path) -> Path:
-    """Return the path of a folder's comparison record. Raise `SetupError` if the folder has none."""
-    if folder.is_file():
-        return folder
-    source = next((folder / name for name in (RECORD, PROOF) if (folder / name).is_file()), None)
-    if source is None:
-        raise SetupError(
-            f"{folder}: contains no finished comparison ({RECORD} is missing); run 'fulltune compare RECIPE' to the end"
-        )
-    return source
 
 
 def write_model_card(folder: Path, model_folder: Path, scores: Scores | None = None) -> None:

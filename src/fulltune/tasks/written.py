@@ -30,13 +30,17 @@ def loss(
     class_weights: Sequence[float] | None = None,
 ) -> Tensor:
     """Sum the trained tokens' cross entropy. `target_ids` maps `labels` to the tokens to predict."""
-    from fulltune.models import chunked_loss
+    import torch.nn.functional as F
+
+    from fulltune.models.chunked_loss import ChunkedLogits
 
     if labels.dim() == 2:
         tokens = target_ids(labels)
         is_trained = tokens != IGNORED
         logits, labels = _select_logits(logits, is_trained), tokens[is_trained]
-    return chunked_loss.summed_cross_entropy(logits, labels, smoothing)
+    if isinstance(logits, ChunkedLogits):
+        return logits.loss(labels, smoothing)
+    return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, reduction="sum")
 
 
 def count_items(target_ids: TargetIds, labels: Tensor) -> int:

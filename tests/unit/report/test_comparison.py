@@ -134,7 +134,7 @@ def test_write_comparison_from_its_json_alone_gives_the_same_card(tmp_path: Path
     cards(first, comparisons.comparison())
     again.mkdir()
     (again / "proof.json").write_bytes((first / "proof.json").read_bytes())
-    files = report.write_comparison_report(again / "proof.json")
+    files = report.write_comparison_report(again)
     assert {path.name for path in files} >= {"card.md", "card.html", "proof.json"}
     for path in files:
         assert path.parent == again

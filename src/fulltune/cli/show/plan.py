@@ -22,7 +22,9 @@ def build_plan_sections(survey: Survey, plan: Plan | None) -> Iterator[Section]:
     yield _section("inputs", Facts(tuple(_input_facts(survey))))
     if plan is not None:
         yield _section(f"memory of a step, micro batch {plan.micro_batch_size}", *_build_memory_blocks(survey, plan))
-    yield _section("placements", _build_placement_table(survey), Paragraph(_placement_legend(survey)))
+    host = "each host" if survey.num_machines > 1 else "the host"
+    legend = f"GiB on each device and {host}; batch: rows per pass on each device, * with activation checkpointing"
+    yield _section("placements", _build_placement_table(survey), Paragraph(legend))
     if plan is not None:
         if plan.time:
             yield _section("time", Facts(tuple(_time_facts(survey, plan, plan.time))))
@@ -120,11 +122,6 @@ def _build_placement_table(survey: Survey) -> Table:
         rows.append((f"{'▸ ' * is_chosen}{placement.name}", *sizes, *last))
     header = ("placement", "device", "host", "batch", "tokens/s", "")
     return Table("", header, tuple(rows), frozenset(range(1, len(header) - 1)))
-
-
-def _placement_legend(survey: Survey) -> str:
-    host = "each host" if survey.num_machines > 1 else "the host"
-    return f"GiB on each device and {host}; batch: rows per pass on each device, * with activation checkpointing"
 
 
 def _time_facts(survey: Survey, plan: Plan, need: TimeNeed) -> list[NameAndValue]:

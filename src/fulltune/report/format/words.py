@@ -29,16 +29,10 @@ def metric_name(name: str) -> str:
     return name.replace("_", " ")
 
 
-def format_interval(metric: str, estimate: Estimate) -> str:
-    """Format an interval, such as `[90.4%, 93.6%]`, or the reason why there is none."""
-    if estimate.no_interval_reason:
-        return f"[{estimate.no_interval_reason}]"
-    return f"[{format_metric(metric, estimate.low)}, {format_metric(metric, estimate.high)}]"
-
-
 def format_estimate(metric: str, value: Estimate) -> str:
-    """Format a value with its interval: `92.1% [90.4%, 93.6%]`."""
-    return f"{format_metric(metric, value.value)} {format_interval(metric, value)}"
+    """Format a value with its interval, such as `92.1% [90.4%, 93.6%]`, or with the reason why there is none."""
+    interval = value.no_interval_reason or f"{format_metric(metric, value.low)}, {format_metric(metric, value.high)}"
+    return f"{format_metric(metric, value.value)} [{interval}]"
 
 
 def describe_traffic(plan: Plan) -> str | None:

@@ -54,7 +54,9 @@ def run_checks(inputs: AttemptInputs, loaded: LoadedModel, trainer: FullTrainer)
         result = problem or "; ".join(filter(None, [origin, loaded.scale_note]))
         checks.append(Check(name="head", result=result, passed=problem is None))
     if writes:
-        checks.append(_check_trained_tokens(rows))
+        without = int((_last_trained_tokens(rows) == IGNORED).sum())
+        trained = f"{len(rows) - without} of {len(rows)}"
+        checks.append(Check(name="rows with trained tokens", result=trained, passed=without == 0))
     if summary.form.writes_answers:
         # Only the task's rows: mixed-in raw text may be cut in the middle.
         checks.append(_check_end_tokens(inputs, loaded, Rows(inputs.data / "train")))
@@ -79,19 +81,15 @@ def stop_if_check_failed(checks: Sequence[Check], recorder: Recorder) -> None:
 def _check_trainable_parameters(model: PreTrainedModel, plan: Plan) -> Check:
     fixed = methods.sinusoidal_tables(model)
     parameters = [parameter for name, parameter in model.named_parameters() if name not in fixed]
-    trainable = sum(_num_values(parameter) for parameter in parameters if parameter.requires_grad)
-    total = sum(map(_num_values, parameters))
+    # ZeRO stage 3 leaves empty tensors and notes their sizes.
+    sizes = [int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in parameters]
+    trainable = sum(size for size, parameter in zip(sizes, parameters, strict=True) if parameter.requires_grad)
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})
     return Check(
         name="trainable parameters",
-        result=f"{trainable:,} of {total:,} ({', '.join(dtypes)})",
-        passed=trainable == (total if plan.num_frozen_parameters == 0 else plan.num_trainable_parameters),
+        result=f"{trainable:,} of {sum(sizes):,} ({', '.join(dtypes)})",
+        passed=trainable == (sum(sizes) if plan.num_frozen_parameters == 0 else plan.num_trainable_parameters),
     )
-
-
-def _num_values(parameter: torch.nn.Parameter) -> int:
-    # ZeRO stage 3 leaves an empty tensor and notes its size.
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _describe_dropout(model: PreTrainedModel) -> Check:
@@ -109,11 +107,6 @@ def _last_trained_tokens(rows: Rows) -> np.ndarray:
         last = np.maximum.reduceat(positions, offsets[:-1])
         tokens.append(np.where(last >= offsets[:-1], flat[last], IGNORED))
     return np.concatenate(tokens)
-
-
-def _check_trained_tokens(rows: Rows) -> Check:
-    without = int((_last_trained_tokens(rows) == IGNORED).sum())
-    return Check(name="rows with trained tokens", result=f"{len(rows) - without} of {len(rows)}", passed=without == 0)
 
 
 def _check_packed_texts_isolated(trainer: FullTrainer, model: PreTrainedModel) -> Check:
