@@ -54,7 +54,13 @@ def job(
     folder = None if run_folder is None else Path(run_folder)
     hooks = Hooks(**functions)
     folder_path, _ = find_or_make_folder(recipe, text, recipe.name or name, folder, fresh, hooks.digest())
-    return Run(recipe, folder_path, hooks, listener or _printing_listener())
+    if listener is None:
+        from rich.console import Console
+
+        from fulltune.cli.show.run import Display
+
+        listener = Display(Console(stderr=True, highlight=False, emoji=False))
+    return Run(recipe, folder_path, hooks, listener)
 
 
 def run(recipe: Recipe | str | Path, **settings: Any) -> RunResult:
@@ -86,11 +92,3 @@ def load_predictor(run: str | Path, method: str | None = None) -> Predictor:
     from fulltune import predict
 
     return predict.load_predictor(Path(run), method)
-
-
-def _printing_listener() -> Listener:
-    from rich.console import Console
-
-    from fulltune.cli.show.run import Display
-
-    return Display(Console(stderr=True, highlight=False, emoji=False))

@@ -222,8 +222,14 @@ def _plant_errors(items: Items, probabilities: np.ndarray, margins: np.ndarray) 
 def _probabilities_without_errors(items: Items) -> np.ndarray:
     """Return out-of-fold probabilities of classifiers trained without rows that are probably mislabelled: float64
     [rows, classes]."""
-    every = np.ones(len(items.labels), bool)
-    other = _is_likely_error(predict_out_of_fold(items, every, 0), items.labels.astype(np.int64))
+    labels, rows = items.labels.astype(np.int64), np.arange(len(items.labels))
+    probabilities = predict_out_of_fold(items, np.ones(len(labels), bool), 0)
+    counts = np.bincount(labels, minlength=probabilities.shape[1])
+    sums = np.bincount(labels, probabilities[rows, labels], minlength=probabilities.shape[1])
+    # A row is probably mislabelled if another class is the likeliest of those above their usual probability.
+    usual = np.where(counts > 0, sums / np.maximum(1, counts), np.inf)
+    confident = np.where(probabilities >= usual, probabilities, -1.0)
+    other = (confident.max(axis=1) >= 0) & (confident.argmax(axis=1) != labels)
     if other.mean() > MAX_OTHER:
         raise NoProbe(NOT_SEPARABLE)
     return predict_out_of_fold(items, ~other, 1)
@@ -239,17 +245,6 @@ def predict_out_of_fold(items: Items, is_trained_on: np.ndarray, seed: int) -> n
         [(_, classifier)] = fit_at_strengths(items.select((fold != number) & is_trained_on), strengths=(MIDDLE,))
         probabilities[fold == number] = softmax(classifier(items.features[fold == number]).astype(np.float64), axis=1)
     return probabilities
-
-
-def _is_likely_error(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Mark rows whose label is not the likeliest of the classes above their thresholds: bool [rows]. A class's
-    threshold is its mean probability in the rows labelled with that class."""
-    rows = np.arange(len(labels))
-    counts = np.bincount(labels, minlength=probabilities.shape[1])
-    sums = np.bincount(labels, probabilities[rows, labels], minlength=probabilities.shape[1])
-    usual = np.where(counts > 0, sums / np.maximum(1, counts), np.inf)
-    confident = np.where(probabilities >= usual, probabilities, -1.0)
-    return (confident.max(axis=1) >= 0) & (confident.argmax(axis=1) != labels)
 
 
 def label_margins(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

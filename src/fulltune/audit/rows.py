@@ -22,7 +22,6 @@ from fulltune.audit.texts import (
     select_checks,
 )
 from fulltune.audit.texts.content import group_similar_names
-from fulltune.audit.texts.flaw import Flaw
 from fulltune.data.groups import character_5grams, hash_to_number, jaccard_similarity, join_near_duplicates, minhash
 from fulltune.data.patch import Decisions, PatchedRows, load_patch, numbered_row_hash
 from fulltune.data.sources import find_source_files, read_source_rows
@@ -87,11 +86,6 @@ class AuditedRows:
         """Return the split whose data file holds a split's rows."""
         return split if split in self.own_files else "train"
 
-    def content_text(self, row: Row, group_key: str) -> str:
-        """Return everything that a model learns from a row as one text, beginning with `group_key`."""
-        columns = [column for role, column in self.target.columns.items() if role not in _IN_KEY]
-        return "\0".join([group_key, *(normalised(as_text(row.get(column))) for column in columns)])
-
     def issue(
         self, check: str, item: tuple[SplitName, Row], reason: str, remedy: Remedy | None = None, score: float = 0.0
     ) -> RowIssue:
@@ -132,6 +126,7 @@ def scan_rows(rows: AuditedRows, expected_rows: int, listener: Listener) -> RowS
     """Check the texts of all rows, and compute the hashes that `find_repeated_rows` compares."""
     scan, checks = RowScan(), select_checks(rows.target.columns)
     signed: list[np.ndarray] = []
+    learned = [column for role, column in rows.target.columns.items() if role not in _IN_KEY]
     for split in SPLITS:
         before, keys = len(scan.keys), list[str]()
         for row in rows.read(split):
@@ -140,11 +135,17 @@ def scan_rows(rows: AuditedRows, expected_rows: int, listener: Listener) -> RowS
             labels = tuple(rows.task.row_labels(row, rows.target))
             scan.ids.append(int(row_id(row), 16))
             scan.keys.append(hash_to_number(0, key))
-            scan.content_hashes.append(hash(rows.content_text(row, key)))
+            content = (key, *(normalised(as_text(row.get(column))) for column in learned))
+            scan.content_hashes.append(hash("\0".join(content)))
             scan.labels.append(scan.names.setdefault(labels, len(scan.names)) if labels else -1)
             for part, names in checks.items():
                 for column, text in iterate_texts(row, rows.target.columns, part):
-                    scan.issues += [_flaw_to_issue(rows, split, row, column, flaw) for flaw in find_flaws(text, names)]
+                    for flaw in find_flaws(text, names):
+                        # A turn of a conversation is not a cell, so it cannot be replaced.
+                        repairable = flaw.fixed is not None and isinstance(row[column], str)
+                        remedy = Remedy(action="replace", column=column, value=flaw.fixed) if repairable else None
+                        reason = f"column '{column}': {flaw.reason}"
+                        scan.issues.append(rows.issue(flaw.check, (split, row), reason, remedy))
             if (turns := rows.target.columns.get("messages")) and (
                 faults := chat_faults(chat.clean_messages(row[turns]))
             ):
@@ -194,14 +195,6 @@ def identify_rows(
         yield split, row, numbered_row_hash(key[1], times[key])
 
 
-def _flaw_to_issue(rows: AuditedRows, split: SplitName, row: Row, column: str, flaw: Flaw) -> RowIssue:
-    """Return an issue whose remedy is to use the repaired text or, if the cell cannot be repaired, to drop the row."""
-    # A turn of a conversation is not a cell, so it cannot be replaced.
-    repairable = flaw.fixed is not None and isinstance(row[column], str)
-    remedy = Remedy(action="replace", column=column, value=flaw.fixed) if repairable else None
-    return rows.issue(flaw.check, (split, row), f"column '{column}': {flaw.reason}", remedy)
-
-
 def find_misspelt_classes(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
     """Return issues for rows whose class may be misspelt; each remedy is the most frequent similar class."""
     of_number, counts = Counter(scan.labels), Counter[str]()
@@ -248,7 +241,8 @@ def find_repeated_rows(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
     """Return issues for train rows that occur earlier, in held-out splits, or elsewhere with other labels."""
     keys, contents, labels = (np.frombuffer(one, np.int64) for one in (scan.keys, scan.content_hashes, scan.labels))
     train = np.arange(len(keys)) < scan.counts["train"]
-    repeats = mark_repeated_train_rows(contents, train)
+    repeats = train.copy()
+    repeats[np.unique(np.where(train, contents, 0), return_index=True)[1]] = False
     leaks = train & np.isin(keys, keys[~train])
     near = keys
     if rows.has_texts:
@@ -291,13 +285,6 @@ def find_repeated_rows(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
             reason = f"the same text has several labels: {shown}"
             issues.append(issue(CONFLICT, reason=reason, remedy=remedy, score=score))
     return issues
-
-
-def mark_repeated_train_rows(content_hashes: np.ndarray, is_train: np.ndarray) -> np.ndarray:
-    """Mark train rows whose content hash also occurs earlier in train: bool [rows]."""
-    repeats = is_train.copy()
-    repeats[np.unique(np.where(is_train, content_hashes, 0), return_index=True)[1]] = False
-    return repeats
 
 
 def _find_similar_held_out_rows(

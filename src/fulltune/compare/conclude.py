@@ -39,8 +39,16 @@ def judge_on_test_rows(seed_runs: SeedRuns) -> Comparison:
     context.say("deciding the verdict on the test rows")
     alpha, later = alpha_left(seed_runs.looks, context.alpha, time_was_up=seed_runs.lacks_time)
     with context.log_duration("verdict"):
-        trials = [one.trial.name for runs in seed_runs.results.values() for one in runs]
-        openings = log_use_of_test_rows(context, trials, alpha, later)
+        opening = TestRowsUse(
+            time=datetime.now().astimezone().isoformat(timespec="seconds"),
+            by=f"{getpass.getuser()}@{platform.node()}",
+            command=context.command,
+            trials=tuple(one.trial.name for runs in seed_runs.results.values() for one in runs),
+            alpha=alpha,
+            left=later,
+        )
+        append_line(context.folder / TEST_LOG, opening.model_dump(mode="json"))
+        openings = tuple(TestRowsUse.model_validate(entry) for entry in read_json_lines(context.folder / TEST_LOG))
         baselines = score_baselines(context)
         compared = load_method_outputs(context, seed_runs.results, TEST_OUTPUTS, seed_runs.waiting)
         if (context.folder / TEST_OUTPUTS / f"{BASE}.npz").exists():
@@ -89,23 +97,6 @@ def note_verdict_without_leaks(
     same = clean.verdict == decision.verdict
     verdict = f"still {clean.verdict}" if same else f"{clean.verdict} instead of {decision.verdict}"
     return [f"{prefix}{scores}; the verdict is {verdict}"]
-
-
-def log_use_of_test_rows(
-    context: Context, trial_names: Sequence[str], alpha: float, later_alpha: float
-) -> tuple[TestRowsUse, ...]:
-    """Log that this command spends `alpha` (error probability) on the test rows and leaves `later_alpha` for later
-    verdicts. Return the whole log."""
-    opening = TestRowsUse(
-        time=datetime.now().astimezone().isoformat(timespec="seconds"),
-        by=f"{getpass.getuser()}@{platform.node()}",
-        command=context.command,
-        trials=tuple(trial_names),
-        alpha=alpha,
-        left=later_alpha,
-    )
-    append_line(context.folder / TEST_LOG, opening.model_dump(mode="json"))
-    return tuple(TestRowsUse.model_validate(entry) for entry in read_json_lines(context.folder / TEST_LOG))
 
 
 def score_baselines(context: Context) -> tuple[Scores, ...]:

@@ -33,7 +33,11 @@ def run_comparison(job: Run, command: str, budget: str | None = None) -> Compare
     before = 0.0 if job.began is None else time.time() - job.began
     began, record = time.monotonic() - before, job.folder / RECORD
     with run_folder.explain_os_errors(job.folder), run_folder.lock_folder(job.folder):
-        seconds = _budget_seconds(job, budget)
+        text, path = budget or job.recipe.compare.budget, job.folder / EXPECTATION
+        seconds = parse_seconds(text) if text else None
+        if path.exists() and budget is None:  # an earlier command may have had a larger budget
+            earlier = Expectation.load(path).budget_seconds
+            seconds = max((one for one in (seconds, earlier) if one is not None), default=None)
         finished = Comparison.load(record) if record.exists() else None
         if finished is not None and (why := why_not_resumable(finished, seconds)):
             # Its models and its table belong together, so nothing is changed.
@@ -68,12 +72,3 @@ def comparison_recipe(recipe: Recipe) -> Recipe:
     if "near_duplicates" in recipe.data.model_fields_set or FACTS[recipe.task].reads == "image":
         return recipe
     return with_settings(recipe, {"data.near_duplicates": NEAR_DUPLICATES})
-
-
-def _budget_seconds(job: Run, budget: str | None) -> float | None:
-    """Return the limit from `budget`, else the larger of the recipe's and the earlier command's limit, or None for no
-    limit."""
-    text, path = budget or job.recipe.compare.budget, job.folder / EXPECTATION
-    seconds = parse_seconds(text) if text else None
-    before = Expectation.load(path).budget_seconds if path.exists() and budget is None else None
-    return max((one for one in (seconds, before) if one is not None), default=None)

@@ -71,8 +71,17 @@ def assign_splits(recipe: Recipe, encoded: Mapping[str, EncodedSource]) -> dict[
         raise DataError(few)
     fractions: dict[SplitName, float] = {"test": block.test_fraction, "eval": block.eval_fraction}
     fractions = {name: share for name, share in fractions.items() if name not in splits}
+    rows_of: dict[SplitName, np.ndarray] = {}
     if block.time is None:
-        rows_of = _random_splits(train, _row_strata(train, block.group is not None), fractions)
+        strata, left = _row_strata(train, block.group is not None), np.ones(train.num_rows, bool)
+        for name, fraction in fractions.items():
+            rest = np.flatnonzero(left)
+            # The second split gets its share of all rows, not of the remaining ones.
+            share = min(0.5, fraction * train.num_rows / max(1, len(rest)))
+            rows_of[name] = np.zeros(train.num_rows, bool)
+            rows_of[name][rest[hold_out_groups(train.split_groups[rest], strata[rest], share)]] = True
+            left &= ~rows_of[name]
+        rows_of["train"] = left
     else:
         wanted = {name: max(1, held_out_rows(train.num_rows, share)) for name, share in fractions.items()}
         rows_of = split_by_time(train.times, train.split_groups, wanted)
@@ -83,22 +92,6 @@ def assign_splits(recipe: Recipe, encoded: Mapping[str, EncodedSource]) -> dict[
 
 def held_out_rows(rows: int, fraction: float) -> int:
     return min(MAX_HELD_OUT_ROWS, round(fraction * rows))
-
-
-def _random_splits(
-    train: EncodedSource, strata: np.ndarray, fractions: Mapping[SplitName, float]
-) -> dict[SplitName, np.ndarray]:
-    """Mark the rows of each split: bool [rows]. Whole groups are held out; the rest is train."""
-    rows_of, left = dict[SplitName, np.ndarray](), np.ones(train.num_rows, bool)
-    for name, fraction in fractions.items():
-        rest = np.flatnonzero(left)
-        # The second split gets its share of all rows, not of the remaining ones.
-        share = min(0.5, fraction * train.num_rows / max(1, len(rest)))
-        rows = np.zeros(train.num_rows, bool)
-        rows[rest[hold_out_groups(train.split_groups[rest], strata[rest], share)]] = True
-        left &= ~rows
-        rows_of[name] = rows
-    return {**rows_of, "train": left}
 
 
 def hold_out_groups(groups: np.ndarray, strata: np.ndarray, fraction: float) -> np.ndarray:

@@ -45,12 +45,14 @@ def estimate_footprint(case: TraceCase, why: str) -> Footprint:
             case.prepare(model)
     shapes = [tuple(one.shape) for one in model.parameters() if case.all_trained or one.requires_grad]
     num_trainable = case.num_parameters if case.all_trained else sum(map(math.prod, shapes))
-    layers, hidden, vocab = _model_sizes(case)
-    tokens = 1
+    config, tokens = layer_config(case, case.config), 1
+    layers = sum(getattr(config, "depths", None) or ()) or getattr(config, "num_hidden_layers", None) or USUAL_LAYERS
+    layers *= 2 if config.is_encoder_decoder else 1
+    hidden = getattr(config, "hidden_size", None) or math.ceil(math.sqrt(case.num_parameters / 12 / layers))
+    vocab = getattr(config, "vocab_size", None) or 0
     if case.pixels is not None:
-        area = math.prod(case.pixels[1:])
-        tokens = max(num_patches(layer_config(case, case.config)), math.ceil(area / PIXELS_OF_A_TOKEN))
-    states = getattr(layer_config(case, case.config), "state_size", 0) or 0
+        tokens = max(num_patches(config), math.ceil(math.prod(case.pixels[1:]) / PIXELS_OF_A_TOKEN))
+    states = getattr(config, "state_size", 0) or 0
     layer = hidden * tokens * (VALUES + VALUES_PER_STATE * states)
     weight = BYTES[case.weights_dtype]
     logits = LOGITS_BYTES * vocab if case.task.FACTS.writes else 0
@@ -92,15 +94,6 @@ def _rough_memory(
         for kind, (own, size) in {**sizes, "buffers": (0, buffers)}.items()
     }
     return LiveMemory.model_validate({"place": place, "coefficients": coefficients})
-
-
-def _model_sizes(case: TraceCase) -> tuple[int, int, int]:
-    """Return the number of layers, the hidden size and the vocabulary size (0 if there is no vocabulary)."""
-    config = layer_config(case, case.config)
-    layers = sum(getattr(config, "depths", None) or ()) or getattr(config, "num_hidden_layers", None) or USUAL_LAYERS
-    layers *= 2 if config.is_encoder_decoder else 1
-    hidden = getattr(config, "hidden_size", None) or math.ceil(math.sqrt(case.num_parameters / 12 / layers))
-    return layers, hidden, getattr(config, "vocab_size", None) or 0
 
 
 _log = logging.getLogger(__name__)

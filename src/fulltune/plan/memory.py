@@ -30,7 +30,15 @@ def unsharded_need(shapes: Shapes, footprint: Footprint, settings: MemorySetting
     """Compute the memory of one process that holds the whole training state. `footprint` must have a trace in the
     settings' precision."""
     state, on_cpu = state_bytes(shapes.num_parameters, settings), settings.device == "cpu"
-    points = _possible_peaks(shapes, footprint, settings, state)
+    variant = footprint.variant(settings.precision, settings.activation_checkpointing)
+    rows, length = train_sequences(footprint, settings), settings.longest_tokens
+    points: list[dict[MemoryKind, int]] = []
+    for traced, before in ((variant.first, 0), (variant.later, state["gradients"])):
+        if not before or settings.gradient_accumulation_steps > 1 or settings.generic_first:
+            alive = (one.bytes(rows, length) for one in traced)
+            points += [state | with_chunked_loss(kinds, shapes, settings, rows * length, before) for kinds in alive]
+    scratch = optimizer_scratch_bytes(footprint.largest_tensor, settings)
+    points.append(state | {"activations": 0, "logits": 0, "buffers": scratch})  # the optimizer's update
     kinds = max(points, key=lambda alive: sum(alive.values())).copy()
     beyond, heap = _overhead_bytes(points, shapes, footprint, settings)
     lasting = state["weights"] + state["optimizer"]
@@ -111,22 +119,6 @@ def peak_heap_bytes(points: Sequence[tuple[float, int, int]], block_bytes: int) 
         return block_bytes * min(large // block_bytes, int(free / 2 / block_bytes))
 
     return heap, max(heap - reused(heap - small, fits) + large + fits for small, large, fits in points)
-
-
-def _possible_peaks(
-    shapes: Shapes, footprint: Footprint, settings: MemorySettings, state: dict[MemoryKind, int]
-) -> list[dict[MemoryKind, int]]:
-    """Return the bytes per `MemoryKind` at each point in a step that may be the peak."""
-    variant = footprint.variant(settings.precision, settings.activation_checkpointing)
-    rows, length = train_sequences(footprint, settings), settings.longest_tokens
-    update: dict[MemoryKind, int] = {"activations": 0, "logits": 0}
-    update["buffers"] = optimizer_scratch_bytes(footprint.largest_tensor, settings)
-    points = []
-    for traced, before in ((variant.first, 0), (variant.later, state["gradients"])):
-        if not before or settings.gradient_accumulation_steps > 1 or settings.generic_first:
-            alive = (one.bytes(rows, length) for one in traced)
-            points += [state | with_chunked_loss(kinds, shapes, settings, rows * length, before) for kinds in alive]
-    return [*points, state | update]
 
 
 def with_chunked_loss(

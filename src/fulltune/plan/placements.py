@@ -81,6 +81,9 @@ def table_row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, change
     on_hosts = budget.offloaded_bytes(layout, basis.shapes.num_parameters, settings.num_processes) if layout else 0
     host = -(-on_hosts // settings.num_machines)
     seconds = basis.step_seconds(settings)
+    missing = {"device": memory.peak - basis.available_bytes}
+    if host:
+        missing["host"] = host - basis.fleet.machine.memory_available_bytes
     return PlacementOption(
         name=placement_name(layout, settings),
         kinds=kinds,
@@ -88,7 +91,7 @@ def table_row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, change
         host_bytes=host,
         micro_batch_size=settings.micro_batch_size,
         activation_checkpointing=settings.activation_checkpointing,
-        shortage=_shortage(basis, memory.peak, host),
+        shortage=", ".join(f"{name} +{format_bytes(size)}" for name, size in missing.items() if size > 0) or None,
         tokens_per_second=basis.tokens_per_second(settings),
         bound_by=max(seconds, key=lambda name: seconds[name]) if seconds else "",
         settings=changes,
@@ -117,12 +120,3 @@ def _changed_settings(basis: Basis, settings: dict[str, Any], layout: ParallelLa
     if layout is not None and layout == basis.layout:  # perhaps by the user's own ZeRO settings
         current |= {name: settings.get(name) for name in WHERE}
     return {name: value for name, value in settings.items() if current.get(name) != value}
-
-
-def _shortage(basis: Basis, on_device: int, host: int) -> str | None:
-    """Return the missing memory, such as `device +3 GiB`, or None if enough is free. `on_device` and `host` are the
-    bytes needed."""
-    missing = {"device": on_device - basis.available_bytes}
-    if host:
-        missing["host"] = host - basis.fleet.machine.memory_available_bytes
-    return ", ".join(f"{name} +{format_bytes(size)}" for name, size in missing.items() if size > 0) or None

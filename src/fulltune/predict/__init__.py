@@ -115,18 +115,17 @@ class Predictor:
         # Generation is slow: the first answers must not wait for two thousand others.
         for window in in_batches(rows, _WINDOW_PROMPTS) if writes else in_batches(rows):
             questions = [self.task.with_placeholder_answer(row, self.target) for row in window]
-            predicted = [PredictedRow(None, self._find_refusal(row)) for row in questions]
+            predicted = []
+            for row in questions:
+                unreadable = why_unreadable(row, self.target.columns)
+                why = Refused("unreadable", unreadable) if unreadable else self.task.why_unanswerable(row, self.target)
+                predicted.append(PredictedRow(None, why))
             usable = [number for number, row in enumerate(predicted) if row.refused is None]
             rest = [questions[number] for number in usable]
             answers = self._generate_answers(rest, max_new_tokens, report) if writes else self._classify(rest, report)
             for number, answered in zip(usable, answers, strict=True):
                 predicted[number] = answered
             yield from predicted
-
-    def _find_refusal(self, row: Row) -> Refused | None:
-        if reason := why_unreadable(row, self.target.columns):
-            return Refused("unreadable", reason)
-        return self.task.why_unanswerable(row, self.target)
 
     def _generate_answers(self, rows: Sequence[Row], max_new_tokens: int, report: RowProgress) -> list[PredictedRow]:
         """Generate an answer to each row; if its chat template refuses a row, return the reason instead."""

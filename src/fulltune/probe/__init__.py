@@ -175,7 +175,10 @@ def fit_probe(
         failure = str(error)
     if layers is None and extractor.kind == "span":  # single tokens have no mean
         return Probe(head=None, baseline=None, failure=failure), {}, {}, None
-    width = round(_feature_width(extractor.model, layers) * (PAIRS if extractor.pair_separators else 1))
+    hidden = getattr(extractor.model.config.get_text_config(), "hidden_size", None) or 0
+    last_layer: Any = None if layers is None else extractor.model.get_submodule(layers[0])
+    width = max(hidden, 0 if last_layer is None else last_layer.in_features) or _USUAL_HIDDEN_SIZE
+    width = round(width * (PAIRS if extractor.pair_separators else 1))
     train_rows = sample_rows(rows, extractor.kind, extractor.target.num_choices, width)
     by_eval = len(eval_rows) >= LEAST_HELD_OUT
     try:
@@ -210,13 +213,6 @@ def fit_probe(
         selected_on="eval rows" if by_eval else "cross-validation",
     )
     return record, values, start, baseline[1] if baseline else None
-
-
-def _feature_width(model: PreTrainedModel, layers: HeadLayers | None) -> int:
-    """Return the larger of the hidden size and the head's input size."""
-    hidden = getattr(model.config.get_text_config(), "hidden_size", None) or 0
-    head: Any = None if layers is None else model.get_submodule(layers[0])
-    return max(hidden, 0 if head is None else head.in_features) or _USUAL_HIDDEN_SIZE
 
 
 @contextlib.contextmanager

@@ -114,7 +114,10 @@ class FeatureExtractor:
                 yield features
 
     def _pair_features(self, rows: EncodedRows) -> np.ndarray:
-        """Read each text of the pairs alone, and combine the two mean embeddings of each pair."""
+        """Read each text of the pairs alone, and combine each pair's mean embeddings into difference, product and
+        cosine: [rows, 2 hidden + 1]."""
+        import torch
+
         texts = split_pairs(rows, self.pair_separators)
         means: list[torch.Tensor] = []
         for part in (texts[: len(rows)], texts[len(rows) :]):
@@ -122,7 +125,10 @@ class FeatureExtractor:
             mean = _mean_embedding(run_and_read_hidden(self.model, None, batch)[0], batch)
             assert mean is not None, "the pair has one"
             means.append(mean)
-        return _check_finite(combine_pair_embeddings(*means).cpu().numpy())
+        first, second = means
+        product = first * second
+        combined = torch.cat([(first - second).abs(), product, product.sum(dim=1, keepdim=True)], dim=1)
+        return _check_finite(combined.cpu().numpy())
 
     def _collate(self, rows: EncodedRows) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Return a batch of the model's inputs, and its labels on the CPU."""
@@ -291,11 +297,3 @@ def split_pairs(rows: EncodedRows, separators: frozenset[int]) -> list[dict[str,
         for texts, text in ((firsts, ids[begin:border]), (seconds, ids[second:end])):
             texts.append({"input_ids": np.concatenate([ids[:begin], text, after]), "labels": row["labels"]})
     return [*firsts, *seconds]
-
-
-def combine_pair_embeddings(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Combine two embeddings of length 1 into difference, product and cosine: [rows, 2 hidden + 1]."""
-    import torch
-
-    product = first * second
-    return torch.cat([(first - second).abs(), product, product.sum(dim=1, keepdim=True)], dim=1)

@@ -168,7 +168,15 @@ def dense_replacements(
     centre, scale = shift_and_scale(dense_inputs, has_bias)
     options = {"scaled": _linear_classifier(np.diag(SPREAD * scale), shift - SPREAD * scale * centre)}
     if mean is not None and mean.shape == dense_inputs.shape:
-        options["mean"] = _fit_mean_predictor(dense_inputs, mean, has_bias, shift)
+        from sklearn.linear_model import RidgeCV
+
+        usual = mean.mean(axis=0) if has_bias else np.zeros(mean.shape[1])
+        size = LEAST_SPREAD**2 * float((mean**2).mean())
+        spread = math.sqrt(max(float(((mean - usual) ** 2).mean()), size, 1e-30))
+        model = RidgeCV(alphas=_RIDGE_ALPHAS, fit_intercept=False)
+        model.fit((dense_inputs - centre) * scale, (mean - usual) * (SPREAD / spread))
+        weight = model.coef_ * scale
+        options["mean"] = _linear_classifier(weight, shift - weight @ centre)
     return options
 
 
@@ -185,21 +193,6 @@ def _apply_activation(activation: str, norm: torch.nn.Module | None, values: np.
             )
             result = torch.nn.functional.layer_norm(result, norm.normalized_shape, weight, bias, norm.eps)
     return np.asarray(result.numpy())
-
-
-def _fit_mean_predictor(dense_inputs: np.ndarray, mean: np.ndarray, has_bias: bool, shift: float) -> LinearClassifier:
-    """Fit a ridge regression from the dense layer's inputs to the mean over tokens, with `shift` as the outputs'
-    mean."""
-    from sklearn.linear_model import RidgeCV
-
-    centre, scale = shift_and_scale(dense_inputs, has_bias)
-    middle = mean.mean(axis=0) if has_bias else np.zeros(mean.shape[1])
-    size = LEAST_SPREAD**2 * float((mean**2).mean())
-    spread = math.sqrt(max(float(((mean - middle) ** 2).mean()), size, 1e-30))
-    model = RidgeCV(alphas=_RIDGE_ALPHAS, fit_intercept=False)
-    model.fit((dense_inputs - centre) * scale, (mean - middle) * (SPREAD / spread))
-    weight = model.coef_ * scale
-    return _linear_classifier(weight, shift - weight @ centre)
 
 
 def _linear_classifier(weight: np.ndarray, bias: np.ndarray) -> LinearClassifier:

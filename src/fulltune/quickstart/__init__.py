@@ -224,7 +224,9 @@ def _drop_near_copies(docs: Iterable[_Doc], make_text: Callable[[_Doc], str]) ->
     known_masks: set[tuple[str, ...]] = set()
     rows: list[_Row] = []
     for doc, text in ((doc, text) for doc in docs if (text := make_text(doc))):
-        words = _masked_words(text)
+        plain = ("#" if _NAME.search(word) else word.lower() for word in re.findall(r"\w+", text))
+        # Each run of names counts as one.
+        words = tuple(word for sign, run in groupby(plain) for word in ("#" if sign == "#" else list(run)))
         # Texts that differ in one word share the tuple that has a gap in place of that word.
         gapped = [(*words[:i], "", *words[i + 1 :]) for i in range(len(words))] if len(words) >= 6 else []
         if known_masks.isdisjoint(forms := {words, *gapped}):
@@ -232,12 +234,6 @@ def _drop_near_copies(docs: Iterable[_Doc], make_text: Callable[[_Doc], str]) ->
         # A dropped text is remembered too: a chain of small changes is one family.
         known_masks |= forms
     return rows
-
-
-def _masked_words(text: str) -> tuple[str, ...]:
-    """Return a text's words in lower case, with each run of names replaced by "#"."""
-    words = ("#" if _NAME.search(word) else word.lower() for word in re.findall(r"\w+", text))
-    return tuple(word for sign, run in groupby(words) for word in ("#" if sign == "#" else list(run)))
 
 
 def _digest(text: str) -> str:

@@ -127,11 +127,6 @@ class Recipe(Block):
         names = {"data.contamination": self.data.contamination, "preserve.probe": self.preserve.probe}
         return {setting: path for setting, path in names.items() if path is not None}
 
-    @property
-    def trains_generic_text_first(self) -> bool:
-        """True if each step trains on generic text before its own rows."""
-        return self.preserve.budget is not None and self.preserve.replay is not None
-
 
 def with_placement(recipe: Recipe, placement: str) -> Recipe:
     """Return the recipe with the plan's placement, or unchanged if the recipe sets a placement."""

@@ -279,7 +279,11 @@ def judge_curves(curves: Curves) -> Fit:
     if worse := _worse_than_untrained(curves):
         return Fit("got worse", worse, 0, helps=_LOWER)
     evaluations = [point for point in curves.eval_loss if math.isfinite(point[1])]
-    trained = _mean_train_loss_by_evaluation(curves.train_loss, [step for step, _ in evaluations])
+    steps = [step for step, _ in evaluations]
+    trained: dict[int, float] = {}  # mean train loss since the previous evaluation, by the evaluation's step
+    for before, step in zip([0, *steps], steps, strict=False):
+        if values := [value for at, value in curves.train_loss if before < at <= step and math.isfinite(value)]:
+            trained[step] = statistics.fmean(values)
     if len(evaluations) < MIN_EVALUATIONS or len(trained) < len(evaluations):
         reason = f"too few evaluations ({len(evaluations)}) to judge overfitting (at least three are needed)"
         return Fit("not known", reason if evaluations else "")
@@ -344,15 +348,6 @@ def _model_step_sentence(curves: Curves, best: int) -> str:
         return ""
     side = "this step" if curves.kept_step == best else "an earlier step" if curves.kept_step < best else "a later step"
     return f" The saved weights are from {side} ({curves.kept_step:,})."
-
-
-def _mean_train_loss_by_evaluation(train: Sequence[Point], steps: Sequence[int]) -> dict[int, float]:
-    """Map each evaluation's step to the mean train loss since the previous evaluation."""
-    means: dict[int, float] = {}
-    for before, end in zip([0, *steps], steps, strict=False):
-        if values := [value for step, value in train if before < step <= end and math.isfinite(value)]:
-            means[end] = statistics.fmean(values)
-    return means
 
 
 def _worse_than_untrained(curves: Curves) -> str | None:

@@ -87,8 +87,10 @@ def measure_machine() -> Machine:
     """Measure this machine's memory, speed and GPUs; this imports torch."""
     total, available = total_and_free_memory()
     flops, copied, load = cpu_rates()
+    lines = (line.partition(":") for line in memory.read_lines("/proc/cpuinfo"))
+    names = [value.strip() for key, _, value in lines if key.strip() == "model name"]
     return Machine(
-        cpu=_cpu_name(),
+        cpu=names[0] if names else platform.processor() or platform.machine(),
         num_cores=num_cores(),
         memory_bytes=total,
         memory_available_bytes=available,
@@ -227,12 +229,6 @@ def _list_gpus() -> tuple[Gpu, ...]:
         Gpu(name=gpu.name, memory_bytes=gpu.total_memory, capability=(gpu.major, gpu.minor), free_bytes=free)
         for gpu, free in devices
     )
-
-
-def _cpu_name() -> str:
-    lines = (line.partition(":") for line in memory.read_lines("/proc/cpuinfo"))
-    names = [value.strip() for key, _, value in lines if key.strip() == "model name"]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def num_cores() -> int:

@@ -190,9 +190,12 @@ def _claim_folder(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: s
     identity = folder / IDENTITY
     if identity.exists():
         if _stored_fingerprint(identity) != fingerprint:
+            before, now = (flatten_settings(one.result_settings()) for one in (load_run_recipe(folder), recipe))
+            names = [name for name in {**before, **now} if before.get(name, {}) != now.get(name, {})]
+            which = f" ({first_few(names)})" if names else ""
             raise SetupError(
-                f"{folder}: belongs to a run with other settings{_differing_settings(folder, recipe)}; choose another "
-                "folder, or omit --run-folder to start a new run"
+                f"{folder}: belongs to a run with other settings{which}; choose another folder, or omit --run-folder "
+                "to start a new run"
             )
         return True
     if folder.is_file():
@@ -215,13 +218,6 @@ def flatten_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, A
     for name, value in values.items():
         settings |= flatten_settings(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return settings
-
-
-def _differing_settings(folder: Path, recipe: Recipe) -> str:
-    """Return the names of settings that differ from the folder's recipe, in parentheses, or an empty string."""
-    before, now = (flatten_settings(one.result_settings()) for one in (load_run_recipe(folder), recipe))
-    names = [name for name in {**before, **now} if before.get(name, {}) != now.get(name, {})]
-    return f" ({first_few(names)})" if names else ""
 
 
 def _stored_fingerprint(identity_file: Path) -> str | None:

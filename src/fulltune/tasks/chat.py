@@ -104,22 +104,16 @@ def _turn_span(tokenizer: Tokenizer, messages: Sequence[ChatMessage], turn: int,
     """Return the character at which `messages[turn]` starts in the rendered text, and the text up to its end."""
     after = render(tokenizer, messages[: turn + 1], tools)
     if turn == 0:
-        start = _first_turn_start(tokenizer, after)
-        return start, after
+        question = [{"role": "user", "content": "?"}]
+        prompt = render(tokenizer, question, None)
+        opening = render(tokenizer, question, None, add_generation_prompt=True).removeprefix(prompt)
+        return after.find(opening) + len(opening) if opening and opening in after else 0, after
     before = render(tokenizer, messages[:turn], tools, add_generation_prompt=True)
     if not after.startswith(before):
         # Some templates open the turn differently for generation, for example with a reasoning tag.
         without = render(tokenizer, messages[:turn], tools)
         before = without if after.startswith(without) else os.path.commonprefix((before, after))  # noqa: RUF071  # sign by sign
     return len(before), after
-
-
-def _first_turn_start(tokenizer: Tokenizer, text: str) -> int:
-    """Return the character at which the assistant's opening message starts in `text`, or 0 if unknown."""
-    question = [{"role": "user", "content": "?"}]
-    prompt = render(tokenizer, question, None)
-    opening = render(tokenizer, question, None, add_generation_prompt=True).removeprefix(prompt)
-    return text.find(opening) + len(opening) if opening and opening in text else 0
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[ChatMessage], tools: Tools, **options: Any) -> str:

@@ -107,10 +107,10 @@ def tokenise_long_text(text: str, tokenizer: Tokenizer) -> list[int]:
     same."""
     seam = _text_to_drop_at_cuts(tokenizer) if len(text) > PART_CHARACTERS else None
     if seam is not None and (parts := _cut_at_spaces(text, seam)) is not None:
-        ids, closing = _opening_and_closing_ids(tokenizer)
-        for part in parts:
-            ids += _bare_ids(part, tokenizer)
-        return ids + closing
+        whole, plain = list(tokenizer("of", verbose=False)["input_ids"]), _bare_ids("of", tokenizer)
+        start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+        inner = [token for part in parts for token in _bare_ids(part, tokenizer)]
+        return [*whole[:start], *inner, *whole[start + len(plain) :]]
     return list(tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"])
 
 
@@ -143,10 +143,3 @@ def _text_to_drop_at_cuts(tokenizer: Tokenizer) -> str | None:
         if together == _bare_ids("of", tokenizer) + _bare_ids(" the rain"[len(seam) :], tokenizer):
             return seam
     return None
-
-
-def _opening_and_closing_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Return the special tokens that the tokenizer puts before and after a text."""
-    whole, plain = list(tokenizer("of", verbose=False)["input_ids"]), _bare_ids("of", tokenizer)
-    start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
-    return whole[:start], whole[start + len(plain) :]

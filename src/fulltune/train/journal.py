@@ -91,7 +91,11 @@ def trial_seconds(folder: Path, trial: str) -> float:
     for attempt in reversed(earlier):
         if not until:
             break
-        seconds += _seconds_of_steps(_recorded_events(attempt), until)
+        events = _recorded_events(attempt)
+        phases = (event for event in events if isinstance(event, PhaseBegan))
+        begin = next((phase.seconds for phase in phases if phase.name in (SCORING, TRAINING)), None)
+        done = [one.seconds for one in events if isinstance(one, StepLogged | Evaluated) and one.step <= until]
+        seconds += max(0.0, done[-1] - begin) if done and begin is not None else 0.0
         until = Request.load(attempt / "request.json").first_step
     return round(seconds, 3)
 
@@ -99,10 +103,3 @@ def trial_seconds(folder: Path, trial: str) -> float:
 def _recorded_events(attempt: Path) -> list[Event]:
     # A killed process or a full disk may have truncated a line; the report mentions it.
     return [event for line in read_json_lines(attempt / "metrics.jsonl") if (event := parse_event(line)) is not None]
-
-
-def _seconds_of_steps(events: list[Event], until: int) -> float:
-    """Return the seconds that an attempt spent scoring and training up to step `until`."""
-    begins = [event.seconds for event in events if isinstance(event, PhaseBegan) and event.name in (SCORING, TRAINING)]
-    done = [event.seconds for event in events if isinstance(event, StepLogged | Evaluated) and event.step <= until]
-    return max(0.0, done[-1] - begins[0]) if begins and done else 0.0

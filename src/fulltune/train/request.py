@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fulltune.recipe.fields import Recipe, with_placement
+from fulltune.recipe.fields import Recipe
 from fulltune.records.base import Record
 from fulltune.records.plan import Plan
 
@@ -27,10 +27,6 @@ class Request(Record):
     def first_step(self) -> int:
         """Step of the checkpoint, or 0 if there is none."""
         return 0 if self.checkpoint is None else number_in(Path(self.checkpoint))
-
-    @property
-    def recipe_as_planned(self) -> Recipe:
-        return with_placement(self.recipe, self.plan.placement)
 
     @property
     def folder(self) -> Path:

@@ -74,22 +74,17 @@ def memory_limit(limit_bytes: int | None, device: str, warn: Callable[[str], Non
         elif limit_bytes is not None and status_bytes("VmData"):
             # Start torch's thread pool: a thread without memory for its stack would later end the process silently.
             torch.mm(torch.ones(512, 512), torch.ones(512, 512))
+            used = status_bytes("VmRSS")
+            if limit_bytes <= used:
+                raise DoesNotFitError(
+                    f"train.memory_limit: {format_bytes(limit_bytes)}, but Python and its libraries alone use "
+                    f"{format_bytes(used)}; set a higher limit"
+                )
             before = resource.getrlimit(resource.RLIMIT_DATA)
-            resource.setrlimit(resource.RLIMIT_DATA, (_data_limit(limit_bytes, before), before[1]))
+            limits = [value for value in before if value != resource.RLIM_INFINITY]
+            limit = min([status_bytes("VmData") + limit_bytes - used, *limits])
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
             undo.callback(resource.setrlimit, resource.RLIMIT_DATA, before)
         elif limit_bytes is not None:
             warn("train.memory_limit: only the plan respects the limit, because this system cannot enforce it")
         yield
-
-
-def _data_limit(limit_bytes: int, current: tuple[int, int]) -> int:
-    """Return the RLIMIT_DATA in bytes that leaves `limit_bytes` of resident memory, without exceeding the `current`
-    (soft, hard) limits."""
-    used = status_bytes("VmRSS")
-    if limit_bytes <= used:
-        raise DoesNotFitError(
-            f"train.memory_limit: {format_bytes(limit_bytes)}, but Python and its libraries alone use "
-            f"{format_bytes(used)}; set a higher limit"
-        )
-    limits = [value for value in current if value != resource.RLIM_INFINITY]
-    return min([status_bytes("VmData") + limit_bytes - used, *limits])

@@ -12,7 +12,6 @@ from fulltune.train.parent.next_attempt import (
     MAX_UNCHANGED,
     NextAttempt,
     killed_too_often_message,
-    no_estimate,
     out_of_memory_messages,
     plan_next_attempt,
 )
@@ -26,7 +25,7 @@ def walk(recipe: Any, start: Plan, phase: str | None = "step", **facts: Any) -> 
     present, history, changes = start, [], []
     while True:
         history.append(outcome("out_of_memory", len(history) + 1, phase=phase))
-        change = plan_next_attempt(recipe, present, history, facts.get("need", no_estimate))
+        change = plan_next_attempt(recipe, present, history, facts.get("need", lambda plan: None))
         if change is None:
             return changes
         assert change.resume

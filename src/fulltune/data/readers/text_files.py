@@ -324,7 +324,12 @@ def guess_missing_header(file: Path, encoding: str = UTF_8) -> tuple[str, ...] |
     columns = list(zip(*rows, strict=True))
     if not any(_looks_like_data_cell(name, values) for name, values in zip(first, columns, strict=True)):
         return None
-    return _name_columns_by_content([(name, *values) for name, values in zip(first, columns, strict=True)])
+    # The longest column is suggested as `text`, the one with the fewest distinct values as `label`.
+    columns = [(name, *values) for name, values in zip(first, columns, strict=True)]
+    text = max(range(len(columns)), key=lambda place: sum(map(len, columns[place])))
+    kinds = {place: len(set(values)) for place, values in enumerate(columns) if place != text and all(values)}
+    label = min((place for place, count in kinds.items() if count > 1), key=kinds.__getitem__, default=None)
+    return tuple({text: "text", label: "label"}.get(place, f"column{place + 1}") for place in range(len(columns)))
 
 
 def _looks_like_data_cell(first_cell: str, cells_below: Sequence[str]) -> bool:
@@ -343,11 +348,3 @@ def is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _name_columns_by_content(columns: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    """Return a name per column: `text` for the longest, `label` for the one with the fewest distinct values."""
-    text = max(range(len(columns)), key=lambda place: sum(map(len, columns[place])))
-    kinds = {place: len(set(values)) for place, values in enumerate(columns) if place != text and all(values)}
-    label = min((place for place, count in kinds.items() if count > 1), key=kinds.__getitem__, default=None)
-    return tuple({text: "text", label: "label"}.get(place, f"column{place + 1}") for place in range(len(columns)))

@@ -116,7 +116,9 @@ def describe_budget_cost(result: BudgetResult | None) -> tuple[str, str]:
     if result is None:
         return "", ""
     if (limit := limit_for_most_gain(result)) is not None:
-        share = _rounded_up(105 * (-math.expm1(-limit) if result.is_language_model else limit))
+        percent = 105 * (-math.expm1(-limit) if result.is_language_model else limit)
+        places = 1 - math.floor(math.log10(percent))
+        share = f"{min(math.ceil(percent * 10**places) / 10**places, 99):g}%"
         weights = "the pretrained model" if result.choice.is_start else words.describe_weights(result.choice.share)
         return (
             f"the forgetting budget (preserve.budget) limits the weights to {weights}",
@@ -127,11 +129,6 @@ def describe_budget_cost(result: BudgetResult | None) -> tuple[str, str]:
         evidence = "training did not improve the eval score, with or without the budget (preserve.budget)"
         return evidence, "train without a budget first, and add a budget once the eval score improves"
     return "", ""
-
-
-def _rounded_up(percent: float) -> str:
-    places = 1 - math.floor(math.log10(percent))
-    return f"{min(math.ceil(percent * 10**places) / 10**places, 99):g}%"
 
 
 def _build_interpolation_table(result: BudgetResult) -> Table:

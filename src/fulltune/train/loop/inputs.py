@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from fulltune.recipe.fields import Recipe
+from fulltune.recipe.fields import Recipe, with_placement
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.system import parallel_layout
@@ -36,7 +36,7 @@ class AttemptInputs:
 
     @cached_property
     def recipe(self) -> Recipe:
-        return self.request.recipe_as_planned
+        return with_placement(self.request.recipe, self.request.plan.placement)
 
     @cached_property
     def task(self) -> Task:

@@ -30,18 +30,14 @@ class MixedSource:
         drawn: list[int] = []
         while start < end:
             cycle, first = divmod(start, size)
-            part = self._shuffled_rows(seed, cycle)[first : first + end - start]
+            name = f"{seed}:from {self.rows.start}:{cycle}".encode()
+            # RandomState gives the same numbers in all versions of NumPy, which resuming needs.
+            draw = np.random.RandomState(np.frombuffer(hashlib.sha256(name).digest(), "<u4"))
+            # An array saves memory, as a generic source may have far more rows than the task.
+            part = draw.permutation(size)[first : first + end - start] + self.rows.start
             drawn += part.tolist()
             start += len(part)
         return drawn
-
-    def _shuffled_rows(self, seed: int, cycle: int) -> np.ndarray:
-        """Return all row numbers in the random order of one cycle: [rows]."""
-        # An array saves memory, as a generic source may have far more rows than the task.
-        name = f"{seed}:from {self.rows.start}:{cycle}".encode()
-        # RandomState gives the same numbers in all versions of NumPy, which resuming needs.
-        draw = np.random.RandomState(np.frombuffer(hashlib.sha256(name).digest(), "<u4"))
-        return draw.permutation(len(self.rows)) + self.rows.start
 
 
 @dataclass(eq=False)

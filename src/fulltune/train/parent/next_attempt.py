@@ -38,12 +38,8 @@ class NextAttempt:
     reason: str = ""
 
 
-def no_estimate(plan: Plan) -> None:
-    pass
-
-
 def plan_next_attempt(
-    recipe: Recipe, plan: Plan, history: Sequence[Outcome], estimate_memory: EstimateMemory = no_estimate
+    recipe: Recipe, plan: Plan, history: Sequence[Outcome], estimate_memory: EstimateMemory = lambda plan: None
 ) -> NextAttempt | None:
     """Plan the attempt after the last outcome in `history`; return None if no change would help."""
     last = history[-1]

@@ -23,7 +23,6 @@ from fulltune.train.parent.next_attempt import (
     EstimateMemory,
     NextAttempt,
     killed_too_often_message,
-    no_estimate,
     out_of_memory_messages,
     plan_next_attempt,
     plan_rollback,
@@ -39,7 +38,7 @@ class PlannedTrial:
     folder: Path
     hooks: Hooks
     listener: Listener
-    estimate_memory: EstimateMemory = no_estimate
+    estimate_memory: EstimateMemory = lambda plan: None
 
 
 def train_in_attempts(
@@ -58,6 +57,7 @@ def train_in_attempts(
     (folder / "scores" / f"{plan.trial}.json").unlink(missing_ok=True)  # scores of a lost model
     history, tried = list[Outcome](), list[str]()
     change = NextAttempt(plan, resume=True)
+    allowed_rollbacks = recipe.train.max_rollbacks if max_rollbacks is None else max_rollbacks
     while True:
         request = Request(
             run_folder=str(folder),
@@ -80,8 +80,12 @@ def train_in_attempts(
         if outcome.status == "done":
             _delete_resume_files(folder, plan.trial)
             return outcome
-        following = _roll_back_to_healthy(request, outcome, max_rollbacks)
-        if following is None and not hooks.needs_this_process:
+        healthy = checkpoints.newest_healthy_checkpoint(request.checkpoints, outcome.first_bad_step or 0)
+        step = 0 if healthy is None else number_in(healthy)
+        following = plan_rollback(change.plan, allowed_rollbacks, outcome, step)
+        if following is not None:
+            checkpoints.delete_checkpoints_after(request.checkpoints, step or -1)
+        elif not hooks.needs_this_process:
             following = plan_next_attempt(recipe, change.plan, history, trial.estimate_memory)
         if following is None:
             raise _final_error(request, outcome, tried)
@@ -93,19 +97,6 @@ def train_in_attempts(
         if hooks.needs_this_process:
             gc.collect()  # frees the last attempt's trainer and model
         change = following
-
-
-def _roll_back_to_healthy(request: Request, outcome: Outcome, max_rollbacks: int | None) -> NextAttempt | None:
-    """Plan a rollback to the newest healthy checkpoint and delete later ones, or return None if a rollback cannot
-    help."""
-    if max_rollbacks is None:
-        max_rollbacks = request.recipe.train.max_rollbacks
-    healthy = checkpoints.newest_healthy_checkpoint(request.checkpoints, outcome.first_bad_step or 0)
-    step = 0 if healthy is None else number_in(healthy)
-    following = plan_rollback(request.plan, max_rollbacks, outcome, step)
-    if following is not None:
-        checkpoints.delete_checkpoints_after(request.checkpoints, step or -1)
-    return following
 
 
 def _prepare_folders(request: Request, resume: bool, listener: Listener, expected_step: int) -> Request:

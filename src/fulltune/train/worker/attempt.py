@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerState
 
 from fulltune import methods
 from fulltune.errors import GuardStop, InterruptedRun, SetupError
@@ -56,7 +56,24 @@ def train_attempt(inputs: AttemptInputs) -> Fields:
         checks=[],
     )
     guard_trackers(trainer, inputs.warn)
-    trainer.add_parts(_create_callbacks(training))
+    trainer.add_parts(
+        [
+            Progress(
+                trainer,
+                trainer.sampler,
+                inputs.recorder,
+                inputs.journal,
+                inputs.usage,
+                lambda: _before_first_step(training),
+            ),
+            *([] if inputs.in_engine else [UpdateMeter(trainer, inputs.plan, inputs.recorder)]),
+            training.evaluator,
+            training.monitor,
+            *create_replay(inputs, training.monitor),
+            training.checkpoints,
+            inputs.stop,
+        ]
+    )
     # bf16 weights compute in bf16 without autocast; LoRA's layers then need their own casts.
     autocast = plan.precision != "fp32" and plan.weights_dtype == "fp32"
     with methods.without_lora_input_casts(loaded.applied, autocast):
@@ -69,26 +86,6 @@ def train_attempt(inputs: AttemptInputs) -> Fields:
     if forecast := inputs.usage.forecast:
         inputs.usage.tokens_per_second = forecast.tokens_per_second
     return {"reason": "probed", "checks": tuple(training.checks)}
-
-
-def _create_callbacks(training: Training) -> list[TrainerCallback]:
-    inputs, trainer = training.inputs, training.trainer
-    return [
-        Progress(
-            trainer,
-            trainer.sampler,
-            inputs.recorder,
-            inputs.journal,
-            inputs.usage,
-            lambda: _before_first_step(training),
-        ),
-        *([] if inputs.in_engine else [UpdateMeter(trainer, inputs.plan, inputs.recorder)]),
-        training.evaluator,
-        training.monitor,
-        *create_replay(inputs, training.monitor),
-        training.checkpoints,
-        inputs.stop,
-    ]
 
 
 def _before_first_step(training: Training) -> None:
