@@ -156,23 +156,16 @@ def move_best_run(job: Run, searched: Searched) -> None:
             target.parent.mkdir(exist_ok=True)
             source.rename(target)
     planned, trial_plan = Plan.load(job.plan_path), Plan.load(trial / "plan" / f"{searched.trial}.json")
-    settings = tuple(_settings_of_moved_run(trial_plan, planned, searched))
-    changes = {"model_name": "", "method": method, "settings": settings}
-    if (adopted := trial_plan.model_copy(update=changes)) != planned:
-        run_folder.save_plan(run, _with_searched_rate(job.recipe, searched), adopted)
-
-
-def _settings_of_moved_run(trial: Plan, planned: Plan, searched: Searched) -> list[Setting]:
-    """Return the best trial's settings, but take those that only the search changed from `planned`, the run's plan."""
-    before = {setting.name: setting for setting in planned.settings}
-    settings = []
-    for setting in trial.settings:
+    before, settings = {setting.name: setting for setting in planned.settings}, list[Setting]()
+    for setting in trial_plan.settings:
         before_trial = before.get(setting.name)
         if setting.name == "method.learning_rate":
             reason = f"searched: {searched.rate.reason}"
             settings.append(Setting(name=setting.name, value=setting.value, reason=reason, is_automatic=True))
         elif before_trial is not None and (before_trial.value == setting.value or not setting.is_automatic):
-            settings.append(before_trial)
+            settings.append(before_trial)  # only the search changed it
         elif setting.is_automatic:
             settings.append(setting)
-    return settings
+    changes = {"model_name": "", "method": method, "settings": tuple(settings)}
+    if (adopted := trial_plan.model_copy(update=changes)) != planned:
+        run_folder.save_plan(run, _with_searched_rate(job.recipe, searched), adopted)

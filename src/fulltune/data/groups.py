@@ -99,7 +99,11 @@ def cluster_near_duplicates(signatures: np.ndarray, threshold: float) -> np.ndar
 
 def _find_similar_pairs(signatures: np.ndarray, band: slice, threshold: float) -> np.ndarray:
     """Return index pairs of similar rows whose signatures agree in all columns of `band`: int64 [2, pairs]."""
-    keys = _hash_rows(signatures[:, band])
+    of_band = np.ascontiguousarray(signatures[:, band])
+    words = of_band.view(f"u{min(8, 2 * of_band.shape[1])}")
+    keys = words[:, 0].astype(np.uint64)
+    for word in words[:, 1:].T:
+        keys = _mix_bits(keys) + word
     order = np.argsort(keys)
     agree = keys[order[1:]] == keys[order[:-1]]
     # Few rows agree with another one, so only these are sorted.
@@ -116,15 +120,6 @@ def _find_similar_pairs(signatures: np.ndarray, band: slice, threshold: float) -
             equal = (signatures[pair[0]] == signatures[pair[1]]).view(np.uint8)
             pairs.append(pair[:, equal.sum(axis=1, dtype=np.uint8) >= threshold * NUM_HASHES])
     return np.concatenate(pairs, axis=1)
-
-
-def _hash_rows(band: np.ndarray) -> np.ndarray:
-    """Hash each row of a uint16 matrix: uint64 [rows]."""
-    words = np.ascontiguousarray(band).view(f"u{min(8, 2 * band.shape[1])}")
-    keys = words[:, 0].astype(np.uint64)
-    for word in words[:, 1:].T:
-        keys = _mix_bits(keys) + word
-    return keys
 
 
 def join_near_duplicates(groups: np.ndarray, signatures: np.ndarray, threshold: float) -> np.ndarray:

@@ -185,7 +185,17 @@ def write_mixed_in_rows(
     if not mixed:
         return ()
     task, summaries, ends = task_named(job.task), list[MixedSummary](), [0]
-    drawn = _rows_per_epoch(recipe, len(Rows(folder / "train")))
+    files, num_train_rows = mixed_names(recipe), len(Rows(folder / "train"))
+    drawn = rows_per_epoch(num_train_rows, [file.weight for file in files.values()])
+    none = [
+        f"data.train: {file.path}: a weight of {file.weight:g} with {counted(num_train_rows, 'train row')} selects no "
+        "row; raise the weight, or remove the file"
+        for file, number in zip(files.values(), drawn, strict=True)
+        if not number
+    ]
+    if none:
+        raise DataError(none)
+    drawn_by_name = dict(zip(files, drawn, strict=True))
 
     def batches_of_all_sources() -> Iterator[pa.RecordBatch]:
         for split in mixed.values():
@@ -202,29 +212,14 @@ def write_mixed_in_rows(
         summaries.append(
             MixedSummary(
                 where=source.where,
-                weight=mixed_names(recipe)[name].weight,
-                rows_per_epoch=drawn[name],
+                weight=files[name].weight,
+                rows_per_epoch=drawn_by_name[name],
                 kind=source.target.form.kind,
                 counts=summarise_split(split, lengths[start:end], source.num_read - split.num_rows),
                 previews=make_previews(folder / MIXED, task, source.target, job.tokenizer, range(start, end), 1),
             )
         )
     return tuple(summaries)
-
-
-def _rows_per_epoch(recipe: Recipe, num_train_rows: int) -> dict[SourceName, int]:
-    """Return how many rows of each mixed-in source an epoch uses."""
-    files = mixed_names(recipe)
-    numbers = rows_per_epoch(num_train_rows, [file.weight for file in files.values()])
-    none = [
-        f"data.train: {file.path}: a weight of {file.weight:g} with {counted(num_train_rows, 'train row')} selects no "
-        "row; raise the weight, or remove the file"
-        for file, number in zip(files.values(), numbers, strict=True)
-        if not number
-    ]
-    if none:
-        raise DataError(none)
-    return dict(zip(files, numbers, strict=True))
 
 
 # ---- statistics of the train rows' targets ---------------------------------------------------------------------

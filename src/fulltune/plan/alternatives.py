@@ -44,7 +44,11 @@ def propose_for_memory(
     ways = [way for way in ways if way.frees_bytes > 0 and (way.enough or way.frees_bytes >= least)]
     enough = [way for way in ways if way.enough] or _combine_savings(basis, smallest)
     if len(enough) < MAX_ALTERNATIVES and not recipe.train.zero_enabled_by:  # ZeRO's weights may be offloaded
-        enough.append(_propose_smaller_model(basis, smallest))
+        need = basis.memory_need(smallest)
+        parameters = need.kinds["weights"] / BYTES[smallest.weights_dtype] * basis.available_bytes / need.peak
+        size = f"{parameters / 1e9:,.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:,.0f} M"
+        model = f"a model with at most about {size} parameters"
+        enough.append(make_alternative({}, need.peak - basis.available_bytes, True, "another model", model))
     rest = sorted((way for way in ways if not way.enough), key=lambda way: -way.frees_bytes)
     return tuple([*enough, *rest][:MAX_ALTERNATIVES])
 
@@ -98,16 +102,6 @@ def _combine_savings(basis: Basis, now: MemorySettings) -> list[Alternative]:
         if peak <= basis.available_bytes:
             return [make_alternative(named, needed - peak, True, "; ".join(costs))]
     return []
-
-
-def _propose_smaller_model(basis: Basis, settings: MemorySettings) -> Alternative:
-    """Propose the largest number of parameters that fits with these settings."""
-    need = basis.memory_need(settings)
-    parameters = need.kinds["weights"] / BYTES[settings.weights_dtype] * basis.available_bytes / need.peak
-    size = f"{parameters / 1e9:,.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:,.0f} M"
-    return make_alternative(
-        {}, need.peak - basis.available_bytes, True, "another model", f"a model with at most about {size} parameters"
-    )
 
 
 def format_alternatives(ways: Sequence[Alternative]) -> list[str]:

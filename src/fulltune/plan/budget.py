@@ -71,7 +71,25 @@ def memory_need(
     traced = (footprint.weights_dtype, footprint.traced_precision(settings.precision))
     if (settings.weights_dtype, settings.precision) == traced:
         return memory.unsharded_need(shapes, footprint, settings)
-    return _estimate_untraced_need(shapes, footprint, settings)
+    # A weight type or precision that was not traced is estimated.
+    state = memory.state_bytes(shapes.num_parameters, settings)
+    kinds = state | peak_activation_bytes(footprint, settings)
+    # Only fp32 weights are cast for 16-bit computations.
+    cast = settings.weights_dtype == "fp32" and settings.precision != "fp32"
+    kinds["buffers"] = memory.CUDA_CONTEXT_BYTES
+    if settings.device == "cpu":
+        kinds["buffers"] = memory.FIRST_CALLS_BYTES + round(memory.GAP_SHARE * kinds["activations"])
+        kinds["buffers"] += round(memory.STATE_SHARE * (state["weights"] + state["optimizer"]))
+    kinds["buffers"] += state["gradients"] if settings.num_processes > 1 else 0
+    kinds["buffers"] += 2 * shapes.num_parameters if cast else 0
+    # Loading, saving and resuming follow from the state alone.
+    similar = memory.unsharded_need(
+        shapes, footprint, settings.changed(precision=footprint.traced_precision(settings.precision))
+    )
+    phases: dict[Phase, int] = {"step": sum(kinds.values())}
+    return MemoryNeed(
+        kinds=kinds, phases=phases | {phase: similar.phases[phase] for phase in ("loading", "saving", "resuming")}
+    )
 
 
 def _zero_need_per_gpu_process(
@@ -102,28 +120,6 @@ def _zero_need_per_cpu_process(
     )
     spared = single.phases["step"] - sum(kinds.values())
     return MemoryNeed(kinds=kinds, phases={phase: max(0, size - spared) for phase, size in single.phases.items()})
-
-
-def _estimate_untraced_need(shapes: Shapes, footprint: Footprint, settings: MemorySettings) -> MemoryNeed:
-    """Estimate the memory of one process for a weight type or precision that was not traced."""
-    state = memory.state_bytes(shapes.num_parameters, settings)
-    kinds = state | peak_activation_bytes(footprint, settings)
-    # Only fp32 weights are cast for 16-bit computations.
-    cast = settings.weights_dtype == "fp32" and settings.precision != "fp32"
-    kinds["buffers"] = memory.CUDA_CONTEXT_BYTES
-    if settings.device == "cpu":
-        kinds["buffers"] = memory.FIRST_CALLS_BYTES + round(memory.GAP_SHARE * kinds["activations"])
-        kinds["buffers"] += round(memory.STATE_SHARE * (state["weights"] + state["optimizer"]))
-    kinds["buffers"] += state["gradients"] if settings.num_processes > 1 else 0
-    kinds["buffers"] += 2 * shapes.num_parameters if cast else 0
-    # Loading, saving and resuming follow from the state alone.
-    similar = memory.unsharded_need(
-        shapes, footprint, settings.changed(precision=footprint.traced_precision(settings.precision))
-    )
-    phases: dict[Phase, int] = {"step": sum(kinds.values())}
-    return MemoryNeed(
-        kinds=kinds, phases=phases | {phase: similar.phases[phase] for phase in ("loading", "saving", "resuming")}
-    )
 
 
 # ---- what ZeRO shards --------------------------------------------------------------------------------------------

@@ -70,7 +70,14 @@ def _best_option(basis: Basis, settings: dict[str, Any]) -> PlacementOption:
     )
     placed = replace(basis, start=start, layout=parallel_layout.layout_of(recipe))
     option = choose.fastest_fitting_settings(placed) or choose.lowest_memory_settings(placed, same_result=True)
-    return table_row(placed, option.settings, option.memory, _changed_settings(basis, settings, placed.layout))
+    current = _DEFAULTS | {
+        "train.optim": plain_optim(settings["model.weights_dtype"], basis.recipe.train.bf16_rounding)
+    }
+    current |= {name: value for name in settings if (value := recipe_value(basis.recipe, name)) is not None}
+    if placed.layout is not None and placed.layout == basis.layout:  # perhaps by the user's own ZeRO settings
+        current |= {name: settings.get(name) for name in WHERE}
+    changed = {name: value for name, value in settings.items() if current.get(name) != value}
+    return table_row(placed, option.settings, option.memory, changed)
 
 
 def table_row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, changes: dict[str, Any]) -> PlacementOption:
@@ -110,13 +117,3 @@ def placement_name(layout: ParallelLayout | None, settings: MemorySettings) -> s
     weights, optimizer = layout.tier_of("weights"), layout.tier_of("optimizer")
     where = f", all on {weights}" if weights != "device" else f", optimizer on {optimizer}"
     return f"ZeRO-{layout.stage}" + (where if optimizer != "device" else "")
-
-
-def _changed_settings(basis: Basis, settings: dict[str, Any], layout: ParallelLayout | None) -> dict[str, Any]:
-    """Return only the placement's settings that differ from the recipe's."""
-    recipe = basis.recipe
-    current = _DEFAULTS | {"train.optim": plain_optim(settings["model.weights_dtype"], recipe.train.bf16_rounding)}
-    current |= {name: value for name in settings if (value := recipe_value(recipe, name)) is not None}
-    if layout is not None and layout == basis.layout:  # perhaps by the user's own ZeRO settings
-        current |= {name: settings.get(name) for name in WHERE}
-    return {name: value for name, value in settings.items() if current.get(name) != value}

@@ -170,7 +170,11 @@ def check_markup(text: str) -> Flaw | None:
         return Flaw("markup", f"only markup: {quote_start(text)}")
     counts = Counter([*(f"<{name}>" for name in tags), *entities])
     shown = [f"{name} × {count:,}" if count > 1 else name for name, count in counts.most_common()]
-    return Flaw("markup", f"leftover HTML: {first_few(shown)}", _remove_markup(text))
+    pieces, place = list[str](), 0
+    for code in RE["fenced"].finditer(text):
+        pieces += [_remove_tags(text[place : code.start()]), code[0]]
+        place = code.end()
+    return Flaw("markup", f"leftover HTML: {first_few(shown)}", "".join([*pieces, _remove_tags(text[place:])]))
 
 
 def _html_tag_names(text: str) -> list[str]:
@@ -181,15 +185,6 @@ def _html_tag_names(text: str) -> list[str]:
     sure = {name for _, name, attributes in tags if "=" in attributes or RE["plainly_html"].fullmatch(name)}
     sure |= closed & opened
     return [name for slash, name, _ in tags if name in sure and not slash]
-
-
-def _remove_markup(text: str) -> str:
-    """Return a text without its HTML outside code blocks."""
-    pieces, place = list[str](), 0
-    for code in RE["fenced"].finditer(text):
-        pieces += [_remove_tags(text[place : code.start()]), code[0]]
-        place = code.end()
-    return "".join([*pieces, _remove_tags(text[place:])])
 
 
 def _remove_tags(text: str) -> str:

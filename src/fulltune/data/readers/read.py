@@ -93,7 +93,12 @@ class DataFiles:
             yield from columnar.read_columnar_rows(file)
             return
         if b"\0" not in "a".encode(self.encoding):
-            _refuse_nul_bytes(file)
+            with file.open("rb") as stream:
+                line = next((line for line, content in enumerate(stream, start=1) if 0 in content), None)
+            if line is not None:
+                raise DataError(
+                    f"{file}:{line}: contains NUL bytes (is it UTF-16?), but UTF-8 text was expected; {_SAVE_AS_UTF_8}"
+                )
         match suffix:
             case ".csv" | ".tsv":
                 yield from text_files.read_csv_or_tsv(file, self.columns, self.encoding, self.notes)
@@ -202,16 +207,6 @@ def _refuse_non_data_file(file: Path) -> None:
     if kind:
         to_do = "unpack it, download the real file, or save its rows as csv in UTF-8, and use that file"
         raise DataError(f"{file}: is {kind}, expected rows; {to_do}")
-
-
-def _refuse_nul_bytes(file: Path) -> None:
-    """Raise `DataError` if a file contains NUL bytes, as in UTF-16."""
-    with file.open("rb") as stream:
-        line = next((line for line, content in enumerate(stream, start=1) if 0 in content), None)
-    if line is not None:
-        raise DataError(
-            f"{file}:{line}: contains NUL bytes (is it UTF-16?), but UTF-8 text was expected; {_SAVE_AS_UTF_8}"
-        )
 
 
 def _decode_bytes(value: object, encoding: str = "utf-8") -> object:

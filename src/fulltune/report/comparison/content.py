@@ -79,7 +79,12 @@ def _build_headline(comparison: Comparison) -> Headline:
         f"{_confidence_level(comparison)}{together}. Measured on {counted(decision.num_rows, 'test row')}.{smaller}"
     )
     sentence = f"{_baseline_note(comparison)} {decision.headline}".lstrip()
-    warning = _fairness_warning(comparison)
+    findings, opened = list_warnings(comparison), comparison.verdicts_on_test_rows
+    unfair = sum(one.startswith("Unfair") for one in findings)
+    counts = ((unfair, "unfair setting"), (len(findings) - unfair, "note"))
+    parts = [counted(count, noun) for count, noun in counts if count]
+    again = f"These test rows were used for {opened} verdicts. " if opened > 1 else ""
+    warning = f"{again}{listed(parts)}: see Fairness." if parts else ""
     return Headline(decision.verdict.lower(), format_verdict(decision), sentence, note=terms, warning=warning)
 
 
@@ -102,17 +107,6 @@ def _baseline_note(comparison: Comparison) -> str:
         f"{best.name} needs no training and reaches {write.value(value)} on the same test rows, within the interval of "
         f"{row.method}, {write.estimate(row.metric)}."
     )
-
-
-def _fairness_warning(comparison: Comparison) -> str:
-    """Return a sentence that counts unfair settings and notes, or an empty string."""
-    findings = list_warnings(comparison)
-    unfair = sum(one.startswith("Unfair") for one in findings)
-    counts = ((unfair, "unfair setting"), (len(findings) - unfair, "note"))
-    parts = [counted(count, noun) for count, noun in counts if count]
-    opened = comparison.verdicts_on_test_rows
-    again = f"These test rows were used for {opened} verdicts. " if opened > 1 else ""
-    return f"{again}{listed(parts)}: see Fairness." if parts else ""
 
 
 def _confidence_level(comparison: Comparison) -> str:

@@ -102,7 +102,7 @@ class Evaluator(TrainingPart):
             raise Spiked(decision.reason, steps[decision.readings - 1] + 1 if decision.readings else 1)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Compare the scores with those before step 1; raise `Diverged` if training made the model worse."""
+        """Count consecutive evaluations that are worse than before step 1; raise `Diverged` if there are too many."""
         inputs, predictions = self.inputs, self._predictions
         self._predictions = {}
         if inputs.has_own_loss or inputs.summary.splits["eval"].rows < MIN_ROWS_FOR_STANDARD_ERROR:
@@ -113,14 +113,10 @@ class Evaluator(TrainingPart):
         now = measure.row_terms(predictions)
         if state.global_step == 0:
             self.start_counts = now
-        elif self.start_counts is not None:
-            self._compare_with_start(measure, self.start_counts, now, state)
-
-    def _compare_with_start(
-        self, measure: ResamplableMetric, start: np.ndarray, now: np.ndarray, state: TrainerState
-    ) -> None:
-        """Count consecutive evaluations that are worse than before step 1; raise `Diverged` if there are too many."""
-        better, error = paired_improvement(measure, start, now)
+            return
+        if self.start_counts is None:
+            return
+        better, error = paired_improvement(measure, self.start_counts, now)
         is_worse = not math.isfinite(better) or better < -CHANCE_STANDARD_ERRORS * error
         is_early = state.global_step <= self.inputs.plan.warmup_steps
         self.num_worse = self.num_worse + 1 if is_worse and not is_early else 0
