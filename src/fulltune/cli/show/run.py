@@ -65,7 +65,9 @@ class Display:
     def __call__(self, event: Event) -> None:
         match event:
             case PhaseBegan(name=name):
-                self._show_phase(name)
+                self.last_line = time.monotonic()
+                if not self._update_live_line(name, None, None, ""):
+                    self.console.print(f"[dim]{name}[/dim]")
             case RowsRead():
                 self._show_rows_read(event)
             case StepLogged():
@@ -94,11 +96,6 @@ class Display:
             case StepSkipped(step=step, reason=reason, rows=rows):
                 named = first_few([f"{row + 1:,}" for row in rows], _MOST_ROWS)
                 self.console.print(f"[yellow]step {step}: skipped:[/yellow] {escape(reason)}; train rows {named}")
-
-    def _show_phase(self, name: str) -> None:
-        self.last_line = time.monotonic()
-        if not self._update_live_line(name, None, None, ""):
-            self.console.print(f"[dim]{name}[/dim]")
 
     def _update_live_line(self, name: str, done: float | None, total: float | None, facts: str) -> bool:
         self.progress.update(self.task, description=name, completed=done, total=total, facts=facts)

@@ -145,7 +145,18 @@ def build_answers_section(view: RunView) -> Section | None:
     """Build the section of generated answers, or None without answers."""
     before = next((row.answers for row in view.scores if row.kind == "untouched" and row.answers), ())
     after = view.trained.answers if view.trained else ()
-    exchanges = _pair_answers(before, after)
+    waiting: dict[str, deque[Answer]] = defaultdict(deque)
+    for answer in before:
+        waiting[answer.text].append(answer)
+    exchanges: tuple[Exchange, ...] = ()
+    for answer in after or before:  # repeated texts are paired in order
+        replies = {"expected": answer.expected}
+        if waiting[answer.text]:
+            replies["before training"] = waiting[answer.text].popleft().predicted
+        if after:
+            replies["after training"] = answer.predicted
+        shown = tuple((who, words.cut_text(words.text_or_empty(what), _ANSWER_LIMIT)) for who, what in replies.items())
+        exchanges += ((words.cut_text(answer.text, _ANSWER_LIMIT), shown),)
     if not exchanges:
         return None
     blocks: list[Element] = [Exchanges(exchanges[:_ANSWERS_OPEN])]
@@ -154,23 +165,6 @@ def build_answers_section(view: RunView) -> Section | None:
     elif rest := exchanges[_ANSWERS_OPEN:]:
         blocks.append(Folded(counted(len(rest), "more answer"), (Exchanges(rest),)))
     return Section("answers-before-and-after-training", "Answers before and after training", tuple(blocks))
-
-
-def _pair_answers(before: Sequence[Answer], after: Sequence[Answer]) -> tuple[Exchange, ...]:
-    """Pair two models' answers to the same text. Repeated texts are paired in order."""
-    waiting: dict[str, deque[Answer]] = defaultdict(deque)
-    for answer in before:
-        waiting[answer.text].append(answer)
-    exchanges = []
-    for answer in after or before:
-        replies = {"expected": answer.expected}
-        if waiting[answer.text]:
-            replies["before training"] = waiting[answer.text].popleft().predicted
-        if after:
-            replies["after training"] = answer.predicted
-        shown = tuple((who, words.cut_text(words.text_or_empty(what), _ANSWER_LIMIT)) for who, what in replies.items())
-        exchanges.append((words.cut_text(answer.text, _ANSWER_LIMIT), shown))
-    return tuple(exchanges)
 
 
 def build_confusion_section(view: RunView) -> Section | None:

@@ -65,8 +65,12 @@ def run_checks(inputs: AttemptInputs, loaded: LoadedModel, trainer: FullTrainer)
     if writes:
         checks.append(_install_selective_head(trainer, rows, inputs.task, own_loss=inputs.has_own_loss))
         if plan.chunked_loss:
+            # Without chunks, training needs more memory; the check fails only if the recipe requires them.
             is_required = inputs.recipe.train.chunked_loss is True
-            checks.append(_check_chunked_loss(trainer, checks[-1].result, is_required))
+            result = checks[-1].result if trainer.head is None else trainer.head.chunking_note
+            possible = trainer.head is not None and trainer.head.can_chunk
+            result += "; remove train.chunked_loss" if is_required and not possible else ""
+            checks.append(Check(name=_CHUNKED, result=result, passed=possible or not is_required))
     return checks
 
 
@@ -129,16 +133,6 @@ def _install_selective_head(trainer: FullTrainer, rows: Rows, task: Task, own_lo
         batch = collate_on_device(trainer, [rows[i] for i in positions_by_length(rows)[-2:]])
         trainer.head, result = selective_head.verify_selective_head(trainer.model, task, batch)
     return Check(name=_SELECTIVE, result=result, passed=True)
-
-
-def _check_chunked_loss(trainer: FullTrainer, head_result: str, is_required: bool) -> Check:
-    """Check that the loss can be chunked. If not, training needs more memory; the check fails only if `is_required`.
-    Without a selective head, `head_result` is reported."""
-    result = head_result if trainer.head is None else trainer.head.chunking_note
-    possible = trainer.head is not None and trainer.head.can_chunk
-    if is_required and not possible:
-        result += "; remove train.chunked_loss"
-    return Check(name=_CHUNKED, result=result, passed=possible or not is_required)
 
 
 def _check_end_tokens(inputs: AttemptInputs, loaded: LoadedModel, rows: Rows) -> Check:

@@ -159,7 +159,13 @@ def save_model(
     if recipe.method.kind == "full":
         _save_full(applied.model, part, is_main)
     else:
-        _gather_trained(applied.model)
+        sharding.free_gathered_weights(applied.model)
+        for module in applied.model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if zero.is_in_engine(parameter):
+                    setattr(module, name, torch.nn.Parameter(zero.gather_tensor(parameter)))
+                elif parameter.requires_grad and hasattr(parameter, "placements"):
+                    setattr(module, name, torch.nn.Parameter(sharding.full_tensor(parameter.detach())))
         if is_main:
             save_method_folder(applied, part, recipe.task, applied.model.name_or_path)
     if not is_main:
@@ -182,17 +188,6 @@ def save_model(
     if folder.exists():
         shutil.rmtree(folder)
     part.rename(folder)
-
-
-def _gather_trained(model: PreTrainedModel) -> None:
-    """Replace sharded trained parameters with gathered ones."""
-    sharding.free_gathered_weights(model)
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if zero.is_in_engine(parameter):
-                setattr(module, name, torch.nn.Parameter(zero.gather_tensor(parameter)))
-            elif parameter.requires_grad and hasattr(parameter, "placements"):
-                setattr(module, name, torch.nn.Parameter(sharding.full_tensor(parameter.detach())))
 
 
 def _save_full(model: PreTrainedModel, folder: Path, is_main: bool) -> None:
