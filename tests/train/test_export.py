@@ -359,6 +359,7 @@ TOO_MUCH = "--quantize and --dtype cannot be combined; choose one"
         ("labels", "--to hf --quantize int8", ["--quantize int8: not available with --to hf, which has: none"]),
         ("labels", "--to onnx --quantize int4", ["--quantize int4: not available with --to onnx, which has: int8"]),
         ("labels", "--to onnx --dtype float16", ["--dtype float16: not available with --to onnx, which has: none"]),
+        ("labels", "--to hf --max-shard-size 5XB", ["--max-shard-size: expected a size such as 6GiB"]),
         (
             "labels",
             "--to hf --dtype float8",
@@ -445,9 +446,10 @@ def test_full_disk_has_exit_code_3(
 
 def test_runs_that_cannot_be_verified_are_refused(copied: Callable[[str], Path], tmp_path: Path) -> None:
     run = copied("labels")
-    shutil.move(run / "data" / "test", tmp_path / "test")
-    assert f"{run}: has no test rows" in refused(run, tmp_path / "out", "--to", "hf")
-    shutil.move(tmp_path / "test", run / "data" / "test")
+    for missing in (run / "data" / "test", run / "plan" / "full.json"):
+        missing.rename(tmp_path / "away")
+        assert f"missing: {missing}" in refused(run, tmp_path / "out", "--to", "hf")
+        (tmp_path / "away").rename(missing)
     config = run / "models" / "full" / "config.json"
     settings = json.loads(config.read_text(encoding="utf-8"))
     config.write_text(json.dumps({**settings, "model_type": "mine", "auto_map": {"AutoConfig": "mine.MyConfig"}}))

@@ -21,7 +21,7 @@ from fulltune.records.export import VERIFICATION, ExportCheck, Verification
 from fulltune.report import write_exported_card
 from fulltune.system.hardware import disk_free_bytes
 from fulltune.system.run_folder import explain_os_errors
-from fulltune.text import format_bytes
+from fulltune.text import format_bytes, parse_bytes
 
 
 class NotVerified(GuardStop):
@@ -63,7 +63,7 @@ def export_model(request: ExportRequest, listener: Listener = lambda event: None
     form = cast(FormatModule, import_module(f"fulltune.export.{request.to.replace('-', '_')}"))
     _check_request(form, request)
     listener(PhaseBegan(name="loading the model"))
-    with open_source(request) as source, explain_os_errors(request.output):
+    with explain_os_errors(request.output), open_source(request) as source:
         if why := form.why_impossible(source):
             raise SetupError(f"--to {request.to}: {why}")
         if (temperature := source.notes.get("temperature", 1.0)) != 1.0:
@@ -98,6 +98,10 @@ def _check_request(form: FormatModule, request: ExportRequest) -> None:
     ]
     if request.quantize is not None and request.dtype is not None:
         problems.append("--quantize and --dtype cannot be combined; choose one")
+    try:
+        parse_bytes(request.max_shard_size)
+    except ValueError as error:
+        problems.append(f"--max-shard-size: {error}")
     if missing := [name for name in form.PACKAGES if _version(name) is None]:
         problems.append(f"--to {request.to}: {', '.join(missing)} missing; run: pip install 'fulltune[{request.to}]'")
     if problems:

@@ -15,6 +15,7 @@ from fulltune.recipe.model import ModelBlock
 from fulltune.records.export import ExportCheck
 from fulltune.report.run.model_card import build_loading_code
 from fulltune.tasks import Tensor
+from fulltune.text import parse_bytes
 
 PACKAGES = ("safetensors",)
 QUANTIZATIONS: tuple[str, ...] = ()
@@ -41,7 +42,7 @@ def write(source: Source, folder: Path) -> None:
     import torch
 
     model = copy.deepcopy(source.model).to(getattr(torch, source.dtype))  # `to` changes a model in place
-    model.save_pretrained(folder, max_shard_size=source.request.max_shard_size)
+    model.save_pretrained(folder, max_shard_size=parse_bytes(source.request.max_shard_size))
     source.processor.save_pretrained(folder)
 
 

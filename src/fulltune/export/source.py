@@ -80,16 +80,19 @@ def open_source(request: ExportRequest) -> Iterator[Source]:
     """Load the model to export. A method's weights are merged first, into a temporary folder."""
     run, plain = request.run, request.model_folder
     recipe, data = load_run_recipe(run), run / "data"
-    if not (data / "test").is_dir():
-        raise SetupError(f"{run}: has no test rows ({data / 'test'}), with which an export is verified")
     plans = [run / "plan" / f"{plain.name}.json", *sorted((run / "plan").glob(f"{plain.name}-seed*.json"))]
+    saved = next((path for path in plans if path.exists()), plans[0])
+    if missing := [str(path) for path in (data / "test", saved) if not path.exists()]:
+        raise SetupError(
+            f"{run}: an export is verified with the run's test rows and plan; missing: {', '.join(missing)}"
+        )
     with tempfile.TemporaryDirectory(dir=run) as scratch:  # where a model of this size was stored before
         if folders.has_only_trained_parameters(plain):
             plain = Path(scratch) / plain.name
             folders.merge_into_pretrained(request.model_folder, plain)
         base = Base.from_block(ModelBlock(name=str(plain.resolve())), recipe.task)
         model = load_model(base, {}, head_is_new=False).float().eval()
-        plan = Plan.load(next(path for path in plans if path.exists()))
+        plan = Plan.load(saved)
         scoring = make_scoring(recipe, plan, DataSummary.of_run(run), run, base)
         stored = str(base.config.dtype or "float32").removeprefix("torch.")
         notes = folders.notes_without_method(request.model_folder)
