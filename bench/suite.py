@@ -19,6 +19,7 @@ PARTS = (
     "accuracy",
     "data_stage",
     "predict_rows",
+    "export",
     "serve_load",
     "kill_resume",
     "faults",
