@@ -24,7 +24,7 @@ def export(
         str | None,
         typer.Option(help="hf, gguf: float32, bfloat16 or float16. Default: as in the model's files.", metavar="DTYPE"),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="hf: largest weights file.", metavar="SIZE")] = "50GB",
+    max_shard_size: Annotated[str | None, typer.Option(help="hf: largest weights file.", metavar="SIZE")] = None,
     llama_cpp: Annotated[
         Path | None, typer.Option(help="gguf: your llama.cpp checkout, instead of the packaged converter.")
     ] = None,
@@ -42,7 +42,7 @@ def export(
     model_folder = stages.choose_model_folder(run_folder, method)
     name = "-".join(filter(None, (model_folder.name, to, quantize or dtype)))
     output = output or model_folder.resolve().parents[1] / "exports" / name
-    request = ExportRequest(model_folder, to, output, quantize, dtype, max_shard_size, llama_cpp)
+    request = ExportRequest(model_folder, to, output.resolve(), quantize, dtype, max_shard_size, llama_cpp)
     with stages.progress_display(details=False) as display:
         verification = export_model(request, display)
     if as_json:

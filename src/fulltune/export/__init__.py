@@ -6,50 +6,30 @@ import contextlib
 import importlib.metadata
 import shutil
 import tempfile
-from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, cast
+from types import ModuleType
 
 from fulltune.errors import DoesNotFitError, GuardStop, InterruptedRun, SetupError
+from fulltune.export import gguf, hf, onnx, sentence_transformers
 from fulltune.export.source import ExportRequest, Source, open_source
-from fulltune.export.verify import ComparedAnswers, Exported, compare_answers
+from fulltune.export.verify import ComparedAnswers, compare_answers
 from fulltune.files import write_json
 from fulltune.methods import folder as folders
 from fulltune.records.events import Listener, Message, PhaseBegan
 from fulltune.records.export import VERIFICATION, ExportCheck, Verification
 from fulltune.report import write_exported_card
 from fulltune.system.hardware import disk_free_bytes
+from fulltune.system.memory import explain_out_of_memory, is_out_of_memory
 from fulltune.system.run_folder import explain_os_errors
 from fulltune.text import format_bytes, parse_bytes
+
+FORMATS = {"hf": hf, "onnx": onnx, "gguf": gguf, "sentence-transformers": sentence_transformers}
+"""Modules with the constants `PACKAGES`, `QUANTIZATIONS`, `DTYPES`, and the functions `why_impossible`, `write`, `load`
+(with the format's own runtime; None if the export has no logits), `check` (what only this format needs), `usage`."""
 
 
 class NotVerified(GuardStop):
     """The exported model does not give the same answers as its source."""
-
-
-class FormatModule(Protocol):
-    """Constants and functions of a format's module."""
-
-    PACKAGES: Sequence[str]
-    """Packages that write and run the format; `fulltune[FORMAT]` installs them."""
-    QUANTIZATIONS: Sequence[str]
-    DTYPES: Sequence[str]
-
-    def why_impossible(self, source: Source) -> str | None:
-        """Return why the format cannot store this model, or None."""
-
-    def write(self, source: Source, folder: Path) -> None:
-        """Write the exported model into a new folder."""
-
-    def load(self, source: Source, folder: Path) -> Exported | None:
-        """Load the exported model with the format's own runtime, or return None if it has no logits."""
-
-    def check(self, source: Source, folder: Path, exported: Any) -> list[ExportCheck]:
-        """Run the checks that only this format needs, such as those of its tokenizer."""
-
-    def usage(self, source: Source, folder: str) -> str:
-        """Return code that runs the export."""
 
 
 def export_model(request: ExportRequest, listener: Listener = lambda event: None) -> Verification:
@@ -57,36 +37,37 @@ def export_model(request: ExportRequest, listener: Listener = lambda event: None
 
     Raises:
         SetupError: An option, the run or the installation is wrong, or the format cannot store the model.
-        DoesNotFitError: The disk has too little space.
+        DoesNotFitError: The memory or the disk is too small.
         NotVerified: A check failed. The export stays in `OUTPUT.not-verified`.
     """
-    form = cast(FormatModule, import_module(f"fulltune.export.{request.to.replace('-', '_')}"))
+    form = FORMATS[request.to]
     _check_request(form, request)
     listener(PhaseBegan(name="loading the model"))
-    with explain_os_errors(request.output), open_source(request) as source:
+    too_large = explain_out_of_memory("export", "free memory, or export on a larger machine")
+    with explain_os_errors(request.output), too_large, open_source(request) as source:
         if why := form.why_impossible(source):
             raise SetupError(f"--to {request.to}: {why}")
+        _check_disk(source)
         if (temperature := source.notes.get("temperature", 1.0)) != 1.0:
             text = f"the export's logits are not calibrated: divide them by the temperature {temperature:.4g}"
             listener(Message(text=text, level="warning"))
-        request.output.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{request.output.name}.", dir=request.output.parent))
         try:
             listener(PhaseBegan(name=f"writing {request.to}"))
-            form.write(source, part)
+            _write(form, source, part)
             listener(PhaseBegan(name="verifying the export"))
             verification = _verify(form, source, part)
             write_json(part / VERIFICATION, verification.model_dump(mode="json"))
             write_json(part / folders.NOTES, source.notes)
             write_exported_card(request.model_folder, part, verification, form.usage(source, request.output.name))
-            part.chmod(0o755)  # `mkdtemp` makes a private folder
+            _share_as(part, (part / VERIFICATION).stat().st_mode & 0o777)
             return _move_if_verified(part, request.output, verification)
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
 
-def _check_request(form: FormatModule, request: ExportRequest) -> None:
-    """Raise `SetupError` or `DoesNotFitError` for what can be checked before the model is loaded."""
+def _check_request(form: ModuleType, request: ExportRequest) -> None:
+    """Raise `SetupError` for what can be checked before the model is loaded."""
     problems = []
     if request.output.exists() and (not request.output.is_dir() or any(request.output.iterdir())):
         problems.append(f"{request.output}: already exists; choose another folder with --output")
@@ -98,16 +79,27 @@ def _check_request(form: FormatModule, request: ExportRequest) -> None:
     ]
     if request.quantize is not None and request.dtype is not None:
         problems.append("--quantize and --dtype cannot be combined; choose one")
+    for option, value, to in (
+        ("--max-shard-size", request.max_shard_size, "hf"),
+        ("--llama-cpp", request.llama_cpp, "gguf"),
+    ):
+        if value is not None and request.to != to:
+            problems.append(f"{option}: only for --to {to}")
     try:
-        parse_bytes(request.max_shard_size)
+        parse_bytes(request.max_shard_size or "50GB")
     except ValueError as error:
         problems.append(f"--max-shard-size: {error}")
     if missing := [name for name in form.PACKAGES if _version(name) is None]:
         problems.append(f"--to {request.to}: {', '.join(missing)} missing; run: pip install 'fulltune[{request.to}]'")
     if problems:
         raise SetupError(problems)
-    # Twice, because GGUF quantizes from a float32 file, and ONNX's exporter writes before it optimises.
-    needed = 2 * sum(file.stat().st_size for file in request.model_folder.glob("*.safetensors"))
+
+
+def _check_disk(source: Source) -> None:
+    request = source.request
+    bytes_per_value = 4 if request.quantize or request.to in ("onnx", "sentence-transformers") else source.itemsize
+    # A quantized file is made from one in float32.
+    needed = source.model.num_parameters() * bytes_per_value * (2 if request.quantize else 1)
     if (free := disk_free_bytes(request.output)) < needed:
         raise DoesNotFitError(
             f"{request.output}: the export needs {format_bytes(needed)}, but the disk has {format_bytes(free)} free"
@@ -120,15 +112,30 @@ def _version(package: str) -> str | None:
     return None
 
 
-def _verify(form: FormatModule, source: Source, folder: Path) -> Verification:
+def _write(form: ModuleType, source: Source, folder: Path) -> None:
+    try:
+        form.write(source, folder)
+    except (SetupError, InterruptedRun, OSError):
+        raise
+    except Exception as error:  # each exporter has its own errors for a model that it does not know
+        if is_out_of_memory(error):
+            raise
+        name, reason = type(source.model).__name__, " ".join(str(error).split())[:300]
+        raise SetupError(
+            f"--to {source.request.to}: the exporter cannot write {name} ({type(error).__name__}: {reason}); update "
+            f"{', '.join(form.PACKAGES)}, or choose another format"
+        ) from error
+
+
+def _verify(form: ModuleType, source: Source, folder: Path) -> Verification:
     request, compared = source.request, ComparedAnswers()
     try:
         if (exported := form.load(source, folder)) is not None:
             compared = compare_answers(source, exported)
         checks = form.check(source, folder, exported)
-    except InterruptedRun:
-        raise
     except Exception as error:  # each runtime has its own errors for a file that it cannot run
+        if isinstance(error, InterruptedRun | DoesNotFitError) or is_out_of_memory(error):
+            raise
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".replace(str(folder), request.output.name)
         checks = [ExportCheck(name="loads and runs", result=text, expected="yes", passed=False)]
     return Verification(
@@ -141,13 +148,19 @@ def _verify(form: FormatModule, source: Source, folder: Path) -> Verification:
     )
 
 
+def _share_as(folder: Path, mode: int) -> None:
+    """Give a folder's files the permissions `mode`, because only the owner can read new folders and safetensors."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)
+
+
 def _move_if_verified(part: Path, output: Path, verification: Verification) -> Verification:
     refused = output.with_name(f"{output.name}.not-verified")
     shutil.rmtree(refused, ignore_errors=True)
     if failed := verification.failed:
         part.rename(refused)
         lines = [f"{check.name}: {check.result}, expected {check.expected}" for check in failed]
-        raise NotVerified([*lines, f"{refused}: the export is here, because its answers differ from the model's"])
+        raise NotVerified([*lines, f"{refused}: the export is here, because it does not answer like the model"])
     if output.exists():
         output.rmdir()
     part.rename(output)

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 from fulltune.export.source import DTYPES as DTYPES
 from fulltune.export.source import Source
-from fulltune.export.texts import check_equal, check_tokenizer
+from fulltune.export.texts import check_equal, check_processor
+from fulltune.export.verify import Exported
 from fulltune.models.base import Base
 from fulltune.models.load import load_model
 from fulltune.recipe.model import ModelBlock
 from fulltune.records.export import ExportCheck
 from fulltune.report.run.model_card import build_loading_code
-from fulltune.tasks import Tensor
 from fulltune.text import parse_bytes
 
 PACKAGES = ("safetensors",)
 QUANTIZATIONS: tuple[str, ...] = ()
-
-
-class HfFolder:
-    """A reloaded Hugging Face folder, computed in float32."""
-
-    def __init__(self, folder: Path, source: Source) -> None:
-        base = Base.from_block(ModelBlock(name=str(folder)), source.scoring.recipe.task)
-        self.processor = base.processor
-        self.model = load_model(base, {}, head_is_new=False).float().eval()
-        self.max_kl = 1e-3 if source.scoring.task.FACTS.writes and source.request.is_lossy else None
-
-    def __call__(self, **batch: Tensor) -> Any:
-        return self.model(**batch)
+_MAX_KL = 1e-2
+"""Largest accepted mean KL divergence of 16-bit weights in nats."""
 
 
 def why_impossible(source: Source) -> str | None:
@@ -39,19 +27,21 @@ def why_impossible(source: Source) -> str | None:
 
 
 def write(source: Source, folder: Path) -> None:
-    import torch
-
-    model = copy.deepcopy(source.model).to(getattr(torch, source.dtype))  # `to` changes a model in place
-    model.save_pretrained(folder, max_shard_size=parse_bytes(source.request.max_shard_size))
+    model: Any = source.model
+    if source.dtype != "float32":
+        model = type(model).from_pretrained(source.folder, dtype=source.dtype)
+    model.save_pretrained(folder, max_shard_size=parse_bytes(source.request.max_shard_size or "50GB"))
     source.processor.save_pretrained(folder)
 
 
-def load(source: Source, folder: Path) -> HfFolder:
-    return HfFolder(folder, source)
+def load(source: Source, folder: Path) -> Exported:
+    base = Base.from_block(ModelBlock(name=str(folder)), source.scoring.recipe.task)
+    model = load_model(base, {}, head_is_new=False).float().eval()
+    return Exported(model, base.processor, _MAX_KL if source.request.is_lossy else None)
 
 
-def check(source: Source, folder: Path, exported: HfFolder) -> list[ExportCheck]:
-    """Check the tokenizer, the labels, the end tokens and the dtype of the weights."""
+def check(source: Source, folder: Path, exported: Exported) -> list[ExportCheck]:
+    """Check the processor, the labels, the end tokens and the dtype of the weights."""
     from safetensors import safe_open
 
     dtypes = set()
@@ -61,12 +51,12 @@ def check(source: Source, folder: Path, exported: HfFolder) -> list[ExportCheck]
     expected = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[source.dtype]
     result = " ".join(sorted(dtypes - {"I64", "BOOL"}))
     checks = [
-        *check_tokenizer(source, exported.processor),
+        *check_processor(source, exported.processor),
         ExportCheck(name="dtype of the weights", result=result, expected=expected, passed=result == expected),
         check_equal("same labels", exported.model.config.id2label, source.model.config.id2label),
     ]
     if source.scoring.task.FACTS.writes:
-        ends = [model.generation_config.eos_token_id for model in (exported.model, source.model)]
+        ends = [model.generation_config.eos_token_id for model in (exported.model, source.reference)]
         checks.append(check_equal("same end tokens", *ends))
     return checks
 

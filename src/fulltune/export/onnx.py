@@ -11,31 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from fulltune.export.source import Source
-from fulltune.export.texts import check_equal, check_tokenizer
+from fulltune.export.texts import check_equal, check_processor
+from fulltune.export.verify import Exported
 from fulltune.inference.run import model_batch, positions_by_length
 from fulltune.models.base import Base, with_decoded_images
 from fulltune.recipe.model import ModelBlock
 from fulltune.records.export import ExportCheck
-from fulltune.tasks import Tensor
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 QUANTIZATIONS = ("int8",)
 DTYPES: tuple[str, ...] = ()
-
-
-class OnnxModel:
-    """An ONNX graph on ONNX Runtime."""
-
-    max_kl = None
-
-    def __init__(self, folder: Path, source: Source) -> None:
-        from transformers.exporters.base import ExportedModel
-
-        self.model: Any = ExportedModel.from_pretrained(folder, device="cpu")
-        self.processor = Base.from_block(ModelBlock(name=str(folder)), source.scoring.recipe.task).processor
-
-    def __call__(self, **batch: Tensor) -> Any:
-        return self.model(**batch)
+_MAX_KL = 0.1
+"""Largest accepted mean KL divergence of int8 weights in nats."""
 
 
 def why_impossible(source: Source) -> str | None:
@@ -77,22 +64,29 @@ def _silenced() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def load(source: Source, folder: Path) -> OnnxModel:
+def load(source: Source, folder: Path) -> Exported:
+    from transformers.exporters.base import ExportedModel
+
     with _silenced():
-        return OnnxModel(folder, source)
+        model: Any = ExportedModel.from_pretrained(folder, device="cpu")
+    processor = Base.from_block(ModelBlock(name=str(folder)), source.scoring.recipe.task).processor
+    return Exported(model, processor, _MAX_KL if source.request.is_lossy else None)
 
 
-def check(source: Source, folder: Path, exported: OnnxModel) -> list[ExportCheck]:
-    """Check the tokenizer and the order of the labels."""
+def check(source: Source, folder: Path, exported: Exported) -> list[ExportCheck]:
+    """Check the processor and the order of the labels."""
     labels = check_equal("same labels", exported.model.config.id2label, source.model.config.id2label)
-    return [*check_tokenizer(source, exported.processor), labels]
+    return [*check_processor(source, exported.processor), labels]
 
 
 def usage(source: Source, folder: str) -> str:
+    first, processor, call = "", "AutoTokenizer", '["a text", "another text"], padding=True, '
+    if source.scoring.task.FACTS.reads == "image":
+        first, processor, call = "from PIL import Image\n", "AutoImageProcessor", 'Image.open("a.png"), '
     return f"""import onnxruntime
-from transformers import AutoTokenizer
+{first}from transformers import {processor}
 
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+processor = {processor}.from_pretrained("{folder}")
 session = onnxruntime.InferenceSession("{folder}/model.onnx")
-inputs = tokenizer(["a text", "another text"], padding=True, return_tensors="np")
-logits = session.run(None, {{one.name: inputs[one.name] for one in session.get_inputs()}})[0]"""
+inputs = processor({call}return_tensors="np")
+outputs = session.run(None, {{one.name: inputs[one.name] for one in session.get_inputs()}})"""

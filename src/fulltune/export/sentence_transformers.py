@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from fulltune.export.source import Source
-from fulltune.export.texts import check_tokenizer, sample_texts
+from fulltune.export.texts import check_processor, sample_texts
 from fulltune.inference.run import mean_pool
 from fulltune.records.export import ExportCheck
 
@@ -18,7 +18,7 @@ DTYPES: tuple[str, ...] = ()
 
 def why_impossible(source: Source) -> str | None:
     facts = source.scoring.task.FACTS
-    if facts.writes or facts.reads != "text":
+    if facts.writes or facts.reads != "text" or source.model.config.is_encoder_decoder:
         return f"needs a text encoder, but the model is for {source.scoring.recipe.task}"
     return None
 
@@ -60,7 +60,7 @@ def check(source: Source, folder: Path, exported: None) -> list[ExportCheck]:
         expected="at most 1e-04",
         passed=largest <= 1e-4,
     )
-    return [*check_tokenizer(source, model.tokenizer), same]
+    return [*check_processor(source, model.tokenizer), same]
 
 
 def usage(source: Source, folder: str) -> str:

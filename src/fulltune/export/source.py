@@ -37,13 +37,9 @@ class ExportRequest:
     quantize: str | None = None
     dtype: str | None = None
     """Dtype of the weights to write, or None for that of the model's files."""
-    max_shard_size: str = "50GB"
+    max_shard_size: str | None = None
     llama_cpp: Path | None = None
     """The user's checkout of llama.cpp, or None for the packaged converter."""
-
-    @property
-    def run(self) -> Path:
-        return self.model_folder.resolve().parents[1]
 
     @property
     def is_lossy(self) -> bool:
@@ -58,6 +54,9 @@ class Source:
     folder: Path
     """Plain Hugging Face folder: the model folder, or a temporary folder with merged weights."""
     model: PreTrainedModel
+    """The whole model, with merged weights."""
+    reference: PreTrainedModel
+    """The model that was trained and scored: `model`, or the one before merging."""
     processor: Any
     scoring: Scoring
     stored_dtype: str
@@ -71,29 +70,33 @@ class Source:
         return self.request.dtype or self.stored_dtype
 
     @property
-    def reads_text(self) -> bool:
-        return self.scoring.task.FACTS.reads == "text"
+    def itemsize(self) -> int:
+        return 4 if self.dtype == "float32" else 2
 
 
 @contextlib.contextmanager
 def open_source(request: ExportRequest) -> Iterator[Source]:
-    """Load the model to export. A method's weights are merged first, into a temporary folder."""
-    run, plain = request.run, request.model_folder
-    recipe, data = load_run_recipe(run), run / "data"
+    """Load the model to export. A method's weights are merged first, into a temporary folder beside the output."""
+    plain = request.model_folder
+    run = plain.resolve().parents[1]
     plans = [run / "plan" / f"{plain.name}.json", *sorted((run / "plan").glob(f"{plain.name}-seed*.json"))]
     saved = next((path for path in plans if path.exists()), plans[0])
-    if missing := [str(path) for path in (data / "test", saved) if not path.exists()]:
+    if missing := [str(path) for path in (run / "data" / "test", saved) if not path.exists()]:
         raise SetupError(
-            f"{run}: an export is verified with the run's test rows and plan; missing: {', '.join(missing)}"
+            f"{plain}: is not a model of a run, or the test rows and plan with which its export is verified are gone; "
+            f"missing: {', '.join(missing)}"
         )
-    with tempfile.TemporaryDirectory(dir=run) as scratch:  # where a model of this size was stored before
-        if folders.has_only_trained_parameters(plain):
-            plain = Path(scratch) / plain.name
+    recipe = load_run_recipe(run)
+    request.output.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if is_merged := folders.has_only_trained_parameters(plain):
+            plain = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=request.output.parent))) / plain.name
             folders.merge_into_pretrained(request.model_folder, plain)
         base = Base.from_block(ModelBlock(name=str(plain.resolve())), recipe.task)
-        model = load_model(base, {}, head_is_new=False).float().eval()
-        plan = Plan.load(saved)
-        scoring = make_scoring(recipe, plan, DataSummary.of_run(run), run, base)
+        model = reference = load_model(base, {}, head_is_new=False).float().eval()
+        if is_merged:
+            reference = folders.load_method_folder(request.model_folder, base.processor).model.float().eval()
+        scoring = make_scoring(recipe, Plan.load(saved), DataSummary.of_run(run), run, base)
         stored = str(base.config.dtype or "float32").removeprefix("torch.")
         notes = folders.notes_without_method(request.model_folder)
-        yield Source(request, plain, model, base.processor, scoring, stored, notes)
+        yield Source(request, plain, model, reference, base.processor, scoring, stored, notes)

@@ -144,7 +144,7 @@ def test_card_of_an_export_shows_how_it_was_verified_and_loads() -> None:
     card = build_exported_card(CARD, VERIFIED, "onnxruntime ...")
     before, _, rest = card.partition("## Verification")
     assert before == CARD.partition("## How to load")[0]
-    assert "Exported as onnx, weights stored as int8. The model and the export answered 40 test rows:" in rest
+    assert "Exported as onnx, weights stored as int8. The model and the export answered 40 test rows." in rest
     assert [[cell.strip() for cell in line.split("|")[1:5]] for line in rest.splitlines() if "-0.05" in line] == [
         ["accuracy", "0.9", "0.85", "-0.05 [-0.1, +0.01]"]
     ]

@@ -47,10 +47,8 @@ def build_model_card(view: RunView, model_folder: Path) -> str:
 def build_exported_card(trained_card: str, verification: Verification, usage: str) -> str:
     """Turn a trained model's card into an export's, with its verification and how to run it."""
     stored = f", weights stored as {verification.stored_as}" if verification.stored_as else ""
-    what = (
-        f"Exported as {verification.format}{stored}. The model and the export answered "
-        f"{counted(verification.rows, 'test row')}:"
-    )
+    rows = f" The model and the export answered {counted(verification.rows, 'test row')}." if verification.rows else ""
+    what = f"Exported as {verification.format}{stored}.{rows}"
     sections = (
         Section("verification", "Verification", (Paragraph(what), *build_verification_tables(verification))),
         Section("load", "How to load", (Code(usage, "sh" if "\n" not in usage else "python"),)),
@@ -60,14 +58,17 @@ def build_exported_card(trained_card: str, verification: Verification, usage: st
 
 def build_verification_tables(verification: Verification) -> tuple[Table, ...]:
     """Return tables of an export's checks and, if it was scored, of both models' metrics."""
-    checks = tuple((check.name, check.result, check.expected) for check in verification.checks)
+    checks = tuple(
+        (("ok" if check.passed else "FAILED") * (check.expected != "-"), check.name, check.result, check.expected)
+        for check in verification.checks
+    )
     metrics = tuple(
         (words.metric_name(name), f"{pair.source:.4g}", f"{pair.export:.4g}", _format_difference(pair.difference))
         for name, pair in verification.metrics.items()
     )
     header = ("metric", "model", "export", "difference")
     return (
-        Table("Checks", ("check", "result", "expected"), checks),
+        Table("Checks", ("", "check", "result", "expected"), checks),
         *([Table("Metrics on the same test rows", header, metrics, frozenset({1, 2, 3}))] if metrics else []),
     )
 
