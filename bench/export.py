@@ -76,7 +76,7 @@ def measure(folder: Path, quick: bool) -> Iterator[Figure]:
     trained = train(solved, 4, model=SMOLLM2, task="causal-lm", data={**data, "max_length": 256})
     for stored, limit, option in STORED:
         whole = records.get(f"SmolLM2 {stored}", export, trained, "gguf", option)
-        kl = float(whole["results"]["mean KL divergence per token, in nats"])
+        kl = float(whole["results"]["mean KL divergence, in nats"])
         yield Figure(f"SmolLM2-135M in GGUF {stored}: mean KL divergence per token", kl, "nats", at_most=limit)
         same, compared = map(int, re.findall(r"\d+", whole["results"]["same token ids"])[:2])
         yield Figure(f"{stored}: texts with the same token ids, of {compared}", same, "texts", at_least=compared)

