@@ -50,7 +50,7 @@ def push(
         tables = [blocks.Table(total, ("file", "size"), sizes, numeric=frozenset({1}))]
         tables += [blocks.Table("Can other programs load it?", ("", "check", "result"), results)]
         pages.print_parts(stages.out, [blocks.Facts(tuple(facts)), *tables])
-    if yes and (blocking := [one for one in checks if not one.passed and one.name in ("files", "base model")]):
+    if yes and (blocking := [one for one in checks if not one.passed and one.name in pushing.BLOCKING]):
         raise SetupError([f"{folder}: {one.name}: {one.result}" for one in blocking])
     url = pushing.upload(folder, files, repository, public, branch, as_pr) if yes else None
     if as_json:

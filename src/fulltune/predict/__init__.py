@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fulltune.errors import DataError, SetupError
 from fulltune.inference.run import Batching, ProgressCallback, generate_answers, run_rows
@@ -187,28 +187,30 @@ def load_predictor(run: Path, method: str | None = None) -> Predictor:
     """Load a model folder, or a run's model. `method` selects a model; default: the only or the recommended one."""
     folder = choose_model_folder(run, method)[0]
     notes = folders.read_notes(folder)
-    base = Base.from_block(ModelBlock(name=str(folder.resolve())), notes["task"])
+    usual_batch_size = _BATCH_OF_PROMPTS if FACTS[notes["task"]].writes else _BATCH
+    device, batch_size, precision, weights_dtype = _choose_settings(folder, usual_batch_size)
+    base = Base.from_block(ModelBlock(name=str(folder.resolve()), weights_dtype=weights_dtype), notes["task"])
     if folders.has_only_trained_parameters(folder):
         model = folders.load_method_folder(folder, base.processor).model
     else:
         model = load_model(base, {}, head_is_new=False)
-    device, batch_size, precision = _choose_settings(folder, _BATCH_OF_PROMPTS if FACTS[base.task].writes else _BATCH)
     with explain_out_of_memory("predict", _REMEDY):
         return Predictor(model.eval().to(device), base.processor, notes, batch_size, precision)
 
 
-def _choose_settings(folder: Path, batch_size: int) -> tuple[str, int, str]:
-    """Return device, batch size and precision: on a GPU, those of the run's plan."""
+def _choose_settings(folder: Path, batch_size: int) -> tuple[str, int, str, Literal["fp32", "bf16"]]:
+    """Return device, batch size, precision and dtype of the weights: on a GPU, those of the run's plan."""
     import torch
 
     if not torch.cuda.is_available():
-        return "cpu", batch_size, "fp32"
+        return "cpu", batch_size, "fp32", "fp32"
     plans = folder.resolve().parent.parent / "plan"
     if not (paths := [*plans.glob(f"{folder.name}.json"), *plans.glob(f"{folder.name}-seed*.json")]):
-        return "cuda", batch_size, "fp32"
+        return "cuda", batch_size, "fp32", "fp32"
     plan = Plan.load(paths[0])
     is_emulated = plan.precision == "bf16" and torch.cuda.get_device_capability() < BF16_FROM
-    return "cuda", plan.eval_batch_size, "fp32" if is_emulated else plan.precision
+    precision = "fp32" if is_emulated else plan.precision
+    return "cuda", plan.eval_batch_size, precision, plan.weights_dtype
 
 
 def choose_model_folder(run: Path, method: str | None = None) -> tuple[Path, str]:

@@ -14,8 +14,12 @@ from fulltune.text import first_few
 
 CARD = "README.md"
 _INDEX, _GENERATION, _IMAGES = "model.safetensors.index.json", "generation_config.json", "preprocessor_config.json"
-_SENT = f"""*.safetensors {_INDEX} *.gguf *.onnx *.onnx.data *config.json config_*.json tokenizer.json modules.json
-export.json *_tokens*.json vocab.* merges.txt *.model *.spm *.jinja Modelfile LICENSE* {CARD} {NOTES} {VERIFICATION}"""
+_SENT = f"""*.safetensors {_INDEX} *.gguf *.onnx *.onnx.data config.json {_GENERATION} {_IMAGES} {CONFIG} tokenizer.json
+tokenizer_config.json processor_config.json sentence_bert_config.json config_sentence_transformers.json modules.json
+export.json *_tokens*.json vocab.* merges.txt *.model *.spm *.jinja additional_chat_templates/*.jinja Modelfile LICENSE*
+{CARD} {NOTES} {VERIFICATION}"""
+BLOCKING = ("files", "local paths", "base model", "verification")
+"""Checks without which nothing is sent."""
 _LOCAL_PATH = re.compile(r"(?<![\w:/.<~])(/\w[\w.-]*)(?:/[\w.-]+)+")
 _CHAT = [{"role": "user", "content": "Is 2 < 3? 😊\n"}, {"role": "assistant", "content": "REPLY"}]
 
@@ -72,7 +76,8 @@ def check_readiness(folder: Path, names: Iterable[str]) -> Iterator[Check]:
         except (SafetensorError, OSError, SetupError):
             problems.append(f"{name} is truncated or damaged")
     yield _check("files", not problems, "; ".join(problems) or "complete", "copy the trained model's files again")
-    texts = [(folder / name).read_text("utf-8", "replace") for name in sorted({CARD, "config.json", NOTES} & names)]
+    read = [name for name in sorted(names) if name.endswith((".md", ".json", ".jinja")) and name != "tokenizer.json"]
+    texts = [(folder / name).read_text("utf-8", "replace") for name in read]
     paths = [path[0] for text in texts for path in _LOCAL_PATH.finditer(text) if Path(path[1]).is_dir()]
     yield _check("local paths", not paths, first_few(paths) or "none", f"remove them from {CARD} or the settings")
     if CONFIG in names:
