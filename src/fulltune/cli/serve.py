@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shlex
 import socket
 import sys
 from typing import Any
@@ -42,15 +43,21 @@ def serve(
         why = str(error.strerror).partition(" (while")[0]
         raise SetupError(f"serve: cannot listen on {host}, port {port}: {why}; change --port or --host") from None
     read = [(role, column) for role, column in notes["columns"].items() if role not in predict.NOT_READ]
-    row = {column: ["..."] if role in ("tokens", "choices") else "..." for role, column in read}
+    row = {
+        column: ["..."] if role in ("tokens", "choices") else "BASE64" * (role == "image") or "..."
+        for role, column in read
+    }
     path, body = "/predict", dict[str, Any](rows=[row])
     if is_handed_over:
         path, body = "/v1/completions", {"model": str(folder), "prompt": "..."}
         if (folder / "chat_template.jinja").exists():
             path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": body.pop("prompt")}]
-    request = f"{path} -H 'Content-Type: application/json' -d '{json.dumps(body, ensure_ascii=False)}'"
-    _show(f"serving {folder} until Ctrl-C; try: curl http://{host}:{port}{request}")
+    request = f"{path} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
+    ready = f"serving {folder} until Ctrl-C; try: curl http://{host}:{port}{request}"
+    if not host.startswith(("127.", "localhost")):
+        _show(f"--host {host}: everybody who reaches this address can use the model, because there is no password")
     if is_handed_over:
+        _show(ready)
         listening.close()
         _show(f"starting transformers serve; for many users at once: vllm serve {folder}")
         os.environ["HF_HUB_DISABLE_UPDATE_CHECK"] = "1"  # on PyPI
@@ -58,7 +65,9 @@ def serve(
         os.execv(sys.executable, [*command, "--host", host, "--port", str(port)])
     from fulltune.serve.endpoint import Endpoint
 
-    Endpoint(predict.load_predictor(folder), run_folder.resolve().name).run(listening)
+    endpoint = Endpoint(predict.load_predictor(folder), run_folder.resolve().name)
+    _show(ready)
+    endpoint.run(listening)
 
 
 def chat(

@@ -86,6 +86,8 @@ class Endpoint:
             uvicorn.Server(config).run(sockets=[listening])
 
     async def health(self) -> JSONResponse:
+        if any(task.done() for task in self.tasks):
+            raise HTTPException(503, "the thread that answers has ended; start the server again")
         notes = self.predictor.notes
         facts = {"task": notes["task"], "columns": columns_read(notes), "labels": notes["labels"]}
         return JSONResponse({"status": "ok", "model": self.name, **facts, "fulltune": metadata.version("fulltune")})
