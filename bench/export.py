@@ -25,8 +25,12 @@ ROWS: Mapping[str, tuple[str, Mapping[str, Any] | None]] = {
     "image-classification": ("ViT", None),
 }
 """Name of the tiny model and the beginning of each row, by task."""
-STORED = (("f32", 1e-6, "--dtype=float32"), ("q8_0", 2e-2, "--quantize=q8_0"), ("q4_k_m", 1.0, "--quantize=q4_k_m"))
-"""Type of the weights, largest KL divergence, option."""
+STORED = (
+    ("f32", 1e-6, 1.001, "--dtype=float32"),
+    ("q8_0", 2e-2, 1.02, "--quantize=q8_0"),
+    ("q4_k_m", 0.5, 1.05, "--quantize=q4_k_m"),
+)
+"""Type of the weights, bars of the KL divergence and of the loss over the model's, option."""
 
 
 def train(folder: Path, steps: int, **recipe: Any) -> Path:
@@ -74,14 +78,14 @@ def measure(folder: Path, quick: bool) -> Iterator[Figure]:
     data = {"train": "train.jsonl", "eval": "eval.jsonl", "test": "test.jsonl"}
     data |= {"prompt": "question", "completion": "answer"}
     trained = train(solved, 4, model=SMOLLM2, task="causal-lm", data={**data, "max_length": 256})
-    for stored, limit, option in STORED:
+    for stored, limit, most, option in STORED:
         whole = records.get(f"SmolLM2 {stored}", export, trained, "gguf", option)
         kl = float(whole["results"]["mean KL divergence, in nats"])
         yield Figure(f"SmolLM2-135M in GGUF {stored}: mean KL divergence per token", kl, "nats", at_most=limit)
         same, compared = map(int, re.findall(r"\d+", whole["results"]["same token ids"])[:2])
         yield Figure(f"{stored}: texts with the same token ids, of {compared}", same, "texts", at_least=compared)
         loss = whole["metrics"]["loss"]
-        yield Figure(f"{stored}: loss over the model's", loss["export"] / loss["source"], "x", at_most=1.02)
+        yield Figure(f"{stored}: loss over the model's", loss["export"] / loss["source"], "x", at_most=most)
         yield Figure(f"{stored}: export and verification", whole["seconds"], "s", at_most=180)
 
 

@@ -22,8 +22,8 @@ _MAX_ROWS, _MAX_TEXTS = 1000, 64
 _TOKENS_AT_ONCE = 256
 _MAX_DIFFERENCE = 1e-4
 """Largest accepted difference of two logits, relative to the largest logit if that is above 1."""
-_TOLERATED = 0.02
-"""Accepted loss of the main metric after quantization: 2 points, or 2 % of a loss."""
+_TOLERATED, _TOLERATED_IN_4_BITS = 0.02, 0.05
+"""Accepted loss of the main metric after rounding or quantization: 2 points, or 2 % of a loss; 5 for q4_k_m."""
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,11 @@ def _pair_metrics(source: Source, both: Sequence[Predictions], chosen: Sequence[
 
 
 def _check_metric(source: Source, metrics: Mapping[str, MetricPair]) -> ExportCheck:
-    """Check that the main metric is not worse by more than `_TOLERATED`, unless chance can explain it."""
+    """Check that the main metric is not worse by more than is tolerated, unless chance can explain it."""
     plan = source.scoring.plan
     pair, sign = metrics[plan.metric], 1 if plan.greater_is_better else -1
-    limit = _TOLERATED * (1.0 if plan.greater_is_better else abs(pair.source))
+    tolerated = _TOLERATED_IN_4_BITS if source.request.quantize == "q4_k_m" else _TOLERATED
+    limit = tolerated * (1.0 if plan.greater_is_better else abs(pair.source))
     interval, is_worse = pair.difference, sign * (pair.source - pair.export) > limit
     is_chance = interval is not None and max(sign * interval.low, sign * interval.high) >= 0
     return ExportCheck(
