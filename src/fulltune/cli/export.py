@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ from rich.markup import escape
 from fulltune.cli import options, stages
 from fulltune.cli.stages import out
 from fulltune.errors import SetupError
+from fulltune.system import signals
 
 FORMATS = ("hf", "onnx", "gguf", "sentence-transformers")
 
@@ -43,10 +45,12 @@ def export(
     name = "-".join(filter(None, (model_folder.name, to, quantize or dtype)))
     output = output or model_folder.resolve().parents[1] / "exports" / name
     request = ExportRequest(model_folder, to, output.resolve(), quantize, dtype, max_shard_size, llama_cpp)
-    with stages.progress_display(details=False) as display:
+    # SIGTERM must also delete what is half written.
+    stopping = signals.temporary_handlers(signal.default_int_handler)
+    with stopping, stages.progress_display(details=False) as display:
         verification = export_model(request, display)
     if as_json:
-        stages.print_json(verification.model_dump(mode="json"))
+        stages.print_json({"output": str(output), **verification.model_dump(mode="json")})
         return
     pages.print_parts(out, build_verification_tables(verification))
     out.print(f"export: {escape(str(output))}", soft_wrap=True)

@@ -50,8 +50,8 @@ def push(
         tables = [blocks.Table(total, ("file", "size"), sizes, numeric=frozenset({1}))]
         tables += [blocks.Table("Can other programs load it?", ("", "check", "result"), results)]
         pages.print_parts(stages.out, [blocks.Facts(tuple(facts)), *tables])
-    if yes and (blocking := [one for one in checks if not one.passed and one.name in pushing.BLOCKING]):
-        raise SetupError([f"{folder}: {one.name}: {one.result}" for one in blocking])
+    if blocking := [one for one in checks if not one.passed and one.name in pushing.BLOCKING]:
+        raise SetupError([f"{folder}: cannot be sent: {one.name}: {one.result}" for one in blocking])
     url = pushing.upload(folder, files, repository, public, branch, as_pr) if yes else None
     if as_json:
         stages.print_json({"files": files, "left_out": left_out, "checks": [*map(dict, checks)], "url": url})

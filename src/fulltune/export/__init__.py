@@ -161,7 +161,8 @@ def _move_if_verified(part: Path, output: Path, verification: Verification) -> V
         part.rename(refused)
         lines = [f"{check.name}: {check.result}, expected {check.expected}" for check in failed]
         raise NotVerified([*lines, f"{refused}: the export is here, because it does not answer like the model"])
-    if output.exists():
-        output.rmdir()
-    part.rename(output)
+    try:
+        part.replace(output)
+    except OSError:
+        raise SetupError(f"{output}: another command wrote it meanwhile; choose another folder with --output") from None
     return verification

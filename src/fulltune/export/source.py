@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fulltune.errors import SetupError
 from fulltune.evaluate import make_scoring
 from fulltune.evaluate.scoring import Scoring
+from fulltune.inference.store import FILE
 from fulltune.methods import folder as folders
 from fulltune.models.base import Base
 from fulltune.models.load import load_model
@@ -81,7 +82,7 @@ def open_source(request: ExportRequest) -> Iterator[Source]:
     run = plain.resolve().parents[1]
     plans = [run / "plan" / f"{plain.name}.json", *sorted((run / "plan").glob(f"{plain.name}-seed*.json"))]
     saved = next((path for path in plans if path.exists()), plans[0])
-    if missing := [str(path) for path in (run / "data" / "test", saved) if not path.exists()]:
+    if missing := [str(path) for path in (run / "data" / "test" / FILE, saved) if not path.exists()]:
         raise SetupError(
             f"{plain}: is not a model of a run, or the test rows and plan with which its export is verified are gone; "
             f"missing: {', '.join(missing)}"

@@ -46,7 +46,9 @@ def upload(folder: Path, files: Collection[str], name: str, public: bool, branch
             raise SetupError(f"{name}: has {first_few(sorted(others))}; use --branch NAME, --pr or another repository")
         if branch:
             api.create_branch(name, branch=branch, exist_ok=True)
-        additions = [CommitOperationAdd(file, folder / file) for file in files]
+        card = (folder / CARD).read_text("utf-8").replace(f'"{folder.name}"', f'"{name}"') if CARD in files else ""
+        contents = {CARD: card.encode()} if card else {}
+        additions = [CommitOperationAdd(file, contents.get(file, folder / file)) for file in files]
         commit = api.create_commit(name, additions, commit_message="Upload a model", revision=branch, create_pr=as_pr)
     except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:  # type: ignore[attr-defined]  # from httpx
         reason = " ".join((getattr(error, "server_message", None) or str(error.__cause__ or error)).split())[:200]
@@ -101,10 +103,14 @@ def _check_model(folder: Path, names: set[str], tensors: set[str]) -> Iterator[C
     import transformers
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        yield _check("architecture", False, " ".join(str(error).split())[:80], "transformers cannot load config.json")
+        return
     notes = read_json_object(folder / NOTES)
     model_class = getattr(transformers, name := (config.architectures or ["none"])[0], None)
-    if not {CONFIG, "modules.json"} & names:
+    if not {CONFIG, "modules.json", "export.json"} & names:
         right = getattr(transformers, FACTS[notes["task"]].auto_class)._model_mapping.get(type(config), type).__name__
         yield _check("architecture", name == right, name, f"expected {right}")
         yield _check("dtype", not hasattr(config, "quantization_config"), str(config.dtype), "has quantization_config")

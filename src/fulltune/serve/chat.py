@@ -8,7 +8,7 @@ from fulltune.models.base import Base
 from fulltune.models.load import load_model as load_model
 from fulltune.predict import Predictor, load_predictor
 from fulltune.recipe.model import ModelBlock
-from fulltune.system.run_folder import load_run_recipe
+from fulltune.system.run_folder import hide_progress_bars, load_run_recipe
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Conversation:
 
 def open_conversations(folder: Path, beside: str | None) -> list[Conversation]:
     """Load a model that writes text and, before it, the one named `beside` ("base": the pretrained model)."""
+    hide_progress_bars()
     tuned = load_predictor(folder)
     if not tuned.task.FACTS.writes:
         raise SetupError(f"{folder}: is a model for {tuned.notes['task']}; use 'fulltune predict'")

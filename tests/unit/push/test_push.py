@@ -219,9 +219,17 @@ def test_model_that_nobody_could_load_is_shown_and_not_sent(hub: Hub, run: Path)
     weights = run / "models" / "full" / "model.safetensors"
     os.truncate(weights, weights.stat().st_size - 10)
     shutil.copy(weights, run / "models" / "full" / "pytorch_model.bin")
-    assert fulltune("push", run, NAME).code == 0
-    assert_refused(fulltune("push", run, NAME, "--yes"), "model.safetensors is truncated or damaged")
+    for options in ((), ("--yes",)):
+        assert_refused(fulltune("push", run, NAME, *options), "model.safetensors is truncated or damaged")
     assert hub.requests == []
+
+
+def test_card_names_the_repository_to_load(hub: Hub, run: Path) -> None:
+    card = run / "models" / "full" / "README.md"
+    card.write_text(card.read_text(encoding="utf-8") + 'AutoModel.from_pretrained("full")\n', encoding="utf-8")
+    assert fulltune("push", run, NAME, "--yes").code == 0
+    assert f'AutoModel.from_pretrained("{NAME}")'.encode() in hub.files(NAME)["README.md"]
+    assert '"full"' in card.read_text(encoding="utf-8")
 
 
 def test_warning_is_shown_and_does_not_stop_the_files(hub: Hub, run: Path) -> None:
