@@ -226,7 +226,10 @@ def choose_model_folder(run: Path, method: str | None = None) -> tuple[Path, str
     if (run / folders.NOTES).exists():
         return run, ""
     if not there:
-        raise SetupError(f"{run}: no finished model here; expected a run folder with models/full, or a model folder")
+        what = "no finished model here" if run.is_dir() else "no such folder"
+        raise SetupError(
+            f"{run}: {what}; expected a run folder with models/full, or a model folder with {folders.NOTES}"
+        )
     if len(there) == 1:
         return next(iter(there.values())), ""
     comparison = load_comparison(run)
