@@ -84,8 +84,8 @@ def _convert(source: Source, output: Path, kind: str) -> None:
         lines = [line for line in process.stderr.splitlines() if line.strip()] or [f"exit code {process.returncode}"]
         architecture = (source.model.config.architectures or ["?"])[0]
         raise SetupError(
-            f"--to gguf: llama.cpp's converter failed for {architecture}: {lines[-1][:300]}; with --llama-cpp, a newer "
-            "checkout of llama.cpp may convert it"
+            f"--to gguf: llama.cpp's converter failed for {architecture}: {lines[-1][:300]}; 'python {script} "
+            "--print-supported-models' lists what it knows; with --llama-cpp, a newer checkout may know more"
         )
 
 
