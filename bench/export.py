@@ -28,7 +28,7 @@ ROWS: Mapping[str, tuple[str, Mapping[str, Any] | None]] = {
 STORED = (
     ("f32", 1e-6, 1.001, "--dtype=float32"),
     ("q8_0", 2e-2, 1.02, "--quantize=q8_0"),
-    ("q4_k_m", 0.5, 1.05, "--quantize=q4_k_m"),
+    ("q4_k_m", 0.5, 1.1, "--quantize=q4_k_m"),
 )
 """Type of the weights, bars of the KL divergence and of the loss over the model's, option."""
 

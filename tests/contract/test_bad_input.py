@@ -816,7 +816,8 @@ def test_predict_without_model_is_refused(tmp_path: Path) -> None:
     refused(
         fulltune("predict", tmp_path, "a text"),
         RECIPE,
-        f"{tmp_path}: no finished model here; expected a run folder with models/full, or a model folder with fulltune.json",
+        f"{tmp_path}: no finished model here; expected a run folder with models/full, or a model folder with "
+        "fulltune.json",
     )
 
 
