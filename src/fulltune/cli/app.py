@@ -259,11 +259,7 @@ def compare(
         cli_compare.compare(targets, set_ or [], run_folder, fresh, budget, as_json)
 
 
-app.command()(export)
 app.command()(launch)
-app.command()(push)
-app.command()(serve)
-app.command()(chat)
 
 
 @app.command()
@@ -344,6 +340,12 @@ def predict(
         stages.print_json(written)
     else:
         out.print(f"wrote {escape(str(output))}: {counted(written['rows'], 'row')}", soft_wrap=True)
+
+
+app.command()(export)
+app.command()(serve)
+app.command()(chat)
+app.command()(push)
 
 
 @app.command()

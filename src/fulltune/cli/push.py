@@ -26,8 +26,10 @@ def push(
     from fulltune import push as pushing
     from fulltune.report.format import blocks, pages
 
+    if repository.count("/") != 1:
+        raise SetupError(f"{repository}: expected a repository as OWNER/NAME")
     try:
-        validate_repo_id(repository if "/" in repository else f"{repository}/")
+        validate_repo_id(repository)
     except ValueError as error:
         raise SetupError(f"{repository}: expected a repository as OWNER/NAME: {error}") from None
     if branch and as_pr:
