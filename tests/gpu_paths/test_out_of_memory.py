@@ -14,8 +14,9 @@ import peft
 import pytest
 import torch
 
+from fulltune import export as exporting
 from fulltune.audit.pretrained import RowReader
-from fulltune.errors import DoesNotFitError, RecipeError
+from fulltune.errors import DoesNotFitError, RecipeError, SetupError
 from fulltune.methods.added import add_peft_modules
 from fulltune.probe import _out_of_memory_as_no_probe
 from fulltune.probe.linear import NoProbe
@@ -52,6 +53,19 @@ def raising(error: BaseException) -> Raise:
 def test_attempt_is_planned_anew_with_less(tmp_path: Path) -> None:
     assert worker.outcome_of_error(CardIsFull(), tmp_path)[0] == "out_of_memory"
     assert worker.outcome_of_error(Fault(), tmp_path)[0] == "error"
+
+
+def test_export_that_runs_out_of_memory_is_no_fault_of_the_format(tmp_path: Path) -> None:
+    request = SimpleNamespace(to="onnx", output=tmp_path, quantize=None, dtype=None)
+    source: Any = SimpleNamespace(model=None, request=request)
+    for error, expected in ((CardIsFull(), CardIsFull), (Fault(), SetupError)):
+        form: Any = SimpleNamespace(PACKAGES=(), write=raising(error), load=raising(error))
+        with pytest.raises(expected):
+            exporting._write(form, source, tmp_path)
+    [check] = exporting._verify(form, source, tmp_path).failed
+    assert check.name == "loads and runs"
+    with pytest.raises(CardIsFull):
+        exporting._verify(SimpleNamespace(load=raising(CardIsFull())), source, tmp_path)  # type: ignore[arg-type]
 
 
 def test_batches_become_smaller_for_memory_alone() -> None:
