@@ -12,12 +12,12 @@ from fulltune.cli.stages import out
 from fulltune.errors import SetupError
 from fulltune.system import signals
 
-FORMATS = ("hf", "onnx", "gguf", "sentence-transformers")
-
 
 def export(
     run_folder: options.ModelFolder,
-    to: Annotated[str, typer.Option("--to", help=", ".join(FORMATS), metavar="FORMAT", show_default=False)],
+    to: Annotated[
+        str, typer.Option("--to", help="hf, onnx, gguf or sentence-transformers.", metavar="FORMAT", show_default=False)
+    ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A new folder. Default: RUN/exports/MODEL-FORMAT.")
     ] = None,
@@ -34,7 +34,7 @@ def export(
     as_json: options.Json = False,
 ) -> None:
     """Write a model, with LoRA merged, in another format, and verify on test rows that it gives the same answers."""
-    from fulltune.export import export_model
+    from fulltune.export import FORMATS, export_model
     from fulltune.export.source import ExportRequest
     from fulltune.report.format import pages
     from fulltune.report.run.model_card import build_verification_tables

@@ -79,12 +79,10 @@ def _check_request(form: ModuleType, request: ExportRequest) -> None:
     ]
     if request.quantize is not None and request.dtype is not None:
         problems.append("--quantize and --dtype cannot be combined; choose one")
-    for option, value, to in (
-        ("--max-shard-size", request.max_shard_size, "hf"),
-        ("--llama-cpp", request.llama_cpp, "gguf"),
-    ):
-        if value is not None and request.to != to:
-            problems.append(f"{option}: only for --to {to}")
+    if request.max_shard_size is not None and request.to != "hf":
+        problems.append("--max-shard-size: only for --to hf")
+    if request.llama_cpp is not None and request.to != "gguf":
+        problems.append("--llama-cpp: only for --to gguf")
     try:
         parse_bytes(request.max_shard_size or "50GB")
     except ValueError as error:
@@ -97,9 +95,9 @@ def _check_request(form: ModuleType, request: ExportRequest) -> None:
 
 def _check_disk(source: Source) -> None:
     request = source.request
-    bytes_per_value = 4 if request.quantize or request.to in ("onnx", "sentence-transformers") else source.itemsize
+    is_float32 = request.quantize or request.to not in ("hf", "gguf") or source.dtype == "float32"
     # A quantized file is made from one in float32.
-    needed = source.model.num_parameters() * bytes_per_value * (2 if request.quantize else 1)
+    needed = source.model.num_parameters() * (4 if is_float32 else 2) * (2 if request.quantize else 1)
     if (free := disk_free_bytes(request.output)) < needed:
         raise DoesNotFitError(
             f"{request.output}: the export needs {format_bytes(needed)}, but the disk has {format_bytes(free)} free"

@@ -122,14 +122,7 @@ class GgufModel:
         threads = torch.get_num_threads()
         # A cache in llama.cpp's usual float16 would change logits by up to 0.04.
         self.llama = llama_cpp_py_sync.Llama(
-            str(file),
-            num_tokens,
-            num_tokens,
-            threads,
-            n_ubatch=min(512, num_tokens),
-            n_gpu_layers=0,
-            type_k="f32",
-            type_v="f32",
+            str(file), num_tokens, num_tokens, threads, n_ubatch=min(512, num_tokens), type_k="f32", type_v="f32"
         )
         self.vocabulary = self.library.llama_model_get_vocab(self.llama._model)
 
@@ -196,7 +189,6 @@ def check(source: Source, folder: Path, exported: Exported) -> list[ExportCheck]
     ends = [ends] if isinstance(ends, int) else list(ends or [])
     special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     split = [text for text, number in special.items() if model.token_ids(text) != [number]]
-    accepted = {kind, "f32"}
     types = {str(tensor.tensor_type.name).lower() for tensor in reader.tensors}
     missed = [tokenizer.convert_ids_to_tokens(token) for token in ends if not model.ends_text(token)]
     return [
@@ -215,7 +207,7 @@ def check(source: Source, folder: Path, exported: Exported) -> list[ExportCheck]
         _check_none("special tokens that are split", split),
         _check_none("end tokens at which llama.cpp goes on", missed or ([] if ends else ["no end token"])),
         check_equal("same chat template", template.contents() if template else None, tokenizer.chat_template or None),
-        _check_none("other types of weights", [] if kind == "q4_k_m" else sorted(types - accepted)),
+        _check_none("other types of weights", [] if kind == "q4_k_m" else sorted(types - {kind, "f32"})),
         _check_continuations(source, model, is_exact=kind == "f32"),
     ]
 

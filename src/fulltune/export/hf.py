@@ -49,7 +49,7 @@ def check(source: Source, folder: Path, exported: Exported) -> list[ExportCheck]
     dtypes = set()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
-            dtypes |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+            dtypes |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118  # no dictionary
     expected = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[source.dtype]
     result = " ".join(sorted(dtypes - {"I64", "BOOL"}))
     checks = [

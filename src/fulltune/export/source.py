@@ -70,10 +70,6 @@ class Source:
         """Dtype of the weights to write."""
         return self.request.dtype or self.stored_dtype
 
-    @property
-    def itemsize(self) -> int:
-        return 4 if self.dtype == "float32" else 2
-
 
 @contextlib.contextmanager
 def open_source(request: ExportRequest) -> Iterator[Source]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain, islice, product
 from typing import Any
 
 from fulltune.export.source import Source
@@ -21,15 +21,12 @@ _DIFFICULT = (
     "3.14159 1,000,000 x=y+1; def f(a): return a",
     "👩‍👩‍👧‍👦 🇩🇪 e\u0301 \u00a0 \u200b",
 )
-_TOOL: dict[str, Any] = {
-    "name": "search",
-    "description": "Search the web.",
-    "parameters": {"type": "object", "properties": {"query": {"type": "string"}}},
-}
+_PARAMETERS = {"type": "object", "properties": {"query": {"type": "string"}}}
+_TOOLS = [{"type": "function", "function": {"name": "find", "description": "Search.", "parameters": _PARAMETERS}}]
 _CHATS = (
-    ({"role": "user", "content": "What is 2+2? Café — 123 😊"},),
-    ({"role": "system", "content": ""}, {"role": "user", "content": "Hi"}),
-    ({"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}, {"role": "user", "content": "3?"}),
+    [{"role": "user", "content": "What is 2+2? Café — 123 😊"}],
+    [{"role": "system", "content": ""}, {"role": "user", "content": "Hi"}],
+    [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}, {"role": "user", "content": "3?"}],
 )
 
 
@@ -56,12 +53,9 @@ def _strings(value: Any) -> Iterator[str]:
 def render_chats(tokenizer: Any) -> list[str]:
     """Render chats with a tokenizer's template, except those that it refuses, such as a system prompt."""
     texts = []
-    for chat in _CHATS if tokenizer.chat_template else ():
-        for tools in (None, [{"type": "function", "function": _TOOL}]):
-            with contextlib.suppress(Exception):  # templates raise errors of many types
-                texts.append(
-                    tokenizer.apply_chat_template(list(chat), tools=tools, tokenize=False, add_generation_prompt=True)
-                )
+    for chat, tools in product(_CHATS if tokenizer.chat_template else (), (None, _TOOLS)):
+        with contextlib.suppress(Exception):  # templates raise errors of many types
+            texts.append(tokenizer.apply_chat_template(chat, tools, tokenize=False, add_generation_prompt=True))
     return texts
 
 

@@ -2,15 +2,14 @@ from __future__ import annotations
 
 from fulltune.records.base import Record
 from fulltune.records.scores import Estimate
+from fulltune.records.training import Check
 
 VERIFICATION = "verify.json"
 
 
-class ExportCheck(Record):
+class ExportCheck(Check):
     """A comparison of an exported model with its source."""
 
-    name: str
-    result: str
     expected: str
     passed: bool = True
 
