@@ -9,12 +9,14 @@ import pytest
 
 from fulltune.records import events
 from fulltune.records.plan import TimeNeed
+from fulltune.records.scores import Answer
 from fulltune.records.training import Check
 
 LINES = (
     events.PhaseBegan(name="training", seconds=1.5),
     events.StepLogged(step=3, total_steps=9, loss=math.inf, grad_norm=None, seconds=2.0),
     events.Evaluated(step=3, epoch=0.5, metrics={"accuracy": 0.5, "rows": 4}),
+    events.Answered(step=3, answers=(Answer(text="1 + 1", expected="2", predicted="3"),), rows=4, took=0.5),
     events.ChecksDone(checks=(Check(name="labels", result="all", passed=True),)),
     events.Forecast(
         time=TimeNeed(
@@ -48,7 +50,7 @@ def test_one_of_many_runs_says_where_it_goes_on_and_what_is_wrong_without_its_ta
     heard: list[events.Event] = []
     levels = ("progress", "resumed", "next attempt", "warning")
     listen = events.only_steps_and_warnings(heard.append)
-    for event in (*LINES[:5], *(events.Message(text="…", level=level) for level in levels)):
+    for event in (*LINES[:6], *(events.Message(text="…", level=level) for level in levels)):
         listen(event)
     assert [event.level if isinstance(event, events.Message) else event.kind for event in heard] == [
         "train",

@@ -10,6 +10,7 @@ from fulltune.records.comparison import Expectation
 from fulltune.records.data import DataSummary
 from fulltune.records.forgetting import BudgetResult
 from fulltune.records.plan import Plan, TimeNeed
+from fulltune.records.scores import Answer
 from fulltune.records.training import Check
 
 
@@ -115,6 +116,21 @@ class Evaluated(Event):
     step: int
     epoch: float = 0.0
     metrics: dict[str, Any]
+
+
+class Answered(Event):
+    """Answers to a fixed sample of eval prompts, generated at an evaluation."""
+
+    kind = "answers"
+    step: int
+    answers: tuple[Answer, ...]
+    """The first rows of the sample, the same at each evaluation."""
+    rows: int
+    """Size of the sample."""
+    unfinished: int = 0
+    """Number of answers that reached the length limit."""
+    took: float = 0.0
+    """Seconds for generating and scoring."""
 
 
 class Steered(Event):
