@@ -90,8 +90,9 @@ class Context:
     @cached_property
     def resamplable_metric(self) -> bootstrap.ResamplableMetric:
         """The comparison's metric, which can be computed on resampled rows."""
+        planned = self.method_setup(self.full.label).plan
         return bootstrap.find_metric(
-            self.recipe.task, Target.of(self.summary), self.method_setup(self.full.label).plan.metric
+            self.recipe.task, Target.of(self.summary), planned.metric, planned.greater_is_better
         )
 
     @cached_property

@@ -147,7 +147,7 @@ def score_trained_model(scoring: Scoring, outcome: Outcome) -> Scores:
     scores = _load_or_score(path, score_and_log)
     if scores.calibration is not None:
         _save_temperature(model_folder, scores.calibration.temperature)
-    span = find_metric(scoring.recipe.task, scoring.target, plan.metric).span
+    span = find_metric(scoring.recipe.task, scoring.target, plan.metric, plan.greater_is_better).span
     return save_differences(folder, scores, partial(paired_difference, span=span, confidence=scores.confidence))
 
 

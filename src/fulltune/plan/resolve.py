@@ -11,6 +11,7 @@ from fulltune.plan import defaults, memory
 from fulltune.plan.savings import plain_optim
 from fulltune.plan.settings import FROM_RECIPE, Reasons
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.functions import is_own
 from fulltune.recipe.rules import wrong_metric
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
@@ -179,7 +180,7 @@ def choose_metric(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> str
     """Choose the metric; raise `RecipeError` if the task has no such metric."""
     possible = summary.form.metrics
     wanted = recipe.evaluate.metric
-    if wanted is not None and wanted not in possible:
+    if wanted is not None and wanted not in possible and not is_own(wanted):
         raise RecipeError(wrong_metric(wanted, summary.form.words, possible))
     return str(reasons.add("evaluate.metric", wanted, possible[0], f"usual for {summary.form.words}"))
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from fulltune.recipe.functions import FunctionName
 from fulltune.recipe.model import Block, raise_for_problems
 
 TextRows = Literal["auto", "line", "paragraph", "section"]
@@ -156,6 +157,8 @@ class DataBlock(Block):
     patch: str | None = Field(default=None, coerce_numbers_to_str=True)
     """Patch file, written by `fulltune data --review`, that lists rows to drop and texts or labels to replace. A patch
     written for other rows is refused."""
+    preprocess: FunctionName | None = None
+    """Your own function, as `module:function`, that gets each row as a dictionary and returns the changed row."""
     max_rows: int | None = Field(default=None, ge=10)
     """Maximum number of rows from each file, for a quick try. Rows are sampled with `split_seed` and include up to
     three of each label."""

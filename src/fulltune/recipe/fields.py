@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from fulltune.errors import RecipeError
 from fulltune.recipe.data import DataBlock
+from fulltune.recipe.functions import is_own
 from fulltune.recipe.methods import RIVALS, VARIANT, ComparedMethod, FullMethod, Method, MethodKind
 from fulltune.recipe.model import (
     AUTO,
@@ -45,6 +46,9 @@ class Recipe(Block):
     preserve: PreserveBlock = PreserveBlock()
     evaluate: EvaluateBlock = EvaluateBlock()
     compare: CompareBlock = CompareBlock()
+    functions: str = "."
+    """Folder of the Python modules with your own functions (`module:function`), relative to the recipe's folder.
+    Installed modules are found as well."""
     output: str = "runs"
     """Folder for run folders, relative to the recipe's folder."""
     name: str | None = Field(default=None, pattern=NAME)
@@ -95,7 +99,7 @@ class Recipe(Block):
     def result_settings(self) -> PlainSettings:
         """Return the settings that affect the result, as JSON values. Output names are omitted, and so is the placement
         in single runs."""
-        settings = self.model_dump(mode="json", exclude={"output", "name"})
+        settings = self.model_dump(mode="json", exclude={"output", "name", "functions"})
         # These depend on the machine and do not change the result, but a comparison also measures memory and time.
         placing = ("num_processes", "num_machines", "placement", "offload", "oversubscribe")
         compares_runs = self.methods or self.is_searched
@@ -116,6 +120,15 @@ class Recipe(Block):
         if train_changes := getattr(method, "train", {}):
             changes["train"] = TrainBlock.model_validate({**self.train.model_dump(exclude_unset=True), **train_changes})
         return self.model_copy(update=changes)
+
+    @property
+    def own_functions(self) -> dict[str, str]:
+        """Map names of the user's functions, `module:function`, to the settings with these names."""
+        variants = [(f"methods.{number}.", self.with_method(one)) for number, one in enumerate(self.methods)]
+        named = [(f"evaluate.metrics.{number}", name) for number, name in enumerate(self.evaluate.metrics)]
+        named += [(f"{before}train.loss", str(one.train.loss or "")) for before, one in [*variants, ("", self)]]
+        named += [("evaluate.metric", self.evaluate.metric or ""), ("data.preprocess", self.data.preprocess or "")]
+        return {name: setting for setting, name in named if is_own(name)}
 
     @property
     def is_searched(self) -> bool:
@@ -200,7 +213,7 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
     file = recipe.train.engine_settings
     if isinstance(file, str):
         changed["train"] = recipe.train.with_engine_settings(make_absolute(file, ENGINE_SETTINGS))
-    changed["output"] = make_absolute(recipe.output, "output")
+    changed |= {name: make_absolute(getattr(recipe, name), name) for name in ("output", "functions")}
     if problems:
         raise RecipeError(problems)
     return recipe.model_copy(update=changed)

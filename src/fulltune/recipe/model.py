@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from fulltune.recipe.functions import FunctionName, MetricName
 from fulltune.text import parse_seconds, parse_share
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -103,9 +104,16 @@ class PreserveBlock(Block):
 class EvaluateBlock(Block):
     """Settings for measuring the result on test rows, which are never used to select anything."""
 
-    metric: str | None = None
+    metric: MetricName | None = None
     """Metric that selects the best checkpoint and comes first in the report. Default: accuracy, f1_micro (multi_label),
-    spearman (regression), f1 (token-classification, question-answering) or loss (causal-lm, seq2seq)."""
+    spearman (regression), f1 (token-classification, question-answering) or loss (causal-lm, seq2seq). Your own
+    function, named as in `metrics`, also needs `greater_is_better`."""
+    metrics: tuple[FunctionName, ...] = ()
+    """Your own metrics beside the task's, as `module:function`. `function(answers, expected, rows)` gets generated
+    texts, names of labels or numbers, and your rows. It returns one number, or a list with one number per row, whose
+    intervals are faster and which a comparison needs."""
+    greater_is_better: bool | None = None
+    """Whether more is better, for an own function as `metric`."""
     batch_size: int | None = Field(default=None, ge=1)
     """Number of rows per forward pass. Default: twice the micro batch size. If scoring runs out of memory, the batch
     size is halved, which does not change the scores."""

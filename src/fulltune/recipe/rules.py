@@ -12,6 +12,7 @@ from typing import Any, Union
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.functions import is_own
 from fulltune.recipe.methods import ComparedMethod
 from fulltune.recipe.model import PreserveBlock
 from fulltune.recipe.tasks import FACTS, FORMS, READ_BY, Form
@@ -246,7 +247,15 @@ def _other_problems(recipe: Recipe) -> list[str]:
     possible = form.metrics if form else FACTS[recipe.task].choosing  # the form is checked when the rows are read
     pairs = {
         wrong_metric(str(metric), form.words if form else recipe.task, possible): (
-            metric is not None and metric not in possible
+            metric is not None and metric not in possible and not is_own(metric)
+        ),
+        f"evaluate.metric: {metric} is your own function, so say whether more is better; add greater_is_better: true "
+        "or false": is_own(metric) and recipe.evaluate.greater_is_better is None,
+        "evaluate.greater_is_better: has no effect, because the direction of the task's metrics is known; remove it": (
+            not is_own(metric) and recipe.evaluate.greater_is_better is not None
+        ),
+        f"evaluate.metric: {metric} cannot select a checkpoint of {recipe.task} yet; list it in evaluate.metrics": (
+            is_own(metric) and FACTS[recipe.task].scored_by in ("tagging", "spans")
         ),
         "data.train: images cannot be mixed in by weight yet; list the folders without weights": (
             is_image and recipe.data.mixed_files

@@ -138,8 +138,9 @@ READ_BY: Mapping[str, tuple[str, ...]] = {
 """Map settings of `data` to the tasks that read them. All tasks read settings that are not listed."""
 
 
-def greater_is_better(metric: str) -> bool:
-    return metric not in ("loss", "perplexity", "rmse")
+def greater_is_better(metric: str, from_recipe: bool | None = None) -> bool:
+    """Return a metric's direction. Only recipes with an own metric set it."""
+    return metric not in ("loss", "perplexity", "rmse") if from_recipe is None else from_recipe
 
 
 def shared_content(columns: Collection[str]) -> str:

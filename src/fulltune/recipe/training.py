@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from fulltune.recipe.functions import FunctionName
 from fulltune.recipe.model import Block, Duration, PlainSettings, raise_for_problems, validated_by
 from fulltune.text import parse_bytes
 
@@ -78,6 +79,10 @@ class TrainBlock(Block):
     notice: Duration | None = None
     """Time between SIGTERM and the shutdown of the machine, such as `30s` on a spot instance. fulltune warns if
     finishing a step and saving take longer."""
+    loss: FunctionName | None = None
+    """Your own training loss, as `module:function`. `function(outputs, labels, num_items_in_batch)` returns a scalar,
+    as `compute_loss_func` of transformers' Trainer does: the sum over rows (or trained tokens), divided by
+    `num_items_in_batch`."""
     label_smoothing_factor: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target's probability that is spread over the other classes or tokens."""
     class_weights: str | dict[str | int, Any] | tuple[Any, ...] | None = None

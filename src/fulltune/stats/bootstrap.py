@@ -9,10 +9,11 @@ import numpy as np
 
 from fulltune.errors import SetupError
 from fulltune.files import replace_atomically
+from fulltune.recipe.functions import is_own
 from fulltune.recipe.tasks import FACTS, TaskName, greater_is_better
 from fulltune.records.scores import Estimate
 from fulltune.tasks import FromSums, Predictions, RowTerms, Target, task_named
-from fulltune.tasks.classes import NUMBER_METRICS, predict_labels
+from fulltune.tasks.classes import NUMBER_METRICS, ROWS, predict_labels, ratio, stack_arrays
 
 SAMPLES = 10_000
 SAMPLES_ANEW = 1_000
@@ -63,12 +64,19 @@ class ResamplableMetric:
 
 
 def bounds_of(metric: str) -> tuple[float, float] | None:
-    return _BOUNDS.get(metric, (0.0, 1.0))
+    return None if is_own(metric) else _BOUNDS.get(metric, (0.0, 1.0))
 
 
-def find_metric(task_name: TaskName, target: Target, metric: str) -> ResamplableMetric:
-    """Return a task's metric with functions for resampling, or raise `SetupError` if the task does not have it."""
+def find_metric(
+    task_name: TaskName, target: Target, metric: str, more_is_better: bool | None = None
+) -> ResamplableMetric:
+    """Return a task's metric with functions for resampling, or raise `SetupError` if the task does not have it. An own
+    metric (`module:function`) is read from the predictions, and `more_is_better` is the recipe's."""
     facts = FACTS[task_name]
+    if is_own(metric):
+        assert more_is_better is not None, "the recipe must say it"
+        terms = stack_arrays(metric, ROWS)
+        return ResamplableMetric(metric, more_is_better, lambda outputs: float(outputs[metric].mean()), terms, ratio)
     if metric not in facts.metrics:
         raise SetupError(f"{task_name} has no metric '{metric}'; choose one of {', '.join(facts.metrics)}")
     row_terms, from_sums = task_named(task_name).metrics_from_sums(target, metric).get(metric, (None, None))

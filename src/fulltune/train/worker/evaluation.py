@@ -9,6 +9,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from fulltune.errors import Diverged, Spiked
 from fulltune.inference.run import Batching, RowSubset, positions_by_length, run_rows
+from fulltune.recipe.functions import is_own
 from fulltune.recipe.tasks import TaskName
 from fulltune.stats.bootstrap import ResamplableMetric, find_metric, paired_improvement
 from fulltune.stats.curves import (
@@ -152,7 +153,8 @@ class Evaluator(TrainingPart):
 
 def _metric_for_comparison(task: TaskName, target: Target, metric: str, predictions: Predictions) -> ResamplableMetric:
     """Return the run's metric if it can be computed from sums over rows, else the loss."""
-    measure = find_metric(task, target, metric)
+    # An own metric may be one number for all rows, which says nothing about chance.
+    measure = find_metric(task, target, "loss" if is_own(metric) else metric)
     if measure.row_terms is None or measure.row_terms(predictions).shape[1] > MAX_SAVED_TERMS_PER_ROW:
         return find_metric(task, target, "loss")
     return measure
