@@ -108,7 +108,7 @@ def format_share(share: float) -> str:
     return ">99.9%" if 0.9995 <= share < 1 else format_percent(share)
 
 
-_SHARES = {"accuracy", "token_accuracy", "exact_match", "f1", "precision", "recall"}
+_SHARES = {"accuracy", "token_accuracy", "exact_match", "number_match", "json_equal", "f1", "precision", "recall"}
 
 
 def is_share(metric: str) -> bool:

@@ -59,17 +59,15 @@ def test_conversation_of_several_examples_is_asked_once() -> None:
 
 
 def test_without_the_packages_their_metrics_are_left_out_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(written, "can_score", lambda metric: metric == "exact_match")
+    monkeypatch.setattr(written, "can_score", lambda metric: metric not in ("rougeL", "chrf", "bleu"))
     target = Target("source_target", {"source": "s", "target": "t"})
     assert set(causal_lm.score_answers(["a"], ["A "])) == {"exact_match"}
     kept = seq2seq.score_answers(["a"], ["A "])
     assert seq2seq.metrics(kept, target) == {"exact_match": 1.0}
-    assert missing_metrics(bench([], 1, target=target)) == (
-        "not computed: rougeL, chrf, bleu (to install: pip install 'fulltune[text-metrics]')"
-    )
-    assert (
-        missing_metrics(bench([], 1)) == "not computed: rougeL, chrf (to install: pip install 'fulltune[text-metrics]')"
-    )
+    for scoring in (bench([], 1, target=target), bench([], 1)):
+        assert missing_metrics(scoring) == (
+            "not computed: rougeL, chrf, bleu (to install: pip install 'fulltune[text-metrics]')"
+        )
 
 
 def test_metric_of_one_row_has_no_interval() -> None:
@@ -78,3 +76,21 @@ def test_metric_of_one_row_has_no_interval() -> None:
     assert found.rows == 1
     assert words.format_estimate("rougeL", found) == "0.5 [one row]"
     assert words.format_estimate("rougeL", Estimate(value=0.5, low=0.4, high=0.6, rows=2)) == "0.5 [0.4, 0.6]"
+
+
+def test_numbers_match_by_the_last_one_whatever_their_form() -> None:
+    expected = ["#### 1,250", "#### 18", "#### -3", "#### .5", "no digits", "#### 7", "#### 5"]
+    answers = ["so 1250.0 dollars.", "18 eggs, 2 left", "It is \u22123.00", "0.50", "none", "", "10-5"]
+    found = causal_lm.score_answers(answers, expected)["number_match"]
+    assert found.tolist() == [1, 0, 1, 1, 0, 0, 1]
+    prose = ["one", "two 2"], ["one", "two 2"]
+    assert "number_match" not in written.score_answers(*prose), "only if most expected answers have a number"
+    assert written.score_answers(*prose, chosen="number_match")["number_match"].tolist() == [0, 1]
+
+
+def test_json_is_equal_by_value() -> None:
+    expected = ['{"a": [1, true], "b": null}', '{"a": 1}', '{"a": 1}', "[]"]
+    answers = ['{"b":null,"a":[1.0,true]}', '{"a": true}', '{"a": 1', "[" * 100_000]
+    assert written.score_answers(answers, expected)["json_equal"].tolist() == [1, 0, 0, 0]
+    assert "json_equal" not in written.score_answers(answers, [*expected[:3], "words"])
+    assert "json_equal" in written.score_answers(answers, [*expected[:3], "words"], chosen="json_equal")

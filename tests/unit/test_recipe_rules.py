@@ -25,7 +25,7 @@ train:
   report_to: [tensorbord]
   num_train_epochs: three
   extra: {learning_rat: 1, tf32: "perhaps", bf16: true, neftune_noise_alpha: much}
-evaluate: {metric: rougeL}
+evaluate: {metric: accuracy}
 """
 
 
@@ -45,8 +45,8 @@ def test_every_problem_of_a_recipe_is_named_at_once_with_its_line(tmp_path: Path
         "'learning_rate'?",
         f"{path}:8  train.extra.neftune_noise_alpha: expected a number, found 'much'",
         f"{path}:8  train.extra.tf32: expected true or false, found 'perhaps'",
-        f"{path}:9  evaluate.metric: 'rougeL' is not available for causal-lm; expected one of loss, "
-        "perplexity, token_accuracy",
+        f"{path}:9  evaluate.metric: 'accuracy' is not available for causal-lm; expected one of loss, "
+        "perplexity, token_accuracy, exact_match, number_match, rougeL, chrf, bleu, json_equal",
     ]
 
 
@@ -94,7 +94,7 @@ def test_every_problem_of_a_recipe_is_named_at_once_with_its_line(tmp_path: Path
                 "5  train.warmup_ratio and warmup_",
             ],
         ),
-        ("train: 5\nevaluate: {metric: rougeL}", ["4  train: expected settings", "5  evaluate.metric: 'rougeL'"]),
+        ("train: 5\nevaluate: {metric: accuracy}", ["4  train: expected settings", "5  evaluate.metric: 'accuracy'"]),
     ],
 )
 def test_errors_hide_no_contradictions(tmp_path: Path, blocks: str, expected: list[str]) -> None:

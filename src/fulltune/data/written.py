@@ -77,12 +77,13 @@ def iterate_examples(split: Split, task: Task, with_test_features: bool = False)
 def summarise_split(split: Split, lengths: np.ndarray, dropped_rows: int) -> SplitSummary:
     """Return a split's counts, with length percentiles of its examples or packed rows."""
     source, in_split = split.source, split.examples
-    ordered = np.sort(lengths)
+    ordered, trained = np.sort(lengths), source.trained_tokens[in_split]
     labels = split.label_counts(np.bincount(source.row_of[in_split], minlength=source.num_rows))
     return SplitSummary(
         rows=len(ordered),
         tokens=int(ordered.sum()),
-        trained_tokens=int(source.trained_tokens[in_split].sum()),
+        trained_tokens=int(trained.sum()),
+        trained_p95=int(np.percentile(trained, 95)),
         truncated_rows=int(source.truncated[in_split].sum()),
         dropped_rows=dropped_rows,
         length_percentiles={

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from fulltune.evaluate.scoring import Scored, Scoring
 from fulltune.inference.run import Batching, generate_answers
+from fulltune.recipe.tasks import OF_ANSWERS
 from fulltune.records.scores import Answer
 from fulltune.system.memory import run_with_smaller_batches
 from fulltune.tasks import Row, Tokenizer, written
@@ -30,7 +31,8 @@ def score_model(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) 
     if drawn:
         generated, positions = _generate_answers(scoring, model, tokenizer, drawn), list(drawn)
         prompts, expected = _prompts_and_answers(scoring, list(drawn.values()))
-        estimates |= scoring.estimate_metrics(scoring.task.score_answers(generated, expected), positions)
+        scores = scoring.task.score_answers(generated, expected, scoring.plan.metric)
+        estimates |= scoring.estimate_metrics(scores, positions)
         estimates |= scoring.estimate_user_metrics(generated, expected, positions)
         answers = tuple(
             Answer(text=text, expected=want, predicted=got)
@@ -67,7 +69,7 @@ def _generate_answers(
 def _score_copied_source(scoring: Scoring) -> Scored:
     drawn = rows_to_answer(scoring)
     sources, expected = _prompts_and_answers(scoring, list(drawn.values()))
-    scores = scoring.task.score_answers([source.strip() for source in sources], expected)
+    scores = scoring.task.score_answers([source.strip() for source in sources], expected, scoring.plan.metric)
     metrics = scoring.estimate_metrics(scores, list(drawn))
     return scoring.make_scores("copy of the source", "baseline", len(drawn), metrics=metrics)
 
@@ -89,8 +91,8 @@ def rows_to_answer(scoring: Scoring) -> dict[int, Row]:
 
 def missing_metrics(scoring: Scoring) -> str | None:
     """Return a message that names answer metrics whose package is missing and how to install it, or None."""
-    missing = [name for name in scoring.task.FACTS.other_metrics if not written.can_score(name)]
-    return f"not computed: {', '.join(missing)} (to install: pip install 'fulltune[text-metrics]')" if missing else None
+    missing = [name for name in OF_ANSWERS if not written.can_score(name)]
+    return f"not computed: {', '.join(missing)} (to install: {written.INSTALL})" if missing else None
 
 
 def _prompts_and_answers(scoring: Scoring, rows: Sequence[Row]) -> tuple[list[str], list[str]]:

@@ -35,6 +35,8 @@ class Shapes(Record):
     plain_logits: bool = True
     """True if no config field scales or caps logits after the head; verified before step 1."""
     units: Units | None = None
+    cached_values: int = 0
+    """Numbers that generation keeps per token of a row: keys and values of all (decoder) layers; 0 if unknown."""
 
 
 def measure_shapes(
@@ -76,7 +78,21 @@ def measure_shapes(
         head_is_kept=head.order is not None,
         plain_logits=not any(getattr(text, name, None) not in (None, 1, 1.0) for name in _AFTER_HEAD),
         units=units,
+        cached_values=_count_cached_values(config),
     )
+
+
+def _count_cached_values(config: PretrainedConfig) -> int:
+    """Return the keys and values per token in all layers, or in all decoder layers of an encoder-decoder."""
+    text = config.get_text_config(decoder=True)
+
+    def first(*names: str) -> int:
+        return next((value for name in names if (value := getattr(text, name, None))), 0)
+
+    heads = first("decoder_attention_heads", "num_attention_heads") or 1
+    size = first("head_dim", "d_kv") or first("hidden_size") // heads
+    layers = first("num_decoder_layers", "decoder_layers", "num_hidden_layers")
+    return 2 * layers * (first("num_key_value_heads") or heads) * size
 
 
 _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logits_soft_cap")

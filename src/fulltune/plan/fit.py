@@ -7,6 +7,7 @@ from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.footprint.records import BYTES
 from fulltune.models.shapes import Shapes
 from fulltune.plan import alternatives, budget, choose, memory, resolve, time, watching
+from fulltune.plan.answers import plan_answers
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.settings import PLACEMENT, Reasons
 from fulltune.plan.workload import Basis, Workload, make_basis
@@ -46,6 +47,7 @@ def make_plan(workload: Workload, fleet: Fleet, own_loss: bool = False, startup_
     reasons.add("data.max_length", recipe.data.max_length, summary.max_length, summary.max_length_reason)
     often = "every step, because the run is short" if steps.total < 400 else "about 200 log lines"
     logging_steps = reasons.add("train.logging_steps", train.logging_steps, max(1, steps.total // 200), often)
+    answers, need = plan_answers(basis, option.settings, option.memory, summary, metric, reasons)
     generic = watching.plan_generic_texts(recipe, summary, basis.global_batch_size, steps, reasons)
     resolve.record_other_settings(recipe, reasons)
     reasons.settings += resolve.memory_caveats(basis.footprint, bool(train.torch_compile))
@@ -54,6 +56,7 @@ def make_plan(workload: Workload, fleet: Fleet, own_loss: bool = False, startup_
     plan = Plan(
         **dict(used) | {"plain_logits": shapes.plain_logits, "offload": train.offload, "seed": train.seed},
         generic=generic,
+        answers=answers,
         trial=f"{recipe.method.label}-seed{train.seed}",
         data_fingerprint=summary.fingerprint,
         method=recipe.method.label,
@@ -79,7 +82,7 @@ def make_plan(workload: Workload, fleet: Fleet, own_loss: bool = False, startup_
         state=memory.state_bytes(shapes.num_parameters, used),
         memory_limit_bytes=parse_bytes(train.memory_limit) if train.memory_limit else None,
         available_bytes=basis.available_bytes,
-        memory=option.memory,
+        memory=need,
         sent_bytes_per_micro_batch=each_pass,
         sent_bytes_per_update=each_step,
         disk=on_disk,
@@ -176,7 +179,8 @@ def with_time_estimate(plan: Plan, basis: Basis, summary: DataSummary, startup_s
     training = plan.total_steps * step
     need = TimeNeed(
         train_seconds=training,
-        eval_seconds=evaluations * work.forward_flops(_num_rows(summary, "eval")) / (flops * devices),
+        eval_seconds=evaluations * work.forward_flops(_num_rows(summary, "eval")) / (flops * devices)
+        + ((plan.answers and plan.answers.seconds) or 0.0),
         save_seconds=(plan.num_saves or 0) * checkpoint / DISK_BYTES_PER_SECOND,
         tokens=round(plan.total_steps * tokens),
         tokens_per_second=tokens / step,

@@ -17,6 +17,7 @@ from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Setting
 from fulltune.system.hardware import BF16_FROM, TENSOR_CORES_FROM, Gpu, Machine
+from fulltune.tasks import written
 from fulltune.text import counted, format_bytes
 
 MIN_BF16_SPEEDUP = 1.2
@@ -182,6 +183,8 @@ def choose_metric(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> str
     wanted = recipe.evaluate.metric
     if wanted is not None and wanted not in possible and not is_own(wanted):
         raise RecipeError(wrong_metric(wanted, summary.form.words, possible))
+    if not written.can_score(wanted or ""):
+        raise RecipeError(f"evaluate.metric: '{wanted}' needs a package; install it: {written.INSTALL}")
     return str(reasons.add("evaluate.metric", wanted, possible[0], f"usual for {summary.form.words}"))
 
 

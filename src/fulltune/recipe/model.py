@@ -128,6 +128,9 @@ class EvaluateBlock(Block):
     generate_rows: int = Field(default=100, ge=0)
     """Number of test rows for which answers are generated (causal-lm, seq2seq). The rows have different prompts and are
     sampled with `data.split_seed`. 0 generates none."""
+    choose_rows: int | None = Field(default=None, ge=0)
+    """Number of eval rows with different prompts for which answers are generated at each evaluation (causal-lm,
+    seq2seq). Default: 100 if `metric` compares answers, else 0."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Maximum length of a generated answer in tokens."""
 

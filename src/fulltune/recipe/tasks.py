@@ -87,8 +87,13 @@ class Form:
 
 
 _TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+OF_ANSWERS: tuple[str, ...] = tuple(_TABLE["answer_metrics"])
+"""Metrics that compare generated answers with the expected ones."""
 FORMS: Mapping[ProblemType, Form] = TypeAdapter(dict[ProblemType, Form]).validate_python(
-    {name: {"name": name, **facts} for name, facts in _TABLE["forms"].items()}
+    {
+        name: {"name": name, **facts, "metrics": facts["metrics"] + list(OF_ANSWERS) * facts.get("writes_answers", 0)}
+        for name, facts in _TABLE["forms"].items()
+    }
 )
 FROM_FILE = FORMS["span"].question
 
@@ -141,6 +146,11 @@ READ_BY: Mapping[str, tuple[str, ...]] = {
 def greater_is_better(metric: str, from_recipe: bool | None = None) -> bool:
     """Return a metric's direction. Only recipes with an own metric set it."""
     return metric not in ("loss", "perplexity", "rmse") if from_recipe is None else from_recipe
+
+
+def compares_answers(metric: str) -> bool:
+    """Return whether a language model's metric, perhaps the user's `module:function`, needs generated answers."""
+    return metric in OF_ANSWERS or ":" in metric
 
 
 def shared_content(columns: Collection[str]) -> str:

@@ -38,6 +38,8 @@ class SplitSummary(Record):
     truncated_rows: int
     dropped_rows: int
     length_percentiles: dict[str, int]
+    trained_p95: int = 0
+    """95th percentile of a row's tokens that contribute to the loss, or 0 if unknown."""
     label_counts: dict[str, int] = Field(default_factory=dict)
 
 

@@ -97,6 +97,21 @@ class GenericTexts(Record):
     """Number of eval rows that are scored again after the last step."""
 
 
+class AnswersPlan(Record):
+    """Answers to eval prompts that are generated at each evaluation, in the same batches each time."""
+
+    rows: int
+    batch_size: int
+    max_new_tokens: int
+    gather_once: bool = False
+    """True if sharded weights are gathered once per evaluation instead of for each token."""
+    evaluations: int
+    seconds: float | None = None
+    """Time of all evaluations' answers together, or None if the hardware's speed is unknown."""
+    memory_bytes: int
+    """Key-value cache and logits of a batch."""
+
+
 class MemorySettings(Record):
     micro_batch_size: int
     longest_tokens: int
@@ -160,6 +175,7 @@ class Plan(MemorySettings):
     """Steps between evaluations, or 0 to evaluate only at the end."""
     eval_on_start: bool = True
     generic: GenericTexts = GenericTexts()
+    answers: AnswersPlan | None = None
     save_steps: int
     logging_steps: int
     metric: str

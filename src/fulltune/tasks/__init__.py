@@ -227,7 +227,7 @@ class Task(Protocol):
     ) -> list[int]:
         """Return the tokens from which generation starts. A seq2seq source is truncated to `max_length`."""
 
-    def score_answers(self, answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
+    def score_answers(self, answers: Sequence[str], expected: Sequence[str], chosen: str = "") -> dict[str, np.ndarray]:
         """Score generated answers against the expected ones: arrays [answers] by metric."""
 
 

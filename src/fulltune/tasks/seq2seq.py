@@ -4,8 +4,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview, Segment
@@ -34,7 +32,7 @@ FACTS = recipe_tasks.FACTS["seq2seq"]
 find_columns = partial(columns_of_roles, ("source", "target"))
 collate = partial(pad_features, label_per_token=True)
 row_labels, config_changes, metrics = labels_of_row, classes.config_changes, written.metrics
-metrics_from_sums, full_row = written.metrics_from_sums, written.full_row
+metrics_from_sums, full_row, score_answers = written.metrics_from_sums, written.full_row, written.score_answers
 
 
 def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock, file: str) -> Target:
@@ -126,7 +124,3 @@ def target_ids(labels: Tensor) -> Tensor:
 
 loss, reduce_logits = partial(written.loss, target_ids), partial(written.reduce_logits, target_ids)
 count_items = partial(written.count_items, target_ids)
-
-
-def score_answers(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
-    return written.score_answers(answers, expected) | written.bleu_counts(answers, expected)

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fulltune.recipe.tasks import OF_ANSWERS
 from fulltune.tasks import FromSums, Predictions, RowFeatures, RowTerms, Target, Tensor
 from fulltune.tasks.classes import ROWS, over_all, ratio, stack_arrays
 from fulltune.tasks.columns import normalised
@@ -74,36 +78,39 @@ def _select_logits(logits: Logits, is_trained: Tensor) -> Logits:
 
 
 def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
-    """Compute loss in nats per token, perplexity, token accuracy, the answers' mean exact match, ROUGE-L and chrF, and
-    corpus BLEU."""
+    """Compute loss in nats per token, perplexity, token accuracy, the answers' mean scores, and corpus BLEU."""
     names = set(predictions) | (set(_OF_TOKENS) if "tokens" in predictions else set())
-    values = over_all(
+    names |= {"bleu"} if "bleu_counts" in predictions else set()
+    return over_all(
         {name: parts for name, parts in metrics_from_sums(target, "").items() if name in names}, predictions
     )
-    if "bleu_counts" in predictions:
-        from sacrebleu.metrics.bleu import BLEU
-
-        orders = BLEU().max_ngram_order
-        counted = predictions["bleu_counts"].sum(axis=0).tolist()
-        matches, totals, lengths = counted[:orders], counted[orders : 2 * orders], counted[2 * orders :]
-        # Of the corpus, smoothed so that few or short answers do not get 0.
-        values["bleu"] = BLEU.compute_bleu(matches, totals, lengths[0], lengths[1], smooth_method="exp").score
-    return values
 
 
 _OF_TOKENS = ("loss", "perplexity", "token_accuracy")
 _PACKAGES = {"rougeL": "rouge_score", "chrf": "sacrebleu", "bleu": "sacrebleu"}
+INSTALL = "pip install 'fulltune[text-metrics]'"
 
 
 def can_score(metric: str) -> bool:
     return metric not in _PACKAGES or importlib.util.find_spec(_PACKAGES[metric]) is not None
 
 
-def score_answers(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return each answer's `exact_match` and, if their packages are installed, `rougeL` (0 to 1) and `chrf` (0 to
-    100)."""
+def score_answers(answers: Sequence[str], expected: Sequence[str], chosen: str = "") -> dict[str, np.ndarray]:
+    """Return each answer's scores by metric, and `bleu_counts` for corpus BLEU.
+
+    Metrics without their package are left out. Unless `chosen` names them, so is `number_match` if half of the expected
+    answers have no number, and `json_equal` if one of them is not JSON.
+    """
     pairs = list(zip(answers, expected, strict=True))
     scores = {"exact_match": np.array([float(normalised(one) == normalised(two)) for one, two in pairs])}
+    numbers = [_last_number(two) for two in expected]
+    if chosen == "number_match" or 2 * numbers.count(None) < len(numbers):
+        same = [two is not None and _last_number(one) == two for one, two in zip(answers, numbers, strict=True)]
+        scores["number_match"] = np.array(same, np.float64)
+    values = [_parsed_json(two) for two in expected]
+    if chosen == "json_equal" or None not in values:
+        same = [two is not None and _parsed_json(one) == two for one, two in zip(answers, values, strict=True)]
+        scores["json_equal"] = np.array(same, np.float64)
     if can_score("rougeL"):
         from rouge_score.rouge_scorer import RougeScorer
 
@@ -114,7 +121,24 @@ def score_answers(answers: Sequence[str], expected: Sequence[str]) -> dict[str, 
 
         chrf = CHRF()
         scores["chrf"] = np.array([chrf.sentence_score(one, [two]).score for one, two in pairs])
-    return scores
+    return scores | bleu_counts(answers, expected)
+
+
+_NUMBER = re.compile(r"(?:(?<!\d)-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+
+
+def _last_number(text: str) -> Decimal | None:
+    """Return the last number in a text, read without its commas, or None. `1,250.0` equals `1250`."""
+    matches = _NUMBER.findall(text.replace("\u2212", "-"))
+    return Decimal(matches[-1].replace(",", "")) if matches else None
+
+
+def _parsed_json(text: str) -> str | None:
+    """Return JSON text in a normal form (1 equals 1.0, but not `true`), or None if it is not JSON."""
+    try:
+        return json.dumps(json.loads(text, parse_int=float), sort_keys=True)
+    except (ValueError, RecursionError):
+        return None
 
 
 def bleu_counts(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np.ndarray]:
@@ -130,6 +154,18 @@ def bleu_counts(answers: Sequence[str], expected: Sequence[str]) -> dict[str, np
     return {"bleu_counts": np.array(counts, np.int64)}
 
 
+def _corpus_bleu(sums: np.ndarray) -> np.ndarray:
+    """Compute sacrebleu's corpus BLEU from sums of `bleu_counts` [..., 10]; smoothed, so that few or short answers do
+    not get 0."""
+    matches, totals, length, reference = sums[..., :4], sums[..., 4:8], sums[..., 8], sums[..., 9]
+    # Each n-gram order without a match counts as half of the match of the order before it ("exp").
+    halves = 0.5 ** np.cumsum(matches == 0, axis=-1)
+    precisions = np.where(matches > 0, matches, halves) / np.maximum(totals, 1)
+    brevity = np.exp(np.minimum(0.0, 1 - reference / np.maximum(length, 1)))
+    scores = 100 * brevity * np.exp(np.log(precisions).mean(axis=-1))
+    return np.where((totals > 0).all(axis=-1) & (matches > 0).any(axis=-1), scores, 0.0)
+
+
 def metrics_from_sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, FromSums]]:
     """Map each metric (ignoring `metric`) to two functions: one computes its row terms, the other its value from their
     sums."""
@@ -137,7 +173,8 @@ def metrics_from_sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, 
         "loss": (stack_arrays("nll", "tokens"), ratio),
         "perplexity": (stack_arrays("nll", "tokens"), lambda sums: np.exp(np.minimum(ratio(sums), 700.0))),
         "token_accuracy": (stack_arrays("right", "tokens"), ratio),
-        **{name: (stack_arrays(name, ROWS), ratio) for name in ("exact_match", "rougeL", "chrf")},
+        **{name: (stack_arrays(name, ROWS), ratio) for name in OF_ANSWERS},
+        "bleu": (lambda predictions: predictions["bleu_counts"].astype(np.float64), _corpus_bleu),
     }
 
 

@@ -21,7 +21,7 @@ _UNSAFE = re.compile(
 )
 
 
-OF_ANSWERS = ("rougeL", "chrf", "exact_match", "bleu")
+OF_ANSWERS = ("rougeL", "chrf", "exact_match", "bleu", "number_match", "json_equal")
 
 
 def metric_name(name: str) -> str:
