@@ -119,18 +119,16 @@ class Evaluated(Event):
 
 
 class Answered(Event):
-    """Answers to a fixed sample of eval prompts, generated at an evaluation."""
-
     kind = "answers"
     step: int
     answers: tuple[Answer, ...]
-    """The first rows of the sample, the same at each evaluation."""
+    """Answers to a few eval prompts, the same at each evaluation."""
     rows: int
-    """Size of the sample."""
+    """Number of all generated answers."""
     unfinished: int = 0
-    """Number of answers that reached the length limit."""
+    """How many of these reached the length limit."""
     took: float = 0.0
-    """Seconds for generating and scoring."""
+    """Seconds for generating and scoring them."""
 
 
 class Steered(Event):

@@ -5,9 +5,11 @@ import time
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.text import Text
 
 from fulltune.records.data import DataSummary
 from fulltune.records.events import (
+    Answered,
     Certified,
     ChecksDone,
     DataPrepared,
@@ -24,9 +26,10 @@ from fulltune.records.events import (
 )
 from fulltune.records.forgetting import OF_GENERIC_TEXT
 from fulltune.records.plan import Plan
+from fulltune.records.scores import Answer
 from fulltune.report.comparison.content import build_expectation_section
 from fulltune.report.format import pages
-from fulltune.report.format.words import MetricFormatter
+from fulltune.report.format.words import MetricFormatter, one_line, text_or_empty
 from fulltune.report.run.about_data import build_data_terminal_report, describe_mixed_sources
 from fulltune.report.run.about_forgetting import describe_budget_result
 from fulltune.report.run.about_training import build_check_table
@@ -52,6 +55,7 @@ class Display:
         self.metric, self.last_metric, self.last_line = "", "", 0.0
         self.rows_of, self.rows_began = "", 0.0
         self.summary: DataSummary | None = None
+        self.sample: Answer | None = None
 
     def __enter__(self) -> Display:
         if self.console.is_terminal:
@@ -74,6 +78,8 @@ class Display:
                 self._show_step(event)
             case Evaluated():
                 self._show_evaluation(event)
+            case Answered(answers=(sample, *_)):
+                self.sample = sample  # shown below the metrics that follow
             case DataPrepared():
                 self._show_data(event.summary, event.is_reused)
             case Planned(plan=plan):
@@ -135,6 +141,13 @@ class Display:
         if self.metric in metrics:
             self.last_metric = f"  eval {self.metric} {format_metric(self.metric, metrics[self.metric])}"
         self.console.print(f"step {event.step:>5}  epoch {event.epoch:.2f}  eval {values}")
+        if self.sample:
+            line = Text(f"  answer: {one_line(text_or_empty(self.sample.predicted))}", style="dim")
+            line.truncate(self.console.width * 2 // 3, overflow="ellipsis")
+            line.append(f"  expected: {one_line(text_or_empty(self.sample.expected))}")
+            line.truncate(self.console.width, overflow="ellipsis")
+            self.console.print(line)
+            self.sample = None
 
     def _show_data(self, summary: DataSummary, is_reused: bool) -> None:
         self.summary = summary

@@ -97,6 +97,8 @@ Exchange = tuple[str, tuple[tuple[str, str], ...]]
 @dataclass(frozen=True)
 class Exchanges:
     items: tuple[Exchange, ...]
+    fold: int = 0
+    """If set, a page folds each text after this number of characters."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from fulltune.report.format.blocks import (
     unless_empty,
 )
 from fulltune.report.format.plots import draw_learning_curve
+from fulltune.report.run.about_answers import compare_loss_and_answers
 from fulltune.report.run.read import RunView, after_start, before_start
 from fulltune.stats.curves import Curves, Fit, Point, judge_curves
 from fulltune.text import (
@@ -47,24 +48,21 @@ _OPEN = 10
 def build_curves_section(view: RunView) -> Section | None:
     """Build the section of learning curves, or None without curves."""
     history, plan = view.history, view.plan
-    # Interpolated weights belong to no step.
-    kept_step = view.outcome.best_step if view.outcome and not (view.budget and view.budget.weights_reason) else None
-    drawn_metrics = (plan.metric, "loss") if plan else tuple(history.evaluation)
-    series: list[tuple[str, tuple[Point, ...], str, int | None]] = [
-        *((_TRAIN_TITLES[name], points, name, None) for name, points in history.train.items()),
-        *(
-            (f"{words.metric_name(name)} on the eval rows", points, name, kept_step)
-            for name, points in history.evaluation.items()
-            if name in drawn_metrics
-        ),
+    drawn_metrics = (plan.metric, view.answer_metric, "loss") if plan else tuple(history.evaluation)
+    marks = history.restarts, history.skipped
+    drawn = [draw_learning_curve(_TRAIN_TITLES[name], of, name, None, *marks) for name, of in history.train.items()]
+    drawn += [
+        draw_learning_curve(f"{words.metric_name(name)} on the eval rows", points, name, view.kept_step, *marks)
+        for name, points in history.evaluation.items()
+        if name in drawn_metrics
     ]
-    if not series:
+    if not drawn:
         return None
-    blocks: list[Element] = []
+    blocks: list[Element] = list(map(Paragraph, compare_loss_and_answers(view)))
     if (judged := judge_fit_from_curves(view)).evidence:
         helps = f" What helps: {judged.helps}." if judged.helps else ""
         blocks.append(Paragraph(f"{judged.sentence} {judged.details}{helps}"))
-    blocks.append(Figures(tuple(draw_learning_curve(*drawn, history.restarts, history.skipped) for drawn in series)))
+    blocks.append(Figures(tuple(drawn)))
     if history.restarts:
         at = listed([f"{step:,}" for step in dict.fromkeys(history.restarts)])
         lead = f"The curves join {len(history.restarts) + 1} attempts; axis ticks show where each later one began"
@@ -92,7 +90,8 @@ def collect_curves(view: RunView, plan: Plan) -> Curves:
         metric=after_start(history.evaluation.get(plan.metric, ())),
         metric_name=plan.metric,
         greater_is_better=plan.greater_is_better,
-        eval_rows=summary.splits["eval"].rows if summary and "eval" in summary.splits else 0,
+        eval_rows=view.num_choosing_answers
+        or (summary.splits["eval"].rows if summary and "eval" in summary.splits else 0),
         epochs_per_step=plan.num_train_epochs / max(1, plan.total_steps),
         kept_step=view.outcome.best_step if view.outcome else None,
         before=before_start(history.evaluation.get(plan.metric, ())),
@@ -152,16 +151,17 @@ def _build_attempt_table(view: RunView) -> Table:
     return Table("Attempts (each is a new process)", header, tuple(rows), numeric=frozenset(range(2, 6)))
 
 
-def training_facts(plan: Plan | None, outcome: Outcome) -> list[NameAndValue]:
+def training_facts(view: RunView, outcome: Outcome) -> list[NameAndValue]:
     """List the numbers of trained and changed parameters, and the step whose weights were saved."""
-    facts, changes = [], outcome.parameter_changes
+    facts, changes, plan, answers = [], outcome.parameter_changes, view.plan, view.num_choosing_answers
     if plan:
         facts.append(("parameters", f"{plan.num_trainable_parameters:,} trained of {plan.num_parameters:,}"))
     if outcome.best_step is not None:
         best = f"step {outcome.best_step:,}"
         if plan and outcome.best_metric is not None:
             value = format_metric(plan.metric, outcome.best_metric)
-            best += f", {words.metric_name(plan.metric)} {value} on the eval rows"
+            where = f"in {counted(answers, 'answer')} to eval rows" if answers else "on the eval rows"
+            best += f", {words.metric_name(plan.metric)} {value} {where}"
         facts.append(("weights saved from", f"{best}; {outcome.weights_reason}" if outcome.weights_reason else best))
     if changes:
         values = f"{changes.num_values_changed:,} of {changes.num_values_with_gradient:,} that received a gradient"
@@ -172,7 +172,7 @@ def training_facts(plan: Plan | None, outcome: Outcome) -> list[NameAndValue]:
 
 
 def _build_outcome_blocks(view: RunView, outcome: Outcome) -> list[Element]:
-    facts = training_facts(view.plan, outcome)
+    facts = training_facts(view, outcome)
     if updates := view.history.updates:
         facts.append((f"sampled values that changed in step {updates.step:,}", format_share(updates.changed_share)))
         sizes = f"{updates.update_ratio:.1e} (median over tensors)"

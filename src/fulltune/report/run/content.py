@@ -21,7 +21,7 @@ from fulltune.report.format.blocks import (
     TableRow,
 )
 from fulltune.report.format.plots import LEARNING_RATE, PointSeries, draw_points
-from fulltune.report.run import about_data, about_forgetting, about_scores, about_training
+from fulltune.report.run import about_answers, about_data, about_forgetting, about_scores, about_training
 from fulltune.report.run.about_data import choose_row_form
 from fulltune.report.run.model_card import build_loading_blocks
 from fulltune.report.run.read import RunView
@@ -37,6 +37,7 @@ def build_run_report(view: RunView) -> Report:
         _build_unavailable_parts_section(view),
         about_scores.build_results_section(view),
         build_search_section(view),
+        about_answers.build_training_answers_section(view),
         about_training.build_curves_section(view),
         about_forgetting.build_forgetting_section(view),
         about_scores.build_answers_section(view),

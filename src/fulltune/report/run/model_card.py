@@ -151,7 +151,7 @@ def _build_training_section(view: RunView, plan: Plan | None) -> Section | None:
         ("global batch size", f"{plan.global_batch_size:,}"),
         ("precision", f"{plan.precision}, weights stored in {plan.weights_dtype}"),
         ("seed", str(plan.seed)),
-        *([("steps done", f"{outcome.steps:,}"), *about_training.training_facts(plan, outcome)] if outcome else []),
+        *([("steps done", f"{outcome.steps:,}"), *about_training.training_facts(view, outcome)] if outcome else []),
     )
     return Section("training", "Training", (Facts(facts),))
 

@@ -15,6 +15,7 @@ from fulltune.records.base import Record
 from fulltune.records.comparison import Searched
 from fulltune.records.data import DataSummary
 from fulltune.records.events import (
+    Answered,
     Evaluated,
     Event,
     JournalEntry,
@@ -49,6 +50,7 @@ class History:
     """First logged step of every attempt after the first."""
     skipped: tuple[int, ...] = ()
     updates: UpdatesMeasured | None = None
+    answers: tuple[Answered, ...] = ()
 
 
 def after_start(points: Sequence[Point]) -> tuple[Point, ...]:
@@ -82,6 +84,7 @@ def join_attempts(attempts: Sequence[AttemptFiles]) -> History:
     """Join the curves of a trial's attempts. If steps were repeated, the last attempt's values are used."""
     train: dict[int, Mapping[str, Any]] = {}
     evaluation: dict[int, Mapping[str, Any]] = {}
+    answers: dict[int, Answered] = {}
     restarts: list[int] = []
     skipped: set[int] = set()
     updates = None
@@ -95,20 +98,22 @@ def join_attempts(attempts: Sequence[AttemptFiles]) -> History:
         if train or evaluation:
             restarts = [*(step for step in restarts if step < first), first]
         train, evaluation = ({step: row for step, row in of.items() if step < first} for of in (train, evaluation))
+        answers = {step: event for step, event in answers.items() if step < first}
         skipped = {step for step in skipped if step < first}
         for event in attempt.events:
             match event:
                 case Evaluated():
                     evaluation[event.step] = event.metrics
+                case Answered():
+                    answers[event.step] = event
                 case StepLogged():
                     train[event.step] = {name: getattr(event, name) for name in _TRAIN_SERIES}
                 case StepSkipped():
                     skipped.add(event.step)
                 case UpdatesMeasured():
                     updates = event
-    return History(
-        _points_by_metric(train), _points_by_metric(evaluation), tuple(restarts), tuple(sorted(skipped)), updates
-    )
+    curves = _points_by_metric(train), _points_by_metric(evaluation)
+    return History(*curves, tuple(restarts), tuple(sorted(skipped)), updates, tuple(answers.values()))
 
 
 def _points_by_metric(rows_by_step: Mapping[int, Mapping[str, Any]]) -> MetricSeries:
@@ -158,6 +163,22 @@ class RunView:
     @property
     def outcome(self) -> Outcome | None:
         return self.attempts[-1].outcome if self.attempts else None
+
+    @property
+    def kept_step(self) -> int | None:
+        # Interpolated weights belong to no step.
+        return self.outcome.best_step if self.outcome and not (self.budget and self.budget.weights_reason) else None
+
+    @property
+    def answer_metric(self) -> str | None:
+        """The run's metric if it compares generated answers, or else the first measured one that does."""
+        names = [self.plan.metric, *self.history.evaluation] if self.plan and self.history.answers else []
+        return next((name for name in names if name in words.OF_ANSWERS or ":" in names[0] == name), None)
+
+    @property
+    def num_choosing_answers(self) -> int:
+        """Number of generated answers that the run's metric was measured on, or 0 if it needs none."""
+        return self.history.answers[-1].rows if self.plan and self.plan.metric == self.answer_metric else 0
 
     @cached_property
     def history(self) -> History:
