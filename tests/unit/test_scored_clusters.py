@@ -134,7 +134,7 @@ def test_user_metric_is_asked_without_them_too(tmp_path: Path) -> None:
 def test_texts_of_mistakes_and_answers_are_kept_without_what_is_private() -> None:
     mail = "jane.miller" + "@mail-of-jane.net"
     row = Answer(text=f"write to {mail}", expected="yes", predicted=f"I did: {mail}")
-    given: Any = SimpleNamespace(recipe=RECIPE, plan=PLAN)
+    given: Any = SimpleNamespace(recipe=RECIPE, plan=PLAN, slice_by=None)
     found = Scoring.make_scores(given, "full", "trained", 1, {}, worst=(row,), answers=(row,))[0]
     for one in (*found.worst, *found.answers):
         assert (one.text, one.expected, one.predicted) == ("write to [EMAIL]", "yes", "I did: [EMAIL]")

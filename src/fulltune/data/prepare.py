@@ -157,7 +157,7 @@ def _prepare_uncached(
 ) -> DataSummary:
     """Read, check, split, tokenise and write all rows, and return their summary."""
     recipe, block, folder, task = stage.recipe, stage.recipe.data, stage.folder, task_named(stage.recipe.task)
-    target, counts = find_target_and_count_rows(block, task, sources)
+    target, counts = find_target_and_count_rows(block, task, sources, recipe.evaluate.slice_by)
     if block.patch:
         patched = [source.patched for source in sources.values() if source.patched]
         refuse_unmatched_decisions(block.patch, patched, not block.max_rows)
@@ -171,7 +171,7 @@ def _prepare_uncached(
 
     job = Job(recipe.task, block, target, stage.tokenizer, limit, forbidden=forbidden)
     # This comes first because reading rows resets `patched`.
-    unused = list_unused_columns(block, target.columns, sources["train"])
+    unused = list_unused_columns(block, {**target.columns, "slice": recipe.evaluate.slice_by}, sources["train"])
     encoded = _encode_sources(stage, job, sources, targets, counts)
     refuse_unusable_rows(recipe, encoded)
     # Mixed-in rows do not change the splits.
@@ -318,11 +318,11 @@ def _fingerprint_inputs(stage: Stage, files: Mapping[SourceName, DataFiles], for
     """Hash all inputs that determine the prepared rows."""
     from importlib.metadata import version
 
-    block, limits = stage.recipe.data, stage.limits
+    block, limits, slice_by = stage.recipe.data, stage.limits, stage.recipe.evaluate.slice_by
     parts = (
         *(FORMAT, version("tokenizers"), stage.recipe.task, codec_for_encoding(block.encoding), hash_files(files)),
         block.model_dump(mode="json", exclude={"train", "eval", "test", "contamination", "patch", "encoding"}),
-        *(bool(block.eval), bool(block.test), [file.weight for file in block.mixed_files]),
+        *(slice_by, bool(block.eval), bool(block.test), [file.weight for file in block.mixed_files]),
         block.patch and hashlib.sha256(Path(block.patch).read_bytes()).hexdigest(),
         hash_files({"contamination": DataFiles(forbidden, "")}),
         processor_fingerprint(stage.tokenizer),

@@ -136,7 +136,7 @@ def _row_labels(recipe: Recipe, files: DataFiles) -> list[list[str]]:
 
 
 def find_target_and_count_rows(
-    block: DataBlock, task: Task, sources: Mapping[SourceName, SourceRows]
+    block: DataBlock, task: Task, sources: Mapping[SourceName, SourceRows], slice_by: str | None = None
 ) -> tuple[Target, dict[SourceName, int]]:
     """Return the target and each source's number of rows. Raises `DataError` for broken files or missing columns, or if
     nothing can be learned."""
@@ -188,8 +188,10 @@ def find_target_and_count_rows(
         needed = {} if is_mixed(name) and task.FACTS.has_forms else dict(roles)
         needed |= {"group": block.group} if block.group and not is_mixed(name) else {}
         needed |= {"time": block.time} if block.time and name == "train" else {}
+        has_test_rows = name == ("test" if "test" in sources else "train")
+        needed |= {"slice_by": slice_by} if slice_by and has_test_rows else {}
         missing += [
-            f"{sources[name].where}: no column '{column}' (data.{role}); "
+            f"{sources[name].where}: no column '{column}' ({'evaluate' if role == 'slice_by' else 'data'}.{role}); "
             f"{did_you_mean(column, present) or 'columns in the file: ' + shown(present)}"
             for role, column in needed.items()
             if column not in present
@@ -234,7 +236,7 @@ def _read_first_rows(source: SourceRows) -> tuple[tuple[str, ...], list[Row]]:
     return tuple(columns), head
 
 
-def list_unused_columns(block: DataBlock, roles: Mapping[str, str], source: SourceRows) -> list[str]:
+def list_unused_columns(block: DataBlock, roles: Mapping[str, str | None], source: SourceRows) -> list[str]:
     """List columns that occur in the first thousand rows but have no role."""
     used = {*roles.values(), block.group, block.time, IMPOSSIBLE}
     return [name for name in _read_first_rows(source)[0] if name not in used]

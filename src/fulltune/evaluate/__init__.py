@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -131,6 +132,7 @@ def _score_probe_head(scoring: Scoring, scorer: ModuleType) -> Scored:
 def score_trained_model(scoring: Scoring, outcome: Outcome) -> Scores:
     """Return the trained model's scores on the test rows, with differences from the baselines. Also log the access, and
     save a classifier's temperature."""
+    scoring = replace(scoring, slice_by=scoring.recipe.evaluate.slice_by)
     plan, folder = scoring.plan, scoring.data.parent
     if outcome.model_folder is None:
         raise SetupError(f"{folder}: attempt {outcome.attempt} saved no model to evaluate")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import numpy as np
 
 from fulltune.audit.texts import masked_cells
 from fulltune.errors import SetupError
+from fulltune.evaluate import slices
 from fulltune.files import append_line, replace_atomically
 from fulltune.inference.run import Batching, GenericText, ProgressCallback, model_batch, positions_by_length, run_rows
 from fulltune.inference.selective_head import SelectiveHead, verify_selective_head
@@ -54,6 +56,8 @@ class Scoring:
     user_metrics: UserMetrics | None = None
     listener: Listener = lambda event: None
     class_weights: Sequence[float] | None = None
+    slice_by: str | None = None
+    """Column by whose values the metrics are also computed, or None."""
 
     def watch(self, name: str) -> ProgressCallback:
         """Return a callback that reports progress to the listener as `name`."""
@@ -73,21 +77,30 @@ class Scoring:
         positions: Sequence[int] | None = None,
         metrics: Callable[[Predictions], Mapping[str, float]] | None = None,
     ) -> dict[str, Resampled]:
-        """Compute `metrics` (default: the task's) on all test rows, or those at `positions`, and on bootstrap
-        resamples. Return them by name."""
+        """Compute `metrics` (default: the task's) on all test rows, or those at `positions`, on bootstrap resamples,
+        and by value of `slice_by`. Return them by name."""
         scored = slice(None) if positions is None else np.asarray(positions, np.int64)
         clusters, in_train = (np.load(self.data / "test" / name)[scored] for name in (CLUSTERS, IN_TRAIN))
+        most = self.recipe.evaluate.bootstrap_samples
 
-        def resampled(rows: np.ndarray | slice) -> dict[str, Resampled]:
+        def resampled(rows: np.ndarray | slice, samples: int = most) -> dict[str, Resampled]:
             """Compute metrics by name on these rows and on bootstrap resamples of their clusters."""
             return resample_metrics(
                 {name: values[rows] for name, values in predictions.items()},
                 metrics or (lambda rows: self.task.metrics(rows, self.target)),
-                samples=self.recipe.evaluate.bootstrap_samples,
+                samples=samples,
                 clusters=clusters[rows],
             )
 
         estimates = resampled(slice(None))
+        if self.slice_by is not None:
+            names = slices.slice_names(self.texts, self.slice_by)[scored]
+            by_value = {value: resampled(names == value, min(most, slices.SAMPLES)) for value in sorted(set(names))}
+            for name, whole in estimates.items():
+                # A metric may be undefined for a value, such as a correlation of equal labels.
+                parts = {value: of[name] for value, of in by_value.items() if name in of}
+                defined = {value: part for value, part in parts.items() if math.isfinite(part.value)}
+                estimates[name] = replace(whole, slices=defined)
         if not in_train.any():
             return estimates
         unseen = resampled(~in_train) if len(np.unique(clusters[~in_train])) >= MIN_UNSEEN else {}
@@ -145,6 +158,8 @@ class Scoring:
             metric_without_leaks=main.unseen.estimate(confidence, bounds_of(self.plan.metric))
             if main and main.unseen
             else None,
+            slice_by=self.slice_by,
+            slices=slices.worst_first(metrics, self.plan.metric, 1 if self.plan.greater_is_better else -1, confidence),
             **fields,
         )
         return scores, main

@@ -133,6 +133,9 @@ class EvaluateBlock(Block):
     seq2seq). Default: 100 if `metric` compares answers, else 0."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Maximum length of a generated answer in tokens."""
+    slice_by: str | None = None
+    """Column by whose values the report shows all metrics, worst first. It need not be a column that the model reads.
+    Values with fewer than 10 test rows, and those beyond the 30 most frequent, are joined."""
 
 
 class CompareBlock(Block):

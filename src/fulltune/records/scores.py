@@ -52,6 +52,13 @@ class Answer(Record):
     loss: float | None = None
 
 
+class Slice(Record):
+    """Metrics on the test rows with the same value of a column."""
+
+    value: str
+    metrics: dict[str, Estimate]
+
+
 class Scores(Record):
     name: str
     kind: Literal["baseline", "untouched", "trained"]
@@ -70,5 +77,8 @@ class Scores(Record):
     confusion: Confusion | None = None
     worst: tuple[Answer, ...] = ()
     answers: tuple[Answer, ...] = ()
+    slice_by: str | None = None
+    slices: tuple[Slice, ...] = ()
+    """The metrics by value of the column `slice_by`, worst first by the main metric."""
     missing_metrics: str | None = None
     """Which metrics could not be computed, and why."""

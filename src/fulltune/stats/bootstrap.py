@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,8 @@ class Resampled:
     num_seen: int = 0
     unseen: Resampled | None = None
     """The metric on rows that do not occur in train, or None if too few remain."""
+    slices: Mapping[str, Resampled] = field(default_factory=dict)
+    """The metric by value of a column."""
 
     def estimate(self, confidence: float, bounds: tuple[float, float] | None = None) -> Estimate:
         """Return the value with its percentile bootstrap interval at level `confidence`, such as 0.95.

@@ -82,10 +82,11 @@ def build_score_table(view: RunView) -> Table:
 
 
 def list_score_notes(view: RunView) -> list[Paragraph]:
-    """Return notes on leaked rows, groups, generated answers and missing metrics."""
+    """Return notes on leaked rows, groups, generated answers, a poor slice and missing metrics."""
     sentences: list[str | None] = [describe_leaks(view.scores, view.summary), _describe_groups(view.scores)]
     sampled = [row for row in view.scores if row.answers and len(row.answers) < row.rows]
     sentences += map(describe_answer_sample, sampled[-1:])
+    sentences.append(_describe_worst_slice(view.trained))
     sentences += [
         f"{reason[:1].upper()}{reason[1:]}." for reason in {row.missing_metrics: 0 for row in view.scores} if reason
     ]
@@ -139,6 +140,38 @@ def describe_answer_sample(row: Scores) -> str:
         f"Answers were generated for {counted(len(row.answers), 'random test row')}{distinct}. Metrics measured on "
         f"these rows: {listed(names)}."
     )
+
+
+def _describe_worst_slice(row: Scores | None) -> str | None:
+    """Describe the worst slice, or return None unless its interval is worse than the value on all test rows."""
+    if row is None or not row.slices or (worst := row.slices[0].metrics.get(row.main_metric)) is None:
+        return None
+    name, whole = row.main_metric, row.metrics[row.main_metric].value
+    is_worse = worst.high < whole if row.greater_is_better else worst.low > whole
+    value = words.one_line(words.cut_text(row.slices[0].value, _LABEL_LIMIT))
+    sentence = (
+        f"Worst {row.slice_by}: '{value}' has {words.metric_name(name)} {words.format_estimate(name, worst)} on "
+        f"{counted(worst.rows or 0, 'test row')}, against {format_metric(name, whole)} on all."
+    )
+    return sentence if is_worse and not worst.no_interval_reason else None
+
+
+def build_slices_section(view: RunView) -> Section | None:
+    """Build the section of metrics by value of a column, or None if there are none."""
+    row = view.trained
+    if row is None or not row.slices:
+        return None
+    names = sorted(row.metrics, key=lambda name: name != row.main_metric)
+    lines: list[TableRow] = []
+    for part in row.slices:
+        shown = (words.format_estimate(name, part.metrics[name]) if name in part.metrics else "-" for name in names)
+        most = max(one.rows or 0 for one in part.metrics.values())
+        lines.append((untrusted(part.value, _LABEL_LIMIT), *shown, f"{most:,}"))
+    header = (str(row.slice_by), *map(words.metric_name, names), "test rows")
+    caption = f"The trained model's metrics by '{row.slice_by}', worst {header[1]} first"
+    note = f"Each interval has a level of {100 * row.confidence:g}%, so among many values the worst is partly chance."
+    table = Table(caption, header, tuple(lines), frozenset(range(1, len(header))))
+    return Section("slices", f"Results by {row.slice_by}", (table, Paragraph(note)))
 
 
 def build_answers_section(view: RunView) -> Section | None:

@@ -36,6 +36,7 @@ def build_run_report(view: RunView) -> Report:
     sections = (
         _build_unavailable_parts_section(view),
         about_scores.build_results_section(view),
+        about_scores.build_slices_section(view),
         build_search_section(view),
         about_answers.build_training_answers_section(view),
         about_training.build_curves_section(view),
