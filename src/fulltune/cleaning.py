@@ -41,8 +41,7 @@ ALPHA = 0.05
 """Probability that at least one interval misses the true difference (Bonferroni)."""
 FOLDER = "cleaning"
 LEAST_SHARE, MOST_SHARE = 0.002, 0.5
-"""Smallest and largest share of train rows that a step may change. Smaller changes have no measurable effect; larger
-ones change the data too much."""
+"""Smallest and largest share of train rows that a step may change: below, nothing is measurable."""
 
 
 _IDS, _CLUSTERS = "row_ids", "row_clusters"
@@ -71,8 +70,7 @@ class CleaningStep:
 
 
 def cleaning_steps(issues: Sequence[RowIssue]) -> list[CleaningStep]:
-    """Return up to two steps per check (except leaks and high losses): drop the train rows that the check flagged, or
-    apply its remedies."""
+    """Return up to two steps per check (except leaks and high losses): drop flagged train rows, or apply remedies."""
     steps = []
     for check in dict.fromkeys(one.check for one in issues if one.check not in (LEAK, NEAR_LEAK, HIGH_LOSS)):
         # A row with several issues of a check, such as in both texts of a pair, counts with its first one.
@@ -141,8 +139,7 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
 
 
 def check_proofs_possible(recipe: Recipe, summary: DataSummary, by_classifiers: bool, by_trainings: bool) -> None:
-    """Raise `RecipeError` if the chosen proof (fitting classifiers or training models) is impossible with this recipe
-    or its rows."""
+    """Raise `RecipeError` if proving by classifiers or by trainings is impossible with this recipe or its rows."""
     if by_classifiers and not summary.form.one_label:
         raise RecipeError(
             "--prove: needs rows with one label each; compare other rows by whole trainings: --trainings 3"
@@ -164,8 +161,7 @@ def check_proofs_possible(recipe: Recipe, summary: DataSummary, by_classifiers: 
 
 
 def _steps_to_train(steps: Sequence[CleaningStep], summary: DataSummary, checks: Sequence[str]) -> list[CleaningStep]:
-    """Return the steps of the named `checks` or, if none is named, all steps that change enough rows. Raise
-    `RecipeError` if no step is left."""
+    """Return the steps of `checks`, or else all that change enough rows. Raise `RecipeError` if none is left."""
     steps = [step for step in steps if _leaves_enough(step, summary)]
     if checks:
         available = {step.check for step in steps}
@@ -297,8 +293,7 @@ def _fit_and_compare(
     regularization: float,
     untried: list[str],
 ) -> Iterator[Proof]:
-    """Yield comparisons of classifiers with and without each cleaning step, with bootstrap intervals. Steps after which
-    no classifier can be fitted are added to `untried`."""
+    """Yield comparisons, with intervals, of classifiers with and without each step; failed ones go to `untried`."""
     fitted = partial(_correct_rows, held_out=held_out, regularization=regularization)
     drawn = np.random.default_rng(0)
     parts = [drawn.random(len(train.labels)) >= LEFT_OUT for _ in range(TIMES)]

@@ -134,8 +134,7 @@ def _read_tensorboard(folder: Path, files: list[Path]) -> Log:
 
 
 def _log_from_series(source: Path, series: Mapping[str, Mapping[int, float]], best_step: int | None = None) -> Log:
-    """Build another Trainer's log from `series`, which maps names to values by step; raise `SetupError` without a train
-    loss."""
+    """Build another Trainer's log from values by name and step; raise `SetupError` without a train loss."""
     points = {name: tuple(sorted(values.items())) for name, values in series.items()}
     if "loss" not in points:
         names = ", ".join(sorted(points)[:6]) or "nothing"

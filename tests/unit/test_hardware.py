@@ -10,12 +10,12 @@ import torch
 
 from fulltune.system import hardware, memory
 
-MEMINFO = "MemTotal: 16000 kB\nMemFree: 1000 kB\nMemAvailable: 8000 kB\n"
 K = 1024
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, files: dict[str, str]) -> None:
     monkeypatch.setattr(memory, "read_lines", lambda path: files.get(path, "").splitlines())
+    monkeypatch.setattr(hardware.psutil, "virtual_memory", lambda: (16000 * K, 8000 * K, 50.0))
 
 
 @pytest.mark.parametrize(
@@ -33,8 +33,7 @@ def test_memory_respects_the_cgroup(
     monkeypatch: pytest.MonkeyPatch, limit: str, used: str, stat: str, expected: tuple[int, int]
 ) -> None:
     cgroup = "/sys/fs/cgroup/memory."
-    files = {"/proc/meminfo": MEMINFO, cgroup + "max": limit, cgroup + "current": used, cgroup + "stat": stat}
-    pretend(monkeypatch, files)
+    pretend(monkeypatch, {cgroup + "max": limit, cgroup + "current": used, cgroup + "stat": stat})
     assert hardware.total_and_free_memory() == expected
 
 
@@ -71,7 +70,7 @@ def test_bf16_speedup_of_a_cpu_without_bf16_is_known_from_a_small_product(
 
 
 def test_memory_respects_the_limit_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, {"/proc/meminfo": MEMINFO})
+    pretend(monkeypatch, {})
     unlimited = memory.resource.RLIM_INFINITY
     limits = {memory.resource.RLIMIT_DATA: 3000 * K, memory.resource.RLIMIT_AS: unlimited}
     monkeypatch.setattr(memory.resource, "getrlimit", lambda kind: (limits[kind], unlimited))

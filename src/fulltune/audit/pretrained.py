@@ -71,8 +71,7 @@ class RowReader:
         )
 
     def items(self, split: SplitName) -> tuple[Items, np.ndarray]:
-        """Return features and labels of a split's rows (or a sample), and the rows' positions. Raises `NoProbe` if
-        reading fails."""
+        """Return a split's (or a sample's) features and labels, and the rows' positions. Raises `NoProbe`."""
         if split not in self._read:
             try:
                 self._read[split] = self._read_items(split)
@@ -129,15 +128,13 @@ class JudgedLabels:
 
 
 def judge_labels(reader: RowReader) -> tuple[np.ndarray, JudgedLabels]:
-    """Judge the train rows' labels; return the judged rows' positions and the judgements. Raises `NoProbe` if judging
-    is impossible."""
+    """Judge the train rows' labels; return the rows' positions and judgements. Raises `NoProbe` if impossible."""
     items, positions = reader.items("train")
     return positions, judge_labels_of(items)
 
 
 def judge_labels_of(items: Items) -> JudgedLabels:
-    """Judge the labels of `items`. Raises `NoProbe` if there are too few rows, or their features do not separate the
-    classes."""
+    """Judge the labels of `items`. Raises `NoProbe` for too few rows, or if features do not separate the classes."""
     labels = items.labels.astype(np.int64)
     counts = np.bincount(labels, minlength=items.num_outputs)
     if len(labels) < MIN_ROWS or np.count_nonzero(counts >= MIN_OF_A_CLASS) < 2:
@@ -188,8 +185,7 @@ def choose_suspect_margin(margins: np.ndarray, planted_margins: np.ndarray) -> t
 
 
 def _estimate_min_errors(margins: np.ndarray, planted_margins: np.ndarray, quantile: float) -> float:
-    """Estimate the number of wrong labels, minus one standard error, from how many margins are below a quantile of
-    `planted_margins`."""
+    """Estimate the number of wrong labels, minus one standard error, from the margins below a planted quantile."""
     num_below = int(np.searchsorted(margins, np.quantile(planted_margins, quantile)))
     # Relative standard error of a count of rows, and of a share of the planted errors.
     error = math.sqrt(1 / max(1, num_below) + (1 - quantile) / (quantile * len(planted_margins)))
@@ -197,8 +193,7 @@ def _estimate_min_errors(margins: np.ndarray, planted_margins: np.ndarray, quant
 
 
 def _plant_errors(items: Items, probabilities: np.ndarray, margins: np.ndarray) -> np.ndarray:
-    """Give sampled rows wrong labels, drawn from the classifiers' probabilities; return the margins of these labels:
-    float64 [errors]."""
+    """Give sampled rows wrong labels, drawn from the probabilities; return these labels' margins: float64 [errors]."""
     good = np.flatnonzero(margins > 0)
     if len(good) < 2 * PLANTED_SHARE * len(margins):
         return np.zeros(0)
@@ -220,8 +215,7 @@ def _plant_errors(items: Items, probabilities: np.ndarray, margins: np.ndarray) 
 
 
 def _probabilities_without_errors(items: Items) -> np.ndarray:
-    """Return out-of-fold probabilities of classifiers trained without rows that are probably mislabelled: float64
-    [rows, classes]."""
+    """Return out-of-fold probabilities of classifiers fitted without probable errors: float64 [rows, classes]."""
     labels, rows = items.labels.astype(np.int64), np.arange(len(items.labels))
     probabilities = predict_out_of_fold(items, np.ones(len(labels), bool), 0)
     counts = np.bincount(labels, minlength=probabilities.shape[1])
@@ -236,8 +230,7 @@ def _probabilities_without_errors(items: Items) -> np.ndarray:
 
 
 def predict_out_of_fold(items: Items, is_trained_on: np.ndarray, seed: int) -> np.ndarray:
-    """Return each row's class probabilities, from a classifier trained on the `is_trained_on` rows of other folds:
-    float64 [rows, classes]."""
+    """Return each row's class probabilities, fitted on the `is_trained_on` rows of other folds: [rows, classes]."""
     fold = np.random.default_rng(seed).permutation(len(items.rows)) % FOLDS
     probabilities = np.zeros((len(items.rows), items.num_outputs))
     for number in range(FOLDS):
@@ -248,8 +241,7 @@ def predict_out_of_fold(items: Items, is_trained_on: np.ndarray, seed: int) -> n
 
 
 def label_margins(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return each label's probability minus that of the likeliest other class, and that class: float64 and int64
-    [rows]."""
+    """Return each label's probability minus the likeliest other class's, and that class: float64, int64 [rows]."""
     rows, others = np.arange(len(labels)), probabilities.copy()
     others[rows, labels] = -1.0
     other = others.argmax(axis=1)
@@ -260,8 +252,7 @@ def label_margins(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.nda
 
 NEIGHBOURS = 20
 OUTLIER_IQRS = 2.5
-"""Distance of the outlier threshold from the upper quartile, in interquartile ranges (Tukey 1977: 1.5, or 3 for far
-outliers)."""
+"""Distance of the outlier threshold from the upper quartile, in interquartile ranges (Tukey 1977: 1.5 or 3)."""
 MIN_TEXTS = 200
 MAX_FAR = 0.1
 _MAX_FAR_ROUNDS = 10
@@ -299,8 +290,7 @@ def find_outliers(
 
 
 def mark_outliers(states: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Return each row's distance, whether it is an outlier (bool [rows]), the upper quartile of the other rows'
-    distances, and the outlier threshold."""
+    """Return each row's distance, whether it is an outlier, the other rows' upper quartile, and the threshold."""
     is_far = np.zeros(len(states), bool)
     for _ in range(_MAX_FAR_ROUNDS):
         distances = mean_distance_to_nearest(states, states[~is_far])
@@ -314,8 +304,7 @@ def mark_outliers(states: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, fl
 
 
 def mean_distance_to_nearest(states: np.ndarray, others: np.ndarray, count: int = NEIGHBOURS) -> np.ndarray:
-    """Return each state's mean distance (1 - cosine) to the `count` nearest `others`, except the state itself: float64
-    [rows]."""
+    """Return each state's mean distance (1 - cosine) to its `count` nearest `others`, without itself: [rows]."""
     from sklearn.neighbors import NearestNeighbors
 
     search = NearestNeighbors(n_neighbors=count + 1, algorithm="brute", metric="sqeuclidean").fit(others)

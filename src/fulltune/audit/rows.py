@@ -165,8 +165,7 @@ def scan_rows(rows: AuditedRows, expected_rows: int, listener: Listener) -> RowS
 
 
 def number_equal_rows(rows: AuditedRows, scan: RowScan, issues: list[RowIssue], decisions: Decisions) -> list[RowIssue]:
-    """Return the issues, with numbers appended to hashes that several rows share. Rows dropped by `decisions` count
-    too."""
+    """Return the issues, with numbers appended to shared hashes. Rows dropped by `decisions` count too."""
     values, counts = np.unique(np.array(scan.ids, np.uint64), return_counts=True)
     several = {f"{value:016x}" for value in values[counts > 1].tolist()}
     several |= {row.partition("-")[0] for _, row in decisions}
@@ -179,8 +178,7 @@ def number_equal_rows(rows: AuditedRows, scan: RowScan, issues: list[RowIssue], 
 def identify_rows(
     rows: AuditedRows, decisions: Decisions, only_hashes: Collection[str] | None = None
 ) -> Iterator[tuple[SplitName, Row, str]]:
-    """Yield split, row and hash of each row, or only of rows in `only_hashes`. A number is added to hashes that several
-    rows share."""
+    """Yield split, row and hash of each row (of `only_hashes`, if set). Hashes of several rows get a number."""
     times = Counter[tuple[str, str]]()
     for split, row in rows.all_rows():
         key = rows.source_of(split), row_id(row)
@@ -290,8 +288,7 @@ def find_repeated_rows(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:
 def _find_similar_held_out_rows(
     scan: RowScan, is_train: np.ndarray, is_leak: np.ndarray, near_groups: np.ndarray
 ) -> dict[int, list[int]]:
-    """Map each train row to similar held-out rows of its group in `near_groups` or, where `is_leak`, to the first equal
-    row. Rows are given by position."""
+    """Map each train row, by position, to similar held-out rows of its near group (where `is_leak`: the equal one)."""
     groups, first = dict[int, list[int]](), dict[int, int]()
     for position in np.flatnonzero(~is_train & np.isin(near_groups, near_groups[is_train])).tolist():
         groups.setdefault(int(near_groups[position]), []).append(position)

@@ -62,8 +62,7 @@ def checks_that_need_model(summary: DataSummary) -> set[str]:
 
 
 def audit_rows(reader: RowReader, uses_model: bool) -> Audit:
-    """Check all prepared rows, with the pretrained model only if `uses_model`, and write `issues.jsonl` and
-    `audit.json`."""
+    """Check all rows, with the pretrained model only if `uses_model`; write `issues.jsonl` and `audit.json`."""
     recipe, folder, summary = reader.recipe, reader.folder, reader.summary
     wanted = checks_that_need_model(summary) if uses_model else set[str]()
     if (earlier := _load_complete_audit(folder, summary, wanted)) is not None:
@@ -154,8 +153,7 @@ def _load_audit_of_same_rows(folder: Path, summary: DataSummary) -> Audit | None
 
 
 def count_issues_by_check(issues: Sequence[RowIssue]) -> dict[str, Any]:
-    """Return the audit's fields `checks` (number of rows per check) and `examples` (a few issues per check), most
-    frequent check first."""
+    """Return the audit's fields `checks` (rows per check, largest first) and `examples` (a few issues each)."""
     of_check = {check: list(group) for check, group in groupby(issues, key=lambda issue: issue.check)}
     order = sorted(of_check, key=lambda check: (check == HIGH_LOSS, -len(of_check[check])))
     counts = {check: len({(issue.split, issue.place) for issue in of_check[check]}) for check in order}
@@ -218,8 +216,7 @@ def write_losses(
     summary: DataSummary,
     losses_of_split: Mapping[SplitName, tuple[np.ndarray, Sequence[str | None]]],
 ) -> Audit:
-    """Write `losses.jsonl` from each example's loss sum and number of items [examples, 2] and its answer, and add the
-    rows with the highest loss to the audit."""
+    """Write `losses.jsonl` from loss sums and items [examples, 2] and answers; add the highest to the audit."""
     own = frozenset(split for split in SPLITS if getattr(recipe.data, split))
     rows = AuditedRows(folder, task_named(recipe.task), Target.of(summary), own, packed=None)
     decided = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}

@@ -72,8 +72,7 @@ def _positions_for_dry_run(trainer: transformers.Trainer) -> list[int]:
 
 
 def longest_rows(dataset: Sequence[object], count: int, column: str) -> list[int]:
-    """Return the positions of the `count` rows with the longest `column`, or of the first rows if lengths are
-    unknown."""
+    """Return the positions of the `count` rows with the longest `column`, or of the first rows if unknown."""
     positions: Sequence[int] = range(len(dataset))
     lengths = _column_lengths(dataset, column)
     if lengths is None:

@@ -72,8 +72,7 @@ def with_padding(model: torch.nn.Module, tokenizer: object, collate: DataCollato
 
 
 def _choose_padding_token(config: PretrainedConfig, text_config: PretrainedConfig) -> tuple[int | None, str]:
-    """Return the tokenizer's padding token id, or else the model's end token id, and its source as text; (None, "")
-    without either."""
+    """Return the id of the tokenizer's padding token, else of the model's end token, and its source, or (None, "")."""
     name, pad, end = getattr(config, "_name_or_path", ""), None, getattr(text_config, "eos_token_id", None)
     try:
         if name and get_tokenizer_config(name, local_files_only=True):  # else transformers creates an empty one

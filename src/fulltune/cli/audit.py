@@ -206,8 +206,7 @@ def review_rows(
     read_key: Callable[[], str],
     ask_label: Callable[[], Remedy | None] | None = None,
 ) -> dict[tuple[str, str], RowDecision]:
-    """Ask the user about each undecided row, save the patch after each key, and return old and new decisions by row
-    key."""
+    """Ask the user about each undecided row, saving the patch after each key, and return all decisions by row key."""
     decided, waiting = dict(already_decided), list_undecided_rows(issues, already_decided)
     index, history = 0, list[int]()
     with suppress(EOFError):  # Ctrl-D quits

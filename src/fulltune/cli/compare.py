@@ -50,8 +50,7 @@ def compare(
 def _compare_recipes(
     targets: list[Path], overrides: list[str], folder: Path | None, budget: str | None, as_json: bool
 ) -> None:
-    """Run each recipe's comparison, then report on all tasks together. `budget` is the time per recipe, such as
-    `90s`."""
+    """Run each recipe's comparison, then report on all tasks together. `budget` is per recipe, such as `90s`."""
     if folder is not None and (folder / run_folder.IDENTITY).exists():
         what = "another comparison" if run_folder.is_comparison(folder) else "a single run"
         raise SetupError(

@@ -82,8 +82,7 @@ NO_HINTS: Hints = (None, {})
 
 
 def parse_hints(task: str | None, role_options: Sequence[str], columns: str | None, encoding: str = "utf-8") -> Hints:
-    """Parse the options that help to infer the task, or raise a `SetupError`. `role_options` have the form
-    `ROLE=COLUMN`."""
+    """Parse the options that help to infer the task, or raise `SetupError`. `role_options` are `ROLE=COLUMN`."""
     if task is not None and task not in FACTS:
         raise SetupError(f"--task: expected one of {', '.join(FACTS)}, found '{task}'")
     roles = [role for role in USUAL_NAMES if task is None or task in READ_BY[role]]

@@ -68,8 +68,7 @@ def raise_if_measure_conflicts(hardware: str | None, rows: int | None, tokens: i
 def plan_without_data(
     target: Path, overrides: list[str], rows: int | None, tokens: int | None, hardware: str | None, price: str | None
 ) -> tuple[Survey, Plan | None]:
-    """Make a survey and a plan (None if nothing fits) from the recipe, the model's config, and numbers of rows and
-    tokens."""
+    """Make a survey and a plan (None if nothing fits) from the recipe, the model's config, and two numbers."""
     problems: list[str] = []
     recipe, checked = None, None
     try:

@@ -170,8 +170,7 @@ def write_answers(
     max_new_tokens: int,
     on_progress: Callable[[int, int | None], None],
 ) -> dict[str, Any]:
-    """Write rows with their answers to a file. Return `output`, the counts `rows`, `without_answer` and `cut`
-    (truncated), and the new `columns`."""
+    """Write rows with their answers to a file; return `output`, counts by outcome and the new `columns`."""
     new = choose_added_columns(predictor.notes, inputs.columns)
     *_, reason_column = new
     types = inputs.parquet_types() if output.suffix.lower() == ".parquet" else {}
@@ -199,8 +198,7 @@ def _answer_rows(
     max_new_tokens: int,
     on_progress: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> dict[str, int]:
-    """Pass each row with its answer (or why there is none) to `use_answer`, and return the counts by outcome.
-    `replacement_note` ends the warning about missing answers."""
+    """Pass each row with its answer, or why there is none, to `use_answer`; return the counts by outcome."""
     placed, again = tee(inputs.located_rows())
     rows = without = cut = 0
     first: list[str] = []
@@ -264,8 +262,7 @@ def check_output(output: Path, replace: bool) -> None:
 
 
 def choose_added_columns(model_notes: Row, own_columns: Collection[str]) -> Columns:
-    """Return the added columns: `predicted_...` (`predicted2_...` if taken). The last holds the reason why an answer is
-    missing."""
+    """Return the added columns: `predicted_...` (`predicted2_...` if taken), then the reason for a missing answer."""
     target = Target.from_notes(model_notes)
     columns: dict[str, tuple[tuple[Any, ...], str]] = {name: ((name,), kind) for name, kind in target.form.answer}
     each = range(target.num_choices) if target.num_choices else target.labels if target.form.labels_rows else ()

@@ -49,8 +49,7 @@ def end_on_signal(number: int, frame: object) -> None:
 def machine_group(
     target: Path, overrides: list[str] | None, machine_rank: int | None, rendezvous: str | None, max_wait: str
 ) -> Iterator[MachineGroup | None]:
-    """In a `with` block on machine 0, coordinate the other machines. On others, follow machine 0 and exit. Yield None
-    for a run on one machine."""
+    """Coordinate the other machines from machine 0 in the block; on others, follow it and exit. None if alone."""
     from fulltune.recipe.file import load_recipe
     from fulltune.system import run_folder
     from fulltune.system.machines import parse_machine_address
@@ -128,8 +127,7 @@ def load_if_finished(recipe: Recipe, folder: Path) -> RunResult | None:
 def run_until(
     recipe: Recipe, folder: Path, until: Until, details: bool, measure: bool = False, **run_fields: Any
 ) -> RunResult:
-    """Run the pipeline up to a stage and show progress. `details` prints tables, `measure` times candidate settings,
-    and `run_fields` are other fields of `Run`."""
+    """Run the pipeline up to a stage and show progress; `details` prints tables, `measure` times settings."""
     run_fields = {"began": time.time(), **run_fields}
     with progress_display(details) as display:
         from fulltune.compare.rate_search import run_recipe
@@ -156,8 +154,7 @@ def progress_display(details: bool) -> Iterator[Display]:
 
 @contextmanager
 def progress_bar(name: str, shown: bool) -> Iterator[Callable[[int, int | None], None]]:
-    """Yield a function that takes the number of finished rows and the total; it draws a progress bar if `shown` is set
-    and the output is a terminal."""
+    """Yield a function of finished and total rows, which draws a progress bar on a terminal if `shown`."""
     from fulltune.cli.show.run import Display
     from fulltune.records.events import RowsRead
 

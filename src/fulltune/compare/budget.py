@@ -20,8 +20,7 @@ from fulltune.text import is_share, typed_seconds
 
 EXPECTATION = f"{FOLDER}/expectation.json"
 FEW_TRAIN_ROWS = 10_000
-"""Number of train rows below which five seeds are planned instead of three (Bouthillier et al. 2021; Mosbach et al.
-2020)."""
+"""With fewer train rows, five seeds are planned instead of three (Bouthillier et al. 2021; Mosbach et al. 2020)."""
 LEAST_SEEDS = 2
 GOOD_SEEDS = 3
 """A tight budget drops methods before it drops seeds below this number, because two seeds show little of the spread."""
@@ -59,8 +58,7 @@ def num_seeds(wanted: int | None, train_rows: int) -> int:
 
 
 def forecast_seconds(costs: Mapping[str, MethodCost], design: Expectation) -> float:
-    """Forecast the seconds that unfinished trials take. In a sequential design, only full fine-tuning and its most
-    expensive rival get all seeds."""
+    """Forecast the seconds of unfinished trials. If sequential, only full and one rival get all seeds."""
     full, *rivals = (method for method in design.methods if costs[method].decides)
     leader = max(rivals, key=lambda method: costs[method].run, default=full)
     going_on = (full, leader) if design.sequential and design.num_seeds > 1 else design.methods
@@ -77,8 +75,7 @@ def forecast_seconds(costs: Mapping[str, MethodCost], design: Expectation) -> fl
 
 
 def smaller_designs(costs: Mapping[str, MethodCost], largest: Expectation) -> Iterator[Expectation]:
-    """Yield ever smaller designs: first fewer seeds (down to three), then fewer rivals, two seeds, and no rate
-    search."""
+    """Yield ever smaller designs: fewer seeds (down to three), then fewer rivals, two seeds, no rate search."""
     everyone, deciding = largest.methods, tuple(method for method in largest.methods if costs[method].decides)
     good, fewest = min(largest.num_seeds, GOOD_SEEDS), min(largest.num_seeds, LEAST_SEEDS)
     smaller = [everyone, *(deciding[:number] for number in range(len(deciding), 1, -1))]
@@ -117,8 +114,7 @@ def fit_design_to_budget(
 def with_detectable_differences(
     expected: Expectation, costs: Mapping[str, MethodCost], margin: float, alpha: float, test_rows: int
 ) -> Expectation:
-    """Return the design with `detectable`: the smallest differences it can detect if seeds vary little and if they vary
-    much. A design with two seeds is returned unchanged."""
+    """Return the design with the differences it can detect if seeds vary little or much, from three seeds on."""
     if expected.num_seeds < GOOD_SEEDS:
         return expected
     limited = expected.num_seeds < expected.most_seeds
@@ -266,8 +262,7 @@ def forecast_costs(context: Context) -> tuple[dict[str, MethodCost], float]:
 
 
 def actual_to_planned_time(context: Context) -> tuple[dict[str, float], float]:
-    """Return the ratio of actual to planned training time by method ("" for all methods), and the ratio for all other
-    work."""
+    """Return the ratios of actual to planned training time by method ("" for all), and of all other work."""
     took: defaultdict[str, float] = defaultdict(float)
     for entry in read_json_lines(context.folder / CLOCK):
         took[str(entry["what"]).removesuffix(": rows")] += entry["seconds"]
@@ -302,8 +297,7 @@ def has_time(context: Context, trials: Sequence[Trial], reserved_seconds: float 
 
 
 def forecast_remaining_seconds(context: Context, counts: Mapping[str, int], seeds: int) -> float:
-    """Forecast the seconds until two methods have `seeds` runs each: full fine-tuning, and the most expensive of the
-    rivals with the most finished runs in `counts`."""
+    """Forecast the seconds until full fine-tuning and the costliest leading rival have `seeds` runs each."""
     costs = {method: cost for method, cost in forecast_costs(context)[0].items() if cost.decides and method in counts}
 
     def rest(method: str) -> float:

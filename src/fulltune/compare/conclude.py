@@ -78,8 +78,7 @@ def _verdict_on_rows(
 def note_verdict_without_leaks(
     context: Context, compared: Sequence[MethodOutputs], clusters: np.ndarray, decision: Decision
 ) -> list[str]:
-    """Repeat the verdict without the test rows that also occur in train. Return a list with a note on the result, or an
-    empty list if there are no such rows."""
+    """Repeat the verdict without test rows that occur in train; return a list with a note, if there are such rows."""
     leaked = np.load(context.folder / "data" / "test" / IN_TRAIN)
     if not leaked.any():
         return []

@@ -131,8 +131,7 @@ def _tried_rates(row: MethodRow) -> list[float]:
 
 
 def _check_rates(trained: Sequence[MethodRow], *, full_wins: bool = False) -> RuleHits:
-    """Yield findings on methods whose rates were searched too little or, if `full_wins`, less thoroughly than full
-    fine-tuning's."""
+    """Yield findings on rates that were searched too little or, if `full_wins`, less than full fine-tuning's."""
     weak = "so the method may look weak because of a wrong rate"
     full = [row for row in trained if row.kind == "full"]
     highest = max((max(_tried_rates(row), default=0.0) for row in full), default=0.0)
@@ -198,8 +197,7 @@ def _is_attention_matrix(name: str) -> bool:
 
 
 def _check_equal_terms(trained: Sequence[MethodRow]) -> RuleHits:
-    """Yield findings if methods differ in token counts or head initialisation, or share one learning rate. Variants are
-    not compared, because they differ on purpose."""
+    """Yield findings on unequal tokens or heads, or one shared rate. Variants differ on purpose."""
     if (
         len(trained) > 1
         and len({row.learning_rate for row in trained}) == 1
@@ -244,8 +242,7 @@ def _check_eval_rows(seed_runs: SeedRuns, trained: Sequence[MethodRow]) -> RuleH
 
 
 def _check_test_rows(folder: Path, in_train: str | None, verdicts: int) -> RuleHits:
-    """Yield findings on test rows that occur in train (described in `in_train`) or were used for several verdicts
-    (`verdicts` of this comparison)."""
+    """Yield findings on test rows that occur in train (described in `in_train`) or were used for other verdicts."""
     if in_train:
         yield "test-in-train", "test rows", f"{in_train}, especially for methods that memorise rows"
     if verdicts > 1:

@@ -30,8 +30,7 @@ class MetricScale:
         return -math.inf if math.isnan(metric) else metric if self.greater_is_better else -metric
 
     def tolerance(self, metric: float) -> float:
-        """Return the largest difference that counts as noise: a standard error if the metric is a share, else 1 % of
-        it."""
+        """Return the largest difference that counts as noise: a standard error for a share, else 1 % of it."""
         if math.isnan(metric):
             return 0.0
         if not self.is_share:
@@ -39,8 +38,7 @@ class MetricScale:
         return standard_error_of_share(metric, self.eval_rows)
 
     def lead_in_tolerances(self, rate: float, metrics_by_rate: Mapping[float, float]) -> float:
-        """Return a rate's lead over the best other rate as a multiple of `tolerance`, or infinity if all others
-        diverged."""
+        """Return a rate's lead over the best other rate in `tolerance`s, or infinity if all others diverged."""
         others = [self.oriented(metric) for other, metric in metrics_by_rate.items() if other != rate]
         metric = metrics_by_rate[rate]
         apart, least = self.oriented(metric) - max(others, default=math.inf), self.tolerance(metric)

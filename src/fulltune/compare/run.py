@@ -63,8 +63,7 @@ def run_comparison(job: Run, command: str, budget: str | None = None) -> Compare
 
 
 def comparison_recipe(recipe: Recipe) -> Recipe:
-    """Return the recipe, changed to keep near duplicates in one split unless it sets `near_duplicates`. Raise a
-    `RecipeError` if the recipe has no methods."""
+    """Keep near duplicates in one split unless the recipe sets them. Raise `RecipeError` without methods."""
     if not recipe.methods:
         raise RecipeError(
             "methods: no methods to compare; add for example 'methods: [base, full, lora, adapter, prompt]'"

@@ -29,8 +29,7 @@ MOST_WHOLE_RUNS_ALONE = 3
 
 
 def search_all_rates(context: Context, expectation: Expectation) -> dict[str, Search]:
-    """Return each method's learning rate search by label. When time runs out, full fine-tuning and its first rival take
-    the default rate, and other methods are dropped."""
+    """Return each method's rate search. Without time, full and its first rival take defaults; others are dropped."""
     planned = [one for one in context.trained_methods if one.label in expectation.methods]
     pair = [one.label for one in planned if one is context.full or context.recipe.compared_kind(one) in RIVALS][:2]
     keep = budget.forecast_remaining_seconds(
@@ -47,8 +46,7 @@ def search_all_rates(context: Context, expectation: Expectation) -> dict[str, Se
 
 
 def search_rate(context: Context, method: Method, search_share: float, reserved_seconds: float = 0.0) -> Search:
-    """Load a method's finished search, or run one in trials of `search_share` of the steps, leaving `reserved_seconds`
-    for whole runs, and save it."""
+    """Load a method's finished search, or run and save one, leaving `reserved_seconds` for whole runs."""
     path = context.search_path(method.label)
     if path.exists() and not (result := Search.load(path)).time_was_up:
         return result
@@ -58,8 +56,7 @@ def search_rate(context: Context, method: Method, search_share: float, reserved_
 
 
 def _run_short_trials(context: Context, method: Method, search_share: float, reserved_seconds: float) -> Search:
-    """Try the grid's rates in short trials, then rates beyond its edge as long as the edge is best, and return the
-    search."""
+    """Try the grid's rates in short trials, then rates beyond its edge while the edge is best; return the search."""
     label, grid, seed = method.label, budget.method_rates(context, method), context.recipe.train.seed
     if len(grid) == 1:
         return Search(method=label, chosen=grid[0], reason="the only rate in the recipe, so no search was needed")
@@ -176,8 +173,7 @@ class SeedRuns:
         return budget.forecast_remaining_seconds(self.context, counts, seeds or self.expectation.num_seeds)
 
     def _first_unaffordable_method(self) -> str | None:
-        """Return the first method for which too little time is left after reserving two seeds of full and its first
-        rival, or None."""
+        """Return the first method without time left besides two seeds of full and its first rival, or None."""
         context = self.context
         pair = (context.full.label, next(method for method in self.results if self._kind(method) in RIVALS))
         keep = self._reserved_seconds(min(budget.LEAST_SEEDS, context.recipe.compare.seeds or budget.LEAST_SEEDS))
@@ -205,8 +201,7 @@ class SeedRuns:
         return bool(looks) and looks[-1].num_seeds == len(self.results[self.context.full.label])
 
     def _recheck_rivals(self) -> dict[str, int]:
-        """Before full fine-tuning wins, try other learning rates for its rivals. Return the number of seeds for each
-        rival that must catch up (may be empty)."""
+        """Try other rates for rivals before full wins; return the number of seeds for those that must catch up."""
         context, scale = self.context, self.context.metric_scale
         kinds = ("full", *RIVALS)
         decisive = {method: runs for method, runs in self.results.items() if self._kind(method) in kinds}
@@ -277,8 +272,7 @@ class SeedRuns:
 def load_method_outputs(
     context: Context, results: Results, subfolder: str, methods_behind: Collection[str]
 ) -> list[MethodOutputs]:
-    """Load each method's saved outputs from a subfolder. The `methods_behind` have fewer seeds and may spend only
-    `WAITING_SHARE` of alpha."""
+    """Load the methods' outputs from a subfolder. `methods_behind` may spend only `WAITING_SHARE` of alpha."""
     folder, setups = context.folder / subfolder, {method: context.method_setup(method) for method in results}
     return [
         MethodOutputs(

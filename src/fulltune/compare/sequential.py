@@ -42,8 +42,7 @@ def alpha_spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = F
 
 
 def alpha_left(looks: Sequence[Look], alpha: float, *, time_was_up: bool = False) -> tuple[float, float]:
-    """Return how much of `alpha` the next verdict may spend after these looks at the test rows, and how much is left
-    for later verdicts."""
+    """Return how much of `alpha` the next verdict may spend after these looks, and how much is left for later ones."""
     of_seeds: dict[int, float] = {}
     for earlier in looks:
         of_seeds.setdefault(earlier.num_seeds, earlier.spent)  # a second look after the same seeds spends no more
@@ -93,8 +92,7 @@ def plan_next_seeds(
     *,
     again: bool = False,
 ) -> Look:
-    """Judge each rival on bootstrap resamples (`drawn`) of the eval rows, and return how many seeds each method needs.
-    `again` marks a second look after the same seeds."""
+    """Judge rivals on resampled eval rows and return each method's seeds. `again`: with the same seeds."""
     (full,) = (index for index, method in enumerate(methods) if method.kind == "full")
     counts, measure = [len(method.trials) for method in methods], terms.measure
     now, spreads = counts[full], estimate_seed_spreads(drawn, [method.kind == "base" for method in methods])

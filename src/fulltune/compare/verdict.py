@@ -106,8 +106,7 @@ def _test_difference(
     num_rows: int,
     terms: Terms,
 ) -> Difference:
-    """Return the record of a method's difference from full fine-tuning. `p_values` holds (p-value, significance level)
-    of the difference test and of the equivalence test."""
+    """Return a method's difference from full. `p_values`: (p, level) of the difference and equivalence tests."""
     margin, alpha, span = terms.margin, terms.alpha * method.alpha_share, terms.measure.span
     bounds = None if span is None else (-span, span)
     (adjusted_p, level), (equivalence_p, equal_level) = ((p, of_test * method.alpha_share) for p, of_test in p_values)

@@ -136,8 +136,7 @@ class GgufModel:
         return SimpleNamespace(logits=logits)
 
     def logits(self, ids: Sequence[int], start: int = 0) -> np.ndarray:
-        """Return the logits after each token: float32 [tokens, vocabulary]. With `start`, the tokens follow earlier
-        ones."""
+        """Return the logits after each token: float32 [tokens, vocabulary]. With `start`, earlier tokens stay."""
         library, context = self.library, self.llama._ctx
         if start == 0:
             library.llama_memory_clear(library.llama_get_memory(context), True)
@@ -217,8 +216,7 @@ def _check_none(name: str, wrong: list[str]) -> ExportCheck:
 
 
 def _check_continuations(source: Source, exported: GgufModel, is_exact: bool) -> ExportCheck:
-    """Check that the source also prefers the tokens with which the export continues prompts; with rounded weights, only
-    count these prompts."""
+    """Check that the source prefers the export's continuations of prompts; with rounded weights, only count them."""
     import torch
 
     rows, same = source.scoring.rows("test")[:_PROMPTS], 0

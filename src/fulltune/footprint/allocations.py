@@ -48,8 +48,7 @@ class TraceCase:
     task: Task
     target: Target
     prepare: Callable[[PreTrainedModel], object]
-    """Function that applies the training method and dropout to a model. The footprint cache identifies the function by
-    its `repr`."""
+    """Function that applies the method and dropout to a model; its `repr` identifies it in the footprint cache."""
     num_parameters: int
     """Number of parameters of the model and its method, counting tied ones once."""
     all_trained: bool = True
@@ -154,8 +153,7 @@ class ModelTrace:
 
 
 class AllocationLog(TorchDispatchMode):
-    """Logs allocated and freed storages by `place`, the position in the step. Tensors whose last axis is `vocab_size`
-    are logits."""
+    """Logs allocated and freed storages by position in the step. A last axis of `vocab_size` means logits."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
@@ -179,8 +177,7 @@ class AllocationLog(TorchDispatchMode):
         self._changes.clear()
 
     def timeline(self) -> dict[tuple[str, int], np.ndarray]:
-        """Return the bytes in use after each allocation, except in middle layers: {(place, number at this place): bytes
-        by `KINDS`}."""
+        """Return the bytes by `KINDS` after each allocation (not in middle layers): {(place, number there): bytes}."""
         alive, counts, after = np.zeros(len(KINDS)), Counter[str](), {}
         for place, block, size in self._changes:
             alive[KINDS.index(self._kinds.get(block, "activations"))] += size
@@ -256,8 +253,7 @@ def _replace_boolean_masks(indices: Any, num_true: int) -> Any:
 
 
 def track_layers(log: AllocationLog, stacks: list[nn.ModuleList]) -> None:
-    """Install permanent hooks that set the log's `place` as layers run: `backward 1:last` in the last layer of stack 1,
-    `backward 0:below` below the first layer of stack 0."""
+    """Install hooks that set the log's `place` as layers run: `backward 1:last`, `backward 0:below` ..."""
 
     def set_position(hidden: object, forward: str, backward: str) -> None:
         """Set the log's position to `forward`, and to `backward` when the gradient of `hidden` is computed."""

@@ -51,8 +51,7 @@ def trace_model(case: TraceCase, points: Sequence[tuple[int, int]], *, recompute
 def _extrapolate_from_copies(
     case: TraceCase, points: Sequence[tuple[int, int]], *, recomputed: bool, training: bool
 ) -> ModelTrace | None:
-    """Extrapolate the trace at (rows, length) `points` from a small copy and copies with one more layer each, or return
-    None if the result would be inexact."""
+    """Extrapolate the trace from copies with few layers, or return None if the result would be inexact."""
     start, growths = _reduced_copies(case)
     base = trace_copy(case, start[0], points, kinds=start[1], recomputed=recomputed, training=training)
     # As many points as terms, and one more as a check.
@@ -164,8 +163,7 @@ def _candidate_peaks(trace: ModelTrace, points: Sequence[tuple[int, int]]) -> tu
 
 
 def _fit_coefficients(values: np.ndarray, points: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Fit the coefficients of `terms` to n measured values by least squares: [6, n] from [points, n]. For images, which
-    have one size, fit only the first two."""
+    """Fit the coefficients of `terms`: [6, n] from [points, n]. Images have one size, so only the first two."""
     matrix = np.array([terms(*point) for point in points], float)
     used = 6 if _has_lengths(points) else 2
     coefficients = np.zeros((6, values.shape[1]))
@@ -180,8 +178,7 @@ def _has_lengths(points: Sequence[tuple[int, int]]) -> bool:
 def _memory_of_later_micro_batches(
     first_points: Sequence[LiveMemory], shapes: Sequence[tuple[int, ...]], value_bytes: int
 ) -> tuple[LiveMemory, ...]:
-    """Return the memory in a step's later micro batches, which add to the earlier gradients (of `value_bytes` per
-    value)."""
+    """Return the memory in later micro batches, which add to gradients of `value_bytes` per value."""
     total = value_bytes * sum(map(math.prod, shapes))
     highest = max(point.coefficients["gradients"][0] for point in first_points)
     waiting = max(0.0, highest - total) + value_bytes * max(map(math.prod, shapes))

@@ -25,8 +25,7 @@ class LiveMemory(Record):
     """Bytes of each `MemoryKind`: a constant, then the bytes per row, token, row x length^2, length and length^2."""
 
     def bytes(self, rows: int, length: int) -> dict[MemoryKind, int]:
-        """Return the bytes per `MemoryKind` for `rows` sequences of `length` tokens; each choice of a row is a
-        sequence."""
+        """Return the bytes per `MemoryKind` for `rows` sequences (a row's choices are several) of `length` tokens."""
         factors = terms(rows, length)
         return {
             kind: max(0, round(sum(value * factor for value, factor in zip(values, factors, strict=True))))

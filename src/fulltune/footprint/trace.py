@@ -85,8 +85,7 @@ def estimate_footprint(case: TraceCase, why: str) -> Footprint:
 def _rough_memory(
     case: TraceCase, place: str, gradients: int, activations: int, logits: int, buffers: int
 ) -> LiveMemory:
-    """Return memory with constant `gradients` and `buffers`, and with `activations` and `logits` per token or image,
-    all in bytes."""
+    """Return memory with constant `gradients` and `buffers`, the others per token or image, all in bytes."""
     each = 2 if has_tokens(case) else 1  # position in `records.terms`
     sizes = {"gradients": (0, gradients), "activations": (each, activations), "logits": (each, logits)}
     coefficients = {
@@ -150,8 +149,7 @@ class PlannedModel:
 
 
 def make_preparation(recipe: Recipe, on_cpu: bool) -> Callable[[PreTrainedModel], None]:
-    """Return a function that applies the recipe's method to a model and, if `on_cpu`, replaces its dropout layers with
-    `SixteenBitDropout`."""
+    """Return a function that applies the recipe's method and, if `on_cpu`, replaces dropout layers."""
     same = dict.fromkeys(("name", "learning_rate", "learning_rates", "head_learning_rate", "head_init"))
     if recipe.method.kind == "full":
         same["train"] = {}

@@ -116,7 +116,8 @@ def render_job_file(job: LaunchedJob, launcher: str) -> str:
         "shell": shlex.join,
         "yaml": _yaml_string,
         "yaml_block": _yaml_block_string,
-        "kubernetes": _escape_for_kubernetes,
+        # $(NAME) would be replaced in a container's arguments.
+        "kubernetes": lambda word: re.sub(r"\$(?=[$(])", "$$", word),
     }
     gpu = job.hardware.gpu_model if job.hardware else None
     return jinja.get_template(LAUNCHERS[launcher][0]).render(
@@ -139,11 +140,6 @@ def _yaml_string(value: str) -> str:
 def _yaml_block_string(value: str) -> str:
     plain = value.replace("\n", "").isprintable()
     return yaml.safe_dump(value, default_style="|", width=sys.maxsize).rstrip("\n") if plain else _yaml_string(value)
-
-
-def _escape_for_kubernetes(word: str) -> str:
-    """Escape $(NAME), which Kubernetes would replace in a container's arguments."""
-    return re.sub(r"\$(?=[$(])", "$$", word)
 
 
 def job_file_path(job: LaunchedJob, launcher: str, output: Path | None) -> Path:

@@ -96,8 +96,7 @@ class FineTuningModule:
         torch.empty((), dtype=torch.int64).random_()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        """Return this micro batch's share of the step's loss, scaled so that Lightning's averages give the mean over
-        the global batch."""
+        """Return this micro batch's loss, scaled so that Lightning's averages give the mean over the global batch."""
         trainer = self.trainer
         passes, processes = trainer.accumulate_grad_batches, trainer.world_size
         batch = dict(batch)

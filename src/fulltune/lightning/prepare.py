@@ -51,8 +51,7 @@ _NO_EFFECT = {
 
 
 def choose_package(package: str | None) -> str:
-    """Return "lightning" or "pytorch_lightning": `package`, else the imported or the installed one. Raise `SetupError`
-    if neither is installed."""
+    """Return `package`, else the imported or installed one. Raise `SetupError` if neither is installed."""
     names = sorted(_PACKAGES, key=lambda name: name not in sys.modules)
     name = package or next(filter(find_spec, names), _PACKAGES[0])
     if find_spec(name) is None:
@@ -118,8 +117,7 @@ class FineTuning:
         return values | {"val_check_interval": batches, "check_val_every_n_epoch": None}
 
     def monitor(self) -> dict[str, str]:
-        """Return `monitor` (the eval metric) and `mode` (its direction), as for `EarlyStopping` and
-        `ModelCheckpoint`."""
+        """Return the eval metric and its direction, as for `EarlyStopping` and `ModelCheckpoint`."""
         plan = self.module.plan
         return {"monitor": PREFIX + plan.metric, "mode": "max" if plan.greater_is_better else "min"}
 

@@ -63,8 +63,7 @@ SEED = 0
 LOSS_TOLERANCE = 0.02
 """Relative increase of the held-out loss that is accepted for a more regularised probe."""
 START_STRENGTH_DIVISOR = 8.0
-"""Training starts from a head fitted with the best strength divided by this, because a head that already fits leaves no
-gradient for the body."""
+"""Divisor of the best strength for training's start, because a head that already fits leaves no gradient."""
 _USUAL_HIDDEN_SIZE = 1_024
 
 
@@ -217,8 +216,7 @@ def fit_probe(
 
 @contextlib.contextmanager
 def _out_of_memory_as_no_probe(model: PreTrainedModel) -> Iterator[None]:
-    """In a `with` block, raise `NoProbe` instead of an out-of-memory error, unless weights are sharded and all
-    processes must fail together."""
+    """Raise `NoProbe` in the block instead of out-of-memory errors, unless all processes must fail together."""
     try:
         yield
     except Exception as error:

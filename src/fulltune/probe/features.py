@@ -114,8 +114,7 @@ class FeatureExtractor:
                 yield features
 
     def _pair_features(self, rows: EncodedRows) -> np.ndarray:
-        """Read each text of the pairs alone, and combine each pair's mean embeddings into difference, product and
-        cosine: [rows, 2 hidden + 1]."""
+        """Read the pairs' texts alone; combine their means: difference, product, cosine: [rows, 2 hidden + 1]."""
         import torch
 
         texts = split_pairs(rows, self.pair_separators)
@@ -167,8 +166,7 @@ def _item_features(
     kind: ProblemType,
     positions: np.ndarray,
 ) -> Features:
-    """Select a batch's items (rows, words, choices or tokens) from its hidden states, with labels and row indices
-    (`positions`)."""
+    """Select a batch's items from its hidden states, with labels and row indices (`positions`)."""
     import torch
 
     hidden, last, dense = states
@@ -218,8 +216,7 @@ def _check_finite(values: np.ndarray) -> np.ndarray:
 
 
 def _mean_embedding(hidden: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """Average the tokens' hidden states and scale to length 1, or return None if the body pools tokens, as in
-    Funnel."""
+    """Average the tokens' hidden states, scaled to length 1; None if the body pools tokens (Funnel)."""
     import torch.nn.functional as F
 
     mask = batch.get("attention_mask")
@@ -269,8 +266,7 @@ def _choose_answer_tokens(
 
 
 def pair_separators(tokenizer: PreTrainedTokenizerBase, target: Target) -> frozenset[int]:
-    """Return the ids of the special tokens around a pair's texts, or an empty set if rows are not pairs or have no such
-    tokens."""
+    """Return the ids of the special tokens around a pair's texts, or an empty set if there are none."""
     if "text_pair" not in target.columns:
         return frozenset()
     names = ("cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id")
@@ -281,8 +277,7 @@ def pair_separators(tokenizer: PreTrainedTokenizerBase, target: Target) -> froze
 
 
 def split_pairs(rows: EncodedRows, separators: frozenset[int]) -> list[dict[str, Any]]:
-    """Split each pair into two rows, one per text, each with the special tokens (`separators`). Return all first texts,
-    then all second texts."""
+    """Split each pair into two rows with the special tokens (`separators`): all first texts, then all second ones."""
     firsts: list[dict[str, Any]] = []
     seconds: list[dict[str, Any]] = []
     for row in rows:

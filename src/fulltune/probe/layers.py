@@ -29,8 +29,7 @@ HeadLayers = tuple[str, str | None]
 
 
 def find_head_layers(model: PreTrainedModel, task: TaskName, num_outputs: int) -> HeadLayers:
-    """Return the names of a head's last linear layer and of its dense layer (or None). Raise `NoProbe` if no layer has
-    `num_outputs` outputs."""
+    """Return the names of a head's last linear layer and dense layer (or None). Raise `NoProbe` if there is none."""
     from torch.nn import Linear
 
     model_without_head(model)
@@ -114,8 +113,7 @@ def run_and_read_hidden(
 
 
 def _select_last_token(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], states: torch.Tensor) -> torch.Tensor:
-    """Return each row's state [rows, hidden] at the last token that is not padding, which transformers' decoders use
-    for classification."""
+    """Return each row's state [rows, hidden] at its last real token, as transformers' decoders classify."""
     import torch
 
     ids, pad = batch.get("input_ids"), model.config.get_text_config().pad_token_id

@@ -151,8 +151,7 @@ def _fit_logistic(
 
 
 def _limit_threads(multiplications: int) -> contextlib.AbstractContextManager[object]:
-    """Return a context manager that limits small matrix products to one thread, because two threads took 2.4 to 30
-    times as long."""
+    """Limit small matrix products to one thread, because two threads took 2.4 to 30 times as long."""
     if multiplications > _MANY_MULTIPLICATIONS:
         return contextlib.nullcontext()
     return cast("contextlib.AbstractContextManager[object]", _thread_pools().limit(limits=1))
@@ -169,8 +168,7 @@ def _thread_pools() -> Any:
 def _fit_each_label(
     items: Items, features: np.ndarray, has_bias: bool, strengths: Sequence[float]
 ) -> Iterator[tuple[float, LinearClassifier]]:
-    """Yield (strength, classifier) pairs, fitted for each label alone. A label that all rows or no rows have gets a
-    constant output."""
+    """Yield (strength, classifier), fitted label by label. Labels of all or no rows get a constant output."""
     labels = items.labels.astype(np.int64)
     varied = [label for label in range(items.num_outputs) if len(np.unique(labels[:, label])) > 1]
     if not varied:
@@ -295,16 +293,14 @@ def select_features(
 
 
 def _score_features(items: Items, held_out: Items | None, candidates: Candidates[Any], criterion: Criterion) -> float:
-    """Return the lowest criterion that classifiers reach on `held_out` (if None, by cross-validation), fitted to a
-    sample of items, or to all items if the sample lacks a class."""
+    """Return the lowest criterion of classifiers fitted to a sample, or to all items if that lacks a class."""
     with contextlib.suppress(NoProbe):
         return select_classifier(items.sample(MOST_COMPARED), held_out, candidates, criterion)[0]
     return select_classifier(items, held_out, candidates, criterion)[0]
 
 
 def mean_loss(items: Items, classifier: LinearClassifier) -> float:
-    """Return the class-weighted mean cross entropy in nats, or for regression the mean squared error divided by the
-    variance."""
+    """Return the class-weighted mean cross entropy in nats, or for regression the unexplained variance's share."""
     weights = None if items.class_weights is None else np.asarray(items.class_weights)
     outputs = classifier(items.features).astype(np.float64)
     match items.kind:
@@ -324,8 +320,7 @@ def mean_loss(items: Items, classifier: LinearClassifier) -> float:
 
 
 def error_rate(items: Items, classifier: LinearClassifier) -> float:
-    """Return the share of items (or of rows with choices) predicted wrongly, or the mean loss if there are no
-    classes."""
+    """Return the share of items (or rows with choices) predicted wrongly, or without classes the mean loss."""
     if items.kind in ("regression", "multi_label"):
         return mean_loss(items, classifier)
     outputs = classifier(items.features)

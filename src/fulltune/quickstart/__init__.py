@@ -63,8 +63,7 @@ def write_example(output: Path, chat: bool) -> Path:
 
 
 def write_docstring_topics(folder: Path) -> tuple[Path, Path]:
-    """Write and return `train.csv` and `test.csv`: a docstring's first sentences as text, its file's topic as label.
-    Raise `DataError` if there are too few docstrings."""
+    """Write `train.csv` and `test.csv` of docstrings' first sentences and topics. Raise `DataError` for too few."""
     rows = _drop_near_copies(_read_docstrings(TOPIC_SOURCES), _first_sentences)
     splits = [_split_by_file([row for row in rows if row[0].topic == topic], *_TOPIC_ROWS) for topic in TOPIC_SOURCES]
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,8 +77,7 @@ def write_docstring_topics(folder: Path) -> tuple[Path, Path]:
 
 
 def write_docstring_chat(folder: Path) -> tuple[Path, Path]:
-    """Write and return `train.jsonl` and `test.jsonl`: questions about functions, answered by their docstrings' first
-    sentences. Raise `DataError` if there are too few."""
+    """Write `train.jsonl` and `test.jsonl` of questions about functions. Raise `DataError` for too few."""
     splits = _split_by_file(_drop_near_copies(_read_docstrings(CHAT_SOURCES), _one_sentence_answer), *_CHAT_ROWS)
     folder.mkdir(parents=True, exist_ok=True)
     files = folder / "train.jsonl", folder / "test.jsonl"
@@ -219,8 +217,7 @@ def _exported_names(package: tuple[str, ...]) -> frozenset[str]:
 
 
 def _drop_near_copies(docs: Iterable[_Doc], make_text: Callable[[_Doc], str]) -> list[_Row]:
-    """Return each docstring with its text, without texts that differ from an earlier one only in names or, from six
-    words on, in one word."""
+    """Return docstrings with texts, without those that differ from others only in names or one of six words or more."""
     known_masks: set[tuple[str, ...]] = set()
     rows: list[_Row] = []
     for doc, text in ((doc, text) for doc in docs if (text := make_text(doc))):

@@ -66,8 +66,7 @@ def check_matrix_product(device: str, precision: str) -> CheckOutcome:
 
 
 def measure_bf16_speed(device: str) -> CheckOutcome:
-    """Measure how much faster bf16 is than fp32. This check always passes. On a CPU, `precision: auto` uses this
-    ratio."""
+    """Measure how much faster bf16 is than fp32, which `precision: auto` uses on a CPU. This always passes."""
     ratio = hardware.bf16_speedup(device)
     precision = "bf16" if ratio >= MIN_BF16_SPEEDUP else "fp32"
     auto = f": precision auto is {precision}" if device == "cpu" else ""
@@ -97,8 +96,7 @@ def check_flash_attention_2(device: str) -> CheckOutcome:
 
 
 def compare_with_eager(device: str, implementation: str, precision: str) -> CheckOutcome:
-    """Check an attention implementation's logits and gradients against eager fp32 attention, with and without
-    padding."""
+    """Check an attention implementation's logits and gradients against eager fp32, with and without padding."""
     ids = random_token_ids(device, rows=3)
     mask = torch.ones_like(ids)
     mask[1, 15:] = 0

@@ -47,8 +47,7 @@ _MIN_AT_END = 4
 def check_divergence(
     losses: Sequence[float], learning_rate: float, untrained_loss: float | None = None
 ) -> GuardDecision:
-    """Decide to stop if the loss fell and rose again, or stays high; otherwise go on. `untrained_loss` is from before
-    step 1; `learning_rate` is for the message."""
+    """Decide to stop if the loss fell and rose again, or stays high. `untrained_loss` is from before step 1."""
     decision = check_fell_and_rose(losses, learning_rate, untrained_loss)
     return decision if decision.action == "stop" else check_stays_high(losses, learning_rate, untrained_loss)
 
@@ -131,8 +130,7 @@ def check_got_worse(
 def judge_got_worse(
     worse_by: str, losses: Sequence[float], learning_rate: float, untrained_loss: float | None = None
 ) -> GuardDecision:
-    """Decide what to do about a finished run that made the model worse: stop if the train loss did not fall, else warn.
-    `worse_by` is the difference as text."""
+    """Decide about a finished run that got worse (`worse_by`): stop if the train loss did not fall, else warn."""
     begin, last = _start_loss(losses, untrained_loss), losses[-min(2 * LOSS_WINDOW, max(1, len(losses) // 2)) :]
     now, worse = statistics.median(last or [0.0]), f"training made the model worse: {worse_by} than before step 1"
     if len(losses) < _MIN_AT_END or now < begin:
@@ -245,8 +243,7 @@ class Curves:
         return self.metric_name in ("loss", "perplexity")
 
     def largest_chance_difference(self, *values: float) -> float:
-        """Return the largest difference between these metric values that chance alone may cause: two standard errors
-        for proportions."""
+        """Return the largest difference that chance alone may cause: two standard errors for proportions."""
         if not is_share(self.metric_name):
             return (RISE_RATIO - 1 if self.is_loss else MIN_RELATIVE_CHANGE) * abs(values[0])
         rows = self.eval_rows or ASSUMED_ROWS
@@ -321,8 +318,7 @@ def judge_curves(curves: Curves) -> Fit:
 
 
 def _judge_no_decline(curves: Curves, evaluations: Sequence[Point], trained: dict[int, float], details: str) -> Fit:
-    """Judge whether a run that never got worse underfitted. `trained` maps each evaluation's step to the mean train
-    loss before it; `details` is copied to the result."""
+    """Judge whether a run that never got worse underfitted. `trained`: train loss by step of evaluation."""
     if curves.is_mixed:
         reason = "no sign of overfitting, but the train loss is not comparable because it includes mixed-in rows"
         return Fit("not known", reason, None, details)

@@ -41,8 +41,7 @@ class ComparisonPrecision:
         return ComparisonPrecision(self.shared / factor, tuple(changed(one) for one in self.seeds))
 
     def with_seeds(self, counts: Sequence[int]) -> ComparisonPrecision:
-        """Return the precision expected with these numbers of seeds per method. A method with one seed borrows the
-        other's variance."""
+        """Return the precision expected with these numbers of seeds. One seed borrows the other's variance."""
         most = max(counts)
 
         def changed(spread: SeedSpread, count: int) -> SeedSpread:
@@ -115,8 +114,7 @@ def _inverse_chi_squared_quadrature(degrees: float) -> tuple[np.ndarray, np.ndar
 
 
 def _mixture_quantile(deviations: np.ndarray, shares: np.ndarray, alpha: float) -> float:
-    """Return the value that a mixture of centred normals (standard deviations `deviations`, weights `shares`) exceeds
-    with probability `alpha`/2."""
+    """Return the value that a mixture of centred normals exceeds with probability `alpha`/2."""
     if not deviations.any():
         return 0.0
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 
+import psutil
+
 from fulltune.errors import FulltuneError
 from fulltune.records.base import Record
 from fulltune.system import memory
@@ -146,8 +148,7 @@ def _describe_differences(machines: Sequence[Machine]) -> str:
 
 
 def _format_range(values: Sequence[float], unit: str, digits: int = 0, ratio: float = 1.0) -> str:
-    """Return a range such as `16 to 64 cores`, or an empty string unless the lowest value is below `ratio` times the
-    highest."""
+    """Return a range such as `16 to 64 cores`, or "" unless the lowest is below `ratio` times the highest."""
     least, most = min(values), max(values)
     return f"{least:,.{digits}f} to {most:,.{digits}f} {unit}" if least < ratio * most else ""
 
@@ -164,8 +165,7 @@ def bf16_speedup(device: str) -> float:
 
 @cache
 def cpu_rates() -> tuple[float, float, float]:
-    """Return the FLOP/s of fp32 matrix products, the bytes per second of a memory copy, and the load average before
-    measuring."""
+    """Return the FLOP/s of fp32 products, the bytes per second of a copy, and the load before measuring."""
     # The load is that of the whole computer, but a container or CPU set may have only some of its cores.
     load = os.getloadavg()[0] * num_cores() / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
     return (*_measure_cpu_rates(), load)
@@ -241,10 +241,8 @@ def num_cores() -> int:
 
 
 def total_and_free_memory() -> tuple[int, int]:
-    """Return the total and free bytes of memory for this process; outside Linux, all memory counts as free."""
-    sizes = memory.read_sizes("/proc/meminfo")
-    total = sizes.get("MemTotal") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # not Linux
-    available = sizes.get("MemAvailable", total)
+    """Return the total and free bytes of memory for this process."""
+    total, available, *_ = psutil.virtual_memory()
     limit, used = ("".join(memory.read_lines(f"/sys/fs/cgroup/memory.{name}")) for name in ("max", "current"))
     if limit.isdigit() and used.isdigit():
         total = min(total, int(limit))

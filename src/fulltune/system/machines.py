@@ -68,8 +68,7 @@ class MachineAddress:
 
 
 def parse_machine_address(recipe: Recipe, rank: int | None, rendezvous: str | None, wait: str) -> MachineAddress | None:
-    """Parse the options for several machines, or return None if the recipe uses one machine. Raise `RecipeError` if the
-    options are invalid."""
+    """Parse the options for several machines; None if the recipe uses one. Raise `RecipeError` if invalid."""
     machines = recipe.train.num_machines
     if machines == 1:
         if rank is None and rendezvous is None:
@@ -330,8 +329,7 @@ class Peer:
 
 @contextlib.contextmanager
 def send_heartbeats(path: Path, record: Member, noticed: Callable[[], bool] = lambda: True) -> Iterator[Heartbeat]:
-    """Write heartbeats during the block and its outcome afterwards. Then wait for `noticed` to return True, but at most
-    `LINGER_SECONDS`."""
+    """Write heartbeats in the block, then its outcome; wait until `noticed()`, at most `LINGER_SECONDS`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         try:

@@ -23,12 +23,6 @@ def read_lines(path: str) -> list[str]:
         return []
 
 
-def read_sizes(path: str) -> dict[str, int]:
-    """Return sizes in bytes by name, from a file with lines such as `VmRSS: 123 kB`."""
-    parts = (line.split() for line in read_lines(path))
-    return {name.rstrip(":"): int(size) * 1024 for name, size, *_ in (part for part in parts if part[2:] == ["kB"])}
-
-
 def process_memory_limit() -> int | None:
     """Return the user's memory limit per process in bytes (`ulimit -d`, `ulimit -v`), or None without a limit."""
     kinds = (resource.RLIMIT_DATA, resource.RLIMIT_AS)
@@ -79,7 +73,8 @@ class Meter:
 
 def status_bytes(key: str) -> int:
     """Return a size in bytes from /proc/self/status by its name, or 0 if missing."""
-    return read_sizes("/proc/self/status").get(key, 0)
+    values = dict(line.split(":", 1) for line in read_lines("/proc/self/status"))  # such as `VmRSS: 123 kB`
+    return 1024 * int(values.get(key, "0").split()[0])
 
 
 def process_peak_bytes() -> int:

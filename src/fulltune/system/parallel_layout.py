@@ -32,8 +32,7 @@ class ParallelLayout:
         return "host" if offloaded else "device"
 
     def bytes_on(self, tier: MemoryTier, state: dict[MemoryKind, int], num_processes: int) -> dict[MemoryKind, int]:
-        """Return the bytes per `MemoryKind` that one process stores on the device or the host (`tier`) between
-        steps."""
+        """Return the bytes per `MemoryKind` that one process stores on the `tier` between steps."""
         parts = self.bytes_per_process(state, num_processes)
         return {kind: size if self.tier_of(kind) == tier else 0 for kind, size in parts.items()}
 

@@ -270,8 +270,7 @@ def raise_if_started_with_functions(folder: Path, recipe: Recipe) -> None:
 
 @contextlib.contextmanager
 def explain_os_errors(folder: Path) -> Iterator[None]:
-    """In the block, turn errors from writing to the folder into `SetupError`, or into `DoesNotFitError` if the disk is
-    full."""
+    """Turn errors from writing to the folder into `SetupError`, or `DoesNotFitError` if the disk is full."""
     try:
         yield
     except Exception as error:
@@ -315,8 +314,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def remove_new_run_on_error(folder: Path, *except_for: type[FulltuneError]) -> Iterator[None]:
-    """Remove a new run's files if the block raises an error before any work, unless the error's type is in
-    `except_for`."""
+    """Remove a new run's files if the block fails before any work, unless with an error in `except_for`."""
     began = (folder / "data" / "summary.json").exists()
     try:
         yield

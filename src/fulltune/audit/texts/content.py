@@ -33,8 +33,7 @@ def check_no_words(text: str) -> Flaw | None:
 
 
 STRESSED, MAX_STRESSED = 20, 30
-"""Repetitions of a letter below these limits count as emphasis; the second limit is for texts of mostly other
-letters."""
+"""A letter repeated less often is emphasis; the second limit is for texts of mostly other letters."""
 MIN_WORDS = 8
 MAX_REPEATED = 0.5
 

@@ -41,8 +41,7 @@ RE = {name: to_regex(pattern) for name, pattern in PATTERNS["expressions"].items
 
 
 def redact_hits(check: str, text: str, hits: Iterable[tuple[int, int, str, str]]) -> Flaw | None:
-    """Mask all hits (start, end, kind, replacement) in a text, and return one flaw that lists them, or None without
-    hits."""
+    """Mask all hits (start, end, kind, replacement) in a text, and return one flaw that lists them, or None."""
     pieces, named, place = list[str](), list[str](), 0
     for start, end, what, instead in sorted(hits, key=lambda hit: (hit[0], -hit[1])):
         # A token used as a password matches twice.

@@ -55,8 +55,7 @@ def _missing_file_error(path: Path) -> str:
 
 
 def _list_data_files_in_folder(folder: Path) -> list[Path]:
-    """Return a folder's sorted data files. Raises `DataError` if there are no data files, or for archives and special
-    files."""
+    """Return a folder's sorted data files. Raises `DataError` if there are none, or archives or special files."""
     listed = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     names = {file.name for file in listed}
     if "dataset_dict.json" in names:  # what DatasetDict.save_to_disk writes
@@ -257,8 +256,7 @@ def group_files_by_split(files: Sequence[Path]) -> dict[SplitName | None, list[P
 
 
 def group_folders_by_split(folder: Path) -> dict[SplitName | None, list[Path]]:
-    """Group subfolders by the split in their names. Return an empty dictionary if the subfolders are not splits or data
-    files lie beside them."""
+    """Group subfolders by the split in their names; {} if they are no splits or lie beside data files."""
     listed = folder.iterdir() if folder.is_dir() else ()
     if any(file.suffix.lower() in SUFFIXES and file.name != "dataset_dict.json" for file in listed):
         return {}

@@ -52,8 +52,7 @@ class DataFiles:
     notes: dict[str, None] = field(default_factory=dict, compare=False)
 
     def rows(self, problems: list[str] | None = None) -> Iterator[LocatedRow]:
-        """Yield each row with its location, such as `train.csv:17`. Errors in files are appended to `problems`, or
-        raised as `DataError` if `problems` is None."""
+        """Yield rows with locations, such as `train.csv:17`. Errors go to `problems`, or are raised if None."""
         if self.image_folder is not None:
             for path in self.files:
                 name = printable(path.name)
@@ -153,8 +152,7 @@ def _image_columns(row: Row, column: str | None) -> list[str]:
 
 
 def resolve_image_paths(row: Row, folder: Path, column: str | None) -> dict[str, Any]:
-    """Return a row whose image paths are prefixed with `folder`, in `column` or, if None, in columns with a common
-    name."""
+    """Return a row whose image paths, in `column` or in columns with usual names, begin with `folder`."""
     changed = dict(row)
     for name in _image_columns(row, column):
         value = row[name]

@@ -30,8 +30,7 @@ _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 def read_csv_or_tsv(
     file: Path, columns: Sequence[str] | None, encoding: str, notes: dict[str, None]
 ) -> Iterator[tuple[int, RowOrProblem]]:
-    """Yield `(line number, row or error message)` for each record, and add messages about suspicious lines to `notes`.
-    Raises `DataError` for a bad header."""
+    """Yield `(line number, row or error message)`; note suspicious lines. Raises `DataError` for a bad header."""
     delimiter, line = detect_delimiter(file, encoding), 1
     remedy = f"put a text with {_NAMES[delimiter]} or line breaks in double quotes"
     values, joined = set[tuple[int, str]](), list[tuple[int, list[list[str]]]]()
@@ -109,8 +108,7 @@ def read_json_lines(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, Ro
 
 
 def read_json_list(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrProblem]]:
-    """Yield `(number, row or error message)` for each object in a JSON list, which may be inside an object. Raises
-    `DataError` for anything else."""
+    """Yield `(number, row or error message)` of a JSON list, also inside an object. Raises `DataError` otherwise."""
     text = file.read_text(encoding=encoding)
     try:
         value = _parse_json(text)
@@ -189,8 +187,7 @@ _MAX_LINES_READ = 10_000
 
 
 def read_text_file(file: Path, text_rows: TextRows, encoding: str = UTF_8) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield line numbers and rows of plain text. `auto` reads sections if blank lines separate paragraphs, otherwise
-    lines."""
+    """Yield line numbers and rows of plain text. `auto` reads sections if there are blank lines, otherwise lines."""
     if text_rows == "auto":
         text_rows = "section" if has_blank_lines(file, encoding) else "line"
     with file.open(encoding=encoding) as stream:
@@ -208,8 +205,7 @@ def has_blank_lines(file: Path, encoding: str = UTF_8) -> bool:
 
 
 def _join_lines(lines: Iterator[tuple[int, str]], text_rows: TextRows) -> Iterator[tuple[int, str]]:
-    """Yield the first line number and text of each paragraph or, for `section`, of each group of consecutive
-    paragraphs."""
+    """Yield the first line number and text of each paragraph or, for `section`, of each group of paragraphs."""
     start, size, section = 1, 0, list[str]()
     for number, paragraph in _split_at_blank_lines(lines):
         if section and (text_rows == "paragraph" or size + len(paragraph) > SECTION_CHARACTERS):
@@ -233,8 +229,7 @@ _SPACES = re.compile(r"[ \t]+")  # not \s: a no-break space can be a word
 
 
 def read_conll_sentences(file: Path, encoding: str = UTF_8) -> Iterator[tuple[int, RowOrProblem]]:
-    """Yield `(first line number, row or error message)` for CoNLL sentences: words in the first column, tags in the
-    last."""
+    """Yield `(first line number, row or error message)` of CoNLL sentences: words first, tags in the last column."""
     sentence: dict[str, Any] = {"tokens": [], "tags": []}
     separator, expected, first = _SPACES, 0, 0
     with file.open(encoding=encoding) as stream:

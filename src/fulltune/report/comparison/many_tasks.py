@@ -56,8 +56,7 @@ def combine_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
 
 
 def _mean_lead_of_full(method: str, comparisons: Sequence[Comparison]) -> Estimate | None:
-    """Average full fine-tuning's lead over `method` over all tasks. Return None if a task has one seed or a metric that
-    is not a share of rows."""
+    """Average full's lead over `method` over all tasks; None with one seed or a metric that is no share."""
     gaps = [one.decision.difference(method) for one in comparisons]
     if not all(is_share(one.decision.metric) for one in comparisons) or not all(gap.seeds_known for gap in gaps):
         return None

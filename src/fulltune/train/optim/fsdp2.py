@@ -99,8 +99,7 @@ def write_gathered_by_file(
     folder: Path,
     max_bytes: int = GATHERED_FILE_BYTES,
 ) -> None:
-    """Write plain safetensors with an index, calling `gather(name)` for one file's tensors at a time. All ranks must
-    call this. `shapes` maps names to meta tensors."""
+    """Write plain safetensors, gathering one file's tensors at a time on all ranks. `shapes` holds meta tensors."""
     split = split_torch_state_dict_into_shards(dict(shapes), max_shard_size=max_bytes)
     for file, names in split.filename_to_tensors.items():
         gathered = ((name, gather(name)) for name in names)
@@ -134,8 +133,7 @@ def gathered_state_dict(
 
 
 def _weights_by_key(model: PreTrainedModel, trained_only: bool) -> dict[str, torch.Tensor]:
-    """Return the parameters (tied ones once) and persistent buffers by checkpoint key; with `trained_only`, only
-    trainable parameters."""
+    """Return the parameters (tied ones once) and saved buffers, or only trained parameters, by checkpoint key."""
     sharding.free_gathered_weights(model)
     tensors: dict[str, torch.Tensor] = dict(
         methods.trainable_parameters(model) if trained_only else model.named_parameters()

@@ -11,6 +11,7 @@ bf16 moments are rounded stochastically, because small changes would otherwise b
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Literal
 
@@ -54,21 +55,12 @@ class Noise:
 
     def _table_offset(self, numbers: tuple[int, ...]) -> int:
         """Hash the seed and `numbers` to an offset in the table."""
-        mixed = 0
-        for number in (self._seed, *numbers):  # splitmix64
-            mixed = (mixed + number + 0x9E3779B97F4A7C15) & _64_BITS
-            mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _64_BITS
-            mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _64_BITS
-            mixed ^= mixed >> 31
-        return mixed % self._num_offsets
-
-
-_64_BITS = 2**64 - 1
+        digest = hashlib.blake2b(repr((self._seed, *numbers)).encode(), digest_size=8).digest()
+        return int.from_bytes(digest) % self._num_offsets
 
 
 def create_moments(num_values: int, moments: Format, device: torch.device) -> State:
-    """Create `exp_avg` and `exp_avg_sq` as zeros [values]. In 8 bits, each is padded to whole groups and has scales
-    [groups]."""
+    """Create `exp_avg` and `exp_avg_sq` as zeros [values]; 8 bits are padded to whole groups, with scales [groups]."""
     if moments == "8bit" and num_values >= SMALL:
         groups = -(-num_values // GROUP)
         return {

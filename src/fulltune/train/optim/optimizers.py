@@ -72,8 +72,7 @@ class AdamW(torch.optim.Optimizer):
         rounding: Rounding | None = "stochastic",
         seed: int = 0,
     ) -> None:
-        """Raise `SetupError` if a weight is neither fp32 nor bf16. `rounding` applies to bf16 weights; None rounds to
-        nearest."""
+        """Raise `SetupError` unless weights are fp32 or bf16. `rounding` is for bf16; None rounds to nearest."""
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._format: Format = moments_format
         self._rounding = rounding
@@ -87,8 +86,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], object] | None = None) -> object:  # type: ignore[override]  # any loss
-        """Call `closure` if Lightning passes one, update all parameters with a gradient, and return the closure's
-        result."""
+        """Update all parameters with a gradient; return the result of `closure`, if Lightning passes one."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
         for group in self.param_groups:

@@ -26,8 +26,7 @@ def init_process_group(arguments: TrainingArguments) -> None:
 
 
 def build_extensions(on_cpu: bool, offload_optimizer: bool, report: Callable[[str], None]) -> None:
-    """Compile missing DeepSpeed extensions for CPU training or optimizer offloading. Rank 0 compiles them for all
-    ranks."""
+    """Compile missing DeepSpeed extensions for the CPU or for offloading, on rank 0 for all ranks."""
     from deepspeed.accelerator import get_accelerator
     from torch.utils import cpp_extension
 
@@ -54,8 +53,7 @@ def build_extensions(on_cpu: bool, offload_optimizer: bool, report: Callable[[st
 
 
 def cast_to_model_dtype(model: PreTrainedModel) -> None:
-    """Cast parameters that a method adds to a ZeRO stage 3 model to the model's dtype, because DeepSpeed 0.19.8 does
-    not."""
+    """Cast a method's new parameters to the model's dtype in ZeRO stage 3, as DeepSpeed 0.19.8 does not."""
     dtypes = [parameter.dtype for parameter in model.parameters() if hasattr(parameter, "ds_id")]
     for parameter in model.parameters() if dtypes else ():
         if not hasattr(parameter, "ds_id"):
@@ -86,8 +84,7 @@ def gather_tensor(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def link_moments(zero: Any) -> None:
-    """Link the moments of all parameter groups to the parameters. DeepSpeed 0.19.8 (stages 1 and 2) links them before
-    the second group has moments."""
+    """Link all groups' moments to their parameters, as DeepSpeed 0.19.8 (stages 1, 2) does only for the first."""
     if hasattr(zero, "_hp_optimizer_states_linked"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()

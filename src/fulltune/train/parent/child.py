@@ -129,8 +129,7 @@ def _explain_lost_machine(machine: LostMachine) -> tuple[OutcomeStatus, str]:
 
 @contextlib.contextmanager
 def forwarding_signals(child: spawn.WorkerProcess) -> Iterator[list[int]]:
-    """Forward stop signals to the worker, kill it at the third, and yield a list to which received signals are
-    added."""
+    """Forward stop signals to the worker, kill it at the third, and yield the list of received signals."""
     received: list[int] = []
 
     def forward_or_kill(signal_number: int, _: object) -> None:

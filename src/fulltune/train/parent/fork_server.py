@@ -33,8 +33,7 @@ PRELOADED = ("fulltune.train.worker.attempt", "fulltune.train.worker.main", "pef
 
 @contextlib.contextmanager
 def fork_server() -> Iterator[Starter]:
-    """Yield a function that starts workers. On Linux it forks single-process CPU workers, one at a time; otherwise it
-    starts new processes."""
+    """Yield a function that starts workers: forks of single CPU processes on Linux, else new processes."""
     servers: list[subprocess.Popen[bytes]] = []
 
     def start_worker(request: Request, log: Path) -> WorkerProcess:

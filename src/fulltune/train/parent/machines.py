@@ -40,8 +40,7 @@ _CHECKING = "checking this machine and the recipe's files"
 
 @contextlib.contextmanager
 def lead_machines(machine: MachineAddress, recipe: Recipe, report: Callable[[str], None]) -> Iterator[MachineGroup]:
-    """Send machine 0's heartbeats and yield the group of all machines. Leaving the block also ends the other machines'
-    commands."""
+    """Send machine 0's heartbeats and yield the group of all machines. Leaving also ends the other commands."""
     report(_CHECKING)
     own = machines.own_member(recipe, machine, hardware.measure_machine(), uuid.uuid4().hex)
     others = {rank: Peer(machine.file_of(recipe, rank)) for rank in range(1, recipe.train.num_machines)}
@@ -224,8 +223,7 @@ class _AttemptOnAllMachines:
 
 
 def _status_elsewhere(peer: Peer, attempt: str, instance: str) -> tuple[bool, LostMachine | None]:
-    """Return whether an attempt has ended on another machine, and how that machine was lost, or None. `instance`
-    identifies the machine's command."""
+    """Return whether an attempt ended on another machine (command `instance`), and how that was lost, or None."""
     member = peer.read()
     assert member is not None  # it has answered
     lost = partial(LostMachine, rank=member.rank, host=member.host)

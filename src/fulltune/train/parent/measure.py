@@ -70,8 +70,7 @@ def micro_batches_to_measure(recipe: Recipe, plan: Plan, best: Changes) -> list[
 
 
 def compilation_to_measure(recipe: Recipe, best: MeasuredSetting, missing_tool: str | None) -> list[MeasuredSetting]:
-    """Return a list of the best setting with torch.compile, or [] if the recipe already decides. Its `problem` is set
-    if a tool is missing or the run is short."""
+    """Return the best setting with torch.compile, with its `problem` if any, or [] if the recipe decides."""
     train = recipe.train
     if train.torch_compile is not None or train.zero_enabled_by or train.use_liger_kernel:
         return []
@@ -138,8 +137,7 @@ def choose_fastest_plan(trial: PlannedTrial, summary: DataSummary, available_byt
 
 
 def with_measurements(row: MeasuredSetting, outcome: Outcome, tokens: float, available_bytes: int) -> MeasuredSetting:
-    """Return the setting with an attempt's measurements or its problem. `tokens` is the number of tokens in the whole
-    training."""
+    """Return the setting with an attempt's measurements or its problem. `tokens` counts the whole training's."""
     forecast, problem = outcome.forecast, textwrap.shorten(outcome.reason, 120)
     if outcome.status == "out_of_memory":
         problem = f"memory ran out: {problem}"

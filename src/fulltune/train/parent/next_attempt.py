@@ -71,8 +71,7 @@ def plan_next_attempt(
 
 
 def _changed_plan(plan: Plan, last: Outcome, changes: Changes, estimate_memory: EstimateMemory) -> Plan:
-    """Return the plan with changed settings, whose reason is the memory shortage in `last`, and a new memory
-    estimate."""
+    """Return the plan with changed settings, because of the shortage in `last`, and a new memory estimate."""
 
     def reason(old: Setting) -> str:
         planned = old.reason.partition(_MARK)[0] if _MARK in old.reason else f"planned {old.value} ({old.reason})"
@@ -127,8 +126,7 @@ def killed_too_often_message(last: Outcome) -> str:
 
 
 def out_of_memory_messages(recipe: Recipe, plan: Plan, last: Outcome, tried: Sequence[str]) -> list[str]:
-    """Return the error message's lines for when memory ran out and no setting can help. `tried` describes earlier
-    changes."""
+    """Return the error's lines for when memory ran out and no setting can help. `tried` lists earlier changes."""
     lines = [f"{describe_memory_shortage(last, plan)}: {last.reason}"]
     lines += [f"tried: {reason}" for reason in tried]
     for name, changes, text in memory_fallbacks(recipe, plan, last.phase, lambda changes: True):
@@ -143,8 +141,7 @@ def out_of_memory_messages(recipe: Recipe, plan: Plan, last: Outcome, tried: Seq
 
 
 def plan_rollback(plan: Plan, max_rollbacks: int, outcome: Outcome, healthy_step: int) -> NextAttempt | None:
-    """Plan the attempt after a loss spike, from checkpoint `healthy_step` (0: from the start), or return None if a
-    rollback cannot help."""
+    """Plan the attempt after a loss spike, from step `healthy_step` (0: the start), or None if that cannot help."""
     since = outcome.first_bad_step
     # Since step 1: no healthy checkpoint exists, and starting over would spike again.
     if outcome.status != "spiked" or since is None or since <= 1 or len(plan.rollbacks) >= max_rollbacks:

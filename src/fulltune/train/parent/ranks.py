@@ -13,8 +13,7 @@ ONE_MACHINE = ("listen", "127.0.0.1:0")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run torchrun with its static rendezvous. After the role and endpoint, `arguments` are torchrun's own, including
-    this machine's rank."""
+    """Run torchrun with its static rendezvous: role, endpoint, then torchrun's own arguments and machine rank."""
     from torch.distributed import TCPStore, run  # type: ignore[attr-defined]  # not in its stubs
 
     for name in [name for name in os.environ if name.startswith("PET_")]:  # meant for another torchrun

@@ -100,8 +100,7 @@ def train_in_attempts(
 
 
 def _prepare_folders(request: Request, resume: bool, listener: Listener, expected_step: int) -> Request:
-    """Create the attempt's folders; return the request, with the newest undamaged checkpoint if `resume` is set. Warn
-    if that checkpoint is older than `expected_step`."""
+    """Create the attempt's folders; return the request, if `resume` with the newest sound checkpoint."""
     request.checkpoints.mkdir(parents=True, exist_ok=True)
     sound, damaged = checkpoints.newest_undamaged_checkpoint(request.checkpoints) if resume else (None, [])
     if sound is not None and (problem := parallel_layout.why_resume_impossible(sound, request.recipe)):

@@ -1,17 +1,16 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import platform
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Protocol
+
+import psutil
 
 from fulltune.system import hardware, memory
 from fulltune.system.machines import MachineAddress
@@ -20,15 +19,13 @@ from fulltune.train.request import Request
 
 _JOINED = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 ALLOCATOR = f"{_JOINED}:glibc.malloc.mmap_threshold=33554432"
-"""glibc settings that merge freed small blocks at once, which lowered the peak from 2.13 to 1.63 GB
-(docs/concepts/memory.md)."""
+"""glibc settings that merge freed small blocks: the peak fell from 2.13 to 1.63 GB (docs/concepts/memory.md)."""
 FSDP2_ALLOCATOR = f"{_JOINED}:glibc.malloc.mmap_threshold=4194304:glibc.malloc.arena_max=1"
 """glibc settings that return freed blocks of 4 MiB or more to the system and make all threads share one heap. Two ranks
 peaked at 745 MB instead of 1,020 to 1,100, but steps took 15 to 23 % longer."""
 
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
-"""Maximum number of kernels that oneDNN and PyTorch cache, one per shape. The default, 1,024, took 280 MiB; a step
-needs under 64 kernels."""
+"""Most kernels that oneDNN and PyTorch cache, one per shape: 1,024 took 280 MiB; a step needs under 64."""
 
 
 LAUNCHER = ranks.__name__  # starts several processes
@@ -97,8 +94,7 @@ def worker_environment(request: Request) -> dict[str, str]:
 
 
 def multi_machine_variables(machine: MachineAddress) -> dict[str, str]:
-    """Return environment variables for one of several machines. They set gloo's network interface, because gloo often
-    selects the loopback."""
+    """Return a machine's environment variables. They set gloo's interface, because gloo often takes the loopback."""
     variables = dict(_PREFIX)
     if (interface := _interface_with_address(machine.address)) is not None:
         variables["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", interface)
@@ -112,48 +108,36 @@ def loopback_variables() -> dict[str, str]:
 
 
 def _interface_with_address(address: str) -> str | None:
-    if ":" in address:
-        packed = ip_address(address).packed
-        entries = (line.split() for line in memory.read_lines("/proc/net/if_inet6"))
-        return next((name for digits, *_, name in entries if bytes.fromhex(digits) == packed), None)
-    get_address = 0x8915  # SIOCGIFADDR of linux/sockios.h
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # it has none
-                answer = fcntl.ioctl(probe, get_address, name.encode().ljust(256, b"\0"))
-                if socket.inet_ntoa(answer[20:24]) == address:
-                    return name
-    return None
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, own in interfaces if address in {one.address.partition("%")[0] for one in own}), None)
 
 
 def ask_workers_to_stop(child: WorkerProcess) -> None:
     """Send SIGTERM to the workers but not to torchrun, which would kill them after 30 seconds."""
     launched = isinstance(child.args, Sequence) and LAUNCHER in map(str, child.args)
-    workers = _child_process_ids(child.pid) if launched else []
+    workers = _descendants(child, recursive=False) if launched else []
     with contextlib.suppress(ProcessLookupError):
         if not workers:
             os.killpg(child.pid, signal.SIGTERM)
     for worker in workers:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(worker, signal.SIGTERM)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.terminate()
 
 
 def kill_workers(child: WorkerProcess) -> None:
     """Kill all descendant processes, even torchrun's workers, which have their own process groups."""
-    below = _child_process_ids(child.pid)
-    for pid in below:
-        below += _child_process_ids(pid)
+    below = _descendants(child, recursive=True)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    for pid in below:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    for process in below:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
-def _child_process_ids(parent_pid: int) -> list[int]:
-    # Fields after the name, which is in brackets and may contain anything: state, parent ...
-    stats = ("".join(memory.read_lines(str(file))) for file in Path("/proc").glob("[0-9]*/stat"))
-    return [int(stat.split()[0]) for stat in stats if stat and int(stat.rpartition(")")[2].split()[1]) == parent_pid]
+def _descendants(child: WorkerProcess, recursive: bool) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(child.pid).children(recursive)
+    return []
 
 
 def die_with_parent(parent_pid: int) -> None:
