@@ -159,6 +159,14 @@ def note_text_flaws(sources: Iterable[EncodedSource]) -> list[str]:
     return [f"suspicious texts: {shown}; 'fulltune data' lists them"] if counts else []
 
 
+def note_thinking_parts(sources: Iterable[EncodedSource]) -> list[str]:
+    """Return a note on how many rows' answers have thinking parts that are trained or not, or an empty list."""
+    counts = sum((source.tally.of("thinking") for source in sources), Counter[str]())
+    shown = ", ".join(f"{what} in {counted(count, 'row')}" for what, count in counts.most_common())
+    remedy = "; to train these, set data.chat_template" if any("dropped" in what for what in counts) else ""
+    return [f"thinking parts of answers: {shown}{remedy}"] if counts else []
+
+
 def num_shared(split: Split, other: Split, attribute: Literal["groups", "group_values"] = "groups") -> int:
     """Count rows of `split` whose group (or `data.group` value) also occurs in `other`."""
     return int(np.isin(getattr(split, attribute), getattr(other, attribute)).sum())

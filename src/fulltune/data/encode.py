@@ -188,6 +188,8 @@ def encode_chunk(job: Job, chunk: list[LocatedRow]) -> Chunk:
             continue
         for number, refused in enumerate(lost):  # the row is listed once, however many examples are dropped
             drop("part", place, {} if number else row, refused)
+        if good[0].thinking:
+            tally.counts["thinking", good[0].thinking] += 1
         examples += good
         row_of += [len(rows)] * len(good)
         # A row's cells are stored with its first example only, its location with each.

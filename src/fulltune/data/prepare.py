@@ -22,6 +22,7 @@ from fulltune.data.check import (
     note_rarely_tested_classes,
     note_split_problems,
     note_text_flaws,
+    note_thinking_parts,
     notes_on_splitting,
     num_shared,
     refuse_labels_not_in_train,
@@ -57,7 +58,7 @@ from fulltune.data.written import (
     write_mixed_in_rows,
     write_splits,
 )
-from fulltune.errors import RecipeError, SetupError
+from fulltune.errors import DataError, RecipeError, SetupError
 from fulltune.files import create_private_file, find_damage, write_checksums
 from fulltune.models.base import processor_fingerprint
 from fulltune.recipe.data import DataBlock, codec_for_encoding
@@ -166,6 +167,8 @@ def _prepare_uncached(
         for name, source in sources.items()
     }
     limit, reason = length_limit(recipe, task, target, stage.limits, stage.tokenizer)
+    if block.train_on == "last" and "messages" not in target.columns:
+        raise DataError("data.train_on: last needs chat messages, and these rows have none; remove it")
     refuse_secrets_in_names(target, sources["train"].where)
     packed, remarks = can_pack(recipe, target, stage.limits, targets.values())
 
@@ -183,7 +186,7 @@ def _prepare_uncached(
     remarks += [*chain(*(source.notes for source in sources.values())), *notes_on_splitting(recipe, splits)]
     remarks += note_split_problems(splits, target, block.near_duplicates < 1)
     remarks += [f"columns not used: {shown(unused)}"] if unused else []
-    remarks += note_text_flaws(encoded.values())
+    remarks += note_text_flaws(encoded.values()) + note_thinking_parts(encoded.values())
     remarks += note_on_patch(block.patch, (source.patched for source in sources.values()))
 
     late = rows_in_no_split(splits)

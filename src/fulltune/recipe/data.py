@@ -107,6 +107,9 @@ class DataBlock(Block):
     """Column with the answer (causal-lm), on which the loss is computed."""
     messages: str | None = None
     """Column with a list of chat messages (causal-lm). The loss covers only the assistant's messages."""
+    train_on: Literal["all", "last"] = "all"
+    """Which of the assistant's messages are trained: all, or only the last of each conversation. A message with
+    `train: false` or `weight: 0` is never trained."""
     tools: str | None = None
     """Column with the tool definitions for `messages`."""
     problem_type: Literal["auto", "single_label", "multi_label", "regression"] = "auto"

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import numpy as np
 
@@ -37,7 +37,7 @@ FromSums = Callable[[np.ndarray], np.ndarray]
 """Computes a metric from the sums of its terms over all rows: [..., k] to [...]."""
 
 
-_IN_SUMMARY = ("problem_type", "columns", "labels", "joint", "num_choices")
+_IN_SUMMARY = ("problem_type", "columns", "labels", "joint", "num_choices", "train_on")
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Target:
     joint: str = ""
     """Text between prompt and completion, or a prefix of each seq2seq source."""
     num_choices: int = 0
+    train_on: Literal["all", "last"] = "all"
+    """Which of the assistant's messages are trained."""
     stride: int | None = None
     """Overlap of a long context's windows in tokens; None means a third of a window."""
     scale: tuple[float, float] | None = None
@@ -78,7 +80,7 @@ class Target:
     @classmethod
     def from_notes(cls, notes: Mapping[str, Any]) -> Target:
         """Restore a target from the output of `as_notes`."""
-        more = {name: notes[name] for name in ("num_choices", "stride") if name in notes}
+        more = {name: notes[name] for name in ("num_choices", "train_on", "stride") if name in notes}
         return cls(notes["problem_type"], notes["columns"], tuple(notes["labels"]), notes["joint"], **more)
 
 
@@ -102,6 +104,8 @@ class Example:
     refused: Refused | None = None
     longest: int | None = None
     """Length of the longest sequence that the model reads, if it differs from the number of `input_ids`."""
+    thinking: str | None = None
+    """What becomes of the answers' thinking parts, or None if the row has none."""
 
 
 RowExamples = list[list[Example]]

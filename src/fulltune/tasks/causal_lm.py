@@ -117,7 +117,7 @@ def find_target(rows: Iterable[Row], columns: Mapping[str, str], data: DataBlock
             completion = as_text(row.get(columns["completion"]))
             glued = bool(prompt and completion) and not prompt[-1].isspace() and not completion[0].isspace()
     if "messages" in columns:
-        return Target("chat", columns)
+        return Target("chat", columns, train_on=data.train_on)
     if "text" in columns:
         return Target("text", columns)
     return Target("prompt_completion", columns, joint="\n" if glued else "")
@@ -129,12 +129,12 @@ def why_unusable(row: Row, target: Target) -> Refused | None:
         refused = why_cell_blank(row, target, *(role for role in target.columns if role != "input"))
         return refused or (refuse_list(row, target, "input") if "input" in target.columns else None)
     try:
-        messages = chat.clean_messages(row.get(target.columns["messages"]))
+        messages = chat.clean_messages(row.get(target.columns["messages"]), target.train_on)
     except DataError as error:
         return Refused("no conversation", str(error))
     answers = [message for message in messages if chat.is_trained(message)]
     if not any(not is_blank(message["content"]) or message.get("tool_calls") for message in answers):
-        return Refused("no answer", "every assistant message is empty or has weight 0")
+        return Refused("no answer", "every assistant message is empty, or has weight 0 or train: false")
     return None
 
 
@@ -202,10 +202,12 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
         return _encode_texts([as_text(row[target.columns["text"]]) for row in rows], tokenizer, max_length)
     encoded = []
     for row in rows:
+        thinking = None
         if "messages" in target.columns:
             try:
-                messages, tools = chat.clean_messages(row[target.columns["messages"]]), _tools(row, target)
-                masked = chat.tokenise_conversation(tokenizer, messages, tools, max_length)
+                messages = chat.clean_messages(row[target.columns["messages"]], target.train_on)
+                masked = chat.tokenise_conversation(tokenizer, messages, _tools(row, target), max_length)
+                thinking = chat.describe_thinking(tokenizer, messages, masked)
             except DataError as error:
                 refused = Refused("refused by the chat template", str(error))
                 encoded.append([Example({"input_ids": [], "labels": []}, 0, refused=refused)])
@@ -218,7 +220,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
             if tokenizer.eos_token_id is not None and answer[-1:] != [tokenizer.eos_token_id]:
                 answer.append(tokenizer.eos_token_id)
             masked = [(prompt + answer, [False] * len(prompt) + [True] * len(answer))]
-        encoded.append([_masked_example(ids, trained, max_length) for ids, trained in masked])
+        encoded.append([_masked_example(ids, trained, max_length, thinking) for ids, trained in masked])
     return encoded
 
 
@@ -285,7 +287,7 @@ def generation_ids(row: Row, target: Target, tokenizer: Tokenizer, max_length: i
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _masked_example(ids: list[int], trained: list[bool], max_length: int) -> Example:
+def _masked_example(ids: list[int], trained: list[bool], max_length: int, thinking: str | None = None) -> Example:
     """Make an example of at most `max_length` tokens, in which untrained tokens have label -100."""
     labels = [token if is_trained else IGNORED for token, is_trained in zip(ids, trained, strict=True)]
     # The first token is never predicted: its label would not enter the loss.
@@ -293,7 +295,7 @@ def _masked_example(ids: list[int], trained: list[bool], max_length: int) -> Exa
     cut = labels[:max_length]
     features = {"input_ids": ids[:max_length], "labels": cut}
     count = sum(label != IGNORED for label in cut)
-    return Example(features, trained_tokens=count, truncated=len(ids) > max_length)
+    return Example(features, trained_tokens=count, truncated=len(ids) > max_length, thinking=thinking)
 
 
 def end_token(features: RowFeatures) -> int | None:

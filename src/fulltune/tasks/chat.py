@@ -10,17 +10,20 @@ from fulltune.tasks import Tokenizer
 from fulltune.tasks.columns import parse_cell
 
 ChatMessage = Mapping[str, Any]
-"""A message with `role`, `content` and optionally `tool_calls` and `weight`."""
+"""A message with `role`, `content` and optionally `tool_calls`, `weight` and `train`."""
 MaskedIds = tuple[list[int], list[bool]]
 """Token ids with a mask of trained tokens."""
 Tools = list[Any] | None
 
 _ALL, _MANY_TURNS = 2**62, 20
+_THINKING = ("reasoning_content", "thinking", "reasoning")
+_THINKING_TEXT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 
 
-def clean_messages(messages: Any) -> list[dict[str, Any]]:
-    """Convert chat or ShareGPT messages to dictionaries with `role` and `content`, or raise `DataError`."""
+def clean_messages(messages: Any, train_on: str = "all") -> list[dict[str, Any]]:
+    """Convert chat or ShareGPT messages to dictionaries with `role` and `content`, or raise `DataError`. Untrained ones
+    get the weight 0."""
     messages = parse_cell(messages)
     if not isinstance(messages, (list, tuple)) or not all(isinstance(message, Mapping) for message in messages):
         raise DataError(f"expected a list of messages {{role, content}}, found {str(messages)[:60]!r}")
@@ -36,9 +39,17 @@ def clean_messages(messages: Any) -> list[dict[str, Any]]:
             raise DataError(f"a message has the role {fields['role']!r}, but a role must be text")
         if fields.get("weight", 1) not in (0, 1):
             raise DataError(f"a message with role '{fields['role']}' has weight {fields['weight']!r}, expected 0 or 1")
+        if fields.get("train", True) not in (True, False):
+            raise DataError(
+                f"a message with role '{fields['role']}' has train {fields['train']!r}, expected true or false"
+            )
+        if not fields.get("train", True):
+            fields["weight"] = 0
         if "content" not in fields and "tool_calls" not in fields:
             raise DataError(f"a message with role '{fields['role']}' has neither 'content' nor 'tool_calls'")
         cleaned.append({"content": "", **fields, **_normalised_content_and_calls(fields)})
+    for message in [message for message in cleaned if is_trained(message)][:-1] if train_on == "last" else ():
+        message["weight"] = 0
     return cleaned
 
 
@@ -79,12 +90,14 @@ def tokenise_conversation(
 
     Answers beyond `max_tokens` may stay untrained.
     """
-    has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template))
-    if has_marks and all(message.get("weight") != 0 for message in messages):
+    marked: list[bool] | None = None
+    if re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)):
         tokens = _apply_chat_template(
             tokenizer, messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
-        return [(list(tokens["input_ids"]), [bool(value) for value in tokens["assistant_masks"]])]
+        marked = [bool(value) for value in tokens["assistant_masks"]]
+        if all(message.get("weight") != 0 for message in messages):
+            return [(list(tokens["input_ids"]), marked)]
     whole = render(tokenizer, messages, tools)
     turns = [position for position, message in enumerate(messages) if is_trained(message)]
     starts = [start for start, _ in _ids_and_offsets(tokenizer, whole)[1]] if len(turns) > _MANY_TURNS else []
@@ -96,8 +109,30 @@ def tokenise_conversation(
             break
         spans.append(_turn_span(tokenizer, messages, turn, tools))
     if all(whole.startswith(text) for _, text in spans):
-        return [_tokenise_with_mask(tokenizer, whole, [(start, len(text)) for start, text in spans])]
+        ids, in_spans = _tokenise_with_mask(tokenizer, whole, [(start, len(text)) for start, text in spans])
+        return [(ids, [one and other for one, other in zip(in_spans, marked or in_spans, strict=True)])]
     return [_tokenise_with_mask(tokenizer, text, [(start, len(text))]) for start, text in spans]
+
+
+def describe_thinking(tokenizer: Tokenizer, messages: Sequence[ChatMessage], tokens: Sequence[MaskedIds]) -> str | None:
+    """Say what becomes of the thinking parts of trained messages in a conversation's tokens, or return None without
+    thinking."""
+    answers = [message for message in messages if is_trained(message)]
+    parts = [str(message.get(name, "")) for message in answers for name in _THINKING]
+    parts += [part for message in answers for part in _THINKING_TEXT.findall(message["content"])]
+    if not (parts := [part for part in parts if part.strip()]):
+        return None
+
+    def text_of(ids: Sequence[int]) -> str:
+        return "".join(tokenizer.decode(ids).split())
+
+    wanted = [text_of(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]) for part in parts]
+    trained = "\n".join(text_of([one for one, in_loss in zip(*masked, strict=True) if in_loss]) for masked in tokens)
+    num_trained = sum(part in trained for part in wanted)
+    if num_trained:
+        return "trained" if num_trained == len(wanted) else "trained in part"
+    read = "\n".join(text_of(ids) for ids, _ in tokens)
+    return "read but not trained" if any(part in read for part in wanted) else "dropped by the chat template"
 
 
 def _turn_span(tokenizer: Tokenizer, messages: Sequence[ChatMessage], turn: int, tools: Tools) -> tuple[int, str]:

@@ -275,3 +275,23 @@ def test_rows_that_are_tokenised_are_not_told_chunk_by_chunk(tmp_path: Path, mon
     limits = data.Limits(tiny.POSITIONS)
     data.prepare(data.Stage(recipe, tmp_path / "data", tiny.encoder_tokenizer(), limits, listener=events.append))
     assert [(one.done, one.total) for one in events if one.name == "tokenising"] == [(40, 40)]
+
+
+def test_only_last_answers_are_trained_and_thinking_is_reported(tmp_path: Path) -> None:
+    told = [{**row["messages"][1], "reasoning_content": "hm, let me see"} for row in tiny.chat_rows()]
+    rows = [
+        {"messages": [*row["messages"], *row["messages"][:1], last]}
+        for row, last in zip(tiny.chat_rows(), told, strict=True)
+    ]
+    tokenizer = tiny.decoder_tokenizer(tiny.CHATML)
+    every, last = (
+        prepare(tmp_path / on, rows, tokenizer, "causal-lm", mixed=[{"text": "a b c d"}] * 9, train_on=on)
+        for on in ("all", "last")
+    )
+    assert Target.of(last).train_on == "last"
+    assert every.splits["train"].tokens == last.splits["train"].tokens
+    assert every.splits["train"].trained_tokens == 2 * last.splits["train"].trained_tokens
+    state = "thinking parts of answers: dropped by the chat template in 40 rows; to train these, set data.chat_template"
+    assert every.notes.count(state) == last.notes.count(state) == 1
+    with pytest.raises(DataError, match=r"data\.train_on: last needs chat messages, and these rows have none"):
+        prepare(tmp_path / "pairs", tiny.pair_rows(), tokenizer, "causal-lm", train_on="last")

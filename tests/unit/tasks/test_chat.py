@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import pytest
 
@@ -24,10 +25,12 @@ CALLED = '<call>[{"type": "function", "function": {"name": "f", "arguments": {"x
 PLAIN = [message for message in TALK if message["role"] != "tool" and "tool_calls" not in message]
 
 
-def trained(template: str, messages: list[dict[str, Any]], tools: Any = None) -> list[list[str]]:
+def trained(
+    template: str, messages: list[dict[str, Any]], tools: Any = None, train_on: Literal["all", "last"] = "all"
+) -> list[list[str]]:
     """For each sequence the runs of trained tokens, decoded."""
     tokenizer = tiny.decoder_tokenizer(template)
-    target = Target("chat", {"messages": "messages", "tools": "tools"})
+    target = Target("chat", {"messages": "messages", "tools": "tools"}, train_on=train_on)
     found = []
     for example in causal_lm.encode([{"messages": messages, "tools": tools}], target, tokenizer, 10**6)[0]:
         segments = causal_lm.preview(example.features, target, tokenizer).segments
@@ -97,6 +100,10 @@ def test_generation_prompt_ends_where_training_begins() -> None:
             [{"role": "user", "content": "x", "weight": 0.5}],
             "a message with role 'user' has weight 0.5, expected 0 or 1",
         ),
+        (
+            [{"role": "assistant", "content": "x", "train": "no"}],
+            "a message with role 'assistant' has train 'no', expected true or false",
+        ),
         ([{"content": "x"}], "a message has no 'role'"),
         ([{"role": "user"}], "a message with role 'user' has neither 'content' nor 'tool_calls'"),
         ([{"role": "user", "content": {"a": 1}}], "a message with role 'user' has an object as content, expected text"),
@@ -119,6 +126,44 @@ def test_answers_of_weight_0_are_read_and_not_trained(template: str) -> None:
     row, target = {"m": [{**TALK[1]}, {**TALK[2], "weight": 0}]}, Target("chat", {"messages": "m"})
     assert (refused := causal_lm.why_unusable(row, target)) is not None
     assert (refused.check, "has weight 0" in refused.reason) == ("no answer", True)
+
+
+@pytest.mark.parametrize("template", [tiny.CHATML, tiny.MARKED, tiny.REWRITING])
+def test_only_the_last_answer_is_trained(template: str) -> None:
+    """One that is not to be trained does not count, and generation asks as before."""
+    assert trained(template, PLAIN, train_on="last") == [["it is 42<|im_end|>"]]
+    marked = [*PLAIN[:-1], {**PLAIN[-1], "train": False}]
+    assert trained(template, marked) == trained(template, marked, train_on="last")
+    assert trained(template, marked) == [["<think>hm</think>hi é<|im_end|>"]]
+    told = [{**message, "train": True} for message in PLAIN]
+    assert trained(template, told) == trained(template, PLAIN)
+    tokenizer = tiny.decoder_tokenizer(template)
+    every, last = (Target("chat", {"messages": "m"}, train_on=on) for on in ("all", "last"))
+    for of in (causal_lm.answer_text, causal_lm.prompt_text, partial(causal_lm.generation_ids, tokenizer=tokenizer)):
+        assert of({"m": PLAIN}, every) == of({"m": PLAIN}, last)
+    assert Target.from_notes(last.as_notes()) == last
+
+
+MARKS_WITHOUT_THINKING = tiny.MARKED.replace("{% generation %}", "{{ m.reasoning_content }}{% generation %}")
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "state"),
+    [
+        (tiny.CHATML, {"content": "<think>\nlet us\nsee</think>yes"}, "trained"),
+        (tiny.CHATML, {"content": "yes", "reasoning_content": "let us see"}, "dropped by the chat template"),
+        (tiny.CHATML, {"content": "<think>let us</think>yes", "thinking": "and see"}, "trained in part"),
+        (MARKS_WITHOUT_THINKING, {"content": "yes", "reasoning_content": "let us see"}, "read but not trained"),
+        (tiny.CHATML, {"content": "<think>\n\n</think>yes"}, None),
+        (tiny.CHATML, {"content": "yes"}, None),
+    ],
+)
+def test_thinking_part_is_trained_or_not(template: str, answer: dict[str, str], state: str | None) -> None:
+    talk = [{"role": "user", "content": "so?"}, {"role": "assistant", **answer}]
+    unasked = [*talk[:1], {**talk[1], "thinking": "never mind", "weight": 0}, *talk]
+    tokenizer, target = tiny.decoder_tokenizer(template), Target("chat", {"messages": "m"})
+    for [example] in causal_lm.encode([{"m": talk}, {"m": unasked}], target, tokenizer, 10**6):
+        assert example.thinking == state
 
 
 def test_answer_without_width_is_none() -> None:
