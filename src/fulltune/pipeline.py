@@ -161,7 +161,7 @@ def check_recipe(recipe: Recipe, base: Base, runs_here: bool) -> None:
     not support."""
     check_trainable(recipe, check_packages=runs_here)
     check_model(recipe, base)
-    methods.check_methods(recipe, base.config)
+    methods.check_methods(recipe, base)
 
 
 def audit_rows(job: Run, summary: DataSummary, reads_rows: bool = True) -> Audit:

@@ -161,3 +161,15 @@ def test_budget_for_forgetting_chooses_the_same_point(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_example_runs_from_rows_to_report(name: str, tmp_path: Path) -> None:
     placed.run_example(name, tmp_path)
+
+
+@pytest.mark.parametrize("place", ["ddp:2", "fsdp2:2"])
+def test_frozen_parts_are_the_same_in_several_processes(place: str, folder: Path) -> None:
+    encoder = FAMILIES["encoder"]
+    method = {**encoder.blocks["method"], "name": "full", "freeze": ["embeddings", "layer.0"]}
+    family = replace(encoder, blocks={**encoder.blocks, "method": method})
+    one = in_one_process(folder / f"{place}-one", family, **FEW)
+    placed.train(folder / place, family, Place(place), **FEW)
+    several = placed.read(folder / place)
+    assert_near(one, several)
+    assert several.outcome.parameter_changes == one.outcome.parameter_changes

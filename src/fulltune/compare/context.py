@@ -120,7 +120,7 @@ class Context:
     @property
     def full(self) -> Method:
         """Return the first full fine-tuning, or the only method of a rate search."""
-        return next((one for one in self.methods if one.kind == "full"), self.recipe.method)
+        return next((one for one in self.methods if one.kind == "full" and one.trains_all), self.recipe.method)
 
     @property
     def trained_methods(self) -> list[Method]:

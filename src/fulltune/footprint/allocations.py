@@ -51,8 +51,8 @@ class TraceCase:
     """Function that applies the method and dropout to a model; its `repr` identifies it in the footprint cache."""
     num_parameters: int
     """Number of parameters of the model and its method, counting tied ones once."""
-    all_trained: bool = True
-    """False if only parameters with `requires_grad` after `prepare` are trained."""
+    num_trainable: int | None = None
+    """Number of parameters with `requires_grad` after `prepare` if only these are trained, or None for all."""
     precision: str = "fp32"
     checkpointing: tuple[bool, ...] = (False, True)
     weights_dtype: str = "fp32"
@@ -60,6 +60,10 @@ class TraceCase:
     packed: bool = False
     pixels: tuple[int, int, int] | None = None
     """Channels, height and width of an image."""
+
+    @property
+    def all_trained(self) -> bool:
+        return self.num_trainable is None
 
 
 def build_model(case: TraceCase, config: PretrainedConfig) -> PreTrainedModel:

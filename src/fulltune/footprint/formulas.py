@@ -75,7 +75,8 @@ def _extrapolate_from_copies(
             shapes=traced.shapes + _added_shapes(base.shapes, more.shapes) * further,
             trained=traced.trained + _added_shapes(base.trained, more.trained) * further,
         )
-    return traced if sum(math.prod(shape) for shape in traced.shapes) == case.num_parameters else None
+    whole, trained = (sum(math.prod(shape) for shape in shapes) for shapes in (traced.shapes, traced.trained))
+    return traced if whole == case.num_parameters and case.num_trainable in (None, trained) else None
 
 
 _Copy = tuple[dict[str, int], tuple[str, ...]]

@@ -116,7 +116,7 @@ class PlannedModel:
     @cached_property
     def shapes(self) -> Shapes:
         """The model's dimensions, including the parameters of the recipe's method."""
-        apply = make_preparation(self.recipe, on_cpu=False) if self.recipe.method.kind != "full" else None
+        apply = None if self.recipe.method.trains_all else make_preparation(self.recipe, on_cpu=False)
         return measure_shapes(self.base, self.config_changes, apply)
 
     def footprint(self, recipe: Recipe, device: str, precision: str) -> Footprint:
@@ -130,7 +130,7 @@ class PlannedModel:
                 Target.of(self.summary),
                 make_preparation(recipe, on_cpu=device == "cpu"),
                 self.shapes.num_all_parameters or self.shapes.num_parameters,
-                all_trained=self.shapes.num_trainable is None,
+                num_trainable=self.shapes.num_trainable,
                 precision=precision,
                 # Both, because the value that the recipe does not set can be proposed.
                 checkpointing=(False, True) if self.shapes.can_recompute else (False,),
@@ -158,7 +158,7 @@ def make_preparation(recipe: Recipe, on_cpu: bool) -> Callable[[PreTrainedModel]
 
 def apply_method_and_dropout(method: Method, task: TaskName, on_cpu: bool, model: PreTrainedModel) -> None:
     """Apply the method to a model and, if `on_cpu`, replace its dropout layers with `SixteenBitDropout`."""
-    if method.kind != "full":
+    if not method.trains_all:
         methods.apply_method(model, method, task)
     if on_cpu:
         dropout.replace_dropout(model)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from fulltune.models.base import Base
+
 
 BY_HOOKS = ("adapter", "prompt")
 """Methods that add hooks, which cannot be merged into the model's weights."""
@@ -33,12 +35,15 @@ class AppliedMethod:
 
 def apply_method(model: PreTrainedModel, method: Method, task: TaskName) -> AppliedMethod:
     """Add the method's parameters, initialised from torch's random state, and freeze what the method does not train."""
-    from fulltune.methods import added, head
+    from fulltune.methods import added, freeze, head
 
     if method.kind == "full":
         model.requires_grad_(True)
         for parameter in sinusoidal_tables(model).values():
             parameter.requires_grad_(False)
+        if method.freeze:
+            freeze.freeze_parameters(model, method.freeze, method.label)
+            head.keep_frozen_batch_norms_in_eval(model)
         return AppliedMethod(model, method)
     heads = head.head_paths(model, task, method.label)
     model.requires_grad_(False)
@@ -99,9 +104,18 @@ def virtual_tokens_of(model: nn.Module) -> int:
     return 0 if prompt is None else len(prompt.weight)
 
 
-def check_methods(recipe: Recipe, config: PretrainedConfig) -> None:
+def check_methods(recipe: Recipe, base: Base) -> None:
     """Raise `RecipeError` if one of the recipe's methods cannot do its task with this model."""
-    lines = [line for method in recipe.methods or (recipe.method,) for line in method_problems(recipe, config, method)]
+    from fulltune.models.shapes import measure_shapes
+
+    lines = list[str]()
+    for method in recipe.methods or (recipe.method,):
+        lines += method_problems(recipe, base.config, method)
+        if method.kind == "full" and method.freeze:
+            try:
+                measure_shapes(base, {}, lambda model, method=method: apply_method(model, method, recipe.task))
+            except RecipeError as error:
+                lines += error.problems
     if lines:
         raise RecipeError(lines)
 

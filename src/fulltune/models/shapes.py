@@ -31,6 +31,8 @@ class Shapes(Record):
     can_recompute: bool = True
     num_all_parameters: int | None = None
     num_trainable: int | None = None
+    trains_head: bool = False
+    """True if some parameters are frozen, but not the language model's head."""
     head_is_kept: bool = False
     plain_logits: bool = True
     """True if no config field scales or caps logits after the head; verified before step 1."""
@@ -53,12 +55,13 @@ def measure_shapes(
         model = load_with_advice(base.block, "model", lambda: base.auto_model_class.from_config(config))
     text = config.get_text_config()
     counts = [parameter.numel() for parameter in model.parameters()]
-    num_all = trained = units = None
+    num_all = trained = units = lm_head = None
     if apply_method is not None:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             apply_method(model)
         num_all = sum(parameter.numel() for parameter in model.parameters())
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        lm_head = model.get_output_embeddings()
     else:
         with contextlib.suppress(SetupError):  # it cannot be sharded
             units = sharding.count_unit_parameters(model)
@@ -74,6 +77,7 @@ def measure_shapes(
         position_limit=position_limit(config),
         num_all_parameters=num_all,
         num_trainable=trained,
+        trains_head=lm_head is not None and lm_head.weight.requires_grad,
         can_recompute=bool(model.supports_gradient_checkpointing),
         head_is_kept=head.order is not None,
         plain_logits=not any(getattr(text, name, None) not in (None, 1, 1.0) for name in _AFTER_HEAD),

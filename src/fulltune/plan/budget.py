@@ -179,6 +179,7 @@ def disk_need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> 
     """Compute the run's peak disk usage for checkpoints, the finished model and the initial weights."""
     state = memory.state_bytes(num_parameters, settings)
     weights = memory.num_trainable(num_parameters, settings) * BYTES[memory.trained_dtype(settings)]
+    weights = state["weights"] if settings.saves_all else weights
     checkpoint = weights + state["optimizer"]
     if recipe.train.placement == "fsdp2":  # checkpoints have fp32 moments with every optimizer
         checkpoint = weights + max(state["optimizer"], MOMENTS_BYTES * memory.num_trainable(num_parameters, settings))

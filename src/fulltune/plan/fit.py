@@ -49,6 +49,7 @@ def make_plan(workload: Workload, fleet: Fleet, own_loss: bool = False, startup_
     logging_steps = reasons.add("train.logging_steps", train.logging_steps, max(1, steps.total // 200), often)
     answers, need = plan_answers(basis, option.settings, option.memory, summary, metric, reasons)
     generic = watching.plan_generic_texts(recipe, summary, basis.global_batch_size, steps, reasons)
+    resolve.record_parts(recipe, shapes, reasons)
     resolve.record_other_settings(recipe, reasons)
     reasons.settings += resolve.memory_caveats(basis.footprint, bool(train.torch_compile))
     used = option.settings
@@ -152,7 +153,7 @@ def why_not_fsdp2(recipe: Recipe, shapes: Shapes, machine: Machine) -> str | Non
     if train.use_liger_kernel:
         return "Liger's kernels are untested with fsdp2"
     if shapes.num_trainable is not None:
-        return "fsdp2's memory can be planned only for full fine-tuning"
+        return "fsdp2's memory can be planned only if every parameter is trained"
     return None if shapes.units is not None else "this model has no repeated blocks"
 
 

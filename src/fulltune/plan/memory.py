@@ -60,7 +60,7 @@ def unsharded_need(shapes: Shapes, footprint: Footprint, settings: MemorySetting
         # A second model reads the checkpoint's weights and is freed before the optimizer's state is read.
         "resuming": state["weights"] + max(state["weights"] + read if on_cpu else 0, state["optimizer"]) + base,
     }
-    if settings.num_trainable is not None:  # a checkpoint holds only trained weights
+    if settings.num_trainable is not None and not settings.saves_all:  # a checkpoint holds only trained weights
         phases["resuming"] = state["weights"] + state["gradients"] + state["optimizer"] + base
     return MemoryNeed(kinds=kinds, phases=phases)
 
@@ -134,7 +134,7 @@ def with_chunked_loss(
         return live
     halves = 2 if settings.precision != "fp32" else 0
     head = shapes.vocab_size * shapes.hidden_size
-    has_gradient = earlier_gradients is not None and settings.num_trainable is None  # else the head is frozen
+    has_gradient = earlier_gradients is not None and (settings.num_trainable is None or shapes.trains_head)
     logits, gradients = 0, live["gradients"]
     if live["logits"]:
         logits = min(tokens, CHUNK_TOKENS[settings.device]) * shapes.vocab_size * (4 + halves)
@@ -193,7 +193,7 @@ def num_trainable(num_parameters: int, settings: MemorySettings) -> int:
 
 
 def trained_dtype(settings: MemorySettings) -> str:
-    return settings.weights_dtype if settings.num_trainable is None else "fp32"
+    return settings.weights_dtype if settings.num_trainable is None or settings.saves_all else "fp32"
 
 
 def state_bytes(num_parameters: int, settings: MemorySettings) -> dict[MemoryKind, int]:

@@ -277,6 +277,15 @@ def memory_caveats(footprint: Footprint, compiled: bool = False) -> list[Setting
     return [Setting(name=name, value=value, reason=why, is_automatic=True) for name, value, why in rows]
 
 
+def record_parts(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> None:
+    """Add to `reasons` how many parameters full fine-tuning leaves unchanged."""
+    if recipe.method.kind == "full" and recipe.method.freeze and shapes.num_trainable is not None:
+        frozen = f"{shapes.num_parameters - shapes.num_trainable:,} of {shapes.num_parameters:,} parameters are frozen"
+        why = f"{frozen}: they need no gradients and no optimizer state; tied weights are frozen together"
+        value = list(recipe.method.freeze)
+        reasons.settings.append(Setting(name="method.freeze", value=value, reason=why, is_automatic=False))
+
+
 _NOT_SHOWN = ("data.train", "data.eval", "data.test", "method.train")
 
 

@@ -46,7 +46,8 @@ def survey_placements(
     table = placements.placement_table(basis)
     outcome = _plan_or_error(workload, fleet, table) if existing_plan is None else (existing_plan, {})
     fits = not isinstance(outcome, DoesNotFitError)
-    full_fits = fits if kind == "full" else _plan_or_none(with_method("full"), fleet, any_placement=True) is not None
+    trains_all = workload.recipe.method.trains_all
+    full_fits = fits if trains_all else _plan_or_none(with_method("full"), fleet, any_placement=True) is not None
     by_lora = with_method("lora") if kind != "lora" and not full_fits else None
     lora = _plan_or_none(by_lora, fleet, any_placement=True)
     lora_fits = fits if kind == "lora" else None if by_lora is None else lora is not None

@@ -111,6 +111,7 @@ def make_basis(workload: Workload, fleet: Fleet, reasons: Reasons | None = None,
         num_machines=train.num_machines,
         num_all_parameters=shapes.num_all_parameters,
         num_trainable=shapes.num_trainable,
+        saves_all=recipe.method.kind == "full" and not recipe.method.trains_all,
         num_saves=time.count_interval_steps(steps.total, steps.between_evaluations, steps.between_saves),
         # scikit-learn works in the host's memory.
         probe_bytes=time.linear_probe_cost(summary, shapes.hidden_size)[1]

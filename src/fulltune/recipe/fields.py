@@ -79,7 +79,8 @@ class Recipe(Block):
             return self
         kinds, names = [self.compared_kind(one) for one in self.methods], [one.label for one in self.methods]
         pairs = {
-            "methods: 'full' is missing; add it, because the other methods are compared with it": "full" not in kinds,
+            f"methods: 'full'{' without freeze' * (VARIANT in kinds)} is missing; add it, because the other methods "
+            "are compared with it": "full" not in kinds,
             "methods: nothing to compare full fine-tuning with ('base' and 'head' are only shown for reference); "
             f"add one of {', '.join(_DECIDING_KINDS)}, or another full with other settings": (
                 "full" in kinds and not set(kinds) & set(RIVALS)
@@ -109,8 +110,8 @@ class Recipe(Block):
         return settings
 
     def compared_kind(self, method: ComparedMethod) -> MethodKind:
-        """Return a compared method's kind, or `variant` for every `full` after the first in `methods`."""
-        first = next((one for one in self.methods if one.kind == "full"), method)
+        """Return a compared method's kind, or `variant` for every `full` in `methods` that is not the reference."""
+        first = next((one for one in self.methods if one.trains_all), None if self.methods else method)
         kind: MethodKind = method.kind
         return VARIANT if kind == "full" and method != first else kind
 

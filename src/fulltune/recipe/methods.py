@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -43,6 +44,10 @@ class _MethodSettings(Block):
     def name_parts(self) -> tuple[str, ...]:
         """Return non-default settings for the method's name, such as `r64`."""
         return ()
+
+    @property
+    def trains_all(self) -> bool:
+        return False
 
     @property
     def label(self) -> str:
@@ -92,16 +97,36 @@ class _TrainedMethod(_MethodSettings):
 
 
 class FullMethod(_TrainedMethod):
-    """Train every parameter."""
+    """Train every parameter that is not frozen."""
 
     kind: Literal["full"]
-    """Every parameter is trained."""
+    """Every parameter is trained, except those that match `freeze`."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of parameters to leave unchanged, such as `["embeddings", "encoder.layer.[0-3]"]`. A pattern matches if
+    its parts, separated by dots, match successive parts of a parameter's name, where `*` is any text within a part.
+    Tied weights are frozen together. Frozen parameters need no gradients or optimizer state. The whole model is
+    saved."""
     layerwise_lr_decay: float = Field(default=1.0, gt=0, le=1)
     """Learning rate of each layer relative to the layer above, where 1 means the same rate everywhere. 0.8 to 0.95 can
     help encoders with few rows and a random head, but did not help heads initialised from a linear probe."""
     train: PlainSettings = Field(default_factory=dict)
     """Changes to the `train` block for this method of a comparison, such as `{label_smoothing_factor: 0.1}`, to measure
-    their effect. The first `full` is the reference."""
+    their effect. The first `full` without `freeze` is the reference."""
+
+    @property
+    def trains_all(self) -> bool:
+        return not self.freeze
+
+    def name_parts(self) -> tuple[str, ...]:
+        """Return the frozen parts for the method's name, such as `freeze-embeddings`."""
+        names = [re.sub("[^A-Za-z0-9]+", "_", pattern).strip("_") for pattern in self.freeze]
+        return (f"freeze-{'-'.join(names)}"[:60].strip("-_"),) if names else ()
+
+    @model_validator(mode="after")
+    def _raise_if_empty_pattern(self) -> FullMethod:
+        if not all(part for pattern in self.freeze for part in pattern.split(".")):
+            raise ValueError("freeze: a pattern has an empty part; write names such as embeddings or encoder.layer.0")
+        return self
 
 
 class HeadMethod(_TrainedMethod):
@@ -214,6 +239,6 @@ ComparedMethod = Annotated[
     Field(discriminator="kind"),
 ]
 MethodKind = Literal["base", "head", "full", "variant", "lora", "adapter", "prompt", "peft"]
-"""Kinds of compared methods. A `variant` is any `full` after the first one."""
+"""Kinds of compared methods. A `variant` is any `full` with frozen parameters, or after the first one."""
 VARIANT: MethodKind = "variant"
 RIVALS = ("lora", "adapter", "prompt", "peft", VARIANT)

@@ -141,6 +141,8 @@ class MemorySettings(Record):
     """Number of parameters including the method's, or None if the method adds none."""
     num_trainable: int | None = None
     """Number of trained parameters, or None for all."""
+    saves_all: bool = False
+    """True if checkpoints hold the whole model although some parameters are frozen."""
 
     def changed(self, **values: Any) -> Self:
         return self.model_copy(update=values)
@@ -205,6 +207,11 @@ class Plan(MemorySettings):
         return (
             0 if self.num_trainable is None else (self.num_all_parameters or self.num_parameters) - self.num_trainable
         )
+
+    @property
+    def freeze(self) -> tuple[str, ...]:
+        """Patterns of the parameters that full fine-tuning leaves unchanged."""
+        return tuple(next((one.value for one in self.settings if one.name == "method.freeze"), ()))
 
     @property
     def sent_bytes(self) -> int:

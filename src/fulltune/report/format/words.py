@@ -35,6 +35,14 @@ def format_estimate(metric: str, value: Estimate) -> str:
     return f"{format_metric(metric, value.value)} [{interval}]"
 
 
+def describe_trained(plan: Plan | None) -> str:
+    """Describe which parameters are trained."""
+    if plan is None or not plan.num_frozen_parameters:
+        return "all parameters fine-tuned"
+    how = f"not full: all except {', '.join(plan.freeze)}" if plan.freeze else plan.method
+    return f"{plan.num_trainable_parameters:,} parameters trained ({how})"
+
+
 def describe_traffic(plan: Plan) -> str | None:
     """Describe the bytes that each process sends per step, or return None for a single process."""
     if not plan.sent_bytes:

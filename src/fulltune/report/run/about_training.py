@@ -155,7 +155,8 @@ def training_facts(view: RunView, outcome: Outcome) -> list[NameAndValue]:
     """List the numbers of trained and changed parameters, and the step whose weights were saved."""
     facts, changes, plan, answers = [], outcome.parameter_changes, view.plan, view.num_choosing_answers
     if plan:
-        facts.append(("parameters", f"{plan.num_trainable_parameters:,} trained of {plan.num_parameters:,}"))
+        frozen = f"; not full: all except {', '.join(plan.freeze)}" if plan.freeze else ""
+        facts.append(("parameters", f"{plan.num_trainable_parameters:,} trained of {plan.num_parameters:,}{frozen}"))
     if outcome.best_step is not None:
         best = f"step {outcome.best_step:,}"
         if plan and outcome.best_metric is not None:

@@ -29,9 +29,7 @@ _BARE = "---\nlibrary_name: transformers\ntags:\n- fulltune\n---\n\n# An exporte
 def build_model_card(view: RunView, model_folder: Path) -> str:
     """Return the model card as Markdown, with the Hub's YAML metadata and without local paths."""
     plan, scores = view.plan, view.trained
-    trained = "all parameters fine-tuned"
-    if plan and plan.num_frozen_parameters:
-        trained = f"{plan.num_trainable_parameters:,} parameters trained ({escape_markdown(plan.method)})"
+    trained = escape_markdown(words.describe_trained(plan))
     sections = (
         _build_data_section(view.summary),
         _build_metrics_section(view, scores),

@@ -62,7 +62,7 @@ def dry_run(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Callable[[Row
         gc.collect()  # `DistributedDataParallel` hooks into each gradient as long as it lives
     check = dry_run_check(collate_on_device(trainer, [rows[i] for i in longest]), loss, began)
     inputs.usage.dry_run_loss, inputs.usage.forecast = loss, forecast
-    if not plan.num_frozen_parameters:
+    if not plan.num_frozen_parameters or plan.saves_all:  # full fine-tuning may not use every tensor
         return [check]
     result = f"all but {len(unreached)}, such as {unreached[0]}" if unreached else "all"
     return [check, Check(name="trained tensors with a gradient", result=result, passed=not unreached)]

@@ -1,0 +1,124 @@
+"""Full fine-tuning with frozen parts leaves exactly these as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from fulltune import methods
+from fulltune.errors import RecipeError
+from fulltune.methods.freeze import matches
+from fulltune.recipe.fields import Recipe
+from fulltune.recipe.methods import FullMethod
+from fulltune.report.run.model_card import build_model_card
+from fulltune.report.run.read import read_run
+from tests import tiny
+from tests.cases import others_long
+from tests.train import runs
+
+STEPS: dict[str, Any] = {"max_steps": 4, "warmup_steps": 0, "lr_scheduler_type": "constant", "optim": "adamw_torch"}
+LOWER = ["embeddings", "encoder.layer.0"]
+SIX = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 3}
+
+
+def frozen(patterns: Sequence[str], **more: Any) -> dict[str, Any]:
+    return {"kind": "full", "freeze": patterns, "learning_rate": 1e-2, **more}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "expected"),
+    [
+        ("embeddings", "bert.embeddings.word_embeddings.weight", True),
+        ("embeddings", "bert.word_embeddings.weight", False),
+        ("encoder.layer.[0-3].*", "bert.encoder.layer.3.output.dense.bias", True),
+        ("layer.1", "bert.encoder.layer.11.output.dense.bias", False),
+        ("*.bias", "classifier.bias", True),
+        ("*norm*", "model.layers.0.input_layernorm.weight", True),
+        ("a.b.c", "b.c", False),
+    ],
+)
+def test_pattern_matches_whole_parts_of_a_name(pattern: str, name: str, expected: bool) -> None:
+    assert matches(pattern, name) is expected
+
+
+@pytest.mark.parametrize("optim", others_long(("adamw_torch", "adamw_8bit"), "adamw_torch"))
+def test_frozen_parameters_stay_and_the_others_move(optim: str, tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", "bert")
+    train = {**STEPS, "optim": optim}
+    method = frozen(LOWER, layerwise_lr_decay=0.9)
+    reached = runs.run(tmp_path, model, tiny.topic_rows(), method=method, train=train, until="report")
+    plan, outcome = reached.plan, reached.outcome
+    assert plan is not None
+    assert outcome is not None
+    assert plan.method == "full-freeze-embeddings-encoder_layer_0"
+    folder = tmp_path / "run" / plan.model_folder
+    before, after = load_file(model / "model.safetensors"), load_file(folder / "model.safetensors")
+    lower = {name for name in before if any(matches(pattern, name) for pattern in LOWER)}
+    assert len(lower) > 10
+    unmoved = {name for name, value in before.items() if torch.equal(value, after.get(f"bert.{name}", after.get(name)))}
+    assert unmoved == lower
+    count = sum(before[name].numel() for name in lower)
+    assert plan.num_frozen_parameters == count
+    assert plan.state["gradients"] == 4 * (plan.num_parameters - count)
+    assert plan.state["weights"] == 4 * plan.num_parameters
+    assert plan.disk is not None
+    assert plan.disk.checkpoint_bytes > plan.state["weights"] + plan.state["optimizer"]
+    assert outcome.parameter_changes is not None
+    assert outcome.parameter_changes.num_tensors_changed == outcome.parameter_changes.num_tensors_with_gradient
+    AutoModelForSequenceClassification.from_pretrained(folder)
+    card = build_model_card(read_run(tmp_path / "run"), folder)
+    assert f"{plan.num_trainable_parameters:,} parameters trained (not full: all except embeddings" in card
+    assert "not full: all except embeddings" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_interrupted_run_with_frozen_parts_equals_an_unbroken_one(tmp_path: Path) -> None:
+    model, rows = tiny.save_model(tmp_path / "model", "bert"), tiny.topic_rows()
+    blocks: dict[str, Any] = {"method": frozen(LOWER), "train": {**STEPS, **SIX}}
+    whole = runs.run(tmp_path / "whole", model, rows, **blocks)
+    assert whole.plan is not None
+    with pytest.raises(Exception, match="a fault"):
+        runs.run(tmp_path / "broken", model, rows, options={"listener": runs.at_step(5, runs.fail)}, **blocks)
+    runs.run(tmp_path / "broken", model, rows, **blocks)
+    one, other = (
+        load_file(tmp_path / side / "run" / whole.plan.model_folder / "model.safetensors")
+        for side in ("whole", "broken")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_tied_weights_are_frozen_together() -> None:
+    config = tiny.config("gpt2", tiny.usual_tokenizer("gpt2"))
+    model = AutoModelForCausalLM.from_config(config)
+    methods.apply_method(model, FullMethod(kind="full", freeze=("lm_head",)), "causal-lm")
+    assert not model.get_input_embeddings().weight.requires_grad
+    assert model.get_parameter("transformer.h.0.attn.c_attn.weight").requires_grad
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (["embedings"], "matches no parameter of BertForSequenceClassification; did you mean 'embeddings'?"),
+        (["qqq.7"], "'qqq.7' matches no parameter of BertForSequenceClassification; its modules are bert"),
+        (["bert", "classifier"], "all parameters of BertForSequenceClassification match, so nothing is left to train"),
+    ],
+)
+def test_useless_patterns_are_refused_before_rows_are_read(patterns: list[str], message: str, tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", "bert")
+    with pytest.raises(RecipeError) as caught:
+        runs.run(tmp_path, model, tiny.topic_rows(), method=frozen(patterns))
+    assert message in str(caught.value)
+    assert not (tmp_path / "run" / "data").exists()
+
+
+def test_full_without_freeze_is_the_reference_of_a_comparison() -> None:
+    values = {"model": "m", "task": "causal-lm", "data": {"train": "rows.csv"}}
+    recipe = Recipe.model_validate({**values, "methods": [frozen(["lm_head"]), "full"]})
+    assert [recipe.compared_kind(one) for one in recipe.methods] == ["variant", "full"]
+    with pytest.raises(ValueError, match="'full' without freeze is missing"):
+        Recipe.model_validate({**values, "methods": [frozen(["lm_head"]), "lora"]})
