@@ -70,6 +70,18 @@ def test_kept_step_that_is_neither_best_has_its_reason(answered: Path, kit: Simp
     assert "step 400, exact match 31.0% in 100 answers to eval rows; as good, and a lower loss" in card
 
 
+def test_of_equal_scores_the_kept_one_is_the_highest(answered: Path, kit: SimpleNamespace) -> None:
+    path = answered / "attempts" / "full-seed42-01" / "metrics.jsonl"
+    flat = [
+        one | {"metrics": one["metrics"] | {"exact_match": 0.2}} if one["kind"] == "eval" else one for one in lines(kit)
+    ]
+    kit.write_lines(path, flat)
+    kit.outcome(steps=800, best_step=200, best_metric=0.2, weights_reason="a tie").save(path.with_name("outcome.json"))
+    page = markdown(answered)
+    assert "Loss is lowest at step 200, and exact match is highest there (20.0%). The kept weights are those" in page
+    assert "of step 200: a tie" not in page
+
+
 def test_answers_are_shown_by_step_from_the_first_to_the_last_and_the_kept_one(answered: Path) -> None:
     page = markdown(answered)
     shown = page[page.index("## Answers during training") : page.index("### 3 more prompts")]

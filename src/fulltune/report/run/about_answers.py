@@ -54,11 +54,14 @@ def compare_loss_and_answers(view: RunView) -> Iterator[str]:
     curves, plan, metric, kept_step = view.history.evaluation, view.plan, view.answer_metric or "", view.kept_step
     rises = plan is None or plan.metric != metric or plan.greater_is_better
     lowest, _ = Curves(metric=after_start(curves.get("loss", ())), greater_is_better=False).best
-    step, value = Curves(metric=after_start(curves.get(metric, ())), greater_is_better=rises).best
+    points = sorted(after_start(curves.get(metric, ())), key=lambda point: point[0] != kept_step)  # first among equals
+    step, value = Curves(metric=tuple(points), greater_is_better=rises).best
     if not lowest or not step:
         return
     highest = f"{words.metric_name(metric)} is {'highest' if rises else 'lowest'}"
     place = f"and {highest} there" if step == lowest else f"but {highest} at step {step:,}"
-    reason = f": {view.outcome.weights_reason}" if view.outcome and view.outcome.weights_reason else ""
-    ending = "" if kept_step is None else f" The kept weights are those of step {kept_step:,}{reason}."
+    why = view.outcome.weights_reason if view.outcome and step != kept_step else None
+    ending = (
+        "" if kept_step is None else f" The kept weights are those of step {kept_step:,}{f': {why}' if why else ''}."
+    )
     yield f"Loss is lowest at step {lowest:,}, {place} ({format_metric(metric, value)}).{ending}"
