@@ -15,18 +15,21 @@ from fulltune.audit.pretrained import RowReader
 from fulltune.errors import DoesNotFitError, GuardStop, RecipeError, SetupError
 from fulltune.evaluate.scoring import Scoring, UserMetrics
 from fulltune.forgetting.generic_text import check_texts
+from fulltune.inference.own_metrics import own_metric_names, try_own_metrics
 from fulltune.models.base import Base, check_weights
 from fulltune.models.shapes import check_model
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.functions import import_functions, load_function
 from fulltune.records.audit import Audit
 from fulltune.records.data import DataSummary
-from fulltune.records.events import DataPrepared, Listener, PhaseBegan, Planned
+from fulltune.records.events import DataPrepared, Listener, Message, PhaseBegan, Planned
 from fulltune.records.plan import MemoryNeed, Plan
 from fulltune.records.scores import Scores
 from fulltune.records.training import Outcome
 from fulltune.system import hardware, run_folder
 from fulltune.system.hardware import Machine
 from fulltune.system.run_folder import RunResult
+from fulltune.tasks import Target
 from fulltune.tasks.labels import check_label_settings
 from fulltune.train.hooks import Hooks
 from fulltune.train.loop.arguments import check_trainable
@@ -130,13 +133,16 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
     job.phase("reading the data")
     path = job.folder / "data" / data.SUMMARY
     before = path.stat().st_mtime_ns if path.exists() else None
+    import_functions(job.recipe.own_functions, job.recipe.functions)
+    named = job.recipe.data.preprocess
+    preprocess = job.hooks.preprocess if named is None else load_function(named)
     job.hooks.check_recipe(job.recipe)
     try:
         base = job.base
         if runs_here:
             check_weights(base)
     except SetupError as error:
-        raise SetupError([*error.problems, *data.file_problems(job.recipe, job.hooks.preprocess)]) from None
+        raise SetupError([*error.problems, *data.file_problems(job.recipe, preprocess)]) from None
     check_recipe(job.recipe, base, runs_here)
     check_texts(job.recipe.preserve)
     stage = data.Stage(
@@ -144,14 +150,15 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
         job.folder / "data",
         base.processor,
         data.Limits.of(base, job.recipe),
-        job.hooks.preprocess,
+        preprocess,
         planned_fingerprint=Plan.load(job.plan_path).data_fingerprint if job.plan_path.exists() else None,
         cache_folder=job.folder.parent / ".fulltune-cache",
         listener=job.listener,
     )
     summary = data.prepare(stage)
     check_label_settings(job.recipe, summary)
-    job.hooks.check_data(summary)
+    job.hooks.check_data(summary, own_metric_names(job.recipe))
+    try_own_metrics(job.recipe, Target.of(summary), job.folder / "data")
     job.listener(DataPrepared(summary=summary, is_reused=before == path.stat().st_mtime_ns))
     return summary
 
@@ -205,6 +212,8 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
     job.phase("planning")
     machine = job.machine
     before = run_folder.load_plan_to_continue(job.plan_path, machine) if job.plan_path.exists() else None
+    for text in run_folder.changed_functions(job.folder) if before is not None else ():
+        job.listener(Message(text=text, level="warning"))
     if before is not None and plan.has_same_placement(before, job.recipe):
         trial = before
     else:
@@ -220,7 +229,7 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
         trial = plan.make_plan(workload, fleet, own_loss, started_seconds)
         if before is not None:
             trial = plan.with_new_placement(before, trial)
-        run_folder.describe_environment(machine).save(job.folder / run_folder.ENVIRONMENT)
+        run_folder.describe_environment(machine, job.recipe).save(job.folder / run_folder.ENVIRONMENT)
         run_folder.save_plan(job.folder, job.recipe, trial)
     job.listener(Planned(plan=trial))
     return trial

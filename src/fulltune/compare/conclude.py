@@ -115,7 +115,7 @@ def build_comparison(
     """Build the comparison's record with its fairness findings. `openings` logs each use of the test rows."""
     context, summary = seed_runs.context, seed_runs.context.summary
     rows = method_rows(seed_runs, decision, baselines)
-    environment = run_folder.describe_environment(context.machine)
+    environment = run_folder.describe_environment(context.machine, context.recipe)
     dropped = [f"rows dropped: {count:,}, {reason}" for reason, count in summary.dropped.items()]
     linted = rows_in_train(summary)
     in_two_splits = [note for note in summary.notes if ALSO_OCCURS in note and note != linted]

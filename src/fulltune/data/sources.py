@@ -14,10 +14,11 @@ from fulltune.data.patch import PatchedRows
 from fulltune.data.readers.files import refuse_held_out_files
 from fulltune.data.readers.read import DataFiles, LocatedRow, locate_data_files
 from fulltune.data.readers.text_files import SEPARATED
-from fulltune.errors import DataError
+from fulltune.errors import DataError, SetupError
 from fulltune.recipe.data import DataBlock, MixedFile, codec_for_encoding
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
+from fulltune.system.memory import call_own
 from fulltune.tasks import PLACE, Row, Target, Task, task_named
 from fulltune.tasks.columns import USUAL_NAMES, in_batches, is_whole, shown, similar_column, why_unreadable
 from fulltune.tasks.question_answering import IMPOSSIBLE
@@ -115,10 +116,20 @@ def read_source_rows(
         return SourceRows(files.where, rows, patched, files.notes)
     problems: list[str] = []
     # A user's function expects readable cells; a row with others is reported unchanged.
-    preprocessed = [(place, preprocess(row) if is_whole(row) else row) for place, row in rows(problems)]
+    preprocessed = [
+        (place, _changed(preprocess, place, row) if is_whole(row) else row) for place, row in rows(problems)
+    ]
     if problems:
         raise DataError(problems)
     return SourceRows(files.where, lambda problems: iter(preprocessed), patched, files.notes)
+
+
+def _changed(preprocess: Preprocess, place: str, row: Row) -> Row:
+    """Return what the user's function makes of a row; raise `SetupError` if it fails or returns no dictionary."""
+    changed = call_own(f"{place}: your preprocess function", preprocess, dict(row))
+    if not isinstance(changed, dict):
+        raise SetupError(f"{place}: your preprocess function returned {changed!r:.60}; it must return the changed row")
+    return changed
 
 
 def _row_labels(recipe: Recipe, files: DataFiles) -> list[list[str]]:

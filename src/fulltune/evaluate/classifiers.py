@@ -52,7 +52,7 @@ def _score_labels(scoring: Scoring, name: str, predicted: np.ndarray) -> Scored:
     metrics = scoring.estimate_metrics(
         {"true": true, "predicted": predicted},
         metrics=lambda rows: classes.label_metrics(rows["true"], rows["predicted"], scoring.target),
-    )
+    ) | scoring.estimate_own_metrics(predicted, true)
     return scoring.make_scores(
         name, "baseline", len(true), metrics=metrics, confusion=_confusions(scoring, true, predicted)
     )

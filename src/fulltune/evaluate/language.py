@@ -69,8 +69,10 @@ def _generate_answers(
 def _score_copied_source(scoring: Scoring) -> Scored:
     drawn = rows_to_answer(scoring)
     sources, expected = _prompts_and_answers(scoring, list(drawn.values()))
-    scores = scoring.task.score_answers([source.strip() for source in sources], expected, scoring.plan.metric)
+    copied = [source.strip() for source in sources]
+    scores = scoring.task.score_answers(copied, expected, scoring.plan.metric)
     metrics = scoring.estimate_metrics(scores, list(drawn))
+    metrics |= scoring.estimate_own_metrics(copied, expected, list(drawn))
     return scoring.make_scores("copy of the source", "baseline", len(drawn), metrics=metrics)
 
 

@@ -15,6 +15,7 @@ from fulltune.audit.texts import masked_cells
 from fulltune.errors import SetupError
 from fulltune.evaluate import slices
 from fulltune.files import append_line, replace_atomically
+from fulltune.inference.own_metrics import label_words, own_metric_names, own_values, score_labels
 from fulltune.inference.run import Batching, GenericText, ProgressCallback, model_batch, positions_by_length, run_rows
 from fulltune.inference.selective_head import SelectiveHead, verify_selective_head
 from fulltune.inference.store import CLUSTERS, IN_TRAIN, Rows, hash_rows, read_original_rows
@@ -22,6 +23,7 @@ from fulltune.methods import folder
 from fulltune.models.base import Base, with_decoded_images
 from fulltune.models.load import load_model
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.functions import import_functions, is_own
 from fulltune.records.events import Listener, Message, RowsRead
 from fulltune.records.plan import Plan
 from fulltune.records.run import ACCESSES, COMPARISON, Access
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 UserMetrics = Callable[[Any, Any], Mapping[str, float]]
+MANY, MOST_CALLS = 10**9, 200
+"""Maximum number of resamples: in general, and for an own metric that is called for each."""
 WORST = 25
 Scored = tuple[Scores, Resampled | None]
 """A model's scores, and bootstrap resamples of its main metric (None if not computed)."""
@@ -76,12 +80,13 @@ class Scoring:
         predictions: Mapping[str, np.ndarray],
         positions: Sequence[int] | None = None,
         metrics: Callable[[Predictions], Mapping[str, float]] | None = None,
+        most: int | None = None,
     ) -> dict[str, Resampled]:
-        """Compute `metrics` (default: the task's) on all test rows, or those at `positions`, on bootstrap resamples,
-        and by value of `slice_by`. Return them by name."""
+        """Compute `metrics` (default: the task's) on all test rows, or those at `positions`, on bootstrap resamples (at
+        most `most`), and by value of `slice_by`. Return them by name."""
         scored = slice(None) if positions is None else np.asarray(positions, np.int64)
         clusters, in_train = (np.load(self.data / "test" / name)[scored] for name in (CLUSTERS, IN_TRAIN))
-        most = self.recipe.evaluate.bootstrap_samples
+        most = min(self.recipe.evaluate.bootstrap_samples, most or MANY)
 
         def resampled(rows: np.ndarray | slice, samples: int = most) -> dict[str, Resampled]:
             """Compute metrics by name on these rows and on bootstrap resamples of their clusters."""
@@ -112,8 +117,9 @@ class Scoring:
     ) -> dict[str, Resampled]:
         """Return the user's metrics with resamples, or {} if the user passed no function. The function receives lists
         if `predictions` is a list, else arrays. `positions` are the scored test rows (default: all)."""
+        own = self.estimate_own_metrics(predictions, references, positions)
         if self.user_metrics is None:
-            return {}
+            return own
         call, plain = self.user_metrics, isinstance(predictions, list)
 
         def metrics(rows: Mapping[str, np.ndarray]) -> Mapping[str, float]:
@@ -130,7 +136,30 @@ class Scoring:
 
         both = {"predicted": predictions, "true": references}
         arrays = {name: object_array(values) if plain else values for name, values in both.items()}
-        return self.estimate_metrics(arrays, positions, metrics)
+        return own | self.estimate_metrics(arrays, positions, metrics)
+
+    def estimate_own_metrics(
+        self, predictions: Any, references: Any, positions: Sequence[int] | None = None
+    ) -> dict[str, Resampled]:
+        """Return the metrics that the recipe names as functions, with resamples; arguments as for
+        `estimate_user_metrics`. Functions that return one number are called again on up to 200 resamples."""
+        if not (names := own_metric_names(self.recipe)):
+            return {}
+        import_functions(self.recipe.own_functions, self.recipe.functions)
+        texts, both = self.texts, (predictions, references)
+        rows = texts if positions is None else [texts[position] for position in positions]
+        words = [one if isinstance(one, list) else label_words(one, self.target, rows) for one in both]
+        arrays = {str(number): object_array(values) for number, values in enumerate((*words, rows))}
+        values = {name: own_values(name, *words, rows) for name in names}
+        of_rows = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+        called = [name for name in names if name not in of_rows]
+
+        def call(drawn: Predictions) -> dict[str, float]:
+            return {name: float(np.mean(own_values(name, *drawn.values()))) for name in called}
+
+        estimates = self.estimate_metrics(arrays, positions, call, MOST_CALLS) if called else {}
+        means = lambda drawn: {name: float(values.mean()) for name, values in drawn.items()}  # noqa: E731
+        return estimates | (self.estimate_metrics(of_rows, positions, means) if of_rows else {})
 
     def make_scores(
         self,
@@ -169,7 +198,7 @@ class Scoring:
         rows, pad_token_id = with_decoded_images(self.rows(split), processor), processor.pad_token_id
         head = self.selective_head(model, pad_token_id, rows)
         # Scores do not depend on the batch size.
-        return run_with_smaller_batches(
+        predictions = run_with_smaller_batches(
             "evaluation",
             self.plan.eval_batch_size,
             lambda batch_size: run_rows(
@@ -181,6 +210,9 @@ class Scoring:
                 Batching(batch_size, self.plan.precision, head, self.watch(f"scoring {split} rows")),
             ),
         )
+        if not is_own(self.plan.metric) or split == "train":
+            return predictions
+        return {**predictions, **score_labels(self.recipe, predictions, self.target, self.data / split)}
 
     def selective_head(
         self, model: PreTrainedModel, pad_token_id: int, rows: Sequence[RowFeatures]

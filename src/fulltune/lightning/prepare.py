@@ -47,6 +47,9 @@ _NO_EFFECT = {
     "train.early_stopping_patience": "pass EarlyStopping(**job.monitor(), patience=...) to the Trainer",
     "train.early_stopping_threshold": "pass EarlyStopping(**job.monitor(), min_delta=...) to the Trainer",
     "train.report_to": "pass loggers to the Trainer",
+    "train.loss": "override training_step of job.module",
+    "evaluate.metrics": "log them in a callback",
+    "evaluate.greater_is_better": "choose by a metric of the task",
 }
 
 
@@ -67,6 +70,7 @@ def with_lightning_base(cls: type, base_name: str, package: str) -> Any:
 def unsupported_settings(recipe: Recipe) -> list[str]:
     """Return an error message for each setting that Lightning does not support."""
     changed = recipe.model_dump(exclude_defaults=True)
+    changed |= {f"evaluate.{name}": value for name, value in changed.get("evaluate", {}).items()}
     changed |= {f"train.{name}": value for name, value in changed.get("train", {}).items()}
     problems = [
         f"{name}: has no effect under Lightning; {instead}" for name, instead in _NO_EFFECT.items() if name in changed

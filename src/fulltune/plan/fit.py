@@ -28,6 +28,7 @@ def make_plan(workload: Workload, fleet: Fleet, own_loss: bool = False, startup_
     `DoesNotFitError` if memory or disk is too small.
     """
     shapes, summary, reasons = workload.shapes, workload.summary, Reasons()
+    own_loss = own_loss or workload.recipe.train.loss is not None
     recipe, why = choose_placement(workload, fleet, own_loss)
     train, basis = recipe.train, make_basis(replace(workload, recipe=recipe), fleet, reasons, own_loss)
     steps, placement = basis.steps, train.placed_as

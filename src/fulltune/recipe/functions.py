@@ -8,10 +8,9 @@ import importlib.util
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, TypeGuard
 
 from pydantic import AfterValidator
@@ -49,6 +48,11 @@ def import_functions(functions: Mapping[str, str], folder: str) -> None:
     sys.path.insert(0, folder)  # as for a script; afterwards last, so that no later import finds these files first
     try:
         for name, setting in functions.items():
+            module = name.partition(":")[0]
+            file = Path(folder, *module.split(".")).with_suffix(".py")
+            if file.exists() and _VERSIONS.get(module) != (version := (file, file.read_bytes())):
+                sys.modules.pop(module, None)  # an earlier version, or the module of another recipe's folder
+                _VERSIONS[module] = version
             try:
                 load_function(name)
             except SetupError as error:
@@ -61,27 +65,22 @@ def import_functions(functions: Mapping[str, str], folder: str) -> None:
         raise SetupError(problems)
 
 
+_VERSIONS: dict[str, tuple[Path, bytes]] = {}
+"""File and content of each module that was imported from a recipe's folder."""
+
+
 def load_function(name: str) -> Callable[..., Any]:
     """Return the function called `module:function`, or raise `SetupError`. `import_functions` must have been called."""
-    module_name, _, function = name.partition(":")
-    file = _file_of(name)
+    (module_name, _, function), file = name.partition(":"), _file_of(name)
     try:
-        module = _import(module_name, str(file), digest_of(name))
+        module = importlib.import_module(module_name)
     except Exception as error:
         raise SetupError(f"'{name}': importing {file} failed with {describe_error(error)}; correct the file") from error
-    value = getattr(module, function, None)
-    if not callable(value):
-        names = sorted(key for key, other in vars(module).items() if callable(other) and not key.startswith("_"))
-        hint = did_you_mean(function, names) or f"it has {first_few(names) or 'no functions'}"
-        raise SetupError(f"'{name}': {file} has no function '{function}'; {hint}")
-    return value  # type: ignore[no-any-return]  # callable
-
-
-@cache
-def _import(module_name: str, file: str, digest: str) -> ModuleType:
-    """Import a module again if its file has changed since."""
-    before = sys.modules.get(module_name)
-    return importlib.import_module(module_name) if before is None else importlib.reload(before)
+    if callable(value := getattr(module, function, None)):
+        return value  # type: ignore[no-any-return]  # callable
+    names = sorted(key for key, other in vars(module).items() if callable(other) and key[0] != "_")
+    hint = did_you_mean(function, names) or f"it has {first_few(names) or 'no functions'}"
+    raise SetupError(f"'{name}': {file} has no function '{function}'; {hint}")
 
 
 def _file_of(name: str) -> Path:
@@ -91,14 +90,12 @@ def _file_of(name: str) -> Path:
         spec = importlib.util.find_spec(module_name)
     except (ImportError, ValueError):
         spec = None
-    if spec is None or spec.origin is None or not spec.has_location:
-        folder = Path(sys.path[0])
-        near = did_you_mean(module_name, [path.stem for path in folder.glob("*.py")])
-        raise SetupError(
-            f"'{name}': there is no module {module_name} in {folder}, and none is installed"
-            f"; {near or f'write {folder / module_name}.py, or set functions to the folder of your modules'}"
-        )
-    return Path(spec.origin)
+    if spec is not None and spec.origin is not None and spec.has_location:
+        return Path(spec.origin)
+    folder = Path(sys.path[0])
+    near = did_you_mean(module_name, [path.stem for path in folder.glob("*.py")])
+    advice = near or f"write {folder / module_name}.py, or set functions to the folder of your modules"
+    raise SetupError(f"'{name}': no module {module_name} is in {folder} or installed; {advice}")
 
 
 def digest_of(name: str) -> str:
@@ -107,9 +104,7 @@ def digest_of(name: str) -> str:
 
 
 def describe_error(error: Exception) -> str:
-    """Return an error's type, text and line in the user's file, on one line."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    place = f" ({last.tb_frame.f_code.co_filename}:{last.tb_lineno})" if last is not None else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}{place}"
+    """Return an error's type, text and line outside of packages, on one line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    *_, last = frames[:1] + [one for one in frames if "site-packages" not in one.filename]
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]} ({last.filename}:{last.lineno})"

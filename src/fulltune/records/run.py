@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Self
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from fulltune.files import read_json_lines
 from fulltune.records.base import Record
@@ -36,6 +36,8 @@ class Environment(Record):
     commit: str | None = None
     machines: tuple[MachineRecord, ...] = ()
     seconds: float | None = None
+    functions: dict[str, str] = Field(default_factory=dict)
+    """Hash of the file of each function, `module:function`, that the recipe names."""
 
 
 class Access(Record):

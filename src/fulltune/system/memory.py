@@ -10,9 +10,10 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from fulltune.errors import DoesNotFitError
+from fulltune.errors import DoesNotFitError, SetupError
+from fulltune.recipe.functions import describe_error
 
 
 def read_lines(path: str) -> list[str]:
@@ -105,6 +106,17 @@ _NO_THREAD = re.compile(r"can't start new thread|Thread creation failed: Resourc
 _LOST = re.compile(r"error return without exception set|without setting an exception")
 _UNITS = ("bytes", "KiB", "MiB", "GiB")
 _ALLOCATION_SIZE = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)?|malloc of size (\d+)", re.IGNORECASE)
+
+
+def call_own(place: str, function: Callable[..., Any], *arguments: object) -> Any:
+    """Call the user's function, and raise `SetupError`, which names `place`, if it fails for lack of anything but
+    memory."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise SetupError(f"{place} failed with {describe_error(error)}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

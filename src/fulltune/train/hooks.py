@@ -3,11 +3,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fulltune.errors import RecipeError
+from fulltune.inference.own_metrics import own_metric_names
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
@@ -59,6 +60,7 @@ class Hooks:
     def check_recipe(self, recipe: Recipe) -> None:
         """Raise `RecipeError` if a hook conflicts with a setting."""
         train, own = recipe.train, self.compute_loss is not None
+        metrics = self.metrics is not None or own_metric_names(recipe)
         answers = not FACTS[recipe.task].writes or recipe.evaluate.generate_rows
         pairs = {
             "compute_loss and train.class_weights are both set; apply class weights in your own loss": (
@@ -72,15 +74,17 @@ class Hooks:
             ),
             "compute_loss runs in this process; set train.num_processes: 1": own and train.num_processes > 1,
             f"compute_loss runs in this process; remove {recipe.train.sharded_by}": own and recipe.train.sharded_by,
-            "metrics need generated answers; set evaluate.generate_rows above 0": self.metrics and not answers,
+            "metrics need generated answers; set evaluate.generate_rows above 0": metrics and not answers,
+            "compute_loss and train.loss are both set; remove one": own and train.loss is not None,
+            "preprocess and data.preprocess are both set; remove one": self.preprocess and recipe.data.preprocess,
         }
         problems = [problem for problem, applies in pairs.items() if applies]
         if problems:
             raise RecipeError(problems)
 
-    def check_data(self, summary: DataSummary) -> None:
-        """Raise `RecipeError` if `metrics` is set for raw text, which has no answers."""
-        if self.metrics is not None and summary.form.is_raw_text:
+    def check_data(self, summary: DataSummary, own_metrics: Sequence[str] = ()) -> None:
+        """Raise `RecipeError` if there are metrics of the user for raw text, which has no answers."""
+        if (self.metrics is not None or own_metrics) and summary.form.is_raw_text:
             raise RecipeError(
                 "metrics compare answers, but raw text has none; omit metrics, or use data with prompts and answers"
             )

@@ -25,8 +25,8 @@ OF_ANSWERS = ("rougeL", "chrf", "exact_match", "bleu", "number_match", "json_equ
 
 
 def metric_name(name: str) -> str:
-    """Return a readable name: `token_accuracy` becomes `token accuracy`."""
-    return name.replace("_", " ")
+    """Return a readable name: `token_accuracy` becomes `token accuracy`. A function's name stays as it is."""
+    return name if ":" in name else name.replace("_", " ")
 
 
 def format_estimate(metric: str, value: Estimate) -> str:

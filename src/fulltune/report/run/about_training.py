@@ -225,6 +225,7 @@ def build_environment_section(view: RunView) -> Section | None:
         ("processor", f"{env.cpu}, {counted(env.num_cores, 'core')}"),
         ("memory", format_bytes(env.memory_bytes)),
         ("devices", listed(env.devices) or "CPU only"),
+        *(("own function", f"{name}, file with SHA-256 {digest}...") for name, digest in env.functions.items()),
     )
     packages = Bullets(tuple(f"{name} {version}" for name, version in sorted(env.packages.items())))
     folded = Folded("package versions", (packages,))

@@ -128,7 +128,7 @@ def _install_selective_head(trainer: FullTrainer, rows: Rows, task: Task, own_lo
     if trainer.is_deepspeed_enabled:  # only its engine can run the model, and it exists once training begins
         result = "off: ZeRO shards the model"
     elif own_loss:  # needs all logits
-        result = "off: you supply compute_loss"
+        result = "off: you supply the loss"
     else:
         batch = collate_on_device(trainer, [rows[i] for i in positions_by_length(rows)[-2:]])
         trainer.head, result = selective_head.verify_selective_head(trainer.model, task, batch)

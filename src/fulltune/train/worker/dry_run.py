@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fulltune import files
+from fulltune.errors import SetupError
 from fulltune.inference.run import RowSubset, batches, positions_by_length, positions_longest_first
 from fulltune.models import sharding
 from fulltune.plan.time import GENERIC_TOKENS, count_interval_steps, dry_run_extra_seconds
@@ -43,6 +44,9 @@ def dry_run(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Callable[[Row
     with _temporary_training_state(trainer, plan) as (model, optimizer):
         passes = PassTimer(inputs, trainer, model, optimizer, evaluate)
         loss, first_seconds = passes.run_pass(longest)
+        if not math.isfinite(loss) and inputs.recipe.train.loss is not None:
+            name = inputs.recipe.train.loss
+            raise SetupError(f"train.loss: '{name}' returned {loss} for the longest rows; expected a finite number")
         if math.isfinite(loss):
             parameters = trainer.model.named_parameters()
             unreached = tuple(name for name, weight in parameters if weight.requires_grad and weight.grad is None)
