@@ -97,6 +97,10 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
         raise RecipeError(
             "methods: a run trains one method; use 'fulltune compare', or give one 'method' instead of 'methods'"
         )
+    if until not in ("data", "plan") and job.recipe.is_cross_validated:
+        raise RecipeError(
+            "data.folds: each fold needs a run of its own; use 'fulltune run', or set data.fold=1 for a single fold"
+        )
     job = job if job.began else replace(job, began=time.time())
     with run_folder.explain_os_errors(job.folder), run_folder.lock_folder(job.folder):
         with run_folder.remove_new_run_on_error(job.folder):

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from urllib.error import URLError
 from urllib.request import Request, urlopen
@@ -305,23 +304,3 @@ def test_tokens_are_added_to_a_copy_of_the_model(
     exec(script("add_tokens"), {})
     was, now = (AutoConfig.from_pretrained(tmp_path / name).vocab_size for name in ("MODEL", "with-tokens"))
     assert now == was + 2
-
-
-def test_folds_share_no_test_row_and_have_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pandas
-
-    tiny.write_csv(tmp_path / "train.csv", _rows())
-    tiny.write_recipe(tmp_path / "recipe.yaml", "MODEL", "train.csv")
-    monkeypatch.chdir(tmp_path)
-    seen = []
-
-    def run(recipe: Recipe) -> SimpleNamespace:
-        train, test = (pandas.read_csv(file) for file in (recipe.data.train[0], recipe.data.test))
-        assert not set(train["text"]) & set(test["text"])
-        seen.extend(test["text"])
-        scores = SimpleNamespace(metrics={"accuracy": SimpleNamespace(value=len(test) / 10)})
-        return SimpleNamespace(scores=[scores])
-
-    monkeypatch.setattr(fulltune, "run", run)
-    exec(script("StratifiedKFold"), {})
-    assert sorted(seen) == sorted(row["text"] for row in _rows())

@@ -104,7 +104,7 @@ def run(
     parts = report.build_run_terminal_report(folder)
     pages.print_parts(out, parts)
     out.print(f"report:  {escape(str(reached.report))}", soft_wrap=True)
-    if not any(isinstance(part, Headline) and part.kind == "worse" for part in parts):
+    if not any(isinstance(part, Headline) and part.kind in ("worse", "pooled") for part in parts):
         question = choose_row_form(reached.summary).question
         out.print(f"try it:  fulltune predict {escape(str(folder))} {question}", soft_wrap=True)
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from fulltune import pipeline
 from fulltune.compare import budget
 from fulltune.compare.context import Context
+from fulltune.compare.folds import run_folds
 from fulltune.compare.rates import share_of_steps
 from fulltune.compare.seeds import MOST_WHOLE_RUNS_ALONE, SeedRuns, search_all_rates
 from fulltune.compare.trials import delete_trial_files
@@ -35,6 +36,8 @@ _RUNS = f"2 to {MOST_WHOLE_RUNS_ALONE} whole runs"
 def run_recipe(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
     """Run or resume all stages up to `until`, after searching the learning rate if the recipe asks for it. `measure`
     tries out settings in the plan stage."""
+    if job.recipe.is_cross_validated:
+        return run_folds(job, until, measure)
     if not job.recipe.is_searched:
         return pipeline.run(job, until, measure)
     if measure or (job.folder / "plan" / "measured.json").exists():

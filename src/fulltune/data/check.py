@@ -104,6 +104,7 @@ def refuse_labels_not_in_train(block: DataBlock, splits: Mapping[SplitName, Spli
         f"{splits[name].source.where}: label '{label}' ({counted(count, 'row')} of {name}) never occurs in train"
         f"{'; add such rows to train, or remove these' if splits[name].has_own_file else why}"
         for name in HELD_OUT
+        if not (block.folds and name == "test")  # a note tells of rare classes
         for label, count in sorted(splits[name].label_counts().items())
         if label not in train
     ]
@@ -212,13 +213,17 @@ def notes_on_splitting(recipe: Recipe, splits: Mapping[SplitName, Split]) -> lis
     elif own.keys() - {"train"}:
         # The fractions mean nothing for splits with their own files.
         fractions = {"eval": block.eval_fraction, "test": block.test_fraction}
-        for name in filter(own.__contains__, HELD_OUT):
+        for name in filter(own.__contains__, HELD_OUT[: 1 if block.folds else 2]):
             rows, wanted = own[name].num_rows, held_out_rows(train.num_rows, fractions[name])
             if abs(rows - wanted) > 0.1 * wanted + 1:
                 remarks.append(
                     f"{counted(rows, f'{name} row')} instead of the {wanted:,} that data.{name}_fraction requests, "
                     "because groups are never separated and each label with several texts contributes at least one"
                 )
+    counts = sorted(splits["train"].label_counts(np.ones(train.num_rows)).items(), key=lambda item: item[1])
+    if block.folds and (few := [f"'{name}' ({count})" for name, count in counts if count < block.folds]):
+        what = f"{counted(len(few), 'class has', 'classes have')} fewer rows than the {block.folds} folds"
+        remarks.append(f"{what}, so some folds do not test them, or do not train them: {first_few(few)}")
     if block.group is None:
         return remarks
     if len(own) > 1:

@@ -213,7 +213,7 @@ def _prepare_uncached(
         scale=scale,
         length_explained=explained,
         splits=written,
-        sources={name: _describe_split_origin(block, split) for name, split in splits.items()},
+        sources={name: _describe_split_origin(block, name, split) for name, split in splits.items()},
         dropped=_count_dropped(encoded, sources, also_held_out, int(late.sum())),
         notes=tuple(map(masked_text, remarks)),
         test_share_in_eval=num_shared(splits["test"], splits["eval"]) / max(1, splits["test"].num_rows),
@@ -267,12 +267,14 @@ def _encode_sources(
     return encoded
 
 
-def _describe_split_origin(block: DataBlock, split: Split) -> str:
+def _describe_split_origin(block: DataBlock, name: str, split: Split) -> str:
     """Describe for the report which file a split comes from."""
     if split.has_own_file:
         return f"file {split.source.where}"
     column = block.time or block.group
     by = f" by '{column}'" if column else ""
+    if block.folds and name == "test":
+        return f"fold {block.fold or 1} of {block.folds} of {split.source.where}{by} (seed {block.split_seed})"
     return f"split off from {split.source.where}{by}{f' (seed {block.split_seed})' if block.time is None else ''}"
 
 

@@ -74,6 +74,15 @@ def assign_splits(recipe: Recipe, encoded: Mapping[str, EncodedSource]) -> dict[
     rows_of: dict[SplitName, np.ndarray] = {}
     if block.time is None:
         strata, left = _row_strata(train, block.group is not None), np.ones(train.num_rows, bool)
+        if block.folds:
+            del fractions["test"]
+            if (num_groups := len(np.unique(train.split_groups))) < block.folds:
+                raise DataError(
+                    f"{train.where}: {counted(num_groups, 'group')} of rows that stay together, expected at least one "
+                    f"for each of the {block.folds} folds; add rows, or lower data.folds"
+                )
+            rows_of["test"] = assign_folds(train.split_groups, strata, block.folds) == (block.fold or 1)
+            left &= ~rows_of["test"]
         for name, fraction in fractions.items():
             rest = np.flatnonzero(left)
             # The second split gets its share of all rows, not of the remaining ones.
@@ -88,6 +97,21 @@ def assign_splits(recipe: Recipe, encoded: Mapping[str, EncodedSource]) -> dict[
     splits |= {name: Split(train, rows, has_own_file=name == "train") for name, rows in rows_of.items()}
     _refuse_small_splits(recipe, splits, sum(held_out_rows(train.num_rows, share) for share in fractions.values()))
     return splits
+
+
+def assign_folds(groups: np.ndarray, strata: np.ndarray, num_folds: int) -> np.ndarray:
+    """Return each row's fold, from 1: int64 [rows]. Whole groups, the largest first, are dealt to the fold with the
+    fewest rows of their stratum (class)."""
+    _, first, member_of, sizes = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
+    fold_of, rows, of_stratum = np.zeros(len(first), np.int64), [0] * num_folds, Counter[tuple[int, int]]()
+    # Groups of one size are in the pseudo-random order of their drawn numbers.
+    for group in np.lexsort((-sizes, strata[first])).tolist():
+        stratum, size = int(strata[first[group]]), int(sizes[group])
+        fold = min(range(num_folds), key=lambda number: (of_stratum[stratum, number], rows[number]))
+        of_stratum[stratum, fold] += size
+        rows[fold] += size
+        fold_of[group] = fold + 1
+    return fold_of[member_of]
 
 
 def held_out_rows(rows: int, fraction: float) -> int:

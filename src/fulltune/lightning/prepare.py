@@ -79,6 +79,8 @@ def unsupported_settings(recipe: Recipe) -> list[str]:
         problems.append(f"method.kind: Lightning supports only full, not '{recipe.method.kind}'; use 'fulltune run'")
     if recipe.is_searched:
         problems.append("search: only 'fulltune run' can search; set a value instead")
+    if recipe.is_cross_validated:
+        problems.append("data.folds: Lightning trains a single fold; set data.fold as well")
     if recipe.train.optim not in (None, *PER_TENSOR_OPTIMIZERS):
         optimizers = ", ".join(PER_TENSOR_OPTIMIZERS)
         problems.append(f"train.optim: Lightning does not support '{recipe.train.optim}'; choose one of {optimizers}")

@@ -225,6 +225,11 @@ def choose_model_folder(run: Path, method: str | None = None) -> tuple[Path, str
         return there[method], ""
     if (run / folders.NOTES).exists():
         return run, ""
+    if not there and (folds := sorted(run.glob(f"folds/*/models/*/{folders.NOTES}"))):
+        raise SetupError(
+            f"{run}: has a model for each fold ({len(folds)}); name a fold, such as {run}/folds/1, or train a model on "
+            "all rows: fulltune run RECIPE --set data.folds=null"
+        )
     if not there:
         what = "no finished model here" if run.is_dir() else "no such folder"
         raise SetupError(

@@ -139,6 +139,11 @@ class DataBlock(Block):
     """Share of train, at most 2,000 rows, that becomes eval rows if `eval` is not set."""
     test_fraction: float = Field(default=0.1, gt=0, lt=0.5)
     """Share of train, at most 2,000 rows, that becomes test rows if `test` is not set."""
+    folds: int | None = Field(default=None, ge=2, le=20)
+    """Number of folds for cross-validation. `fulltune run` trains one model per fold; its test rows are one of this
+    many parts of train, stratified by label, with groups kept together."""
+    fold: int | None = Field(default=None, ge=1)
+    """Train only this fold, from 1 to `folds`, as a single run."""
     split_seed: int = Field(default=42, ge=0)
     """Random seed of the split. It is separate from `train.seed`, so that runs with other seeds use the same rows."""
     near_duplicates: float = Field(default=1.0, gt=0, le=1)
@@ -217,6 +222,9 @@ class DataBlock(Block):
             ),
             "time: has no effect if both eval and test are files; remove time, or one of the files": (
                 self.time is not None and len(held_out) == 2
+            ),
+            f"fold: expected at most {self.folds}, the number of folds, found {self.fold}": (
+                self.folds is not None and (self.fold or 1) > self.folds
             ),
             "columns: two columns have the same name; give each a different name": (
                 len(set(self.columns or ())) != len(self.columns or ())

@@ -136,6 +136,11 @@ class Recipe(Block):
         return not self.methods and self.method.is_searched
 
     @property
+    def is_cross_validated(self) -> bool:
+        """True if the recipe needs one run per fold."""
+        return self.data.folds is not None and self.data.fold is None
+
+    @property
     def excluded_text_paths(self) -> dict[str, str]:
         """Map settings, such as `data.contamination`, to paths of texts that must not be trained on."""
         names = {"data.contamination": self.data.contamination, "preserve.probe": self.preserve.probe}

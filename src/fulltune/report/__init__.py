@@ -14,9 +14,10 @@ from fulltune.report.format.words import write_sanitized
 from fulltune.report.run import content
 from fulltune.report.run.content import build_run_report
 from fulltune.report.run.data_page import write_data_page
+from fulltune.report.run.folds import build_folds_report
 from fulltune.report.run.model_card import build_exported_card, build_model_card
 from fulltune.report.run.read import read_run
-from fulltune.system.run_folder import COMPARISONS, load_comparison
+from fulltune.system.run_folder import COMPARISONS, FOLDS, load_comparison
 
 __all__ = [
     "build_run_terminal_report",
@@ -31,10 +32,15 @@ __all__ = [
 
 def write_run_report(folder: Path) -> Path:
     """Write a run's report and return the path of `report.html`."""
-    return write_pages(Path(folder) / "report", build_run_report(read_run(folder)))
+    is_run = not (Path(folder) / FOLDS).exists()
+    report = build_run_report(read_run(folder)) if is_run else build_folds_report(Path(folder))
+    return write_pages(Path(folder) / "report", report)
 
 
 def build_run_terminal_report(folder: Path) -> list[Headline | Section | Element]:
+    if (Path(folder) / FOLDS).exists():
+        page = build_folds_report(Path(folder))
+        return [page.headline, *page.sections[0].blocks]
     return content.build_run_terminal_report(read_run(Path(folder)))
 
 

@@ -179,11 +179,15 @@ def run_with_smaller_batches(activity: str, batch_size: int, run: Callable[[int]
                 raise
             traceback.clear_frames(error.__traceback__)  # the frames refer to tensors of the failed batch
         batch_size = batch_size // 2
-        gc.collect()
-        torch = sys.modules.get("torch")
-        if torch is not None:
-            torch.cuda.empty_cache()  # has no effect if no GPU is in use
+        release_unused()
         _log.warning("%s: memory ran out; continuing with batches of %d rows", activity, batch_size)
+
+
+def release_unused() -> None:
+    """Give memory that no object uses back to the GPU's other processes."""
+    gc.collect()
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.cuda.empty_cache()  # has no effect if no GPU is in use
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ IDENTITY = "recipe.json"
 REPORT = "report.html"
 ENVIRONMENT = "environment.json"
 CARD = "card.html"
+FOLDS = "folds.json"
 COMPARISONS = ("compare/comparison.json", "proof.json")
 """Files with the record of a finished comparison; the second is a copy."""
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "scikit-learn", "numpy")
@@ -66,7 +67,7 @@ class RunResult:
 def load_finished_run(recipe: Recipe, folder: Path) -> RunResult | None:
     """Return a finished run's results, or None if unfinished; raise `SetupError` if its weights are missing."""
     plan_path, summary_path = folder / "plan" / f"{recipe.method.label}.json", folder / "data" / "summary.json"
-    if not (is_complete(folder) and plan_path.exists() and summary_path.exists()):
+    if recipe.is_cross_validated or not (is_complete(folder) and plan_path.exists() and summary_path.exists()):
         return None
     plan = Plan.load(plan_path)
     lost = missing_weight_file(folder / plan.model_folder)
@@ -142,7 +143,7 @@ def is_complete(folder: Path) -> bool:
     """Return True if a run's report is newer than its scores, or if a comparison has ended and cannot be resumed."""
     if (folder / CARD).exists():
         return not _is_resumable_comparison(folder)
-    scored = [path.stat().st_mtime for path in (folder / "scores").glob("*-seed*.json")]
+    scored = [path.stat().st_mtime for path in (*folder.glob("scores/*-seed*.json"), *folder.glob(FOLDS))]
     report = folder / REPORT
     return bool(scored) and report.exists() and report.stat().st_mtime >= max(scored)
 

@@ -99,3 +99,18 @@ def test_sample_keeps_every_label(most: int, least: int) -> None:
     assert (len(chosen), len(counts), min(counts.values()) >= least) == (most, 20, True)
     more = sample_by_label([*labels, ["l0"], ["l7"]], most, 7)
     assert len(set(chosen) & set(more)) >= most - 4
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_folds_keep_groups_whole_and_share_every_class(seed: int) -> None:
+    groups, strata = drawn(seed)
+    numbers = np.array([hash_to_number(seed, group) for group in groups], np.uint64)
+    folds = split.assign_folds(numbers, np.unique(strata, return_inverse=True)[1], 5)
+    of_group = {(group, fold) for group, fold in zip(groups, folds.tolist(), strict=True)}
+    assert len(of_group) == len(set(groups))
+    for label in "abc":
+        counts = np.bincount(folds[np.array(strata) == label], minlength=6)
+        assert counts[0] == 0
+        assert counts[1:].max() - counts[1:].min() <= 5, "by the size of a group at most"
+    other = np.array([hash_to_number(seed + 1, group) for group in groups], np.uint64)
+    assert (split.assign_folds(other, np.unique(strata, return_inverse=True)[1], 5) != folds).any()

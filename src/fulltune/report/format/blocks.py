@@ -15,6 +15,8 @@ class Cell:
     untrusted: bool = False
     """True for text from data or a model, which is escaped."""
     limit: int | None = None
+    link: str = ""
+    """Relative address on the HTML page."""
 
     def shown_text(self, on_page: bool = False) -> str:
         """Return the text. Untrusted text is cut to `limit` on a page, and to at most 160 characters elsewhere (80 if
