@@ -159,17 +159,17 @@ def place(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     table = pa.table({"text": [row["text"] for row in rows], "label": [number % 2 for number in range(len(rows))]})
     parquet.write_table(table, folder / "imdb" / "plain_text" / "train-00000-of-00001.parquet")
     data, steps = {"columns": ["text", "label"]}, {"max_steps": 2}
-    tiny.write_recipe(folder / "recipe.yaml", tiny_encoder, "train.tsv", data=data, train=steps)
-    names: dict[str, Any] = {}
+    [own] = [yaml.safe_load(one) for one in blocks("yaml") if "f1_spam" in one]
+    tiny.write_recipe(folder / "recipe.yaml", tiny_encoder, "train.tsv", data=data, train=steps, **own)
+    (folder / "my_metrics.py").write_text(script("f1_spam"), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch, in_this_process(), without_tracing():
         patch.chdir(folder)
-        exec(script("f1_spam"), names)
-        (folder / "RUN").symlink_to(names["result"].folder)
+        (folder / "RUN").symlink_to(fulltune.run("recipe.yaml").folder)
         yield folder
 
 
 def test_metric_of_ones_own_is_scored_and_reported(place: Path) -> None:
-    assert "f1 spam" in (place / "RUN" / "report.md").read_text(encoding="utf-8")
+    assert "my_metrics:f1_spam" in (place / "RUN" / "report.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import numpy as np
 from fulltune.export.source import Source
 from fulltune.inference.run import batches, extract_logits, model_batch, positions_by_length
 from fulltune.models.base import with_decoded_images
+from fulltune.recipe.tasks import greater_is_better
 from fulltune.records.export import ExportCheck, MetricPair
 from fulltune.stats.bootstrap import find_metric
 from fulltune.stats.intervals import paired_difference
@@ -134,13 +135,15 @@ def _pair_metrics(source: Source, both: Sequence[Predictions], chosen: Sequence[
 def _check_metric(source: Source, metrics: Mapping[str, MetricPair]) -> ExportCheck:
     """Check that the main metric is not worse by more than is tolerated, unless chance can explain it."""
     plan = source.scoring.plan
-    pair, sign = metrics[plan.metric], 1 if plan.greater_is_better else -1
+    # The user's own metrics are not computed here.
+    name = plan.metric if plan.metric in metrics else source.scoring.target.form.metrics[0]
+    pair, sign = metrics[name], 1 if greater_is_better(name) else -1
     tolerated = _TOLERATED_IN_4_BITS if source.request.quantize == "q4_k_m" else _TOLERATED
-    limit = tolerated * (1.0 if plan.greater_is_better else abs(pair.source))
+    limit = tolerated * (1.0 if sign > 0 else abs(pair.source))
     interval, is_worse = pair.difference, sign * (pair.source - pair.export) > limit
     is_chance = interval is not None and max(sign * interval.low, sign * interval.high) >= 0
     return ExportCheck(
-        name=f"{plan.metric} of the source, of the export",
+        name=f"{name} of the source, of the export",
         result=f"{pair.source:.4g}, {pair.export:.4g}{' (too few rows to tell)' if is_worse and is_chance else ''}",
         expected=f"worse by at most {limit:.2g}",
         passed=not is_worse or is_chance,

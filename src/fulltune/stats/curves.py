@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from fulltune.recipe.functions import is_own
 from fulltune.text import format_metric, format_number, is_share
 
 Point = tuple[int, float]
@@ -221,7 +222,8 @@ class Curves:
 
     @property
     def on_eval(self) -> str:
-        return f"{self.metric_name.replace('_', ' ')} on the eval rows"
+        name = self.metric_name
+        return f"{name if is_own(name) else name.replace('_', ' ')} on the eval rows"
 
     @property
     def best(self) -> Point:

@@ -9,6 +9,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from fulltune.files import write_text
+from fulltune.recipe.functions import is_own
 from fulltune.records.comparison import Decision, Difference
 from fulltune.records.plan import MemoryKind, Plan
 from fulltune.records.scores import Estimate
@@ -26,7 +27,7 @@ OF_ANSWERS = ("rougeL", "chrf", "exact_match", "bleu", "number_match", "json_equ
 
 def metric_name(name: str) -> str:
     """Return a readable name: `token_accuracy` becomes `token accuracy`. A function's name stays as it is."""
-    return name if ":" in name else name.replace("_", " ")
+    return name if is_own(name) else name.replace("_", " ")
 
 
 def format_estimate(metric: str, value: Estimate) -> str:
