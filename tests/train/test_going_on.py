@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
@@ -90,3 +91,34 @@ def test_checkpoint_that_can_do_the_task_is_a_row_to_beat(tmp_path: Path, traine
     assert before.metrics["accuracy"].value == after.metrics["accuracy"].value  # a step of 1e-9
     assert after.differences[before.name].value == 0
     assert "before training" in (reached.folder / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("start", ["probe", "random"])
+def test_checkpoint_with_two_of_four_labels_begins_better_than_a_new_head(
+    tmp_path: Path, trained: tuple[Path, float], start: str
+) -> None:
+    """A third of the rows have new labels."""
+    new = [
+        {"text": f"a {word} of music number {number}", "label": word} for number in range(30) for word in ("jig", "air")
+    ]
+    blocks = {**_AS_IT_IS, "method": {**_AS_IT_IS["method"], "head_init": start}}
+    reached = runs.run(tmp_path, trained[0], [*ROWS, *new], until="report" if start == "probe" else "train", **blocks)
+    assert reached.plan is not None
+    assert reached.outcome is not None
+    kept = "kept from the checkpoint for 2 of 4 labels; new: air, jig"
+    assert {one.name: one.reason for one in reached.plan.settings}["head"] == kept
+    assert _checks(tmp_path)["head"].startswith(kept)
+    assert ("; each new row starts from a linear probe" in _checks(tmp_path)["head"]) == (start == "probe")
+    before, after = load_file(trained[0] / "model.safetensors"), runs.final_weights(tmp_path)
+    torch.testing.assert_close(after["classifier.weight"][[1, 3]], before["classifier.weight"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(after["bert.pooler.dense.weight"], before["bert.pooler.dense.weight"], atol=1e-6, rtol=0)
+    if start == "probe":
+        runs.assert_report_is_whole(reached)
+        return
+    other = [{**row, "label": f"other {row['label']}"} for row in (*ROWS, *new)]
+    (tmp_path / "new").mkdir()
+    alone = runs.run(tmp_path / "new", trained[0], other, **blocks)
+    assert alone.outcome is not None
+    assert alone.outcome.best_metric is not None
+    assert reached.outcome.best_metric is not None
+    assert reached.outcome.best_metric > alone.outcome.best_metric + 0.2

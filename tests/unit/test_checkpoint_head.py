@@ -36,7 +36,9 @@ LABELS = ("bad", "fine", "good")
     [
         (LABELS, LABELS, (0, 1, 2), ": its 3 labels are the same"),
         (LABELS, ("good", "bad", "fine"), (2, 0, 1), ": its 3 labels are the same, reordered by name"),
-        (LABELS, ("bad", "good"), None, "the checkpoint's 3 labels are different (bad, fine, good)"),
+        (LABELS, ("bad", "good"), (0, 2), " for 2 of 2 labels; dropped: fine"),
+        (LABELS, ("new", "good", "bad"), (None, 2, 0), " for 2 of 3 labels; new: new; dropped: fine"),
+        (("LABEL_0", "LABEL_1"), ("LABEL_1", "LABEL_2"), None, None),
         (("a", "b", "c", "d"), LABELS, None, "the checkpoint's 4 labels are different (a, b, c ...)"),
         (("LABEL_0", "LABEL_1"), ("0", "1"), None, "the checkpoint's 2 labels have no names (LABEL_0, LABEL_1)"),
         (("LABEL_0", "LABEL_1"), ("LABEL_1", "LABEL_0"), (1, 0), None),
@@ -130,6 +132,63 @@ def test_head_without_labels_is_expected_of_its_own_class_only_and_taken_where_i
     heads: list[HeadOrigin] = []
     load_model(Base.from_block(block, "multiple-choice"), {}, head_is_new=True, on_head=heads.append)
     assert heads == [HeadOrigin((), "")], "one row that rates texts, as a choice is rated"
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "labels"),
+    [
+        ("bert", "text-classification", ("good", "odd", "bad", "fine", "even")),
+        ("roberta", "text-classification", ("new", "good", "bad")),  # as many rows as the checkpoint has
+        ("distilbert", "token-classification", ("good", "new")),
+        ("bert", "text-classification", ("good", "bad")),
+    ],
+)
+def test_known_labels_keep_their_rows_bit_for_bit_beside_new_ones_of_their_size(
+    kind: str, task: str, labels: tuple[str, ...], tmp_path: Path
+) -> None:
+    saved = _checkpoint(tmp_path, kind, task, LABELS).state_dict()
+    model, head = _loaded(tmp_path, task, labels)
+    ours = model.state_dict()
+    changed = {name for name in ours if not torch.equal(ours[name], saved[name])}
+    assert changed == set(head.known_rows) & set(head.missing), (
+        "the body and the head's other layers are the checkpoint's"
+    )
+    [weight, bias] = sorted(changed, key=lambda name: ours[name].dim(), reverse=True)
+    theirs = [LABELS.index(label) for label in labels if label in LABELS]
+    new, known = ([(label in LABELS) == kept for label in labels] for kept in (False, True))
+
+    def check() -> None:
+        for name in (weight, bias):
+            assert torch.equal(model.state_dict()[name][known], saved[name][theirs])
+        if any(new):
+            sizes, kept = (model.state_dict()[weight][rows].norm(dim=1).mean() for rows in (new, known))
+            assert sizes == pytest.approx(float(kept), rel=1e-4)
+
+    check()
+    before = ours[weight].clone()
+    initialise_missing_from_seed(model, head, 6)
+    check()
+    assert torch.equal(model.state_dict()[weight], before) != any(new)
+    drawn = model.state_dict()[weight].clone()
+    with process_group(tmp_path):
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        model._is_distributed_loading_by_transformers = True
+        initialise_missing_from_seed(model, head, 6)
+        assert torch.equal(sharding.full_tensor(model.get_parameter(weight).detach()), drawn)
+
+
+def test_known_labels_of_pickled_weights_have_no_rows_to_keep(tmp_path: Path) -> None:
+    saved = _checkpoint(tmp_path, "bert", "text-classification", LABELS).state_dict()
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(saved, tmp_path / "pytorch_model.bin")
+    changes = task_named("text-classification").config_changes(
+        Target("single_label", {}, ("good", "new")), tiny.encoder_tokenizer()
+    )
+    heads: list[HeadOrigin] = []
+    base = Base.from_block(ModelBlock(name=str(tmp_path), allow_pickled_weights=True), "text-classification")
+    load_model(base, changes, head_is_new=True, on_head=heads.append)
+    assert heads[0].order is None
+    assert "*.safetensors lack the rows of its head" in heads[0].description
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])

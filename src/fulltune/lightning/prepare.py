@@ -208,7 +208,7 @@ def _load_objective_and_rows(
     target = Target.of(summary)
     model, tokenizer, new = loading.load_pretrained(recipe, task, target)
     objective = Objective(recipe, plan, summary, task, model, tokenizer.pad_token_id, target)
-    if plan.head_init != "random" and new is not None and new.order is None:
+    if plan.head_init != "random" and new is not None and new.has_new_rows:
         loading.init_head_from_probe(objective, new, tokenizer, job.folder, torch.device(plan.device))
     loading.apply_method(model, recipe)
     loading.install_speedups(model, recipe, plan, summary)

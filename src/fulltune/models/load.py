@@ -6,13 +6,15 @@ import importlib
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import SetupError
 from fulltune.models import sharding
 from fulltune.models.base import Base, check_weights, from_pretrained_arguments, load_with_advice
 from fulltune.recipe.model import ModelBlock
+from fulltune.text import first_few
 
 if TYPE_CHECKING:
     import torch
@@ -26,10 +28,17 @@ _GENERIC = re.compile(r"LABEL_\d+")
 class HeadOrigin:
     """Where the weights of a model's head come from."""
 
-    order: tuple[int, ...] | None
-    """For each label, its row in the checkpoint's head; empty for a head without labels; None for a new head."""
+    order: tuple[int | None, ...] | None
+    """For each label, its row in the checkpoint's head or None for a new row; empty for a head without labels; None for
+    a new head."""
     why: str
     missing: tuple[str, ...] = ()
+    known_rows: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """By parameter, the rows of known labels, if other labels are new or dropped."""
+
+    @property
+    def has_new_rows(self) -> bool:
+        return self.order is None or None in self.order
 
     @property
     def description(self) -> str:
@@ -86,7 +95,10 @@ def load_model(
     missing = _missing_parameters(model, info, block, head_is_new)
     if head_is_new:
         head = predict_head_origin(base.config, type(model).__name__, config_changes)
+        if head.order and {*head.order} != {*range(len(base.config.id2label))}:
+            head = _read_known_rows(model, base, head)
         head = arrange_head(model, missing, head, "id2label" in config_changes)
+        missing |= head.known_rows.keys()
         on_head(replace(head, missing=tuple(name for name, _ in model.named_parameters() if name in missing)))
     _clear_gguf_attributes(model)
     return model
@@ -173,14 +185,22 @@ def _labels_by_row(id2label: Mapping[Any, str]) -> tuple[str, ...]:
 
 
 def head_origin_by_labels(checkpoint_labels: tuple[str, ...], task_labels: tuple[str, ...]) -> HeadOrigin:
-    """Return the origin of a head: kept if both label lists have the same names in any order, else new."""
+    """Return the origin of a head: labels keep the rows that have their names, unless the names are generic."""
     if len(checkpoint_labels) == len(task_labels) == 1:
         return HeadOrigin((0,), "")  # regression heads have one row
     if len(set(checkpoint_labels)) == len(checkpoint_labels) and set(checkpoint_labels) == set(task_labels):
         order = tuple(checkpoint_labels.index(name) for name in task_labels)
         same = f": its {len(task_labels)} labels are the same"
         return HeadOrigin(order, same if checkpoint_labels == task_labels else f"{same}, reordered by name")
-    why = "have no names" if all(_GENERIC.fullmatch(name) for name in checkpoint_labels) else "are different"
+    known = set(checkpoint_labels) & set(task_labels)
+    are_generic = all(_GENERIC.fullmatch(name) for name in checkpoint_labels)
+    if known and not are_generic and len(set(checkpoint_labels)) == len(checkpoint_labels):
+        rows = tuple(checkpoint_labels.index(name) if name in known else None for name in task_labels)
+        others = {"new": task_labels, "dropped": checkpoint_labels}
+        lists = {change: [name for name in names if name not in known] for change, names in others.items()}
+        changes = "".join(f"; {change}: {first_few(names, 5)}" for change, names in lists.items() if names)
+        return HeadOrigin(rows, f" for {len(known)} of {len(task_labels)} labels{changes}")
+    why = "have no names" if are_generic else "are different"
     named = ", ".join(checkpoint_labels[:3]) + (" ..." if len(checkpoint_labels) > 3 else "")
     return HeadOrigin(None, f"the checkpoint's {len(checkpoint_labels)} labels {why} ({named})")
 
@@ -191,6 +211,9 @@ def arrange_head(model: PreTrainedModel, missing: Iterable[str], head: HeadOrigi
     import torch
 
     above = [name for name in missing if not name.startswith(f"{model.base_model_prefix}.")]
+    if head.known_rows:
+        initialise_missing(model, replace(head, missing=tuple(head.known_rows)))
+        return head
     if above:
         return head if head.order is None else _MISSING
     if not task_has_labels:
@@ -213,6 +236,44 @@ def arrange_head(model: PreTrainedModel, missing: Iterable[str], head: HeadOrigi
                 values = values.index_select(axis, torch.tensor(head.order, device=values.device))
                 parameters[name].copy_(sharding.shard_like(values, parameters[name]))
     return head
+
+
+def _read_known_rows(model: PreTrainedModel, base: Base, head: HeadOrigin) -> HeadOrigin:
+    """Read the checkpoint's rows of known labels, which transformers drops if the head's size differs."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    axes, rows = _find_label_axes(model), dict[str, Any]()
+    order = [row for row in head.order or () if row is not None]
+    folder = base.path or Path(str(cached_file(base.block.name, "config.json", revision=base.block.revision))).parent
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as stored:
+            for name in axes.keys() & set(stored.keys()):
+                rows[name] = stored.get_tensor(name).movedim(axes[name], 0)[order]
+    if not rows or rows.keys() != axes.keys():
+        return HeadOrigin(None, "the checkpoint's *.safetensors lack the rows of its head")
+    return replace(head, known_rows=rows)
+
+
+def restore_known_rows(model: PreTrainedModel, head: HeadOrigin) -> None:
+    """Set the rows of known labels to the checkpoint's, and scale the new rows to the same mean norm."""
+    import torch
+
+    if not head.known_rows:
+        return
+    sharding.free_gathered_weights(model)
+    axes, parameters = _find_label_axes(model), {name: model.get_parameter(name) for name in head.known_rows}
+    is_known = torch.tensor([row is not None for row in head.order or ()])
+    with torch.no_grad(), sharding.gathered_to_modify(list(parameters.values())):
+        rows = {name: sharding.full_tensor(one).movedim(axes[name], 0).clone() for name, one in parameters.items()}
+        weight = max(rows, key=lambda name: rows[name].dim())
+        both = head.known_rows[weight], rows[weight][~is_known]
+        known, new = (float(some.flatten(1).norm(dim=1).mean()) for some in both)
+        for name, parameter in parameters.items():
+            # Smaller rows would give smaller logits, so that new labels would hardly be predicted.
+            rows[name] *= known / new if new > 0 else 1.0
+            rows[name][is_known] = head.known_rows[name].to(rows[name])
+            parameter.copy_(sharding.shard_like(rows[name].movedim(0, axes[name]), parameter))
 
 
 def _find_label_axes(model: PreTrainedModel) -> dict[str, int]:
@@ -260,6 +321,7 @@ def initialise_missing(model: PreTrainedModel, head: HeadOrigin) -> None:
     parameters = {name: model.get_parameter(name) for name in head.missing}
     with torch.no_grad(), sharding.gathered_to_modify(list(parameters.values())):
         _initialise_parameters(model, parameters)
+    restore_known_rows(model, head)
 
 
 def initialise_missing_from_seed(model: PreTrainedModel, head: HeadOrigin, seed: int) -> None:

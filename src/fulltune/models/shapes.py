@@ -34,6 +34,8 @@ class Shapes(Record):
     trains_head: bool = False
     """True if some parameters are frozen, but not the language model's head."""
     head_is_kept: bool = False
+    head_note: str = ""
+    """Which labels keep their rows of the checkpoint's head; empty if none do."""
     plain_logits: bool = True
     """True if no config field scales or caps logits after the head; verified before step 1."""
     units: Units | None = None
@@ -79,7 +81,8 @@ def measure_shapes(
         num_trainable=trained,
         trains_head=lm_head is not None and lm_head.weight.requires_grad,
         can_recompute=bool(model.supports_gradient_checkpointing),
-        head_is_kept=head.order is not None,
+        head_is_kept=not head.has_new_rows,
+        head_note=head.description if head.order else "",
         plain_logits=not any(getattr(text, name, None) not in (None, 1, 1.0) for name in _AFTER_HEAD),
         units=units,
         cached_values=_count_cached_values(config),

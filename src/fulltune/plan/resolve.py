@@ -240,6 +240,8 @@ def choose_head_init(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> Litera
     wanted, name = recipe.method.head_init, "method.head_init"
     if not FACTS[recipe.task].head_is_new:
         return None
+    if shapes.head_note:
+        reasons.settings.append(Setting(name="head", value="kept", reason=shapes.head_note, is_automatic=True))
     if not shapes.head_is_kept:
         why = "a random head distorts the pretrained features (Kumar et al. 2022)"
         start: Literal["probe", "random"] = reasons.add(name, wanted, "probe", why)

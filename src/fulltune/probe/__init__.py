@@ -238,7 +238,7 @@ def _fit_head(
     has_bias, dense_has_bias = (f"{layer}.bias" in parameters for layer in layers)
     options: dict[str | None, LinearClassifier | None] = {"loaded" if dense_layer else None: None}
     after = None
-    if train.dense is not None and train.last is not None:
+    if train.dense is not None and train.last is not None and not extractor.keeps_dense:
         after = recognise_activation(extractor.model, str(dense_layer), train.dense, train.last)
     if train.dense is not None and after is not None:
         options.update(dense_replacements(train.dense, train.mean, dense_has_bias, after[0]))

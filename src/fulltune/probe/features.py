@@ -65,6 +65,7 @@ class FeatureExtractor:
     class_weights: Sequence[float] | None = None
     pair_separators: frozenset[int] = frozenset()
     watch: ProgressCallback = lambda done, total, share: None
+    keeps_dense: bool = False
 
     @property
     def task(self) -> Task:

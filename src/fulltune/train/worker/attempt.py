@@ -45,7 +45,7 @@ def train_attempt(inputs: AttemptInputs) -> Fields:
     plan = inputs.plan
     loaded = loading.load_for_training(inputs)
     trainer = loading.make_trainer(inputs, loaded)
-    head_is_new = loaded.head is not None and loaded.head.order is None
+    head_is_new = loaded.head is not None and loaded.head.has_new_rows
     training = Training(
         inputs=inputs,
         loaded=loaded,

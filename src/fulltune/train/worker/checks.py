@@ -49,9 +49,10 @@ def run_checks(inputs: AttemptInputs, loaded: LoadedModel, trainer: FullTrainer)
     ]
     if loaded.head is not None:
         head, start = loaded.head, loaded.head_start
-        origin = head.description if start is None else f"new, {start.head_origin}; {head.why}"
+        origin = head.description if start is None or head.order else f"new, {start.head_origin}; {head.why}"
+        new_rows = f"each new row {start.head_origin}" if start is not None and head.order else ""
         problem = _bf16_resolution_problem(loaded.scaled, summary.scale)
-        result = problem or "; ".join(filter(None, [origin, loaded.scale_note]))
+        result = problem or "; ".join(filter(None, [origin, new_rows, loaded.scale_note]))
         checks.append(Check(name="head", result=result, passed=problem is None))
     if writes:
         without = int((_last_trained_tokens(rows) == IGNORED).sum())

@@ -19,7 +19,7 @@ from fulltune.errors import SetupError
 from fulltune.inference.run import autocast, extract_logits, model_batch, positions_by_length
 from fulltune.inference.store import MIXED, Rows
 from fulltune.methods.head import find_output_layer, head_paths, rescale_outputs, rescaled_parameters
-from fulltune.models import dropout, evaluation_mode, sharding
+from fulltune.models import dropout, evaluation_mode, load, sharding
 from fulltune.models.base import Base, with_decoded_images
 from fulltune.models.kernels import apply_liger_kernels, compile_blocks
 from fulltune.models.load import HeadOrigin, initialise_missing, initialise_missing_from_seed, load_model
@@ -229,12 +229,12 @@ def load_for_training(inputs: AttemptInputs) -> LoadedModel:
     model, tokenizer, head = load_pretrained(recipe, task, target, begin, num_ranks)
     if sharding.is_fsdp2_sharded(model):  # each rank has drawn its shard; from here on all have the same random state
         transformers.set_seed(plan.seed)
-        if head is not None and head.order is None:
+        if head is not None and head.has_new_rows:
             initialise_missing(model, head)
     in_zero = sharding.needs_all_ranks(model) and not sharding.is_fsdp2_sharded(model)
     base_digest = None if in_zero else checkpoints.weights_digest(model)
     head_start, objective = None, Objective(recipe, plan, summary, task, model, tokenizer.pad_token_id, target)
-    if plan.head_init != "random" and not inputs.request.probe and head is not None and head.order is None:
+    if plan.head_init != "random" and not inputs.request.probe and head is not None and head.has_new_rows:
         head_start = _init_head_and_record(inputs, objective, head, tokenizer, arguments.device)
     applied = apply_method(model, recipe)
     model = applied.model
@@ -370,6 +370,7 @@ def init_head_from_probe(
             plan.precision,
             class_weights(recipe, objective.summary),
             probe.pair_separators(tokenizer, target),
+            keeps_dense=bool(head.known_rows),
         )
 
     train_rows, eval_rows = task_rows(folder / "data", tokenizer)
@@ -381,4 +382,5 @@ def init_head_from_probe(
         initialise_missing_from_seed(model, head, plan.seed)
     else:
         probe.initialise_head_from_probe(model, folder, for_training=recipe.method.kind != "head")
+        load.restore_known_rows(model, head)
     return probed
