@@ -229,11 +229,12 @@ def _metrics() -> Iterable[str]:
     yield "## Metrics that can choose a checkpoint\n"
     yield "The first is the default.\n"
     for task in FACTS:
-        by_metrics: dict[tuple[str, ...], list[str]] = {}
+        by_metrics: dict[tuple[tuple[str, ...], ...], list[str]] = {}
         for kind in FACTS[task].types:
-            by_metrics.setdefault(FORMS[kind].metrics, []).append(kind)
-        for names, kinds in by_metrics.items():
-            yield _item(f"- {task} ({', '.join(kinds)}): {_quoted(names)}")
+            by_metrics.setdefault((FORMS[kind].metrics, FORMS[kind].of_one_class), []).append(kind)
+        for (names, of_one_class), kinds in by_metrics.items():
+            also = f"; with `evaluate.positive_label` also {_quoted(of_one_class)}" if of_one_class else ""
+            yield _item(f"- {task} ({', '.join(kinds)}): {_quoted(names)}{also}")
     yield ""
 
 

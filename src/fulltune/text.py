@@ -108,11 +108,11 @@ def format_share(share: float) -> str:
     return ">99.9%" if 0.9995 <= share < 1 else format_percent(share)
 
 
-_SHARES = {"accuracy", "token_accuracy", "exact_match", "number_match", "json_equal", "f1", "precision", "recall"}
+_SHARES = {"exact_match", "number_match", "json_equal", "f1", "precision", "recall"}
 
 
 def is_share(metric: str) -> bool:
-    return metric in _SHARES or metric.startswith("f1_")
+    return metric in _SHARES or metric.startswith("f1_") or metric.endswith("accuracy")
 
 
 def format_metric(name: str, value: float) -> str:

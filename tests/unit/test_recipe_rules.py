@@ -173,7 +173,12 @@ except RecipeError as error:
         ("text-classification", {}, "f1_micro", None),
         ("text-classification", {"problem_type": "regression"}, "spearman", None),
         ("text-classification", {"problem_type": "regression"}, "accuracy", "for regression; expected one of spearman"),
-        ("text-classification", {}, "f1", "for text-classification; expected one of accuracy, f1_macro, mcc, loss, "),
+        (
+            "text-classification",
+            {},
+            "f2",
+            "for text-classification; expected one of accuracy, f1_macro, mcc, bal",
+        ),
         ("token-classification", {}, "f1", None),
     ],
 )

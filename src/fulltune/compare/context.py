@@ -101,6 +101,8 @@ class Context:
         num_rows = self.summary.splits["eval"].rows
         if self.summary.form.has_windows:
             num_rows = len({row[PLACE] for row in read_original_rows(self.folder / "data" / "eval")})
+        if self.resamplable_metric.name in self.summary.form.of_one_class:
+            num_rows = self.summary.splits["eval"].label_counts.get(str(self.summary.positive_label), 0)
         return MetricScale(self.resamplable_metric.greater_is_better, num_rows, is_share(self.resamplable_metric.name))
 
     @cached_property

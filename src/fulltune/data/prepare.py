@@ -159,6 +159,7 @@ def _prepare_uncached(
     """Read, check, split, tokenise and write all rows, and return their summary."""
     recipe, block, folder, task = stage.recipe, stage.recipe.data, stage.folder, task_named(stage.recipe.task)
     target, counts = find_target_and_count_rows(block, task, sources, recipe.evaluate.slice_by)
+    target = replace(target, positive_label=recipe.evaluate.positive_label)
     if block.patch:
         patched = [source.patched for source in sources.values() if source.patched]
         refuse_unmatched_decisions(block.patch, patched, not block.max_rows)
@@ -332,6 +333,7 @@ def _fingerprint_inputs(stage: Stage, files: Mapping[SourceName, DataFiles], for
         hash_files({"contamination": DataFiles(forbidden, "")}),
         processor_fingerprint(stage.tokenizer),
         *(limits.max_positions, stage.tokenizer.model_max_length, limits.model_fingerprint, limits.num_virtual_tokens),
+        *filter(None, [stage.recipe.evaluate.positive_label]),
     )
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -22,7 +22,7 @@ from fulltune.recipe.tasks import FACTS, TaskName
 from fulltune.records.data import DataSummary, SplitName
 from fulltune.records.plan import Plan
 from fulltune.records.probe import FrozenBaseline, Probe
-from fulltune.records.scores import Estimate, Scores
+from fulltune.records.scores import Estimate, Scores, Threshold
 from fulltune.records.training import Outcome
 from fulltune.stats.bootstrap import Resampled, find_metric
 from fulltune.stats.calibration import fit_temperature
@@ -131,7 +131,7 @@ def _score_probe_head(scoring: Scoring, scorer: ModuleType) -> Scored:
 
 def score_trained_model(scoring: Scoring, outcome: Outcome) -> Scores:
     """Return the trained model's scores on the test rows, with differences from the baselines. Also log the access, and
-    save a classifier's temperature."""
+    save a classifier's temperature and threshold."""
     scoring = replace(scoring, slice_by=scoring.recipe.evaluate.slice_by)
     plan, folder = scoring.plan, scoring.data.parent
     if outcome.model_folder is None:
@@ -148,7 +148,7 @@ def score_trained_model(scoring: Scoring, outcome: Outcome) -> Scores:
 
     scores = _load_or_score(path, score_and_log)
     if scores.calibration is not None:
-        _save_temperature(model_folder, scores.calibration.temperature)
+        _save_temperature(model_folder, scores.calibration.temperature, scores.threshold)
     span = find_metric(scoring.recipe.task, scoring.target, plan.metric, plan.greater_is_better).span
     return save_differences(folder, scores, partial(paired_difference, span=span, confidence=scores.confidence))
 
@@ -197,8 +197,12 @@ def fit_and_save_temperature(scoring: Scoring, model_folder: Path, eval_rows: Pr
         _save_temperature(model_folder, fit_temperature(eval_rows["logits"], eval_rows["labels"]) or 1.0)
 
 
-def _save_temperature(model_folder: Path, temperature: float) -> None:
-    files.write_json(model_folder / NOTES, read_notes(model_folder) | {"temperature": temperature})
+def _save_temperature(model_folder: Path, temperature: float, fitted: Threshold | None = None) -> None:
+    notes = {**read_notes(model_folder), "temperature": temperature}
+    if fitted is not None:
+        interval = fitted.value.model_dump(include={"value", "low", "high"})
+        notes["threshold"] = {"label": fitted.label, **interval, "positives": fitted.positives}
+    files.write_json(model_folder / NOTES, notes)
 
 
 def _scorer_of(task: TaskName) -> ModuleType:

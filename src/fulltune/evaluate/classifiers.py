@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -8,9 +9,11 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from fulltune.evaluate.scoring import WORST, Scored, Scoring
-from fulltune.records.scores import Confusion
+from fulltune.inference.store import CLUSTERS
+from fulltune.records.scores import Confusion, Threshold
+from fulltune.stats.bootstrap import bounds_of, resample_metrics
 from fulltune.stats.calibration import calibrate
-from fulltune.tasks import classes, multiple_choice
+from fulltune.tasks import Predictions, classes, multiple_choice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,32 +29,54 @@ def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
 
 
 def score_model(scoring: Scoring, model: PreTrainedModel, processor: Any) -> Scored:
-    """Score a model on test rows, with a temperature fitted on eval rows."""
+    """Score a model on test rows, with a temperature and, if wanted, a threshold fitted on eval rows."""
     test_rows = scoring.predict_split(model, processor)
-    metrics = scoring.estimate_metrics(test_rows)
-    predicted = classes.predict_labels(test_rows["logits"], scoring.target)
-    calibration = None
+    calibration = threshold = None
     if scoring.target.form.is_calibrated:
         eval_rows = scoring.predict_split(model, processor, "eval")
         calibration = calibrate(eval_rows["logits"], eval_rows["labels"], test_rows["logits"], test_rows["labels"])
+        if scoring.recipe.evaluate.threshold is not None:
+            threshold = _fit_threshold(scoring, eval_rows, test_rows, calibration.temperature)
+            decision = (calibration.temperature, threshold.value.value)
+            scoring = replace(scoring, target=replace(scoring.target, decision=decision))
+    predicted = classes.predict_labels(test_rows["logits"], scoring.target)
     texts = [scoring.task.display_text(row, scoring.target) for row in scoring.texts]
     return scoring.make_scores(
         scoring.plan.trial,
         "trained",
         len(predicted),
-        metrics=metrics | scoring.estimate_user_metrics(predicted, test_rows["labels"]),
+        metrics=scoring.estimate_metrics(test_rows) | scoring.estimate_user_metrics(predicted, test_rows["labels"]),
         calibration=calibration,
+        threshold=threshold,
         confusion=_confusions(scoring, test_rows["labels"], predicted),
         worst=tuple(classes.worst_rows(test_rows, texts, scoring.target, WORST)),
     )
 
 
-def _score_labels(scoring: Scoring, name: str, predicted: np.ndarray) -> Scored:
+def _fit_threshold(scoring: Scoring, eval_rows: Predictions, test_rows: Predictions, temperature: float) -> Threshold:
+    """Fit the threshold with the highest F1 on the eval rows, with its bootstrap interval."""
+    target, confidence = scoring.target, scoring.recipe.evaluate.confidence
+    expected = eval_rows["labels"] == target.positive
+    fitted = resample_metrics(
+        {"expected": expected, "chance": classes.class_probabilities(eval_rows["logits"], temperature)},
+        lambda rows: {"": classes.best_threshold(rows["expected"], rows["chance"][:, target.positive])},
+        samples=scoring.recipe.evaluate.bootstrap_samples,
+        clusters=np.load(scoring.data / "eval" / CLUSTERS),
+    )
+    return Threshold(
+        label=target.labels[target.positive],
+        value=fitted[""].estimate(confidence),
+        positives=int(expected.sum()),
+        f1_without=scoring.estimate_metrics(test_rows)["f1"].estimate(confidence, bounds_of("f1")),
+    )
+
+
+def _score_labels(scoring: Scoring, name: str, predicted: np.ndarray, logits: np.ndarray | None = None) -> Scored:
     """Score a baseline's predicted labels of the test rows."""
     true = np.array(scoring.rows("test")["labels"])
     metrics = scoring.estimate_metrics(
-        {"true": true, "predicted": predicted},
-        metrics=lambda rows: classes.label_metrics(rows["true"], rows["predicted"], scoring.target),
+        {"true": true, "predicted": predicted} | ({} if logits is None else {"logits": logits}),
+        metrics=lambda rows: classes.label_metrics(rows["true"], rows["predicted"], scoring.target, rows.get("logits")),
     ) | scoring.estimate_own_metrics(predicted, true)
     return scoring.make_scores(
         name, "baseline", len(true), metrics=metrics, confusion=_confusions(scoring, true, predicted)
@@ -79,7 +104,8 @@ def score_frozen_classifier(scoring: Scoring, name: str, predicted: Sequence[tup
     outputs = [values for _, values in sorted(predicted, key=lambda row: row[0])]
     if scoring.target.num_choices:
         return _score_labels(scoring, name, np.array([int(values[:, 0].argmax()) for values in outputs]))
-    return _score_labels(scoring, name, classes.predict_labels(np.concatenate(outputs), scoring.target))
+    logits = np.concatenate(outputs)
+    return _score_labels(scoring, name, classes.predict_labels(logits, scoring.target), logits)
 
 
 def _confusions(scoring: Scoring, true: np.ndarray, predicted: np.ndarray) -> Confusion | None:

@@ -199,7 +199,8 @@ class TrainBatches:
         plan = module.plan
         batches = (plan.global_batch_size, plan.micro_batch_size, plan.seed, plan.group_by_length, trainer.world_size)
         mixed = loading.mixed_sources(module.objective.summary)
-        self.sampler = GlobalBatchSampler(module.rows["length"], *batches, mixed=mixed)
+        classes = module.rows["labels"] if module.objective.recipe.train.sampling == "balanced" else None
+        self.sampler = GlobalBatchSampler(module.rows["length"], *batches, mixed=mixed, classes=classes)
         self.position = 0
         self.first = 0
         """Number of micro batches that the next epoch skips after resuming."""

@@ -51,6 +51,7 @@ def make_plan(workload: Workload, fleet: Fleet, own_loss: bool = False, startup_
     answers, need = plan_answers(basis, option.settings, option.memory, summary, metric, reasons)
     generic = watching.plan_generic_texts(recipe, summary, basis.global_batch_size, steps, reasons)
     resolve.record_parts(recipe, shapes, reasons)
+    resolve.record_sampling(recipe, summary, reasons)
     resolve.record_other_settings(recipe, reasons)
     reasons.settings += resolve.memory_caveats(basis.footprint, bool(train.torch_compile))
     used = option.settings

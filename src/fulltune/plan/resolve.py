@@ -11,7 +11,6 @@ from fulltune.plan import defaults, memory
 from fulltune.plan.savings import plain_optim
 from fulltune.plan.settings import FROM_RECIPE, Reasons
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.functions import is_own
 from fulltune.recipe.rules import wrong_metric
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
@@ -179,13 +178,12 @@ def choose_loader_workers(recipe: Recipe, machine: Machine, device: str, reasons
 
 def choose_metric(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> str:
     """Choose the metric; raise `RecipeError` if the task has no such metric."""
-    possible = summary.form.metrics
-    wanted = recipe.evaluate.metric
-    if wanted is not None and wanted not in possible and not is_own(wanted):
-        raise RecipeError(wrong_metric(wanted, summary.form.words, possible))
+    form, wanted = summary.form, recipe.evaluate.metric
+    if problem := wrong_metric(recipe, form):
+        raise RecipeError(problem)
     if not written.can_score(wanted or ""):
         raise RecipeError(f"evaluate.metric: '{wanted}' needs a package; install it: {written.INSTALL}")
-    return str(reasons.add("evaluate.metric", wanted, possible[0], f"usual for {summary.form.words}"))
+    return str(reasons.add("evaluate.metric", wanted, form.metrics[0], f"usual for {form.words}"))
 
 
 def choose_global_batch_size(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> int:
@@ -289,6 +287,14 @@ def record_parts(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> None:
 
 
 _NOT_SHOWN = ("data.train", "data.eval", "data.test", "method.train")
+
+
+def record_sampling(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> None:
+    """Add balanced `train.sampling` to `reasons`, with how often rows of the rarest class repeat."""
+    if recipe.train.sampling == "balanced" and (counts := summary.splits["train"].label_counts):
+        rarest = min(counts, key=counts.__getitem__)
+        often = f"{sum(counts.values()) / len(counts) / counts[rarest]:.3g} times"
+        reasons.add("train.sampling", "balanced", caveat=f"; a row of '{rarest}', the rarest class, is used {often}")
 
 
 def record_other_settings(recipe: Recipe, reasons: Reasons) -> None:

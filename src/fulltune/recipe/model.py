@@ -114,6 +114,12 @@ class EvaluateBlock(Block):
     intervals are faster and which a comparison needs."""
     greater_is_better: bool | None = None
     """Whether more is better, for an own function as `metric`."""
+    positive_label: str | None = Field(default=None, coerce_numbers_to_str=True)
+    """Class that counts as positive (scikit-learn's `pos_label`), such as a rare one (single label). It is scored
+    against the rest by `f1`, `precision`, `recall`, `roc_auc` and `average_precision`; each can be the `metric`."""
+    threshold: Literal["fit"] | None = None
+    """`fit` predicts `positive_label` from the calibrated probability on that maximises its F1 on the eval rows. It is
+    stored in the model folder's `fulltune.json`. Default: the most probable class is predicted."""
     batch_size: int | None = Field(default=None, ge=1)
     """Number of rows per forward pass. Default: twice the micro batch size. If scoring runs out of memory, the batch
     size is halved, which does not change the scores."""

@@ -86,8 +86,18 @@ def _setting_value(recipe: Recipe, method: ComparedMethod, form: Form | None, na
     return value
 
 
-def wrong_metric(wanted: str, kind: str, possible: Iterable[str]) -> str:
-    return f"evaluate.metric: '{wanted}' is not available for {kind}; expected one of {', '.join(possible)}"
+def wrong_metric(recipe: Recipe, form: Form | None) -> str | None:
+    """Return a message if `evaluate.metric` cannot choose a checkpoint for this form (None if unknown), else None."""
+    wanted, forms = recipe.evaluate.metric, [form] if form else [FORMS[name] for name in FACTS[recipe.task].types]
+    possible = [name for one in forms for name in one.metrics]
+    of_one_class = [name for one in forms for name in one.of_one_class]
+    possible += of_one_class if recipe.evaluate.positive_label is not None else []
+    if wanted is None or wanted in possible or is_own(wanted):
+        return None
+    if wanted in of_one_class:
+        return f"evaluate.metric: {wanted} is that of one class against the rest; also set evaluate.positive_label"
+    kind, names = form.words if form else recipe.task, ", ".join(dict.fromkeys(possible))
+    return f"evaluate.metric: '{wanted}' is not available for {kind}; expected one of {names}"
 
 
 def named_methods(recipe: Recipe) -> list[tuple[str, ComparedMethod]]:
@@ -243,12 +253,9 @@ def _other_problems(recipe: Recipe) -> list[str]:
     """List error messages for rules that neither `excluded.toml` nor a single block can express."""
     train, block, kind = recipe.train, recipe.preserve, recipe.method.kind
     workers, is_image = train.extra.get("dataloader_num_workers"), FACTS[recipe.task].reads == "image"
-    metric, form = recipe.evaluate.metric, form_of(recipe)
-    possible = form.metrics if form else FACTS[recipe.task].choosing  # the form is checked when the rows are read
+    metric, wrong = recipe.evaluate.metric, wrong_metric(recipe, form_of(recipe))  # again when the rows are read
     pairs = {
-        wrong_metric(str(metric), form.words if form else recipe.task, possible): (
-            metric is not None and metric not in possible and not is_own(metric)
-        ),
+        str(wrong): wrong is not None,
         f"evaluate.metric: {metric} is your own function, so say whether more is better; add greater_is_better: true "
         "or false": is_own(metric) and recipe.evaluate.greater_is_better is None,
         "evaluate.greater_is_better: has no effect, because the direction of the task's metrics is known; remove it": (

@@ -42,6 +42,8 @@ class Form:
     metrics: tuple[str, ...]
     """Metrics that can select a checkpoint, starting with the default."""
     kind: str
+    of_one_class: tuple[str, ...] = ()
+    """Further metrics that can do so, of the class `evaluate.positive_label` against the rest."""
     target: str = "label"
     label: str = "label"
     row: str = "row"
@@ -132,7 +134,8 @@ class TaskFacts:
 
     @property
     def choosing(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for form in self.types for name in FORMS[form].metrics))
+        forms = map(FORMS.__getitem__, self.types)
+        return tuple(dict.fromkeys(name for form in forms for name in form.metrics + form.of_one_class))
 
 
 FACTS: Mapping[str, TaskFacts] = TypeAdapter(dict[str, TaskFacts]).validate_python(_TABLE["tasks"])

@@ -88,6 +88,9 @@ class TrainBlock(Block):
     class_weights: str | dict[str | int, Any] | tuple[Any, ...] | None = None
     """Weight of each class in the training loss (classification): `balanced` (all classes get the same total weight), a
     mapping such as `{rare: 5, usual: 1}`, or a list in the order of the labels."""
+    sampling: Literal["uniform", "balanced"] = "uniform"
+    """Rows of an epoch: each row once, or as many rows, equally many of each class (`balanced`, single label). Rows of
+    rare classes then repeat, and rows of a class repeat only after all of its rows have been used."""
     seed: int = Field(default=42, ge=0)
     """Random seed for dropout, the order of rows, and a randomly initialised head."""
     precision: Precision = "auto"

@@ -70,6 +70,7 @@ class DataSummary(Record):
     """Text between prompt and completion (causal-lm), or text before each source (seq2seq)."""
     num_choices: int = 0
     train_on: Literal["all", "last"] = "all"
+    positive_label: str | None = None
     packed: bool = False
     max_length: int
     max_length_reason: str

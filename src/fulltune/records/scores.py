@@ -36,6 +36,16 @@ class Calibration(Record):
     """Why no temperature was fitted, or None if one was."""
 
 
+class Threshold(Record):
+    """Calibrated probability from which on a class is predicted, fitted on eval rows with `positives` of the class."""
+
+    label: str
+    value: Estimate
+    positives: int
+    f1_without: Estimate
+    """F1 on the test rows if the most probable class is predicted instead."""
+
+
 class Confusion(Record):
     """Number of test rows by true label (row) and predicted label (column)."""
 
@@ -74,6 +84,7 @@ class Scores(Record):
     metric_without_leaks: Estimate | None = None
     seconds: float = 0.0
     calibration: Calibration | None = None
+    threshold: Threshold | None = None
     confusion: Confusion | None = None
     worst: tuple[Answer, ...] = ()
     answers: tuple[Answer, ...] = ()

@@ -37,7 +37,7 @@ FromSums = Callable[[np.ndarray], np.ndarray]
 """Computes a metric from the sums of its terms over all rows: [..., k] to [...]."""
 
 
-_IN_SUMMARY = ("problem_type", "columns", "labels", "joint", "num_choices", "train_on")
+_IN_SUMMARY = ("problem_type", "columns", "labels", "joint", "num_choices", "train_on", "positive_label")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,10 @@ class Target:
     num_choices: int = 0
     train_on: Literal["all", "last"] = "all"
     """Which of the assistant's messages are trained."""
+    positive_label: str | None = None
+    """Class that metrics such as `f1` compare with the rest, or None."""
+    decision: tuple[float, float] | None = None
+    """Temperature and calibrated probability from which on `positive_label` is predicted; None: no such threshold."""
     stride: int | None = None
     """Overlap of a long context's windows in tokens; None means a third of a window."""
     scale: tuple[float, float] | None = None
@@ -65,6 +69,11 @@ class Target:
     @property
     def form(self) -> Form:
         return FORMS[self.problem_type]
+
+    @property
+    def positive(self) -> int:
+        """Class id of `positive_label`."""
+        return self.labels.index(str(self.positive_label))
 
     @classmethod
     def of(cls, summary: DataSummary) -> Target:
@@ -80,7 +89,9 @@ class Target:
     @classmethod
     def from_notes(cls, notes: Mapping[str, Any]) -> Target:
         """Restore a target from the output of `as_notes`."""
-        more = {name: notes[name] for name in ("num_choices", "train_on", "stride") if name in notes}
+        more = {name: notes[name] for name in (*_IN_SUMMARY[4:], "stride") if name in notes}
+        if "threshold" in notes:
+            more["decision"] = (notes.get("temperature", 1.0), notes["threshold"]["value"])
         return cls(notes["problem_type"], notes["columns"], tuple(notes["labels"]), notes["joint"], **more)
 
 

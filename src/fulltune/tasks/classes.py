@@ -101,6 +101,52 @@ def mcc(sums: np.ndarray) -> np.ndarray:
     return share(right * rows - (predicted * expected).sum(axis=-1), np.sqrt(scale))
 
 
+def balanced_accuracy(sums: np.ndarray) -> np.ndarray:
+    """Average the recall of the classes that occur in targets, as in scikit-learn. `sums` are as in `mcc`."""
+    parts = split_into_threes(sums)
+    return share(share(parts[..., 0], parts[..., 2]).sum(axis=-1), (parts[..., 2] > 0).sum(axis=-1))
+
+
+OF_ALL: dict[str, FromSums] = {
+    "f1_macro": macro_f1_of_present_classes,
+    "mcc": mcc,
+    "balanced_accuracy": balanced_accuracy,
+}
+OF_ONE: dict[str, FromSums] = {
+    "f1": f1,
+    "precision": lambda sums: share(sums[..., 0], sums[..., 1]),
+    "recall": lambda sums: share(sums[..., 0], sums[..., 2]),
+}
+"""Metrics of one class from its sums: true positives, predictions and targets [..., 3]."""
+
+
+def best_threshold(expected: np.ndarray, scores: np.ndarray) -> float:
+    """Return the score from which on rows must be positive for the highest F1. `expected` is bool [rows]."""
+    ends, hits, ranked = _count_by_rank(expected, scores)
+    return float(ranked[np.argmax(hits / (ends + hits[-1]))])
+
+
+def ranking_metrics(expected: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+    """Compute scikit-learn's ROC AUC and average precision, but faster, or NaN without both classes. `expected` is bool
+    [rows]."""
+    ends, hits, _ = _count_by_rank(expected, scores)
+    positives, negatives = hits[-1], ends[-1] - hits[-1]
+    if not positives or not negatives:
+        return dict.fromkeys(("roc_auc", "average_precision"), math.nan)
+    new = np.diff(hits, prepend=0)
+    return {
+        "roc_auc": float(np.diff(ends - hits, prepend=0) @ (hits - new / 2) / (positives * negatives)),
+        "average_precision": float(new @ (hits / ends) / positives),
+    }
+
+
+def _count_by_rank(expected: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each distinct score, highest first, count the rows with at least this score, and the positive ones."""
+    order = np.argsort(-scores.astype(np.float64))
+    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)
+    return ends + 1.0, np.cumsum(expected[order])[ends], scores[order][ends]
+
+
 def r2(sums: np.ndarray) -> np.ndarray:
     errors, rows, values, squares = np.moveaxis(sums, -1, 0)
     return np.asarray(1 - share(errors, squares - values**2 / rows))
@@ -189,13 +235,16 @@ def reduce_logits(logits: Tensor, labels: Tensor, target: Target) -> dict[str, T
 
 
 def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
-    values = label_metrics(predictions["labels"], predict_labels(predictions["logits"], target), target)
+    logits = predictions["logits"]
+    values = label_metrics(predictions["labels"], predict_labels(logits, target), target, logits)
     return values | ({"loss": float(np.mean(predictions["loss"]))} if "loss" in predictions else {})
 
 
-def label_metrics(true: np.ndarray, predicted: np.ndarray, target: Target) -> dict[str, float]:
+def label_metrics(
+    true: np.ndarray, predicted: np.ndarray, target: Target, logits: np.ndarray | None = None
+) -> dict[str, float]:
     """Compute scikit-learn's metrics by name, but faster. Labels are class ids [rows], 0/1 [rows, labels] or numbers
-    [rows]."""
+    [rows]. Without `logits` [rows, classes], rows are ranked by `predicted`."""
     form = target.form
     if form.is_number:
         both = true.astype(np.float64), predicted.astype(np.float64)
@@ -209,13 +258,16 @@ def label_metrics(true: np.ndarray, predicted: np.ndarray, target: Target) -> di
         }
     if not form.one_label:
         return {"accuracy": float(np.mean(true == predicted))}
-    classes = int(max(true.max(), predicted.max())) + 1
+    classes = max(len(target.labels), int(max(true.max(), predicted.max())) + 1)
     counts = numbers(*(np.bincount(ids, minlength=classes) for ids in (true[true == predicted], predicted, true)))
-    return {
-        "accuracy": float(counts[:, 0].sum() / len(true)),
-        "f1_macro": float(macro_f1_of_present_classes(counts.ravel())),
-        "mcc": float(mcc(counts.ravel())),
-    }
+    values = {name: float(value(counts.ravel())) for name, value in OF_ALL.items()}
+    values["accuracy"] = float(counts[:, 0].sum() / len(true))
+    if target.positive_label is None:
+        return values
+    place = target.positive
+    scores = predicted == place if logits is None else class_probabilities(logits, 1.0)[:, place]
+    values |= {name: float(value(counts[place])) for name, value in OF_ONE.items()}
+    return values | ranking_metrics(true == place, scores)
 
 
 def _r2(true: np.ndarray, predicted: np.ndarray) -> float:
@@ -246,6 +298,11 @@ NUMBER_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 def predict_labels(logits: np.ndarray, target: Target) -> np.ndarray:
     """Turn `logits[rows, classes]` into class ids [rows], a 0/1 matrix [rows, labels] or numbers [rows]."""
+    if target.decision is not None:
+        temperature, threshold = target.decision
+        is_positive = class_probabilities(logits, temperature)[:, target.positive] >= threshold
+        others = np.where(np.arange(logits.shape[1]) == target.positive, -np.inf, logits)
+        return np.where(is_positive, target.positive, others.argmax(axis=-1))
     if target.form.is_number:
         return logits[:, 0]
     return (logits > 0).astype(np.int64) if target.form.several_labels else logits.argmax(axis=-1)
@@ -284,16 +341,23 @@ def answers(
         ]
     return [
         {"label": labels[best], "probability": chances[best], "probabilities": dict(zip(labels, chances, strict=True))}
-        for best, chances in classes_with_probabilities(predictions["logits"], temperature)
+        for best, chances in classes_with_probabilities(predictions["logits"], target, temperature)
     ]
 
 
-def classes_with_probabilities(logits: np.ndarray, temperature: float) -> Iterable[tuple[int, list[float]]]:
-    """Yield each row's best class id and all classes' probabilities. `temperature` divides the logits."""
+def classes_with_probabilities(
+    logits: np.ndarray, target: Target, temperature: float
+) -> Iterable[tuple[int, list[float]]]:
+    """Yield each row's predicted class id and all classes' probabilities. `temperature` divides the logits."""
+    chances = class_probabilities(logits, temperature)
+    return zip(predict_labels(logits, target).tolist(), chances.tolist(), strict=True)
+
+
+def class_probabilities(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """Return the calibrated probabilities, float64 [rows, classes]."""
     from scipy.special import softmax
 
-    chances = softmax(logits.astype(np.float64) / temperature, axis=-1)
-    return zip(logits.argmax(axis=-1).tolist(), chances.tolist(), strict=True)
+    return np.asarray(softmax(logits.astype(np.float64) / temperature, axis=-1))
 
 
 def with_placeholder_label(row: Row, target: Target) -> Row:
@@ -337,17 +401,14 @@ def metrics_from_sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, 
     loss: dict[str, tuple[RowTerms, FromSums]] = {"loss": (stack_arrays("loss", ROWS), ratio)}
     if target.form.is_number:
         return loss | {"r2": (_regression_terms, r2), "rmse": (_regression_terms, lambda sums: np.sqrt(ratio(sums)))}
-    right, several = partial(_is_right, target=target), target.form.several_labels
-    metrics = loss | {
-        "accuracy": (terms_of_mean(right), ratio),
-        "f1_macro": (
-            lambda predictions: flat(_matches(predictions, target)),
-            macro_f1 if several else macro_f1_of_present_classes,
-        ),
-    }
-    if several:
-        return metrics | {"f1_micro": (lambda predictions: _matches(predictions, target).sum(axis=1), f1)}
-    return metrics | {"mcc": (lambda predictions: flat(_matches(predictions, target)), mcc)}
+    right, matches = (partial(terms, target=target) for terms in (_is_right, _matches))
+    metrics = loss | {"accuracy": (terms_of_mean(right), ratio)}
+    if target.form.several_labels:
+        micro = {"f1_micro": (lambda predictions: matches(predictions).sum(axis=1), f1)}
+        return metrics | micro | {"f1_macro": (lambda predictions: flat(matches(predictions)), macro_f1)}
+    metrics |= {name: (lambda predictions: flat(matches(predictions)), value) for name, value in OF_ALL.items()}
+    of_one = OF_ONE.items() if target.positive_label is not None else ()
+    return metrics | {name: (lambda rows: matches(rows)[:, target.positive], value) for name, value in of_one}
 
 
 # ---- guessing --------------------------------------------------------------------------------------------------

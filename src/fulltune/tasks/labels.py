@@ -17,7 +17,7 @@ from fulltune.recipe.rules import excluded_combinations
 from fulltune.records.data import DataSummary
 from fulltune.tasks import PLACE, Row, Target
 from fulltune.tasks.columns import parse_list_or_object
-from fulltune.text import counted
+from fulltune.text import counted, did_you_mean, first_few
 
 _MOST_FLOAT32 = float.fromhex("0x1.fffffep127")
 MOST_DISTINCT = 100_000
@@ -278,6 +278,16 @@ def check_label_settings(recipe: Recipe, summary: DataSummary) -> None:
     if problems := excluded_combinations(recipe, summary.form):
         raise RecipeError(problems)
     class_weights(recipe, summary)
+    if (label := summary.positive_label) is not None and label not in summary.labels:
+        hint = did_you_mean(label, summary.labels) or f"the classes are {first_few(summary.labels, 5)}"
+        raise RecipeError(f"evaluate.positive_label: no train row has the class '{label}'; {hint}")
+    for name in ("eval", "test") if label is not None else ():
+        of_class, rows = summary.splits[name].label_counts.get(label, 0), summary.splits[name].rows
+        if of_class in (0, rows):
+            raise RecipeError(
+                f"evaluate.positive_label: {of_class:,} of {rows:,} {name} rows have the class '{label}', but its "
+                f"metrics need rows with and without it; give data.{name} both"
+            )
 
 
 def class_weights(recipe: Recipe, summary: DataSummary) -> list[float] | None:

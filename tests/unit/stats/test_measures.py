@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -78,9 +79,12 @@ def generated(chance: np.random.Generator) -> Kept:
     return {name: chance.random(ROWS) for name in OF_ANSWERS if name != "bleu"} | {"bleu_counts": counts}
 
 
+ONE_LABEL = "accuracy f1_macro mcc balanced_accuracy loss f1 precision recall roc_auc average_precision"
+ONE_CLASS = Target("single_label", {}, tuple("abcdef"), positive_label="b")
 CASES: list[tuple[TaskName, Target, Any, str]] = [
-    ("text-classification", Target("single_label", {}, tuple("abcdef")), single_label, "accuracy f1_macro mcc loss"),
-    ("image-classification", Target("single_label", {}, tuple("abcdef")), single_label, "accuracy f1_macro mcc loss"),
+    ("text-classification", ONE_CLASS, single_label, ONE_LABEL),
+    ("text-classification", replace(ONE_CLASS, decision=(2.0, 0.1)), single_label, "accuracy mcc f1 precision recall"),
+    ("image-classification", ONE_CLASS, single_label, ONE_LABEL),
     ("text-classification", Target("multi_label", {}, tuple("abcd")), multi_label, "accuracy f1_macro f1_micro loss"),
     ("text-classification", Target("regression", {}), numbers, "r2 rmse spearman kendall loss"),
     ("multiple-choice", Target("choice", {}, num_choices=6), single_label, "accuracy loss"),
@@ -93,7 +97,7 @@ CASES: list[tuple[TaskName, Target, Any, str]] = [
     ("seq2seq", Target("source_target", {}), generated, " ".join(OF_ANSWERS)),
 ]
 EACH = [(task, target, make, metric) for task, target, make, metrics in CASES for metric in metrics.split()]
-ANEW = {"spearman", "kendall"}
+ANEW = {"spearman", "kendall", "roc_auc", "average_precision"}
 
 
 def test_every_metric_of_every_task_is_compared() -> None:
@@ -137,7 +141,7 @@ def test_measure_r2_of_resample_far_from_zero_keeps_its_digits() -> None:
 def test_measure_many_resamples_at_once_are_the_same() -> None:
     target = Target("single_label", {}, tuple("abcdef"))
     outputs = single_label(np.random.default_rng(0))
-    for metric in ("accuracy", "f1_macro", "mcc"):
+    for metric in ("accuracy", "f1_macro", "mcc", "balanced_accuracy"):
         measure = find_metric("text-classification", target, metric)
         assert measure.row_terms is not None
         assert measure.from_sums is not None

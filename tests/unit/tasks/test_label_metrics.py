@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.special import softmax
 from sklearn import metrics as reference
 
 from fulltune.tasks import Target
-from fulltune.tasks.classes import label_metrics
+from fulltune.tasks.classes import best_threshold, label_metrics, predict_labels, ranking_metrics
 
 
 def target(problem_type: Any) -> Target:
@@ -30,8 +32,44 @@ def test_classes_have_the_values_of_scikit_learn(classes: int) -> None:
                 "accuracy": reference.accuracy_score(true, predicted),
                 "f1_macro": reference.f1_score(true, predicted, average="macro", zero_division=0),
                 "mcc": reference.matthews_corrcoef(true, predicted),
+                "balanced_accuracy": reference.balanced_accuracy_score(true, predicted),
             }
         assert label_metrics(true, predicted, target("single_label")) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("digits", [1, 9])
+def test_one_class_against_the_rest_has_the_values_of_scikit_learn(digits: int) -> None:
+    """Also where scores are equal, and with a threshold."""
+    draw = np.random.default_rng(digits)
+    for rows, classes in ((6, 2), (40, 3), (200, 5)):
+        true = np.append(draw.integers(0, classes, rows - 2), [0, 1])
+        logits = np.round(draw.normal(size=(rows, classes)) + np.eye(classes)[true], digits)
+        chances = softmax(logits, axis=1)[:, 1]
+        for decision in (None, (1.0, 0.3)):
+            one = Target("single_label", {}, tuple("abcde"[:classes]), positive_label="b", decision=decision)
+            predicted = predict_labels(logits, one)
+            assert (predicted == 1).tolist() == (logits.argmax(1) == 1 if decision is None else chances >= 0.3).tolist()
+            own, guessed = true == 1, predicted == 1
+            expected = {
+                "f1": reference.f1_score(own, guessed, zero_division=0),
+                "precision": reference.precision_score(own, guessed, zero_division=0),
+                "recall": reference.recall_score(own, guessed),
+                "roc_auc": reference.roc_auc_score(own, chances),
+                "average_precision": reference.average_precision_score(own, chances),
+            }
+            found = label_metrics(true, predicted, one, logits)
+            assert {name: found[name] for name in expected} == pytest.approx(expected)
+            majority = label_metrics(true, np.zeros(rows, int), one)
+            assert (majority["roc_auc"], majority["average_precision"]) == pytest.approx((0.5, own.mean()))
+    assert all(math.isnan(ranking_metrics(np.zeros(3, bool), np.arange(3))[name]) for name in list(expected)[3:])
+
+
+def test_threshold_is_the_one_with_the_highest_f1() -> None:
+    draw = np.random.default_rng(0)
+    for rows in (5, 30, 200):
+        scores, expected = np.round(draw.random(rows), 2), np.append(True, draw.random(rows - 1) < 0.1)
+        best = {value: reference.f1_score(expected, scores >= value) for value in scores.tolist()}
+        assert best[best_threshold(expected, scores)] == pytest.approx(max(best.values()))
 
 
 @pytest.mark.parametrize("labels", range(2, 6))

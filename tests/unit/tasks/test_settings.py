@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from fulltune.errors import RecipeError
 from fulltune.models.shapes import why_unfit_for_task
 from fulltune.recipe.data import DataBlock
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.model import EvaluateBlock
 from fulltune.recipe.rules import problems_of
 from fulltune.recipe.tasks import FACTS, READ_BY
 from fulltune.records.data import DataSummary, SplitSummary
@@ -61,6 +63,71 @@ def test_smoothing_of_a_number_is_refused_when_it_is_known() -> None:
     check_label_settings(unknown, summary({}))
     with pytest.raises(RecipeError, match="has no effect for regression"):
         check_label_settings(unknown, summary({}, problem_type="regression"))
+
+
+# ---- rare classes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "train", "evaluate", "message"),
+    [
+        (
+            "text-classification",
+            {},
+            {"metric": "f1"},
+            "metric: f1 is that of one class against the rest; also set evaluate",
+        ),
+        ("image-classification", {}, {"metric": "roc_auc"}, "metric: roc_auc is that of one class"),
+        ("causal-lm", {}, {"metric": "f1"}, "metric: 'f1' is not available for causal-lm; expected one of loss"),
+        ("causal-lm", {}, {"positive_label": "a"}, "positive_label: has no effect for causal-lm, which has no classes"),
+        ("text-classification", {}, {"threshold": "fit"}, "threshold: needs evaluate.positive_label: CLASS; set it"),
+        ("causal-lm", {"sampling": "balanced"}, {}, "train.sampling: 'balanced' has no effect for causal-lm"),
+        (
+            "text-classification",
+            {"sampling": "balanced", "class_weights": "balanced"},
+            {},
+            "train.sampling: 'balanced' and train.class_weights: balanced would correct the frequencies twice",
+        ),
+    ],
+)
+def test_settings_of_a_rare_class_that_cannot_be_are_refused(
+    task: str, train: dict[str, Any], evaluate: dict[str, Any], message: str
+) -> None:
+    given = recipe(task, train).model_copy(update={"evaluate": EvaluateBlock.model_validate(evaluate)})
+    (found,) = problems_of(given)
+    assert message in found
+    assert problems_of(recipe("token-classification")) == []
+
+
+@pytest.mark.parametrize(
+    ("label", "problem_type", "counts", "message"),
+    [
+        (1, "single_label", ({"0": 9, "1": 1}, {"0": 9, "1": 1}), None),
+        (
+            "rar",
+            "single_label",
+            ({"rare": 1, "usual": 9},) * 2,
+            "has the class 'rar'; did you mean 'rare'?",
+        ),
+        (
+            "a",
+            "single_label",
+            ({"a": 0, "b": 9},) * 2,
+            "0 of 9 eval rows have the class 'a', but its metrics need rows",
+        ),
+        ("a", "single_label", ({"a": 1, "b": 9}, {"a": 9, "b": 0}), "9 of 9 test rows have the class 'a'"),
+        ("a", "multi_label", ({"a": 1, "b": 9},) * 2, "evaluate.positive_label: needs rows with one label each"),
+    ],
+)
+def test_positive_label_must_be_in_the_rows(
+    label: Any, problem_type: str, counts: tuple[dict[str, int], ...], message: str | None
+) -> None:
+    given = recipe("text-classification")
+    block = EvaluateBlock(positive_label=label)
+    splits = {name: summary(one).splits["train"] for name, one in zip(("eval", "test"), counts, strict=True)}
+    read = summary(counts[0], positive_label=block.positive_label, splits=splits, problem_type=problem_type)
+    with nullcontext() if message is None else pytest.raises(RecipeError, match=re.escape(message)):
+        check_label_settings(given.model_copy(update={"evaluate": block}), read)
 
 
 # ---- class weights ---------------------------------------------------------------------------------------------

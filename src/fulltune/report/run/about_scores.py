@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fulltune.recipe.tasks import leaked_content
 from fulltune.records.data import DataSummary
 from fulltune.records.run import COMPARISON, Access
-from fulltune.records.scores import Answer, Calibration, Confusion, Scores
+from fulltune.records.scores import Answer, Calibration, Confusion, Estimate, Scores, Threshold
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
     Cell,
@@ -78,6 +78,9 @@ def build_score_table(view: RunView) -> Table:
         for row in view.scores
     )
     caption = f"Each metric on the test rows, with its {_confidence_levels(view)} bootstrap interval in brackets"
+    if view.summary and view.summary.positive_label is not None:
+        label = words.text_or_empty(view.summary.positive_label)
+        caption += f"; {listed([*map(words.metric_name, view.summary.form.of_one_class)])} are those of '{label}'"
     return Table(caption, header, rows, numeric=frozenset(range(1, len(header) - 1)))
 
 
@@ -291,7 +294,20 @@ def build_calibration_blocks(row: Scores) -> list[Element]:
     }
     facts = [(name, format_number(value)) for name, value in fitted.items()]
     facts = [("temperature", "1, not fitted"), facts[1]] if calibration.note else facts
-    return [Facts(tuple(facts)), Paragraph(describe_calibration(calibration))]
+    about = [describe_calibration(calibration)]
+    about += [describe_threshold(row.threshold, row.metrics["f1"])] if row.threshold else []
+    return [Facts(tuple(facts)), *map(Paragraph, about)]
+
+
+def describe_threshold(threshold: Threshold, f1: Estimate) -> str:
+    """Say where a class is predicted, on what that rests, and what it changes."""
+    return (
+        f"'{words.text_or_empty(threshold.label)}' is predicted from a calibrated probability of "
+        f"{words.format_estimate('', threshold.value)} on, which gives the highest F1 on the eval rows "
+        f"({threshold.positives:,} of them have this class). F1 on the test rows: {words.format_estimate('f1', f1)}. "
+        "Plain transformers ignores this threshold and predicts the most probable class, with F1 "
+        f"{words.format_estimate('f1', threshold.f1_without)}."
+    )
 
 
 def describe_calibration(calibration: Calibration) -> str:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,21 +23,23 @@ class MixedSource:
     rows_per_epoch: int
 
     def rows_of_epoch(self, seed: int, epoch: int) -> list[int]:
-        """Return an epoch's row numbers, continuing where the previous epoch ended. Once all rows have been used, they
-        are reshuffled."""
+        """Return an epoch's row numbers, continuing where the previous epoch ended."""
         start, end = epoch * self.rows_per_epoch, (epoch + 1) * self.rows_per_epoch
-        size = len(self.rows)
-        drawn: list[int] = []
-        while start < end:
-            cycle, first = divmod(start, size)
-            name = f"{seed}:from {self.rows.start}:{cycle}".encode()
-            # RandomState gives the same numbers in all versions of NumPy, which resuming needs.
-            draw = np.random.RandomState(np.frombuffer(hashlib.sha256(name).digest(), "<u4"))
-            # An array saves memory, as a generic source may have far more rows than the task.
-            part = draw.permutation(size)[first : first + end - start] + self.rows.start
-            drawn += part.tolist()
-            start += len(part)
-        return drawn
+        return _draw(np.arange(self.rows.start, self.rows.stop), start, end, f"{seed}:from {self.rows.start}")
+
+
+def _draw(rows: np.ndarray, start: int, end: int, name: str) -> list[int]:
+    """Return draws `start` to `end` - 1 from `rows`, reshuffled in each cycle, in orders that `name` decides."""
+    drawn: list[int] = []
+    while start < end:
+        cycle, first = divmod(start, len(rows))
+        # RandomState gives the same numbers in all versions of NumPy, which resuming needs.
+        random = np.random.RandomState(np.frombuffer(hashlib.sha256(f"{name}:{cycle}".encode()).digest(), "<u4"))
+        # An array saves memory, as a generic source may have far more rows than the task.
+        part = rows[random.permutation(len(rows))[first : first + end - start]]
+        drawn += part.tolist()
+        start += len(part)
+    return drawn
 
 
 @dataclass(eq=False)
@@ -62,6 +64,8 @@ class GlobalBatchSampler:
     rollbacks: tuple[int, ...] = ()
     """Steps after which the rest of the epoch is reshuffled."""
     mixed: tuple[MixedSource, ...] = ()
+    classes: Sequence[int] | None = None
+    """Class of each task row, of which an epoch has equally many. None: each row once."""
     epoch: int = 0
 
     def __post_init__(self) -> None:
@@ -114,13 +118,24 @@ class GlobalBatchSampler:
     def batches_of_epoch(self) -> list[list[int]]:
         """Return the row numbers of each global batch in the current epoch."""
         mixed = [row for source in self.mixed for row in source.rows_of_epoch(self.seed, self.epoch)]
-        batches = self._shuffled_batches([*range(self._task_rows), *mixed], f"{self.seed}:{self.epoch}")
+        batches = self._shuffled_batches([*self._rows_of_epoch(), *mixed], f"{self.seed}:{self.epoch}")
         for number, step in enumerate(self.rollbacks, start=1):
             if step // self.steps_per_epoch == self.epoch:
                 done = step % self.steps_per_epoch
                 rest = sorted(row for batch in batches[done:] for row in batch)
                 batches[done:] = self._shuffled_batches(rest, f"{self.seed}:{self.epoch}:{number}")
         return batches
+
+    def _rows_of_epoch(self) -> list[int]:
+        """Return the numbers of the task's rows in the current epoch; each class continues from the last epoch."""
+        if self.classes is None:
+            return [*range(self._task_rows)]
+        names, of_row = np.unique(self.classes, return_inverse=True)
+        drawn: list[int] = []
+        for number in range(len(names)):  # has every draw whose number leaves this remainder
+            start, end = (-((number - epoch * self._task_rows) // len(names)) for epoch in (self.epoch, self.epoch + 1))
+            drawn += _draw(np.flatnonzero(of_row == number), start, end, f"{self.seed}:class {number}")
+        return drawn
 
     def tokens_by_source(self, steps: int) -> tuple[int, ...]:
         """Count the tokens of the first `steps` steps: those of the task's rows, then those of each mixed-in source."""

@@ -104,6 +104,7 @@ class FullTrainer(Guarded, Trainer):
             self.args.world_size,
             plan.rollbacks,
             mixed,
+            cast("Any", self.train_dataset)["labels"] if inputs.recipe.train.sampling == "balanced" else None,
         )
         if self.is_shared:
             # The cache would keep a 16-bit copy of each weight until the forward pass ends, and each unit is gathered

@@ -134,6 +134,28 @@ def test_steps_and_passes_of_a_run_with_mixed_rows() -> None:
     assert passes == by_step[13:]
 
 
+@pytest.mark.parametrize("counts", [(90, 10), (60, 30, 7, 3)])
+def test_balanced_epochs_have_equally_many_rows_of_each_class(counts: tuple[int, ...]) -> None:
+    """As many rows as before; no row of a class comes again before all have been used, over epochs and rollbacks."""
+    classes = [kind for kind, count in enumerate(counts) for _ in range(count)]
+    made = GlobalBatchSampler(range(1, 101), 8, 4, 42, True, rollbacks=(5, 20), classes=classes)
+    drawn = epochs(made, 7)
+    for rows in drawn:
+        by_class = Counter(classes[row] for row in rows)
+        assert len(rows) == 100
+        assert max(by_class.values()) - min(by_class.values()) <= 1
+    every = Counter(row for rows in drawn for row in rows)
+    for kind, count in enumerate(counts):
+        times = [every[row] for row in range(100) if classes[row] == kind]
+        assert max(times) - min(times) <= 1
+        assert sum(times) == pytest.approx(700 / len(counts), abs=1)
+        assert len(times) == count
+    assert list(made.batches_of_steps(17, 40)) == list(made.batches_of_steps(0, 40))[17:]
+    again = GlobalBatchSampler(range(1, 101), 8, 2, 42, True, 2, (5, 20), classes=classes)
+    assert [sorted(rows) for rows in epochs(again, 7)] == [sorted(rows) for rows in drawn]
+    assert drawn[0] != epochs(GlobalBatchSampler(range(1, 101), 8, 4, 43, True, classes=classes), 1)[0]
+
+
 @pytest.mark.parametrize("steps", [0, 1, 50, 89, 90, 200])
 def test_tokens_by_source_are_those_of_the_rows_of_all_steps(steps: int) -> None:
     made = sampler((100, 9), (0.1, 0.2))
