@@ -3,11 +3,4 @@ from fulltune.data.prepare import SUMMARY, Stage, prepare
 from fulltune.data.sources import file_problems
 from fulltune.data.written import DROPPED
 
-__all__ = [
-    "DROPPED",
-    "SUMMARY",
-    "Limits",
-    "Stage",
-    "file_problems",
-    "prepare",
-]
+__all__ = ["DROPPED", "SUMMARY", "Limits", "Stage", "file_problems", "prepare"]

@@ -37,12 +37,10 @@ def clean_messages(messages: Any, train_on: str = "all") -> list[dict[str, Any]]
             raise DataError("a message has no 'role'")
         if not isinstance(fields["role"], str):
             raise DataError(f"a message has the role {fields['role']!r}, but a role must be text")
-        if fields.get("weight", 1) not in (0, 1):
-            raise DataError(f"a message with role '{fields['role']}' has weight {fields['weight']!r}, expected 0 or 1")
-        if fields.get("train", True) not in (True, False):
-            raise DataError(
-                f"a message with role '{fields['role']}' has train {fields['train']!r}, expected true or false"
-            )
+        for name, expected in (("weight", "0 or 1"), ("train", "true or false")):
+            if fields.get(name, 1) not in (0, 1):
+                role = fields["role"]
+                raise DataError(f"a message with role '{role}' has {name} {fields[name]!r}, expected {expected}")
         if not fields.get("train", True):
             fields["weight"] = 0
         if "content" not in fields and "tool_calls" not in fields:

@@ -7,14 +7,7 @@ from fulltune.forgetting.budget import MOST_GAIN, is_within, limit_for_most_gain
 from fulltune.recipe.model import BUNDLED
 from fulltune.records.forgetting import BudgetResult
 from fulltune.report.format import words
-from fulltune.report.format.blocks import (
-    Figures,
-    Folded,
-    Paragraph,
-    Section,
-    Table,
-    TableRow,
-)
+from fulltune.report.format.blocks import Figures, Folded, Paragraph, Section, Table, TableRow
 from fulltune.report.format.plots import PointSeries, draw_learning_curve, draw_points
 from fulltune.report.run.read import RunView
 from fulltune.stats.curves import CHANCE_STANDARD_ERRORS, Point

@@ -86,13 +86,15 @@ def build_score_table(view: RunView) -> Table:
 
 def list_score_notes(view: RunView) -> list[Paragraph]:
     """Return notes on leaked rows, groups, generated answers, a poor slice and missing metrics."""
-    sentences: list[str | None] = [describe_leaks(view.scores, view.summary), _describe_groups(view.scores)]
     sampled = [row for row in view.scores if row.answers and len(row.answers) < row.rows]
-    sentences += map(describe_answer_sample, sampled[-1:])
-    sentences.append(_describe_worst_slice(view.trained))
-    sentences += [
-        f"{reason[:1].upper()}{reason[1:]}." for reason in {row.missing_metrics: 0 for row in view.scores} if reason
-    ]
+    reasons = dict.fromkeys(row.missing_metrics for row in view.scores if row.missing_metrics)
+    sentences = (
+        describe_leaks(view.scores, view.summary),
+        _describe_groups(view.scores),
+        *map(describe_answer_sample, sampled[-1:]),
+        _describe_worst_slice(view.trained),
+        *(f"{reason[:1].upper()}{reason[1:]}." for reason in reasons),
+    )
     return [Paragraph(sentence) for sentence in sentences if sentence]
 
 
@@ -278,13 +280,8 @@ def _build_mistake_table(caption: str, wrong_answers: Sequence[Answer]) -> Table
     return Table(caption, ("text", "expected", "predicted", "loss"), rows, numeric=frozenset({3}))
 
 
-def build_calibration_section(view: RunView) -> Section | None:
-    """Build the calibration section, or None if calibration was not measured."""
-    return unless_empty("Calibration", build_calibration_blocks(view.trained) if view.trained else [])
-
-
-def build_calibration_blocks(row: Scores) -> list[Element]:
-    calibration = row.calibration
+def build_calibration_blocks(row: Scores | None) -> list[Element]:
+    calibration = row.calibration if row else None
     if calibration is None:
         return []
     fitted = {

@@ -19,6 +19,7 @@ from fulltune.report.format.blocks import (
     Section,
     Table,
     TableRow,
+    unless_empty,
 )
 from fulltune.report.format.plots import LEARNING_RATE, PointSeries, draw_points
 from fulltune.report.run import about_answers, about_data, about_forgetting, about_scores, about_training
@@ -44,7 +45,7 @@ def build_run_report(view: RunView) -> Report:
         about_scores.build_answers_section(view),
         about_scores.build_confusion_section(view),
         about_scores.build_mistakes_section(view),
-        about_scores.build_calibration_section(view),
+        unless_empty("Calibration", about_scores.build_calibration_blocks(view.trained)),
         about_data.build_data_section(view),
         about_training.build_training_section(view),
         about_training.build_resources_section(view),
