@@ -6,7 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -297,7 +297,12 @@ def _fit_and_compare(
     untried: list[str],
 ) -> Iterator[Proof]:
     """Yield comparisons, with intervals, of classifiers with and without each step; failed ones go to `untried`."""
-    fitted = partial(_correct_rows, held_out=held_out, regularization=regularization)
+
+    def fitted(rows: Items) -> np.ndarray:
+        """Fit a classifier to `rows`; return 1 for each held-out row that it predicts correctly, else 0."""
+        [(_, classifier)] = fit_at_strengths(rows, strengths=(regularization,))
+        return (classifier(held_out.features).argmax(axis=1) == held_out.labels).astype(np.float64)
+
     drawn = np.random.default_rng(0)
     parts = [drawn.random(len(train.labels)) >= LEFT_OUT for _ in range(TIMES)]
     before = np.mean([fitted(train.select(part)) for part in parts], axis=0)
@@ -325,9 +330,3 @@ def _fit_and_compare(
             low=float(moved.mean() - math.hypot(moved.mean() - low, unseen)),
             high=float(moved.mean() + math.hypot(high - moved.mean(), unseen)),
         )
-
-
-def _correct_rows(items: Items, held_out: Items, regularization: float) -> np.ndarray:
-    """Fit a classifier to `items`; return 1 for each held-out row that it predicts correctly, else 0."""
-    [(_, classifier)] = fit_at_strengths(items, strengths=(regularization,))
-    return (classifier(held_out.features).argmax(axis=1) == held_out.labels).astype(np.float64)

@@ -182,18 +182,14 @@ def _check_methods(trained: Sequence[MethodRow], *, time_was_up: bool = False) -
         of_peft = config.get("target_modules") if isinstance(config, dict) else None
         targets = (row.settings.get("target_modules") or of_peft or []) if row.kind in ("lora", "peft") else []
         names = [] if isinstance(targets, str) else [str(name) for name in targets]
-        if names and all(map(_is_attention_matrix, names)):
+        # Such as `q_proj`, `self_attn.q_proj` or `attention.output.dense`.
+        if names and all(name.split(".")[-1] in _ATTENTION or "attn" in name or "attention" in name for name in names):
             attention = f"only attention is updated ({', '.join(names)})"
             what = f"{attention}, which is known to work worse than updating all linear layers"
             yield "attention-only-lora", row.method, what
         if row.kind == "full" and row.weights_dtype != "fp32" and row.bf16_rounding in (None, "nearest"):
             rounded = "rounded to nearest, so that most updates are lost at usual learning rates"
             yield "bf16-full", row.method, f"its weights are stored in {row.weights_dtype} and {rounded}"
-
-
-def _is_attention_matrix(name: str) -> bool:
-    """Recognise names such as `q_proj`, `self_attn.q_proj` or `attention.output.dense`."""
-    return name.split(".")[-1] in _ATTENTION or any("attn" in part or "attention" in part for part in name.split("."))
 
 
 def _check_equal_terms(trained: Sequence[MethodRow]) -> RuleHits:

@@ -95,7 +95,7 @@ def load_model(
     missing = _missing_parameters(model, info, block, head_is_new)
     if head_is_new:
         head = predict_head_origin(base.config, type(model).__name__, config_changes)
-        if head.order and {*head.order} != {*range(len(base.config.id2label))}:
+        if head.order and {*head.order} != {*range(len(base.config.id2label or ()))}:
             head = _read_known_rows(model, base, head)
         head = arrange_head(model, missing, head, "id2label" in config_changes)
         missing |= head.known_rows.keys()
@@ -241,7 +241,7 @@ def arrange_head(model: PreTrainedModel, missing: Iterable[str], head: HeadOrigi
 def _read_known_rows(model: PreTrainedModel, base: Base, head: HeadOrigin) -> HeadOrigin:
     """Read the checkpoint's rows of known labels, which transformers drops if the head's size differs."""
     from safetensors import safe_open
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     axes, rows = _find_label_axes(model), dict[str, Any]()
     order = [row for row in head.order or () if row is not None]

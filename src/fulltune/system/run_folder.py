@@ -142,7 +142,11 @@ def find_unfinished_runs(output: Path, fingerprint: str) -> list[Path]:
 def is_complete(folder: Path) -> bool:
     """Return True if a run's report is newer than its scores, or if a comparison has ended and cannot be resumed."""
     if (folder / CARD).exists():
-        return not _is_resumable_comparison(folder)
+        try:
+            comparison = load_comparison(folder)
+        except SetupError:  # written by another version
+            return True
+        return comparison is None or not comparison.can_resume
     scored = [path.stat().st_mtime for path in (*folder.glob("scores/*-seed*.json"), *folder.glob(FOLDS))]
     report = folder / REPORT
     return bool(scored) and report.exists() and report.stat().st_mtime >= max(scored)
@@ -174,14 +178,6 @@ def missing_weight_file(model_folder: Path) -> Path | None:
     is_adapter = (model_folder / "adapter_config.json").exists()
     file = model_folder / ("adapter_model.safetensors" if is_adapter else "model.safetensors")
     return None if file.is_file() else file
-
-
-def _is_resumable_comparison(folder: Path) -> bool:
-    try:
-        comparison = load_comparison(folder)
-    except SetupError:  # written by another version
-        return False
-    return comparison is not None and comparison.can_resume
 
 
 def _claim_folder(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: str) -> bool:
