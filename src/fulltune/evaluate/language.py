@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fulltune.evaluate.scoring import Scored, Scoring
+from fulltune.inference.answers import draw_rows, tokenised_prompts
 from fulltune.inference.run import Batching, generate_answers
 from fulltune.recipe.tasks import OF_ANSWERS
 from fulltune.records.scores import Answer
@@ -48,11 +48,7 @@ def score_model(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) 
 def _generate_answers(
     scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer, rows: Mapping[int, Row]
 ) -> list[str]:
-    if "source" in scoring.target.columns:  # one example per row, truncated as in training
-        test = scoring.rows("test")
-        prompts = [list(map(int, test[position]["input_ids"])) for position in rows]
-    else:
-        prompts = [scoring.task.generation_ids(row, scoring.target, tokenizer) for row in rows.values()]
+    prompts = tokenised_prompts(rows, scoring.rows("test"), scoring.task, scoring.target, tokenizer)
     return run_with_smaller_batches(
         "evaluation",
         scoring.plan.eval_batch_size,
@@ -81,14 +77,7 @@ def rows_to_answer(scoring: Scoring) -> dict[int, Row]:
     wanted = scoring.recipe.evaluate.generate_rows
     if not scoring.target.form.writes_answers or not wanted:
         return {}
-    rows, first = scoring.texts, dict[str, int]()
-    for position, row in enumerate(rows):
-        # A conversation may give several examples; a row without a question cannot be answered.
-        if scoring.task.prompt_text(row, scoring.target).strip():
-            first.setdefault(scoring.task.group_key(row, scoring.target), position)
-    seed = scoring.recipe.data.split_seed
-    order = sorted(first, key=lambda prompt: hashlib.sha256(f"{seed}\0{prompt}".encode()).digest())
-    return {position: rows[position] for position in sorted(first[prompt] for prompt in order[:wanted])}
+    return draw_rows(scoring.texts, scoring.task, scoring.target, wanted, scoring.recipe.data.split_seed)
 
 
 def missing_metrics(scoring: Scoring) -> str | None:

@@ -99,6 +99,15 @@ def mean_pool(hidden: Tensor, mask: Tensor | None) -> Tensor:
     return hidden.flatten(2).mean(dim=2) if hidden.dim() == 4 else hidden.mean(dim=1)
 
 
+@dataclass(frozen=True)
+class GeneratedAnswer:
+    """The tokens that a model generated for a prompt, without padding."""
+
+    tokens: list[int]
+    has_ended: bool
+    """False if the answer reached the limit of tokens before an end token."""
+
+
 def generate_answers(
     model: Any,
     tokenizer: Tokenizer,
@@ -106,43 +115,72 @@ def generate_answers(
     max_new_tokens: int,
     batching: Batching,
 ) -> list[str]:
-    """Generate greedy answers to tokenised prompts, decoded without special tokens.
+    """Generate greedy answers to tokenised prompts, decoded without special tokens."""
+    generated = generate_tokens(model, tokenizer, prompts, max_new_tokens, batching)
+    return [decode_answer(tokenizer, answer.tokens) for answer in generated]
+
+
+def decode_answer(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
+def room_for_prompt(model: Any, max_new_tokens: int) -> int | None:
+    """Return how many tokens of a prompt the model can read before `max_new_tokens`, or None if there is no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if model.config.is_encoder_decoder or not limit:
+        return None
+    # Prompt and answer share the model's positions; the prompt gets at least half of them.
+    limit -= virtual_tokens_of(model)
+    return max(limit - max_new_tokens, limit // 2)
+
+
+def generate_tokens(
+    model: Any,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batching: Batching,
+    together: bool = False,
+) -> list[GeneratedAnswer]:
+    """Generate greedy answers to tokenised prompts. With `together`, all ranks take the same number of steps, because
+    the weights are sharded.
 
     An encoder-decoder's own settings for beams and lengths are ignored, because they often suit other texts.
     """
     import torch
 
-    two_parts = model.config.is_encoder_decoder
+    two_parts, room = model.config.is_encoder_decoder, room_for_prompt(model, max_new_tokens)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    options: dict[str, Any] = {}
     if two_parts:
-        room, most = None, limit and limit - 1
-        options: dict[str, Any] = {"num_beams": 1, "early_stopping": False, "min_length": 0, "no_repeat_ngram_size": 0}
-    else:
-        # Prompt and answer share the model's positions; the prompt gets at least half of them.
-        limit = limit and limit - virtual_tokens_of(model)
-        room = max(limit - max_new_tokens, limit // 2) if limit else None
-        most, options = limit and room and limit - room, {}
+        options = {"num_beams": 1, "early_stopping": False, "min_length": 0, "no_repeat_ngram_size": 0}
+    if limit:
+        max_new_tokens = min(max_new_tokens, limit - (1 if room is None else virtual_tokens_of(model) + room))
+    ends = set(np.atleast_1d(model.generation_config.eos_token_id or []).tolist())
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [""] * len(prompts)
-    model.eval()
+    answers = [GeneratedAnswer([], True)] * len(prompts)
     for positions in batches_with_progress(order, batching.batch_size, np.ones(len(prompts)), batching.on_progress):
         batch = [list(prompts[i])[-room:] if room else list(prompts[i]) for i in positions]
         ids = pad_right(batch if two_parts else [row[::-1] for row in batch], tokenizer.pad_token_id)
         attention = make_attention_mask(batch)
         if not two_parts:
             ids, attention = ids.flip(1), attention.flip(1)
-        with torch.no_grad(), autocast(model, batching.precision):
+        with evaluation_mode(model), torch.no_grad(), autocast(model, batching.precision):
             outputs: Tensor = model.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=attention.to(model.device),
-                max_new_tokens=min(max_new_tokens, most) if most else max_new_tokens,
+                max_new_tokens=max_new_tokens,
                 do_sample=False,
+                use_cache=True,
                 pad_token_id=tokenizer.pad_token_id,
                 streamer=batching.streamer,
+                synced_gpus=together,
                 **options,
             )
-        for position, row in zip(positions, outputs if two_parts else outputs[:, ids.shape[1] :], strict=True):
-            answers[position] = str(tokenizer.decode(row, skip_special_tokens=True)).strip()
+        written = outputs if two_parts else outputs[:, ids.shape[1] :]
+        for position, row in zip(positions, written.tolist(), strict=True):
+            end = next((place for place, token in enumerate(row[two_parts:], two_parts) if token in ends), None)
+            answers[position] = GeneratedAnswer(row if end is None else row[: end + 1], end is not None)
     return answers
 
 

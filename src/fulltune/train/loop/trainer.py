@@ -57,7 +57,7 @@ def collate_with_counts(
 
 
 class TrainingPart(TrainerCallback):
-    """A Trainer callback with four additional hooks."""
+    """A Trainer callback with five additional hooks."""
 
     def add_gradient(self) -> None:
         """Add gradients before a step's first micro batch."""
@@ -65,6 +65,10 @@ class TrainingPart(TrainerCallback):
     def scores(self) -> Mapping[str, float]:
         """Return the metrics of an evaluation, without the `eval_` prefix."""
         return {}
+
+    def chosen_step(self) -> tuple[int, float] | None:
+        """Return the step whose weights to keep and its metric, or None if this part does not choose."""
+        return None
 
     def state(self) -> Mapping[str, Any]:
         """Return values and arrays for the checkpoint, under names that no other part uses."""
@@ -320,6 +324,14 @@ class FullTrainer(Guarded, Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Set the step with the best weights, as a part chooses it, or else the Trainer by the metric alone."""
+        chosen = next(filter(None, (part.chosen_step() for part in self.parts)), None)
+        if chosen is None:
+            return bool(super()._determine_best_metric(metrics, trial))
+        before, (self.state.best_global_step, self.state.best_metric) = self.state.best_global_step, chosen
+        return chosen[0] != before
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         plan, model = self._plan, self.model if model is None else model

@@ -21,6 +21,7 @@ from fulltune.train.loop.step_guard import judge_parameter_changes, short_notice
 from fulltune.train.loop.trackers import close_trackers, guard_trackers
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.worker import distributed, loading, weights
+from fulltune.train.worker.answers import AnswerScorer
 from fulltune.train.worker.best import Fields, load_best_weights
 from fulltune.train.worker.checks import dry_run_in_engine, run_checks, stop_if_check_failed
 from fulltune.train.worker.dry_run import dry_run
@@ -34,6 +35,7 @@ class Training:
     loaded: LoadedModel
     trainer: FullTrainer
     evaluator: Evaluator
+    answers: AnswerScorer | None
     monitor: DriftMonitor
     checkpoints: Checkpoints
     checks: list[Check]
@@ -46,11 +48,13 @@ def train_attempt(inputs: AttemptInputs) -> Fields:
     loaded = loading.load_for_training(inputs)
     trainer = loading.make_trainer(inputs, loaded)
     head_is_new = loaded.head is not None and loaded.head.has_new_rows
+    target, sample = loaded.objective.target, plan.answers
     training = Training(
         inputs=inputs,
         loaded=loaded,
         trainer=trainer,
-        evaluator=Evaluator(inputs, trainer, loaded.objective.target, head_is_new),
+        evaluator=Evaluator(inputs, trainer, target, head_is_new),
+        answers=None if sample is None else AnswerScorer(inputs, trainer, target, sample),
         monitor=DriftMonitor(inputs, trainer),
         checkpoints=Checkpoints(inputs.request, inputs.journal, inputs.usage),
         checks=[],
@@ -68,6 +72,7 @@ def train_attempt(inputs: AttemptInputs) -> Fields:
             ),
             *([] if inputs.in_engine else [UpdateMeter(trainer, inputs.plan, inputs.recorder)]),
             training.evaluator,
+            *([] if training.answers is None else [training.answers]),
             training.monitor,
             *create_replay(inputs, training.monitor),
             training.checkpoints,
@@ -127,6 +132,8 @@ def _train_and_save(training: Training) -> Fields:
     if decision.action == "stop":
         raise GuardStop(decision.reason)
     best = load_best_weights(inputs, trainer, state)
+    if training.answers is not None and (why := training.answers.reason_for(best["best_step"])):
+        best["weights_reason"] = why
     # Unless the weights are sharded, only rank 0 is left: it scores all rows.
     budget = keep_within_budget(inputs, trainer, training.monitor, training.evaluator.metric_of)
     recorder.phase("saving the model")

@@ -11,7 +11,7 @@ from fulltune.errors import Diverged, Spiked
 from fulltune.inference.own_metrics import score_labels
 from fulltune.inference.run import Batching, RowSubset, positions_by_length, run_rows
 from fulltune.recipe.functions import is_own
-from fulltune.recipe.tasks import TaskName
+from fulltune.recipe.tasks import TaskName, compares_answers
 from fulltune.stats.bootstrap import ResamplableMetric, find_metric, paired_improvement
 from fulltune.stats.curves import (
     CHANCE_STANDARD_ERRORS,
@@ -162,7 +162,8 @@ class Evaluator(TrainingPart):
 def _metric_for_comparison(task: TaskName, target: Target, metric: str, predictions: Predictions) -> ResamplableMetric:
     """Return the run's metric if it can be computed from sums over rows, else the loss."""
     # An own metric may be one number for all rows, which says nothing about chance.
-    measure = find_metric(task, target, "loss" if is_own(metric) else metric)
+    is_elsewhere = is_own(metric) or (target.form.writes_answers and compares_answers(metric))
+    measure = find_metric(task, target, "loss" if is_elsewhere else metric)
     if measure.row_terms is None or measure.row_terms(predictions).shape[1] > MAX_SAVED_TERMS_PER_ROW:
         return find_metric(task, target, "loss")
     return measure

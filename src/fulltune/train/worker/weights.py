@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -127,6 +128,27 @@ def _is_process_running(pid: int) -> bool:
     except PermissionError:  # another user's
         pass
     return True
+
+
+def copy_gathered(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of a sharded model with whole weights, which a rank can run alone."""
+    config = copy.deepcopy(model.config)
+    with torch.device("meta"):
+        plain: Any = type(model)(config)
+    plain.to_empty(device=model.device)
+    plain.tie_weights()
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in [*plain.named_parameters(), *plain.named_buffers()]:
+        tensor.data = _gathered(tensors[name])
+    plain.generation_config = model.generation_config
+    return cast("PreTrainedModel", plain.eval())
+
+
+def _gathered(tensor: torch.Tensor) -> torch.Tensor:
+    if not hasattr(tensor, "ds_id"):
+        return sharding.full_tensor(tensor.detach())
+    with sharding.gathered_to_modify([tensor]):
+        return tensor.detach().clone()
 
 
 def load_finished_checkpoint(trainer: FullTrainer, checkpoint: Path, total_steps: int) -> torch.optim.Optimizer:

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from fulltune.inference.answers import draw_rows, tokenised_prompts
+from fulltune.inference.own_metrics import own_metric_names, own_scores
+from fulltune.inference.run import Batching, decode_answer, generate_tokens, room_for_prompt
+from fulltune.inference.store import read_original_rows
+from fulltune.models import sharding
+from fulltune.recipe.tasks import compares_answers
+from fulltune.records.events import Answered
+from fulltune.records.plan import AnswersPlan
+from fulltune.records.scores import Answer
+from fulltune.stats.bootstrap import ResamplableMetric, find_metric
+from fulltune.stats.choice import choose_evaluation
+from fulltune.tasks import Predictions, Target
+from fulltune.tasks.padding import object_array
+from fulltune.text import counted
+from fulltune.train.loop.inputs import AttemptInputs
+from fulltune.train.loop.trainer import FullTrainer, TrainingPart
+from fulltune.train.worker import distributed, weights
+
+SHOWN = 5
+TEXT, UNFINISHED = "text", "unfinished"
+
+
+class AnswerScorer(TrainingPart):
+    """Generates answers to the same eval prompts at each evaluation, and scores them. If the run's metric compares
+    answers, it also chooses the checkpoint to keep."""
+
+    def __init__(self, inputs: AttemptInputs, trainer: FullTrainer, target: Target, sample: AnswersPlan) -> None:
+        """Draw the eval rows and tokenise their prompts. Prompts without room for an answer are left out."""
+        self.inputs, self.trainer, self.target, self.sample = inputs, trainer, target, sample
+        self.tokenizer: Any = trainer.processing_class
+        task, seed, model = inputs.task, inputs.recipe.data.split_seed, trainer.model
+        drawn = draw_rows(read_original_rows(inputs.data / "eval"), task, target, sample.rows, seed)
+        prompts = tokenised_prompts(drawn, trainer.eval_rows, task, target, self.tokenizer)
+        room = room_for_prompt(model, sample.max_new_tokens)
+        fitting = [
+            (row, ids) for row, ids in zip(drawn.values(), prompts, strict=True) if room is None or len(ids) <= room
+        ]
+        if len(fitting) < len(drawn) and inputs.is_main:
+            inputs.warn(
+                f"evaluate.choose_rows: {counted(len(drawn) - len(fitting), 'prompt')} of {len(drawn)} left out, because "
+                f"{sample.max_new_tokens} tokens of answer would exceed the model's context; see evaluate.max_new_tokens"
+            )
+        fitting.sort(key=lambda pair: len(pair[1]))  # batches of similar prompts, the same at each evaluation
+        self.rows, self.prompts = [row for row, _ in fitting], [ids for _, ids in fitting]
+        self.expected = [task.answer_text(row, target) for row in self.rows]
+        metric = inputs.plan.metric
+        self.measure: ResamplableMetric | None = None
+        """The run's metric if it compares answers, else None."""
+        if compares_answers(metric):
+            self.measure = find_metric(inputs.recipe.task, target, metric, inputs.plan.greater_is_better)
+        self.steps: list[int] = []
+        self.losses: list[float] = []
+        self.terms: np.ndarray | None = None
+        """The metric's terms at each evaluation after step 0: float64 [evaluations, rows, k]."""
+        self._now: np.ndarray | None = None
+
+    def scores(self) -> Mapping[str, float]:
+        """Generate and score answers on all ranks; return their metrics."""
+        began = time.monotonic()
+        answers, unfinished = self._generate()
+        scores = dict(self.inputs.task.score_answers(answers, self.expected, self.inputs.plan.metric))
+        if names := own_metric_names(self.inputs.recipe):
+            own = own_scores(names, answers, self.expected, self.rows)
+            scores |= distributed.all_gather(own)[0]  # an own function may not give all ranks the same
+        self._now = None if self.measure is None or self.measure.row_terms is None else self.measure.row_terms(scores)
+        self.inputs.recorder.write(
+            Answered(
+                step=self.trainer.state.global_step,
+                answers=self._shown(answers),
+                rows=len(answers),
+                unfinished=int(unfinished.sum()),
+                took=round(time.monotonic() - began, 3),
+            )
+        )
+        return self._metrics(scores)
+
+    def _metrics(self, scores: Predictions) -> dict[str, float]:
+        own = {name: float(values.mean()) for name, values in scores.items() if ":" in name}
+        return {**self.inputs.task.metrics(scores, self.target), **own}
+
+    def _generate(self) -> tuple[list[str], np.ndarray]:
+        """Return the answers of all ranks in order, and whether each reached the limit of tokens."""
+        arguments, model = self.trainer.args, self.trainer.model
+        size, order = self.sample.batch_size, range(len(self.prompts))
+        positions, count = list(order), len(order)
+        if arguments.world_size > 1:
+            positions, count = distributed.rows_of_rank(order, size, arguments.process_index, arguments.world_size)
+        with self.inputs.journal.phase_within("evaluation"):
+            together = sharding.needs_all_ranks(model)
+            if together and self.sample.gather_once:
+                model, together = weights.copy_gathered(model), False
+            generated = generate_tokens(
+                model,
+                self.tokenizer,
+                [self.prompts[position] for position in positions],
+                self.sample.max_new_tokens,
+                Batching(size, self.inputs.plan.precision, on_progress=self.trainer.write_heartbeat),
+                together=together,
+            )
+        texts = [decode_answer(self.tokenizer, answer.tokens) for answer in generated]
+        found = {TEXT: object_array(texts), UNFINISHED: np.array([not answer.has_ended for answer in generated])}
+        if arguments.world_size > 1:
+            found = distributed.gather_scores(found, positions[:count])
+        return [str(text) for text in found[TEXT]], found[UNFINISHED]
+
+    def _shown(self, answers: Sequence[str]) -> tuple[Answer, ...]:
+        """Return sample answers to prompts of different lengths."""
+        places = sorted({round(place) for place in np.linspace(0, len(answers) - 1, SHOWN)}) if answers else []
+        prompt = self.inputs.task.prompt_text
+        return tuple(
+            Answer(text=prompt(self.rows[place], self.target), expected=self.expected[place], predicted=answers[place])
+            for place in places
+        )
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float] | None = None,
+        **_: object,
+    ) -> None:
+        """Remember the scores of a step that has a checkpoint."""
+        if state.global_step and self._now is not None and metrics:
+            self.steps.append(state.global_step)
+            self.losses.append(float(metrics["eval_loss"]))
+            now = self._now[None]
+            self.terms = now if self.terms is None else np.concatenate([self.terms, now])
+
+    def chosen_step(self) -> tuple[int, float] | None:
+        if self.measure is None or self.terms is None:
+            return None
+        kept, _ = choose_evaluation(self.measure, self.terms, self.losses)
+        return self.steps[kept], self._value(kept)
+
+    def _value(self, evaluation: int) -> float:
+        assert self.measure is not None
+        assert self.measure.from_sums is not None
+        assert self.terms is not None
+        return float(self.measure.from_sums(self.terms[evaluation].sum(axis=0)))
+
+    def reason_for(self, step: int | None) -> str | None:
+        """Explain why the weights of `step` were kept instead of those with the best metric; None if they are the same
+        or this part did not choose."""
+        if self.measure is None or self.terms is None:
+            return None
+        kept, best = choose_evaluation(self.measure, self.terms, self.losses)
+        if kept == best or self.steps[kept] != step:
+            return None
+        name = self.measure.name
+        return (
+            f"the best {name} was {self._value(best):.3g} at step {self.steps[best]:,}; at step {step:,} it was "
+            f"{self._value(kept):.3g}, which differs by less than two standard errors "
+            f"({counted(len(self.rows), 'answer')}), and the loss was lower ({self.losses[kept]:.4g} instead of "
+            f"{self.losses[best]:.4g})"
+        )
+
+    def state(self) -> Mapping[str, Any]:
+        return {"answer_steps": self.steps, "answer_losses": self.losses, "answer_terms": self.terms}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        self.steps, self.losses = list(state["answer_steps"]), list(state["answer_losses"])
+        self.terms = state["answer_terms"]
