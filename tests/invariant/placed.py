@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import transformers
 from fulltune import pipeline
 from fulltune.errors import InterruptedRun
 from fulltune.records.events import Event, Listener, Message
+from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.system.hardware import num_cores
 from fulltune.train.parent import spawn
@@ -220,7 +221,15 @@ def differences(reference: Curve, other: Curve, after: int = 0) -> Differences:
     )
 
 
-def train(folder: Path, family: Family, place: Place, *, listener: Listener | None = None, **changes: Any) -> None:
+def train(
+    folder: Path,
+    family: Family,
+    place: Place,
+    *,
+    listener: Listener | None = None,
+    until: pipeline.Until = "train",
+    **changes: Any,
+) -> None:
     """Begin a run in `folder/run`, or go on with it, in processes of its own.
 
     Raises:
@@ -231,7 +240,7 @@ def train(folder: Path, family: Family, place: Place, *, listener: Listener | No
     blocks = {**family.blocks, "train": {**TRAIN, **place.settings, **changes}}
     options = {} if listener is None else {"listener": listener}
     with runs.without_tracing():
-        pipeline.run(runs.job(folder, model, family.rows(folder.parent), options=options, **blocks), "train")
+        pipeline.run(runs.job(folder, model, family.rows(folder.parent), options=options, **blocks), until)
 
 
 def stop_at(folder: Path, family: Family, place: Place, step: int, **changes: Any) -> int:
@@ -297,3 +306,32 @@ def workers_of(parent: psutil.Process) -> Sequence[psutil.Process]:
 def _is_worker(process: psutil.Process) -> bool:
     line = process.cmdline()
     return WORKER in line and spawn.LAUNCHER not in line
+
+
+# ---- answers -----------------------------------------------------------------------------------------------------
+
+CHOOSING: dict[str, Any] = {"metric": "chrf", "choose_rows": 9, "max_new_tokens": 6}
+NINE = replace(FAMILIES["decoder"], blocks={**ANSWERS, "evaluate": CHOOSING, "data": {"eval_fraction": 0.4}})
+
+
+def assert_same_answers(folder: Path, place: str, gather_once: bool = False) -> None:
+    """Generate answers in batches of two in one process and in a placement, and compare them and the choice."""
+    few: dict[str, Any] = {"max_steps": 12, "eval_steps": 4, "dropout": False}
+    chosen, written = [], []
+    for name in ("single", place):
+        where = folder / name
+        train(where, NINE, Place(name), until="plan", **few)
+        path = where / "run" / "plan" / "full.json"
+        plan = Plan.load(path)
+        assert plan.answers is not None
+        answers = plan.answers.model_copy(update={"batch_size": 2, "gather_once": gather_once and name == place})
+        plan.model_copy(update={"answers": answers}).save(path)
+        train(where, NINE, Place(name), **few)
+        found = read(where)
+        chosen.append((found.outcome.best_step, found.outcome.weights_reason, found.outcome.best_metric))
+        written.append(
+            [(event["step"], event["answers"], event["unfinished"]) for event in runs.events(where, "answers")]
+        )
+    assert len(written[0]) == 4
+    assert written[0] == written[1]
+    assert chosen[0] == chosen[1]

@@ -173,3 +173,8 @@ def test_frozen_parts_are_the_same_in_several_processes(place: str, folder: Path
     several = placed.read(folder / place)
     assert_near(one, several)
     assert several.outcome.parameter_changes == one.outcome.parameter_changes
+
+
+@pytest.mark.parametrize(("place", "gather_once"), [("ddp:2", False), ("fsdp2:2", True), ("fsdp2:2", False)])
+def test_answers_and_the_choice_are_those_of_one_process(place: str, gather_once: bool, folder: Path) -> None:
+    placed.assert_same_answers(folder / f"{place[:4]}-answers-{gather_once}", place, gather_once)

@@ -235,3 +235,8 @@ def test_run_goes_on_as_it_was_begun_and_is_refused_elsewhere(tmp_path: Path, al
 
 def test_example_runs_from_rows_to_report(tmp_path: Path) -> None:
     placed.run_example("zero3-offload", tmp_path)
+
+
+@pytest.mark.parametrize("gather_once", [True, False])
+def test_answers_and_the_choice_are_those_of_one_process(gather_once: bool, tmp_path: Path) -> None:
+    placed.assert_same_answers(tmp_path, "zero3:2", gather_once)
