@@ -188,3 +188,17 @@ def test_answers_that_never_stop_are_bounded_and_counted(decoder_tokenizer: Any,
     assert stopped.has_ended
     assert stopped.tokens[-1] == third
     assert len(stopped.tokens) <= 3
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        {"methods": ["full", "lora"]},
+        {"method": {"learning_rate": "search"}},
+        {"preserve": {"budget": "1%"}},
+    ],
+    ids=["comparison", "search", "budget"],
+)
+def test_answers_choose_in_single_runs_only(blocks: dict[str, Any], tiny_decoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FulltuneError, match="exact_match compares generated answers, which only a single run"):
+        go(tmp_path, tiny_decoder, **blocks)

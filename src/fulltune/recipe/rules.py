@@ -15,7 +15,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.functions import is_own
 from fulltune.recipe.methods import ComparedMethod
 from fulltune.recipe.model import PreserveBlock
-from fulltune.recipe.tasks import FACTS, FORMS, READ_BY, Form
+from fulltune.recipe.tasks import FACTS, FORMS, READ_BY, Form, compares_answers
 from fulltune.recipe.training import OWN_OPTIMIZERS, TrainBlock
 from fulltune.text import did_you_mean
 
@@ -263,6 +263,12 @@ def _other_problems(recipe: Recipe) -> list[str]:
         ),
         f"evaluate.metric: {metric} cannot select a checkpoint of {recipe.task} yet; list it in evaluate.metrics": (
             is_own(metric) and FACTS[recipe.task].scored_by in ("tagging", "spans")
+        ),
+        f"evaluate.metric: {metric} compares generated answers, which only a single run without a search or "
+        "preserve.budget can do yet; use loss": (
+            FACTS[recipe.task].writes
+            and compares_answers(str(metric))
+            and (recipe.methods or recipe.is_searched or block.budget is not None)
         ),
         "data.train: images cannot be mixed in by weight yet; list the folders without weights": (
             is_image and recipe.data.mixed_files

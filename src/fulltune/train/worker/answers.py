@@ -46,8 +46,9 @@ class AnswerScorer(TrainingPart):
         ]
         if len(fitting) < len(drawn) and inputs.is_main:
             inputs.warn(
-                f"evaluate.choose_rows: {counted(len(drawn) - len(fitting), 'prompt')} of {len(drawn)} left out, because "
-                f"{sample.max_new_tokens} tokens of answer would exceed the model's context; see evaluate.max_new_tokens"
+                f"evaluate.choose_rows: {counted(len(drawn) - len(fitting), 'prompt')} of {len(drawn)} left out, "
+                f"because {sample.max_new_tokens} tokens of answer would exceed the model's context; see "
+                "evaluate.max_new_tokens"
             )
         fitting.sort(key=lambda pair: len(pair[1]))  # batches of similar prompts, the same at each evaluation
         self.rows, self.prompts = [row for row, _ in fitting], [ids for _, ids in fitting]
