@@ -120,7 +120,7 @@ def generate_answers(
     return [decode_answer(tokenizer, answer.tokens) for answer in generated]
 
 
-def decode_answer(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+def decode_answer(tokenizer: Tokenizer, tokens: list[int]) -> str:
     return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 

@@ -15,7 +15,7 @@ def choose_evaluation(
     """Return the indices of the evaluation whose weights to keep and of the one with the best metric.
 
     Of evaluations whose paired difference from the best is within two standard errors, the one with the lowest loss is
-    kept. An earlier evaluation can only be kept if it was kept until now, because the other checkpoints are deleted.
+    chosen. An earlier evaluation can only be chosen if it was chosen until now, because the other checkpoints are deleted.
 
     Args:
         terms: Each evaluation's terms of the metric for the same rows: float64 [rows, k].
@@ -26,12 +26,12 @@ def choose_evaluation(
         better, error = paired_improvement(measure, terms[before], terms[now])
         return better, abs(better) <= TIE_STANDARD_ERRORS * error
 
-    kept = best = 0
+    chosen = best = 0
     for now in range(1, len(terms)):
         better, is_tied = improvement(now, best)
         if better > 0:
             best = now
-            kept = kept if improvement(now, kept)[1] and losses[kept] <= losses[now] else now
-        elif is_tied and losses[now] < losses[kept]:
-            kept = now
-    return kept, best
+            chosen = chosen if improvement(now, chosen)[1] and losses[chosen] <= losses[now] else now
+        elif is_tied and losses[now] < losses[chosen]:
+            chosen = now
+    return chosen, best

@@ -36,10 +36,11 @@ class AnswerScorer(TrainingPart):
     def __init__(self, inputs: AttemptInputs, trainer: FullTrainer, target: Target, sample: AnswersPlan) -> None:
         """Draw the eval rows and tokenise their prompts. Prompts without room for an answer are left out."""
         self.inputs, self.trainer, self.target, self.sample = inputs, trainer, target, sample
-        self.tokenizer: Any = trainer.processing_class
+        tokenizer: Any = trainer.processing_class
+        self.tokenizer = tokenizer
         task, seed, model = inputs.task, inputs.recipe.data.split_seed, trainer.model
         drawn = draw_rows(read_original_rows(inputs.data / "eval"), task, target, sample.rows, seed)
-        prompts = tokenised_prompts(drawn, trainer.eval_rows, task, target, self.tokenizer)
+        prompts = tokenised_prompts(drawn, trainer.eval_rows, task, target, tokenizer)
         room = room_for_prompt(model, sample.max_new_tokens)
         fitting = [
             (row, ids) for row, ids in zip(drawn.values(), prompts, strict=True) if room is None or len(ids) <= room
@@ -108,10 +109,10 @@ class AnswerScorer(TrainingPart):
                 together=together,
             )
         texts = [decode_answer(self.tokenizer, answer.tokens) for answer in generated]
-        found = {TEXT: object_array(texts), UNFINISHED: np.array([not answer.has_ended for answer in generated])}
+        outputs = {TEXT: object_array(texts), UNFINISHED: np.array([not answer.has_ended for answer in generated])}
         if arguments.world_size > 1:
-            found = distributed.gather_scores(found, positions[:count])
-        return [str(text) for text in found[TEXT]], found[UNFINISHED]
+            outputs = distributed.gather_scores(outputs, positions[:count])
+        return [str(text) for text in outputs[TEXT]], outputs[UNFINISHED]
 
     def _shown(self, answers: Sequence[str]) -> tuple[Answer, ...]:
         """Return sample answers to prompts of different lengths."""
@@ -140,8 +141,8 @@ class AnswerScorer(TrainingPart):
     def chosen_step(self) -> tuple[int, float] | None:
         if self.measure is None or self.terms is None:
             return None
-        kept, _ = choose_evaluation(self.measure, self.terms, self.losses)
-        return self.steps[kept], self._value(kept)
+        chosen, _ = choose_evaluation(self.measure, list(self.terms), self.losses)
+        return self.steps[chosen], self._value(chosen)
 
     def _value(self, evaluation: int) -> float:
         assert self.measure is not None
@@ -154,14 +155,14 @@ class AnswerScorer(TrainingPart):
         or this part did not choose."""
         if self.measure is None or self.terms is None:
             return None
-        kept, best = choose_evaluation(self.measure, self.terms, self.losses)
-        if kept == best or self.steps[kept] != step:
+        chosen, best = choose_evaluation(self.measure, list(self.terms), self.losses)
+        if chosen == best or self.steps[chosen] != step:
             return None
         name = self.measure.name
         return (
             f"the best {name} was {self._value(best):.3g} at step {self.steps[best]:,}; at step {step:,} it was "
-            f"{self._value(kept):.3g}, which differs by less than two standard errors "
-            f"({counted(len(self.rows), 'answer')}), and the loss was lower ({self.losses[kept]:.4g} instead of "
+            f"{self._value(chosen):.3g}, which differs by less than two standard errors "
+            f"({counted(len(self.rows), 'answer')}), and the loss was lower ({self.losses[chosen]:.4g} instead of "
             f"{self.losses[best]:.4g})"
         )
 
