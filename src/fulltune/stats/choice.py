@@ -15,7 +15,7 @@ def choose_evaluation(
     """Return the indices of the evaluation whose weights to keep and of the one with the best metric.
 
     Of evaluations whose paired difference from the best is within two standard errors, the one with the lowest loss is
-    chosen. An earlier evaluation can only be chosen if it was chosen until now, because the other checkpoints are deleted.
+    chosen. An earlier evaluation can only be chosen if it was chosen until now, because others are deleted.
 
     Args:
         terms: Each evaluation's terms of the metric for the same rows: float64 [rows, k].
