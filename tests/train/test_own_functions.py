@@ -13,6 +13,7 @@ import torch
 from fulltune import api
 from fulltune.errors import FulltuneError, RecipeError, SetupError
 from fulltune.inference.own_metrics import own_scores
+from fulltune.recipe.fields import local_paths
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.functions import import_functions
 from fulltune.records.events import Message
@@ -197,3 +198,10 @@ def test_a_number_stands_for_every_row_and_values_stay_at_their_rows(tmp_path: P
     values = own_scores(["counts:one", "counts:each"], ["a", "b"], ["a", "c"], [{PLACE: "1"}, {PLACE: "2"}])
     assert {name: one.tolist() for name, one in values.items()} == {"counts:one": [2, 2], "counts:each": [1, 0]}
     assert all(one.dtype == np.float64 for one in values.values())
+
+
+def test_the_file_of_a_function_belongs_to_what_other_machines_need(tmp_path: Path, model: Path) -> None:
+    blocks = {"train": {"loss": "mine:loss"}, "evaluate": {"metrics": ["json:loads"]}}
+    recipe = load_recipe(tiny.write_recipe(tmp_path / "recipe.yaml", model, tmp_path / "rows.csv", **blocks))
+    assert str(tmp_path / "mine.py") in local_paths(recipe)
+    assert not any("json" in path for path in local_paths(recipe)), "an installed module"

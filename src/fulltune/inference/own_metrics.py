@@ -68,22 +68,21 @@ def score_labels(
 
 def try_own_metrics(recipe: Recipe, target: Target, data: Path) -> None:
     """Call the own metrics with the expected answers of two eval rows. Raise `SetupError` with all problems."""
-    names, task, facts = own_metric_names(recipe), task_named(recipe.task), FACTS[recipe.task]
-    if not names:
+    if not (names := own_metric_names(recipe)):
         return
-    rows = list(islice(read_original_rows(data / "eval"), 2))
-    match facts.scored_by:
+    kind, problems = FACTS[recipe.task].scored_by, list[str]()
+    rows, expected = list(islice(read_original_rows(data / "eval"), 2)), list[Any]()
+    match kind:
         case "classifiers":
-            labels = [row["labels"] for row in Rows(data / "eval")[: len(rows)]]
-            expected = label_words(np.array(labels), target, rows)
+            labels = np.array([row["labels"] for row in Rows(data / "eval")[: len(rows)]])
+            expected = label_words(labels, target, rows)
         case "tagging":
             expected = [token_classification.words_and_tags(row, target.columns)[1] for row in rows]
         case "spans":
             expected = [[text for text, _ in question_answering.accepted_answers(row, target)] for row in rows]
         case "language":
-            expected = [task.answer_text(row, target) for row in rows]
-    answers = [one[0] if one else "" for one in expected] if facts.scored_by == "spans" else expected
-    problems = []
+            expected = [task_named(recipe.task).answer_text(row, target) for row in rows]
+    answers = [one[0] if one else "" for one in expected] if kind == "spans" else expected
     for name in names:
         setting = recipe.own_functions[name]
         try:
@@ -105,13 +104,11 @@ def own_values(name: str, answers: Sequence[Any], expected: Sequence[Any], rows:
     try:
         returned = call_own(f"'{name}': the function", function, *arguments)
     except SetupError as error:
-        where = _first_failing(function, arguments, places)
-        raise SetupError(f"{error} on {where}; {_ADVICE}") from error
+        raise SetupError(f"{error} on {_first_failing(function, arguments, places)}; {_ADVICE}") from error
     try:
         values = np.asarray(returned)
     except ValueError:  # lists of different lengths
         values = np.asarray(None)
-
     numbers = np.atleast_1d(values).tolist()
     if values.ndim and len(numbers) != len(rows):
         raise SetupError(f"'{name}': returned {len(numbers)} values for {len(rows)} rows ({places[0]} ...); {_ADVICE}")

@@ -173,6 +173,8 @@ def local_paths(recipe: Recipe) -> list[str]:
     paths = [entry if isinstance(entry, str) else entry.path for entry in recipe.data.entries]
     paths += [str(getattr(getattr(recipe, block), name)) for block, names in _PATH_SETTINGS.items() for name in names]
     paths += [str(recipe.train.engine_settings), recipe.model.name]
+    modules = {Path(recipe.functions, *name.partition(":")[0].split(".")) for name in recipe.own_functions}
+    paths += sorted(str(file) for module in modules if (file := module.with_suffix(".py")).exists())
     return [path for path in dict.fromkeys(paths) if Path(path).is_absolute()]
 
 
