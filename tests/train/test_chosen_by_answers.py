@@ -123,6 +123,8 @@ def test_answers_are_recorded_at_each_evaluation(unbroken: tuple[Path, Outcome])
     folder, outcome = unbroken
     found = runs.events(folder, "answers")
     assert [event["step"] for event in found] == [0, 3, 6, 9, 12]
+    [forecast] = runs.events(folder, "forecast")
+    assert 0 < forecast["time"]["answers_seconds"] <= forecast["time"]["eval_seconds"]
     assert {event["rows"] for event in found} == {12}
     assert len({tuple((answer["text"], answer["expected"]) for answer in event["answers"]) for event in found}) == 1
     scores = evaluations(folder)

@@ -67,8 +67,8 @@ Watch = Callable[[Callable[[], list[Check]], Any, Plan], list[Check]]
 def watched_by(watch: Watch) -> Any:
     """Inside, `watch` is called with the dry run, the trainer and the plan, and runs it."""
 
-    def called(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Any) -> list[Check]:
-        return watch(lambda: dry_run(inputs, trainer, evaluate), trainer, inputs.plan)
+    def called(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Any, answer: Any) -> list[Check]:
+        return watch(lambda: dry_run(inputs, trainer, evaluate, answer), trainer, inputs.plan)
 
     return mock.patch.object(attempt_module, "dry_run", called)
 

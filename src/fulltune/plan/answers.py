@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+from fulltune.footprint.records import BYTES
 from fulltune.plan import time
 from fulltune.plan.settings import Reasons
 from fulltune.plan.workload import Basis
@@ -15,8 +16,6 @@ LONGER = 1.5
 """Longest answer relative to the 95th percentile of the expected answers."""
 MAX_SHARE = 0.1
 """Share of a run above which the plan names the settings that lower it."""
-LAYER_SECONDS = 0.0007
-"""Time to call a layer of a model that generates, without its arithmetic."""
 CACHE_PASSES = 3
 """Reads and writes of the cache per token: it is copied to append a token, and then read."""
 
@@ -34,7 +33,7 @@ def plan_answers(
     most = block.max_new_tokens if "max_new_tokens" in block.model_fields_set else MAX_NEW_TOKENS
     new_tokens = min(most, max(1, math.ceil(LONGER * (split.trained_p95 or trained))))
     longest = split.length_percentiles.get("max", summary.max_length)
-    value = 4 if used.precision == "fp32" else 2
+    value = BYTES["fp32" if used.precision == "fp32" else "bf16"]
     whole = value * basis.shapes.num_parameters if layout is not None and layout.stage == 3 else 0
     cached = value * (basis.shapes.cached_values or 2 * basis.shapes.num_layers * basis.shapes.hidden_size)
 
@@ -59,9 +58,14 @@ def plan_answers(
         memory_bytes=batch_bytes(size),
     )
     prompt = max(1.0, split.tokens / max(1, split.rows) - trained)
-    seconds = _answers_seconds(basis, used, answers, prompt, cached, whole)
-    if seconds is not None:
-        answers = answers.model_copy(update={"seconds": round(answers.evaluations * seconds, 3)})
+    flops = time.device_flops(basis.fleet, used.precision, basis.shapes.hidden_size)
+    if flops is not None:
+        devices = used.num_processes if basis.fleet.gpu_model else used.num_machines
+        batches = -(-rows // (size * devices))
+        gathering = time.sending_seconds(basis.fleet, whole * (used.num_processes - 1) // used.num_processes, used)
+        gathering *= 1 if answers.gather_once else batches * (new_tokens + 1)
+        once = gathering + batches * generation_seconds(basis, used, size, prompt, new_tokens, flops)
+        answers = answers.model_copy(update={"seconds": round(answers.evaluations * once, 3)})
     words = _describe(basis, used, answers)
     reasons.add("evaluate.choose_rows", block.choose_rows, rows, "the metric compares answers", f": {words}")
     needed = max(memory.phases.get("evaluation", 0), peak(size, whole * answers.gather_once))
@@ -78,29 +82,24 @@ def _describe(basis: Basis, used: MemorySettings, answers: AnswersPlan) -> str:
     share = answers.seconds / (answers.seconds + basis.steps.total * time.step_duration(parts))
     words += f": about {format_percent(share)} of the run"
     if share > MAX_SHARE:
-        words += "; to lower it, set evaluate.choose_rows or evaluate.max_new_tokens lower, or train.eval_steps higher"
+        words += (
+            "; to save time, lower evaluate.choose_rows or evaluate.max_new_tokens, or evaluate less often "
+            "(train.eval_strategy, train.eval_steps)"
+        )
     return words
 
 
-def _answers_seconds(
-    basis: Basis, used: MemorySettings, answers: AnswersPlan, prompt: float, cached: int, gathered: int
-) -> float | None:
-    """Estimate the seconds of one evaluation's answers to prompts of `prompt` tokens; None if the speed is unknown.
+def generation_seconds(
+    basis: Basis, used: MemorySettings, rows: int, prompt: float, new_tokens: int, flops: float
+) -> float:
+    """Estimate a device's seconds for a batch of answers to prompts of `prompt` tokens. `flops` is its FLOP/s.
 
-    Each new token is a pass that reads all weights and the cache of `cached` bytes per token.
+    Each new token is a pass that reads all weights and the cache.
     """
     fleet, shapes, gpu = basis.fleet, basis.shapes, basis.fleet.gpu_model
-    flops = time.device_flops(fleet, used.precision, shapes.hidden_size)
-    if flops is None:
-        return None
-    memory_rate = 1e9 * (gpu.memory_gb_per_second if gpu else fleet.host_memory_gb_per_second)
-    rows, devices = answers.batch_size, used.num_processes if gpu else used.num_machines
-    length, calls = prompt + answers.max_new_tokens / 2, LAYER_SECONDS * shapes.num_layers
-    weights = (4 if used.precision == "fp32" else 2) * shapes.num_parameters
-    read = (weights + CACHE_PASSES * rows * cached * length) / memory_rate
-    first = basis.work.flops_of(rows * prompt, prompt) / flops + calls
+    value, length = BYTES["fp32" if used.precision == "fp32" else "bf16"], prompt + new_tokens / 2
+    read = value * (shapes.num_parameters + CACHE_PASSES * rows * shapes.cached_values * length)
+    read /= 1e9 * (gpu.memory_gb_per_second if gpu else fleet.host_memory_gb_per_second)
+    calls = time.LAUNCH_SECONDS / 3 * shapes.num_layers
     each = max(read, basis.work.flops_of(rows, length) / flops) + calls
-    gathering = time.sending_seconds(fleet, gathered * (used.num_processes - 1) // used.num_processes, used)
-    once, per_pass = (gathering, 0.0) if answers.gather_once else (0.0, gathering)
-    batches = -(-answers.rows // (rows * devices))
-    return once + batches * (first + answers.max_new_tokens * each + (1 + answers.max_new_tokens) * per_pass)
+    return basis.work.flops_of(rows * prompt, prompt) / flops + calls + new_tokens * each

@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from fulltune.errors import DoesNotFitError, RecipeError
-from fulltune.footprint.records import BYTES
 from fulltune.models.shapes import Shapes
 from fulltune.plan import alternatives, budget, choose, memory, resolve, time, watching
-from fulltune.plan.answers import plan_answers
+from fulltune.plan.answers import generation_seconds, plan_answers
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.settings import PLACEMENT, Reasons
 from fulltune.plan.workload import Basis, Workload, make_basis
@@ -180,10 +179,11 @@ def with_time_estimate(plan: Plan, basis: Basis, summary: DataSummary, startup_s
     checkpoint = plan.disk.checkpoint_bytes if plan.disk else plan.state["weights"] + plan.state["optimizer"]
     step, tokens = time.step_duration(basis.step_seconds(plan)), plan.global_batch_size * work.tokens_per_row
     training = plan.total_steps * step
+    answering = (plan.answers and plan.answers.seconds) or 0.0
     need = TimeNeed(
         train_seconds=training,
-        eval_seconds=evaluations * work.forward_flops(_num_rows(summary, "eval")) / (flops * devices)
-        + ((plan.answers and plan.answers.seconds) or 0.0),
+        eval_seconds=evaluations * work.forward_flops(_num_rows(summary, "eval")) / (flops * devices) + answering,
+        answers_seconds=answering,
         save_seconds=(plan.num_saves or 0) * checkpoint / DISK_BYTES_PER_SECOND,
         tokens=round(plan.total_steps * tokens),
         tokens_per_second=tokens / step,
@@ -201,7 +201,7 @@ def _stage_seconds(
     plan: Plan, basis: Basis, summary: DataSummary, train_seconds: float, flops: float, startup_seconds: float | None
 ) -> Iterator[tuple[str, float]]:
     """Yield the name and estimated seconds of each stage before and after training. `flops` is one device's FLOP/s."""
-    work, recipe, gpu = basis.work, basis.recipe, basis.fleet.gpu_model
+    work, recipe = basis.work, basis.recipe
     # Minimum time of a forward pass: calling the layers, or launching their kernels on a GPU.
     pass_seconds = time.LAUNCH_SECONDS / 3 * basis.shapes.num_layers
 
@@ -222,13 +222,9 @@ def _stage_seconds(
         return
     # A classifier's temperature is fitted on the eval rows.
     scored = test + (_num_rows(summary, "eval") if summary.form.is_calibrated else 0)
-    # Assume answers of full length. Each generated token is a pass that reads all weights.
     answered = min(recipe.evaluate.generate_rows, test) if summary.form.writes_answers else 0
-    passes = -(-answered // plan.eval_batch_size) * recipe.evaluate.max_new_tokens
-    rate = 1e9 * (gpu.memory_gb_per_second if gpu else basis.fleet.host_memory_gb_per_second)
-    reading = passes * BYTES[plan.weights_dtype] * plan.num_parameters / rate
-    writing = work.flops_of(answered * recipe.evaluate.max_new_tokens, plan.longest_tokens) / flops
-    answers = max(writing, reading) + passes * pass_seconds
+    most, batches = recipe.evaluate.max_new_tokens, -(-answered // plan.eval_batch_size)
+    answers = batches * generation_seconds(basis, plan, plan.eval_batch_size, work.tokens_per_row, most, flops)
     if recipe.evaluate.baselines:
         pretrained_rows = test  # rows through the pretrained model, for a classifier on embeddings
         if not FACTS[summary.task].writes:

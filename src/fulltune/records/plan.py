@@ -67,6 +67,8 @@ class TimeNeed(Record):
     tokens: int
     tokens_per_second: float
     source: str
+    answers_seconds: float = 0.0
+    """Part of `eval_seconds` for generated answers."""
     stop_seconds: float = 0.0
     """Longest time from a stop signal to the saved checkpoint, or 0 if unknown."""
     overhead_seconds: dict[str, float] = Field(default_factory=dict)

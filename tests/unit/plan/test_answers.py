@@ -75,7 +75,7 @@ def test_time_counts_in_the_run_and_a_large_share_names_what_lowers_it() -> None
     assert plan.time is not None
     assert plan.time.eval_seconds == pytest.approx(plain.time.eval_seconds + seconds)
     assert reason(plan).startswith("the metric compares answers: up to 60 tokens at each of 4 evaluations, in batches")
-    assert "to lower it" not in reason(plan)
+    assert "to save time" not in reason(plan)
     often = planned("exact_match", p95=200, choose_rows=1000, train={"eval_strategy": "steps", "eval_steps": 5})
     for name in ("evaluate.choose_rows", "evaluate.max_new_tokens", "train.eval_steps"):
         assert name in reason(often)

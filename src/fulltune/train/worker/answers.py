@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from fulltune.inference.answers import draw_rows, tokenised_prompts
 from fulltune.inference.own_metrics import own_metric_names, own_scores
-from fulltune.inference.run import Batching, decode_answer, generate_tokens, room_for_prompt
+from fulltune.inference.run import Batching, GeneratedAnswer, decode_answer, generate_tokens, room_for_prompt
 from fulltune.inference.store import read_original_rows
 from fulltune.models import sharding
 from fulltune.recipe.tasks import compares_answers
@@ -91,28 +91,42 @@ class AnswerScorer(TrainingPart):
 
     def _generate(self) -> tuple[list[str], np.ndarray]:
         """Return the answers of all ranks in order, and whether each reached the limit of tokens."""
-        arguments, model = self.trainer.args, self.trainer.model
-        size, order = self.sample.batch_size, range(len(self.prompts))
+        arguments, size, order = self.trainer.args, self.sample.batch_size, range(len(self.prompts))
         positions, count = list(order), len(order)
         if arguments.world_size > 1:
             positions, count = distributed.rows_of_rank(order, size, arguments.process_index, arguments.world_size)
-        with self.inputs.journal.phase_within("evaluation"):
-            together = sharding.needs_all_ranks(model)
-            if together and self.sample.gather_once:
-                model, together = weights.copy_gathered(model), False
-            generated = generate_tokens(
-                model,
-                self.tokenizer,
-                [self.prompts[position] for position in positions],
-                self.sample.max_new_tokens,
-                Batching(size, self.inputs.plan.precision, on_progress=self.trainer.write_heartbeat),
-                together=together,
-            )
+        generated = self._generate_tokens(
+            [self.prompts[position] for position in positions], self.sample.max_new_tokens
+        )
         texts = [decode_answer(self.tokenizer, answer.tokens) for answer in generated]
         outputs = {TEXT: object_array(texts), UNFINISHED: np.array([not answer.has_ended for answer in generated])}
         if arguments.world_size > 1:
             outputs = distributed.gather_scores(outputs, positions[:count])
         return [str(text) for text in outputs[TEXT]], outputs[UNFINISHED]
+
+    def _generate_tokens(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[GeneratedAnswer]:
+        model: Any = self.trainer.model
+        batching = Batching(
+            self.sample.batch_size, self.inputs.plan.precision, on_progress=self.trainer.write_heartbeat
+        )
+        with self.inputs.journal.phase_within("evaluation"):
+            together = sharding.needs_all_ranks(model)
+            if together and self.sample.gather_once:
+                model, together = weights.copy_gathered(model), False
+            return generate_tokens(model, self.tokenizer, prompts, max_new_tokens, batching, together=together)
+
+    def answer_batch(self, max_new_tokens: int) -> tuple[int, float]:
+        """Generate answers to a batch of usual prompts, repeated until they are as long as with half of an answer.
+
+        Return the tokens of the longest answer, and the prompts' share of the tokens that were read.
+        """
+        first = max(0, len(self.prompts) - self.sample.batch_size) // 2
+        prompts = self.prompts[first : first + self.sample.batch_size]
+        more = 0 if cast("Any", self.trainer.model).config.is_encoder_decoder else self.sample.max_new_tokens // 2
+        longer = [(ids * (2 + more // len(ids)))[: len(ids) + more] for ids in prompts]
+        generated = self._generate_tokens(longer, max_new_tokens)
+        share = sum(map(len, prompts)) / max(1, sum(map(len, longer)))
+        return max((len(answer.tokens) for answer in generated), default=0), share
 
     def _shown(self, answers: Sequence[str]) -> tuple[Answer, ...]:
         """Return sample answers to prompts of different lengths."""

@@ -171,7 +171,8 @@ def _run_checks(training: Training) -> None:
     if passed and inputs.in_engine:
         return  # `_before_first_step` runs the dry run, once the engine exists
     if passed and inputs.request.dry_run:
-        checks += dry_run(inputs, training.trainer, training.evaluator.predict_rows)
+        answer = None if training.answers is None else training.answers.answer_batch
+        checks += dry_run(inputs, training.trainer, training.evaluator.predict_rows, answer)
         usage.dry_run_growth_bytes = usage.growth_bytes()
         if (forecast := usage.forecast) is not None:
             if warning := short_notice_warning(inputs.recipe.train.notice, forecast.stop_seconds):

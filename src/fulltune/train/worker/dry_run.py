@@ -22,7 +22,7 @@ from fulltune.errors import SetupError
 from fulltune.inference.run import RowSubset, batches, positions_by_length, positions_longest_first
 from fulltune.models import sharding
 from fulltune.plan.time import GENERIC_TOKENS, count_interval_steps, dry_run_extra_seconds
-from fulltune.records.plan import Plan, TimeNeed
+from fulltune.records.plan import AnswersPlan, Plan, TimeNeed
 from fulltune.records.training import Check
 from fulltune.tasks import Row
 from fulltune.train.loop.guarded_step import gradients_are_finite
@@ -34,7 +34,17 @@ _PLAIN = (bool, int, float, str, torch.Tensor)
 _WRAPPED = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
-def dry_run(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Callable[[RowSubset], object]) -> list[Check]:
+AnswerBatch = Callable[[int], tuple[int, float]]
+"""Generates up to a number of new tokens per answer of a batch of eval prompts that are as long as prompt and answer on
+average. Returns the tokens of the longest answer, and the share of the prompts' tokens that are real."""
+
+
+def dry_run(
+    inputs: AttemptInputs,
+    trainer: FullTrainer,
+    evaluate: Callable[[RowSubset], object],
+    answer: AnswerBatch | None = None,
+) -> list[Check]:
     """Run two steps and an evaluation on the longest rows, time some passes, restore everything and return the checks.
     Stores the loss and the forecast (None after a non-finite loss) in `inputs.usage`."""
     began, plan, rows = time.monotonic(), inputs.plan, trainer.train_rows
@@ -42,7 +52,7 @@ def dry_run(inputs: AttemptInputs, trainer: FullTrainer, evaluate: Callable[[Row
     forecast: TimeNeed | None = None
     unreached: tuple[str, ...] = ()
     with _temporary_training_state(trainer, plan) as (model, optimizer):
-        passes = PassTimer(inputs, trainer, model, optimizer, evaluate)
+        passes = PassTimer(inputs, trainer, model, optimizer, evaluate, answer)
         loss, first_seconds = passes.run_pass(longest)
         if not math.isfinite(loss) and inputs.recipe.train.loss is not None:
             name = inputs.recipe.train.loss
@@ -158,6 +168,8 @@ MAX_COUNTED_ROWS = 200_000
 LOOP_SECONDS = 0.002
 """Seconds per step for transformers' loop and a log line."""
 DISK_SAMPLE_BYTES = 2**25
+ANSWER_TOKENS = 8
+"""Tokens generated to time a new token."""
 
 
 def pass_work(shapes: np.ndarray, quadratic: float) -> np.ndarray:
@@ -199,6 +211,7 @@ class PassTimer:
     """The model as prepared by the Trainer: with autocast, compiled and wrapped."""
     optimizer: torch.optim.Optimizer
     evaluate: Callable[[RowSubset], object]
+    answer: AnswerBatch | None = None
 
     def run_pass(self, positions: Positions, *, keep_gradients: bool = False) -> tuple[float, float]:
         """Run a forward and backward pass on train rows, after clearing gradients unless `keep_gradients`; return loss
@@ -237,6 +250,23 @@ class PassTimer:
         self.evaluate(RowSubset(self.trainer.eval_rows, positions))
         return self._seconds_since(began)
 
+    def time_answers(self, sample: AnswersPlan, budget: float) -> float:
+        """Return the seconds of one evaluation's answers of full length, from a batch's first and later tokens."""
+        if self.answer is None:
+            return 0.0
+
+        def timed(new_tokens: int) -> tuple[int, float, float]:
+            began = self._synchronized_time()
+            return (*cast("AnswerBatch", self.answer)(new_tokens), self._seconds_since(began))
+
+        _, real, first = timed(1)
+        if first <= budget:  # the first one is cold
+            _, real, first = timed(1)
+        tokens, _, several = timed(min(ANSWER_TOKENS, sample.max_new_tokens))
+        each = max(0.0, several - first) / max(1, tokens - 1)
+        batches = -(-sample.rows // (sample.batch_size * self.inputs.plan.num_processes))
+        return batches * (real * first + (sample.max_new_tokens - 1) * each)
+
     def _synchronized_time(self) -> float:
         """Return the time in seconds once GPU work is done."""
         if self.inputs.plan.device == "cuda":
@@ -269,22 +299,23 @@ def forecast_from_passes(
     once *= 1 if plan.torch_compile else len(np.unique(shapes, axis=0))
     train = pass_time.seconds(len(parts) * scale + texts, all_work) + each * steps + once
     tokens = plan.num_processes * (float(shapes.prod(axis=1).sum()) * scale + texts * GENERIC_TOKENS)
-    evaluation, evaluations = _forecast_evaluations(passes, pass_time, quadratic, budget)
+    evaluation, evaluations, answering = _forecast_evaluations(passes, pass_time, quadratic, budget)
     save = _estimate_save_seconds(passes) if inputs.is_main and not inputs.request.probe else 0.0
     splits, overhead = inputs.summary.splits, dict[str, float]()
     if evaluations and splits["eval"].tokens and splits["test"].tokens:
         scoring = round(evaluation * splits["test"].tokens / splits["eval"].tokens, 3)
         overhead = {"scoring one model on the test rows": scoring}
-    to_stop = save + (evaluation if evaluations else 0.0)
+    to_stop = save + (evaluation + answering / evaluations if evaluations else 0.0)
     # A checkpoint is also saved at each evaluation.
     saves = count_interval_steps(plan.total_steps, plan.eval_steps, plan.save_steps, after=first_step)
     return TimeNeed(
         train_seconds=round(train, 3),
-        eval_seconds=round(evaluation * evaluations, 3),
+        eval_seconds=round(evaluation * evaluations + answering, 3),
         save_seconds=round(save * saves, 3),
         tokens=round(tokens),
         tokens_per_second=round(tokens / train, 1) if train else 0.0,
         source="dry-run step",
+        answers_seconds=round(answering, 3),
         stop_seconds=round(train / steps + to_stop, 3) if steps else 0.0,
         overhead_seconds=overhead,
     )
@@ -314,8 +345,11 @@ def _fit_train_time(
     return fit_pass_time((long, seconds), (float(work[at]), warm)), once
 
 
-def _forecast_evaluations(passes: PassTimer, train: PassTime, quadratic: float, budget: float) -> tuple[float, int]:
-    """Return the seconds per evaluation and the number of evaluations. `budget` limits the measuring time, in seconds;
+def _forecast_evaluations(
+    passes: PassTimer, train: PassTime, quadratic: float, budget: float
+) -> tuple[float, int, float]:
+    """Return the seconds per evaluation without answers, the number of evaluations, and the seconds of all answers.
+    `budget` limits the measuring time, in seconds;
     `quadratic` comes from `_attention_work_ratio`."""
     plan, first_step = passes.inputs.plan, passes.inputs.request.first_step
     lengths = np.asarray(cast("Any", passes.trainer.eval_dataset)["length"])
@@ -333,7 +367,8 @@ def _forecast_evaluations(passes: PassTimer, train: PassTime, quadratic: float, 
     read = texts / max(1.0, more)  # generic texts per evaluation
     mine = parts[:: plan.num_processes]  # ranks take the eval batches in turn
     work = float(pass_work(_shapes(lengths, mine), quadratic).sum()) + read * _work_of_generic_text(quadratic)
-    return min(1.0, seconds / both) * train.seconds(len(mine) + read, work), round(more)
+    answering = 0.0 if plan.answers is None else evaluations * passes.time_answers(plan.answers, budget)
+    return min(1.0, seconds / both) * train.seconds(len(mine) + read, work), round(more), answering
 
 
 def _work_of_generic_text(quadratic: float) -> float:

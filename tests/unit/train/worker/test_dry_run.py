@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fulltune.plan.time import count_interval_steps
-from fulltune.records.plan import TimeNeed
+from fulltune.records.plan import AnswersPlan, TimeNeed
 from fulltune.train.loop.sampler import GlobalBatchSampler
 from fulltune.train.worker import dry_run
 from fulltune.train.worker.dry_run import (
@@ -222,3 +222,24 @@ def test_module_that_remembers_the_size_of_its_buffer_makes_it_again() -> None:
         assert model(8).shape == (8,)
     assert (model[0].made_for, model[0].table.shape) == (0, (0,))
     assert model(4).shape == (4,)
+
+
+def test_answers_are_forecast_from_the_first_and_the_later_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch reads prompts for 2 s, half of it real ones, and writes a token each 0.5 s; the first call is slow."""
+    now, asked = 0.0, list[int]()
+
+    def answer(new_tokens: int) -> tuple[int, float]:
+        nonlocal now
+        now += (2.0 if asked else 5.0) + 0.5 * (new_tokens - 1)
+        asked.append(new_tokens)
+        return new_tokens, 0.5
+
+    monkeypatch.setattr(dry_run, "time", SimpleNamespace(perf_counter=lambda: now))
+    trainer: Any = SimpleNamespace(args=SimpleNamespace(world_size=1))
+    inputs: Any = SimpleNamespace(plan=plans.plan())
+    passes = PassTimer(inputs, trainer, torch.nn.Linear(1, 1), mock.Mock(), mock.Mock(), answer)
+    sample = AnswersPlan(rows=100, batch_size=32, max_new_tokens=21, evaluations=3, memory_bytes=0)
+    assert passes.time_answers(sample, budget=10.0) == pytest.approx(4 * (1.0 + 20 * 0.5))
+    assert asked == [1, 1, 8]
+    short = sample.model_copy(update={"max_new_tokens": 1})
+    assert passes.time_answers(short, budget=0.0) == pytest.approx(4 * 1.0)
