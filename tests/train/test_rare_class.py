@@ -100,7 +100,7 @@ def test_balanced_run_that_is_interrupted_has_the_weights_of_one_that_is_not(
     assert all((value == expected[name]).all() for name, value in runs.final_weights(tmp_path).items())
 
 
-def test_threshold_in_a_comparison_is_refused(tiny_encoder: Path, tmp_path: Path) -> None:
-    methods = {"methods": ["full", "lora"], "evaluate": EVALUATE}
-    with pytest.raises(RecipeError, match=r"evaluate\.threshold: is not supported in a comparison"):
-        runs.job(tmp_path, tiny_encoder, rare_rows(), **methods)
+@pytest.mark.parametrize("several", [{"methods": ["full", "lora"]}, {"data": {"folds": 3}}])
+def test_threshold_of_several_models_is_refused(tiny_encoder: Path, tmp_path: Path, several: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=r"evaluate\.threshold: is not supported (in a comparison|with data\.folds)"):
+        runs.job(tmp_path, tiny_encoder, rare_rows(), evaluate=EVALUATE, **several)

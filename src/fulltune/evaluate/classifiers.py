@@ -39,13 +39,14 @@ def score_model(scoring: Scoring, model: PreTrainedModel, processor: Any) -> Sco
             threshold = _fit_threshold(scoring, eval_rows, test_rows, calibration.temperature)
             decision = (calibration.temperature, threshold.value.value)
             scoring = replace(scoring, target=replace(scoring.target, decision=decision))
-    predicted = classes.predict_labels(test_rows["logits"], scoring.target)
+    decided = classes.decide(test_rows, scoring.target)
+    predicted = decided["predicted"]
     texts = [scoring.task.display_text(row, scoring.target) for row in scoring.texts]
     return scoring.make_scores(
         scoring.plan.trial,
         "trained",
         len(predicted),
-        metrics=scoring.estimate_metrics(test_rows) | scoring.estimate_user_metrics(predicted, test_rows["labels"]),
+        metrics=scoring.estimate_metrics(decided) | scoring.estimate_user_metrics(predicted, test_rows["labels"]),
         calibration=calibration,
         threshold=threshold,
         confusion=_confusions(scoring, test_rows["labels"], predicted),
@@ -57,27 +58,26 @@ def _fit_threshold(scoring: Scoring, eval_rows: Predictions, test_rows: Predicti
     """Fit the threshold with the highest F1 on the eval rows, with its bootstrap interval."""
     target, confidence = scoring.target, scoring.recipe.evaluate.confidence
     expected = eval_rows["labels"] == target.positive
+    chances = classes.class_probabilities(eval_rows["logits"], temperature)[:, target.positive]
     fitted = resample_metrics(
-        {"expected": expected, "chance": classes.class_probabilities(eval_rows["logits"], temperature)},
-        lambda rows: {"": classes.best_threshold(rows["expected"], rows["chance"][:, target.positive])},
+        {"expected": expected, "chances": chances},
+        lambda rows: {"": classes.best_threshold(**rows)},
         samples=scoring.recipe.evaluate.bootstrap_samples,
         clusters=np.load(scoring.data / "eval" / CLUSTERS),
     )
+    decided = classes.decide(test_rows, target)
     return Threshold(
         label=target.labels[target.positive],
         value=fitted[""].estimate(confidence),
         positives=int(expected.sum()),
-        f1_without=scoring.estimate_metrics(test_rows)["f1"].estimate(confidence, bounds_of("f1")),
+        f1_without=scoring.estimate_metrics(decided)["f1"].estimate(confidence, bounds_of("f1")),
     )
 
 
-def _score_labels(scoring: Scoring, name: str, predicted: np.ndarray, logits: np.ndarray | None = None) -> Scored:
+def _score_labels(scoring: Scoring, name: str, decided: Predictions) -> Scored:
     """Score a baseline's predicted labels of the test rows."""
-    true = np.array(scoring.rows("test")["labels"])
-    metrics = scoring.estimate_metrics(
-        {"true": true, "predicted": predicted} | ({} if logits is None else {"logits": logits}),
-        metrics=lambda rows: classes.label_metrics(rows["true"], rows["predicted"], scoring.target, rows.get("logits")),
-    ) | scoring.estimate_own_metrics(predicted, true)
+    true, predicted = np.array(scoring.rows("test")["labels"]), decided["predicted"]
+    metrics = scoring.estimate_metrics({**decided, "labels": true}) | scoring.estimate_own_metrics(predicted, true)
     return scoring.make_scores(
         name, "baseline", len(true), metrics=metrics, confusion=_confusions(scoring, true, predicted)
     )
@@ -90,12 +90,14 @@ def score_majority_class(scoring: Scoring) -> Scored:
     form, train, test = scoring.target.form, scoring.rows("train"), scoring.rows("test")
     dummy = DummyRegressor() if form.is_number else DummyClassifier(strategy="most_frequent")
     dummy.fit(np.zeros((len(train), 1)), np.array(train["labels"]))
-    return _score_labels(scoring, form.majority, dummy.predict(np.zeros((len(test), 1))))
+    return _score_labels(scoring, form.majority, {"predicted": dummy.predict(np.zeros((len(test), 1)))})
 
 
 def _score_longest_choice(scoring: Scoring) -> Scored:
     texts = [multiple_choice.choice_texts(row, scoring.target) for row in scoring.texts]
-    return _score_labels(scoring, "longest choice", np.array([int(np.argmax([*map(len, row)])) for row in texts]))
+    return _score_labels(
+        scoring, "longest choice", {"predicted": np.array([np.argmax([*map(len, row)]) for row in texts])}
+    )
 
 
 def score_frozen_classifier(scoring: Scoring, name: str, predicted: Sequence[tuple[int, np.ndarray]]) -> Scored:
@@ -103,9 +105,8 @@ def score_frozen_classifier(scoring: Scoring, name: str, predicted: Sequence[tup
     1]."""
     outputs = [values for _, values in sorted(predicted, key=lambda row: row[0])]
     if scoring.target.num_choices:
-        return _score_labels(scoring, name, np.array([int(values[:, 0].argmax()) for values in outputs]))
-    logits = np.concatenate(outputs)
-    return _score_labels(scoring, name, classes.predict_labels(logits, scoring.target), logits)
+        return _score_labels(scoring, name, {"predicted": np.array([values[:, 0].argmax() for values in outputs])})
+    return _score_labels(scoring, name, classes.decide({"logits": np.concatenate(outputs)}, scoring.target))
 
 
 def _confusions(scoring: Scoring, true: np.ndarray, predicted: np.ndarray) -> Confusion | None:

@@ -120,9 +120,9 @@ OF_ONE: dict[str, FromSums] = {
 """Metrics of one class from its sums: true positives, predictions and targets [..., 3]."""
 
 
-def best_threshold(expected: np.ndarray, scores: np.ndarray) -> float:
-    """Return the score from which on rows must be positive for the highest F1. `expected` is bool [rows]."""
-    ends, hits, ranked = _count_by_rank(expected, scores)
+def best_threshold(expected: np.ndarray, chances: np.ndarray) -> float:
+    """Return the probability from which on rows must be positive for the highest F1. `expected` is bool [rows]."""
+    ends, hits, ranked = _count_by_rank(expected, chances)
     return float(ranked[np.argmax(hits / (ends + hits[-1]))])
 
 
@@ -235,16 +235,25 @@ def reduce_logits(logits: Tensor, labels: Tensor, target: Target) -> dict[str, T
 
 
 def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
-    logits = predictions["logits"]
-    values = label_metrics(predictions["labels"], predict_labels(logits, target), target, logits)
+    rows = decide(predictions, target)
+    values = label_metrics(rows["labels"], rows["predicted"], target, rows.get("score"))
     return values | ({"loss": float(np.mean(predictions["loss"]))} if "loss" in predictions else {})
 
 
+def decide(predictions: Predictions, target: Target) -> Predictions:
+    """Replace `logits` by `predicted` labels and the `score` of `positive_label`, which are faster to resample."""
+    if "predicted" in predictions:
+        return predictions
+    logits, others = predictions["logits"], {name: rows for name, rows in predictions.items() if name != "logits"}
+    score = {} if target.positive_label is None else {"score": class_probabilities(logits, 1.0)[:, target.positive]}
+    return {**others, "predicted": predict_labels(logits, target), **score}
+
+
 def label_metrics(
-    true: np.ndarray, predicted: np.ndarray, target: Target, logits: np.ndarray | None = None
+    true: np.ndarray, predicted: np.ndarray, target: Target, scores: np.ndarray | None = None
 ) -> dict[str, float]:
     """Compute scikit-learn's metrics by name, but faster. Labels are class ids [rows], 0/1 [rows, labels] or numbers
-    [rows]. Without `logits` [rows, classes], rows are ranked by `predicted`."""
+    [rows]. Without `scores` [rows], rows are ranked by `predicted`."""
     form = target.form
     if form.is_number:
         both = true.astype(np.float64), predicted.astype(np.float64)
@@ -265,9 +274,8 @@ def label_metrics(
     if target.positive_label is None:
         return values
     place = target.positive
-    scores = predicted == place if logits is None else class_probabilities(logits, 1.0)[:, place]
     values |= {name: float(value(counts[place])) for name, value in OF_ONE.items()}
-    return values | ranking_metrics(true == place, scores)
+    return values | ranking_metrics(true == place, predicted == place if scores is None else scores)
 
 
 def _r2(true: np.ndarray, predicted: np.ndarray) -> float:
@@ -341,13 +349,11 @@ def answers(
         ]
     return [
         {"label": labels[best], "probability": chances[best], "probabilities": dict(zip(labels, chances, strict=True))}
-        for best, chances in classes_with_probabilities(predictions["logits"], target, temperature)
+        for best, chances in classes_with_chances(predictions["logits"], target, temperature)
     ]
 
 
-def classes_with_probabilities(
-    logits: np.ndarray, target: Target, temperature: float
-) -> Iterable[tuple[int, list[float]]]:
+def classes_with_chances(logits: np.ndarray, target: Target, temperature: float) -> Iterable[tuple[int, list[float]]]:
     """Yield each row's predicted class id and all classes' probabilities. `temperature` divides the logits."""
     chances = class_probabilities(logits, temperature)
     return zip(predict_labels(logits, target).tolist(), chances.tolist(), strict=True)

@@ -278,16 +278,15 @@ def check_label_settings(recipe: Recipe, summary: DataSummary) -> None:
     if problems := excluded_combinations(recipe, summary.form):
         raise RecipeError(problems)
     class_weights(recipe, summary)
-    if (label := summary.positive_label) is not None and label not in summary.labels:
-        hint = did_you_mean(label, summary.labels) or f"the classes are {first_few(summary.labels, 5)}"
-        raise RecipeError(f"evaluate.positive_label: no train row has the class '{label}'; {hint}")
-    for name in ("eval", "test") if label is not None else ():
-        of_class, rows = summary.splits[name].label_counts.get(label, 0), summary.splits[name].rows
-        if of_class in (0, rows):
-            raise RecipeError(
-                f"evaluate.positive_label: {of_class:,} of {rows:,} {name} rows have the class '{label}', but its "
-                f"metrics need rows with and without it; give data.{name} both"
-            )
+    if (label := summary.positive_label) is None:
+        return
+    for name, split in summary.splits.items():
+        if (of_class := split.label_counts.get(label, 0)) in (0, split.rows):
+            hint = f"give data.{name} rows with and without it"
+            if label not in summary.labels:
+                hint = did_you_mean(label, summary.labels) or f"the classes are {first_few(summary.labels, 5)}"
+            share = f"{of_class:,} of {split.rows:,} {name} rows"
+            raise RecipeError(f"evaluate.positive_label: {share} have the class '{label}'; {hint}")
 
 
 def class_weights(recipe: Recipe, summary: DataSummary) -> list[float] | None:

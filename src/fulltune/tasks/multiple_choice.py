@@ -157,7 +157,7 @@ def answers(
             "probabilities": chances,
         }
         for row, (best, chances) in zip(
-            rows, classes.classes_with_probabilities(predictions["logits"], target, temperature), strict=True
+            rows, classes.classes_with_chances(predictions["logits"], target, temperature), strict=True
         )
     ]
 

@@ -57,7 +57,7 @@ def test_one_class_against_the_rest_has_the_values_of_scikit_learn(digits: int) 
                 "roc_auc": reference.roc_auc_score(own, chances),
                 "average_precision": reference.average_precision_score(own, chances),
             }
-            found = label_metrics(true, predicted, one, logits)
+            found = label_metrics(true, predicted, one, chances)
             assert {name: found[name] for name in expected} == pytest.approx(expected)
             majority = label_metrics(true, np.zeros(rows, int), one)
             assert (majority["roc_auc"], majority["average_precision"]) == pytest.approx((0.5, own.mean()))

@@ -1,0 +1,111 @@
+"""One class in fifty, made from Banking77: F1 of that class, average precision and accuracy of four ways to train it.
+
+    FULLTUNE_BENCH_DATA=data python -m bench.rare_class FOLDER [--seeds 3] [--steps N]
+
+One of the 77 intents is the class, all others together are the other class. Train and eval rows of the class are
+thinned to one in fifty. The test rows keep the rows of the class that no other split has, so that its F1 has a usable
+interval; the other class is thinned instead. The four ways are: plain, class weights, balanced sampling, and plain with
+a fitted threshold. All choose the checkpoint by average precision. Prints a Markdown table; the same folder resumes
+behind the last finished run, and `--steps` tries the program with a few steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.public_data import MINILM, read_csv, shuffled, source, write_csv
+from bench.runs import Records, environment, fulltune, run
+
+RARE, OTHER = "card_payment_fee_charged", "other"
+ONE_IN = 50
+RECIPE = f"""\
+model: {MINILM}
+task: text-classification
+data: {{train: train.csv, eval: eval.csv, test: test.csv, text: text, label: label}}
+train: {{device: cpu, num_train_epochs: 4}}
+evaluate: {{positive_label: {RARE}, metric: average_precision, baselines: false}}
+output: .
+"""
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "class_weights: balanced": {"train.class_weights": "balanced"},
+    "sampling: balanced": {"train.sampling": "balanced"},
+    "plain, threshold: fit": {"evaluate.threshold": "fit"},
+    "sampling: balanced, threshold: fit": {"train.sampling": "balanced", "evaluate.threshold": "fit"},
+}
+METRICS = {"f1": "F1", "average_precision": "average precision", "accuracy": "accuracy"}
+Rows = Sequence[dict[str, str]]
+
+
+def write_splits(folder: Path) -> None:
+    """Write about 4,000 train rows, 2,000 eval and 4,600 test rows, one row in fifty of the class."""
+    rows = shuffled(read_csv(source("banking77/train.csv")) + read_csv(source("banking77/test.csv")))
+    texts = {row["text"]: row["category"] for row in rows}
+    rare = [text for text, intent in texts.items() if intent == RARE]
+    other = [text for text, intent in texts.items() if intent != RARE]
+    sizes = {"train": 4000, "eval": 2000}
+    for name, size in sizes.items():
+        _write(folder / f"{name}.csv", rare[: size // ONE_IN], other[: size - size // ONE_IN])
+        rare, other = rare[size // ONE_IN :], other[size - size // ONE_IN :]
+    # The rest is for the test: more of it narrows the intervals.
+    count = min(len(rare), len(other) // (ONE_IN - 1))
+    _write(folder / "test.csv", rare[:count], other[: count * (ONE_IN - 1)])
+
+
+def _write(path: Path, rare: Sequence[str], other: Sequence[str]) -> None:
+    labelled = [{"text": text, "label": RARE} for text in rare] + [{"text": text, "label": OTHER} for text in other]
+    write_csv(path, shuffled(labelled))
+
+
+def scores(recipe: Path, run_folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Train and score once; each metric's value and interval, and the threshold if one was fitted."""
+    words = [f"--set={name}={value}" for name, value in settings.items()]
+    trained = json.loads(run(fulltune("evaluate", recipe, "--run-folder", run_folder, "--json", *words)))[-1]
+    intervals = {name: [trained["metrics"][name][part] for part in ("value", "low", "high")] for name in METRICS}
+    threshold = trained["threshold"] and trained["threshold"]["value"]
+    return {**intervals, "threshold": threshold and [threshold[part] for part in ("value", "low", "high")]}
+
+
+def table(records: Records, seeds: Sequence[int]) -> str:
+    """The mean of each metric over the seeds, with the intervals of the test rows: the mean of their ends."""
+    lines = ["| way | " + " | ".join(METRICS.values()) + " |", "|---|" + "---:|" * len(METRICS)]
+    for way in WAYS:
+        kept = [records.values[key] for seed in seeds if (key := f"{way} {seed}") in records.values]
+        cells = []
+        for name in METRICS if kept else ():
+            value, low, high = (100 * statistics.mean(one[name][part] for one in kept) for part in range(3))
+            each = ", ".join(f"{100 * one[name][0]:.1f}" for one in kept)
+            cells.append(f"{value:.1f} [{low:.1f}, {high:.1f}] ({each})")
+        lines += [f"| {way} | {' | '.join(cells)} |"] if cells else []
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="keeps rows, runs and figures")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="optimizer steps of each run, to try the program")
+    options = parser.parse_args()
+    os.environ |= environment()
+    folder, seeds = options.folder.resolve(), range(1, options.seeds + 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe, records = folder / "recipe.yaml", Records(folder / "scores.jsonl")
+    if not recipe.exists():
+        write_splits(folder)
+        recipe.write_text(RECIPE, encoding="utf-8")
+    steps = {} if options.steps is None else {"train.num_train_epochs": "null", "train.max_steps": options.steps}
+    for seed in seeds:
+        for number, (way, settings) in enumerate(WAYS.items()):
+            place = folder / f"{number}-{seed}"
+            records.get(f"{way} {seed}", scores, recipe, place, {"train.seed": seed, **steps, **settings})
+    print(table(records, seeds))
+
+
+if __name__ == "__main__":
+    main()
