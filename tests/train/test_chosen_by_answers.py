@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from fulltune.errors import FulltuneError
 from fulltune.inference.run import Batching, generate_tokens
 from fulltune.records.plan import Plan
+from fulltune.records.scores import Answer
 from fulltune.records.training import Outcome
 from fulltune.stats.bootstrap import find_metric
 from fulltune.stats.choice import choose_evaluation
@@ -106,7 +108,7 @@ def test_run_keeps_the_checkpoint_with_the_best_answers(
         assert outcome.weights_reason is None
     else:
         assert outcome.weights_reason is not None
-        assert "the best exact_match was 0.5 at step 3" in outcome.weights_reason
+        assert "the best exact_match was 50.0% at step 3" in outcome.weights_reason
         assert "(12 answers), and the loss was lower" in outcome.weights_reason
 
 
@@ -131,6 +133,16 @@ def test_answers_are_recorded_at_each_evaluation(unbroken: tuple[Path, Outcome])
     assert all(0 <= metrics["exact_match"] <= 1 and metrics["loss"] > 0 for metrics in scores.values())
     assert max(metrics["exact_match"] for metrics in scores.values()) > 0, "it learns one of three words"
     assert outcome.best_metric == scores[outcome.best_step or 0]["exact_match"]
+
+
+def test_recorded_answers_hold_no_personal_data() -> None:
+    mail = "jane.doe@gmail.com"
+    task = SimpleNamespace(prompt_text=lambda row, _: row["prompt"])
+    scorer: Any = SimpleNamespace(
+        rows=[{"prompt": f"write to {mail}"}], expected=[mail], target=None, inputs=SimpleNamespace(task=task)
+    )
+    (shown,) = answers.AnswerScorer._shown(scorer, [f"to {mail}"])
+    assert shown == Answer(text="write to [EMAIL]", expected="[EMAIL]", predicted="to [EMAIL]")
 
 
 def test_training_is_the_same_with_and_without_answers(

@@ -7,6 +7,7 @@ from typing import Any, cast
 import numpy as np
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from fulltune.audit.texts import masked_cells
 from fulltune.inference.answers import draw_rows, tokenised_prompts
 from fulltune.inference.own_metrics import own_metric_names, own_scores
 from fulltune.inference.run import Batching, GeneratedAnswer, decode_answer, generate_tokens, room_for_prompt
@@ -20,7 +21,7 @@ from fulltune.stats.bootstrap import ResamplableMetric, find_metric
 from fulltune.stats.choice import choose_evaluation
 from fulltune.tasks import Predictions, Target
 from fulltune.tasks.padding import object_array
-from fulltune.text import counted
+from fulltune.text import counted, format_metric
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer, TrainingPart
 from fulltune.train.worker import distributed, weights
@@ -129,13 +130,11 @@ class AnswerScorer(TrainingPart):
         return max((len(answer.tokens) for answer in generated), default=0), share
 
     def _shown(self, answers: Sequence[str]) -> tuple[Answer, ...]:
-        """Return sample answers to prompts of different lengths."""
+        """Return sample answers to prompts of different lengths, without secrets and personal data."""
         places = sorted({round(place) for place in np.linspace(0, len(answers) - 1, SHOWN)}) if answers else []
         prompt = self.inputs.task.prompt_text
-        return tuple(
-            Answer(text=prompt(self.rows[place], self.target), expected=self.expected[place], predicted=answers[place])
-            for place in places
-        )
+        texts = [(prompt(self.rows[place], self.target), self.expected[place], answers[place]) for place in places]
+        return tuple(Answer(text=text, expected=right, predicted=said) for text, right, said in masked_cells(texts))
 
     def on_evaluate(
         self,
@@ -173,11 +172,11 @@ class AnswerScorer(TrainingPart):
         if chosen == best or self.steps[chosen] != step:
             return None
         name = self.measure.name
+        highest, own = (format_metric(name, self._value(one)) for one in (best, chosen))
         return (
-            f"the best {name} was {self._value(best):.3g} at step {self.steps[best]:,}; at step {step:,} it was "
-            f"{self._value(chosen):.3g}, which differs by less than two standard errors "
-            f"({counted(len(self.rows), 'answer')}), and the loss was lower ({self.losses[chosen]:.4g} instead of "
-            f"{self.losses[best]:.4g})"
+            f"the best {name} was {highest} at step {self.steps[best]:,}; at step {step:,} it was {own}, which differs "
+            f"by less than two standard errors ({counted(len(self.rows), 'answer')}), and the loss was lower "
+            f"({self.losses[chosen]:.4g} instead of {self.losses[best]:.4g})"
         )
 
     def state(self) -> Mapping[str, Any]:
