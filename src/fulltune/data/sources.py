@@ -124,9 +124,9 @@ def read_source_rows(
     return SourceRows(files.where, lambda problems: iter(preprocessed), patched, files.notes)
 
 
-def _changed(preprocess: Preprocess, place: str, row: Row) -> Row:
+def _changed(preprocess: Preprocess, place: str, row: Row) -> dict[str, Any]:
     """Return what the user's function makes of a row; raise `SetupError` if it fails or returns no dictionary."""
-    changed = call_own(f"{place}: your preprocess function", preprocess, dict(row))
+    changed: Any = call_own(f"{place}: your preprocess function", preprocess, dict(row))
     if not isinstance(changed, dict):
         raise SetupError(f"{place}: your preprocess function returned {changed!r:.60}; it must return the changed row")
     return changed

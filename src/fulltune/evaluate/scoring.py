@@ -148,14 +148,15 @@ class Scoring:
         import_functions(self.recipe.own_functions, self.recipe.functions)
         texts, both = self.texts, (predictions, references)
         rows = texts if positions is None else [texts[position] for position in positions]
-        words = [one if isinstance(one, list) else label_words(one, self.target, rows) for one in both]
-        arrays = {str(number): object_array(values) for number, values in enumerate((*words, rows))}
-        values = {name: own_values(name, *words, rows) for name in names}
+        answers, expected = (one if isinstance(one, list) else label_words(one, self.target, rows) for one in both)
+        arrays = {"answers": object_array(answers), "expected": object_array(expected), "rows": object_array(rows)}
+        values = {name: own_values(name, answers, expected, rows) for name in names}
         of_rows = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
         called = [name for name in names if name not in of_rows]
 
         def call(drawn: Predictions) -> dict[str, float]:
-            return {name: float(np.mean(own_values(name, *drawn.values()))) for name in called}
+            answers, expected, rows = (list(drawn[name]) for name in ("answers", "expected", "rows"))
+            return {name: float(np.mean(own_values(name, answers, expected, rows))) for name in called}
 
         estimates = self.estimate_metrics(arrays, positions, call, MOST_CALLS) if called else {}
         means = lambda drawn: {name: float(values.mean()) for name, values in drawn.items()}  # noqa: E731
