@@ -25,7 +25,7 @@ from tests.train.runs import in_this_process, job, without_tracing
 ROWS = [{**row, "who": f"p{number // 3}"} for number, row in enumerate(tiny.topic_rows(60))]
 FOLDS: dict[str, Any] = {
     "data": {"folds": 3, "group": "who"},
-    "train": {"num_train_epochs": 1},
+    "train": {"max_steps": 3},
     "method": {"learning_rate": 1e-4},
 }
 
@@ -118,6 +118,7 @@ def test_report_names_each_fold_and_the_next_command_changes_nothing(crossed: Ru
         predict.load_predictor(crossed.folder)
 
 
+@pytest.mark.long
 def test_fold_alone_is_the_same_run(crossed: RunResult, tmp_path: Path, model: Path) -> None:
     with in_this_process(), without_tracing():
         alone = run_recipe(job(tmp_path, model, ROWS, **{**FOLDS, "data": {**FOLDS["data"], "fold": 2}}), "train")
@@ -159,11 +160,11 @@ TASKS = {
 }
 
 
-@pytest.mark.parametrize("task", others_long(TASKS, "causal-lm"))
+@pytest.mark.parametrize("task", others_long(TASKS))
 def test_every_task_answers_each_row_once(task: str, tmp_path: Path) -> None:
     kind, rows, data = TASKS[task]
     made = tiny.save_model(tmp_path / "model", kind)
-    blocks = {"data": {"folds": 2, **data}, "train": {"max_steps": 1}, "evaluate": {"baselines": False}}
+    blocks: dict[str, Any] = {"data": {"folds": 2, **data}, "train": {"max_steps": 1}, "evaluate": {"baselines": False}}
     with in_this_process(), without_tracing():
         reached = run_recipe(job(tmp_path, made, rows, task=task, **blocks))
     found = answers(reached.folder)
@@ -190,6 +191,15 @@ def test_too_few_groups_for_the_folds_are_refused_and_rare_classes_said(tmp_path
         data = {"folds": 3, "fold": fold, "group": "who"}
         summary = pipeline.run(job(tmp_path / f"rare{fold}", model, rare, data=data), "data").summary
         assert any("1 class has fewer rows than the 3 folds" in note and "'odd' (1)" in note for note in summary.notes)
+
+
+@pytest.mark.long
+def test_class_that_one_fold_cannot_train_is_answered_all_the_same(tmp_path: Path, model: Path) -> None:
+    rare = [*ROWS, {"text": "an odd one", "label": "odd", "who": "odd"}]
+    train = {"max_steps": 1, "class_weights": "balanced"}
+    with in_this_process(), without_tracing():
+        reached = run_recipe(job(tmp_path / "rare", model, rare, data={"folds": 2, "group": "who"}, train=train))
+    assert [row["expected"] for row in answers(reached.folder)].count("odd") == 1
 
 
 @pytest.mark.parametrize(
