@@ -56,9 +56,9 @@ def test_run_reports_the_worst_value_first(tmp_path: Path, tiny_encoder: Path) -
     assert {part.value for part in trained.slices} == {"north", "south", "[EMAIL]", "(none)"}
     whole = trained.metrics["accuracy"]
     parts = [part.metrics["accuracy"] for part in trained.slices]
-    assert sum(part.rows * part.value for part in parts) == pytest.approx(whole.rows * whole.value)
+    assert sum((part.rows or 0) * part.value for part in parts) == pytest.approx((whole.rows or 0) * whole.value)
     assert all(part.metrics.keys() == trained.metrics.keys() for part in trained.slices)
-    assert all(0 < part.clusters <= part.rows and part.low <= part.value <= part.high for part in parts)
+    assert all(0 < (part.clusters or 0) <= (part.rows or 0) and part.low <= part.value <= part.high for part in parts)
     page = (made.folder / "report.md").read_text(encoding="utf-8")
     worst = f"Worst region: 'south' has accuracy {100 * parts[0].value:.1f}%"
     assert worst in page

@@ -122,7 +122,7 @@ def describe_thinking(tokenizer: Tokenizer, messages: Sequence[ChatMessage], tok
         return None
 
     def text_of(ids: Sequence[int]) -> str:
-        return "".join(tokenizer.decode(ids).split())
+        return "".join(str(tokenizer.decode(list(ids))).split())
 
     wanted = [text_of(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]) for part in parts]
     trained = "\n".join(text_of([one for one, in_loss in zip(*masked, strict=True) if in_loss]) for masked in tokens)

@@ -281,8 +281,7 @@ def _build_mistake_table(caption: str, wrong_answers: Sequence[Answer]) -> Table
 
 
 def build_calibration_blocks(row: Scores | None) -> list[Element]:
-    calibration = row.calibration if row else None
-    if calibration is None:
+    if row is None or (calibration := row.calibration) is None:
         return []
     fitted = {
         "temperature, fitted on the eval rows": calibration.temperature,
