@@ -240,7 +240,7 @@ class Scoring:
             model = folder.load_method_folder(model_folder, processor, replace(self.base, block=block)).model
         else:
             # Keeps what the recipe says about remote code and attention; the revision belongs to the pretrained model.
-            block = block.model_copy(update={"name": str(model_folder), "revision": None})
+            block = block.model_copy(update={"name": str(model_folder), "revision": None, "new_tokens": ()})
             finished = Base.from_block(block, self.recipe.task)
             model, processor = load_model(finished, {}, head_is_new=False), finished.processor
         return model.to(self.plan.device), processor

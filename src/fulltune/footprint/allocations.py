@@ -61,10 +61,6 @@ class TraceCase:
     pixels: tuple[int, int, int] | None = None
     """Channels, height and width of an image."""
 
-    @property
-    def all_trained(self) -> bool:
-        return self.num_trainable is None
-
 
 def build_model(case: TraceCase, config: PretrainedConfig) -> PreTrainedModel:
     """Build the model with random weights, and apply the training method and dropout."""

@@ -123,7 +123,7 @@ def trace_footprint(case: TraceCase) -> Footprint:
         stepped = trace_model(case, points, recomputed=recomputed, training=True)
         first = _candidate_peaks(stepped, points)
         later = _memory_of_later_micro_batches(
-            first, stepped.shapes if case.all_trained else stepped.trained, BYTES[case.weights_dtype]
+            first, stepped.shapes if case.num_trainable is None else stepped.trained, BYTES[case.weights_dtype]
         )
         if not recomputed:
             of_training = _flops_per_token(stepped, points, case)
@@ -131,7 +131,7 @@ def trace_footprint(case: TraceCase) -> Footprint:
             Variant(precision=case.precision, activation_checkpointing=recomputed, first=first, later=later)
         )
     return Footprint(
-        **tensor_fields(case, evaluated.shapes if case.all_trained else evaluated.trained),
+        **tensor_fields(case, evaluated.shapes if case.num_trainable is None else evaluated.trained),
         variants=tuple(variants),
         evaluation={case.precision: _candidate_peaks(evaluated, points)},
         flops_per_token=_flops_per_token(evaluated, points, case),

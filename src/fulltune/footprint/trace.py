@@ -41,10 +41,10 @@ def estimate_footprint(case: TraceCase, why: str) -> Footprint:
     """Estimate a footprint by a rule of thumb. `why` is the reason for not tracing the model."""
     with torch.device("meta"):
         model = getattr(transformers, case.task.FACTS.auto_class).from_config(case.config)
-        if not case.all_trained:
+        if case.num_trainable is not None:
             case.prepare(model)
-    shapes = [tuple(one.shape) for one in model.parameters() if case.all_trained or one.requires_grad]
-    num_trainable = case.num_parameters if case.all_trained else sum(map(math.prod, shapes))
+    shapes = [tuple(one.shape) for one in model.parameters() if case.num_trainable is None or one.requires_grad]
+    num_trainable = case.num_trainable or case.num_parameters
     config, tokens = layer_config(case, case.config), 1
     layers = sum(getattr(config, "depths", None) or ()) or getattr(config, "num_hidden_layers", None) or USUAL_LAYERS
     layers *= 2 if config.is_encoder_decoder else 1

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.methods import PROMPT_MODULE, ComparedMethod, Method, PromptMethod
+from fulltune.recipe.methods import PROMPT_MODULE, ComparedMethod, FullMethod, Method, PromptMethod
 from fulltune.recipe.tasks import FACTS, TaskName
 from fulltune.system import parallel_layout
 
@@ -108,16 +109,22 @@ def check_methods(recipe: Recipe, base: Base) -> None:
     """Raise `RecipeError` if one of the recipe's methods cannot do its task with this model."""
     from fulltune.models.shapes import measure_shapes
 
-    lines = list[str]()
+    lines = [
+        line for method in recipe.methods or (recipe.method,) for line in method_problems(recipe, base.config, method)
+    ]
     for method in recipe.methods or (recipe.method,):
-        lines += method_problems(recipe, base.config, method)
         if method.kind == "full" and method.freeze:
-            try:
-                measure_shapes(base, {}, lambda model, method=method: apply_method(model, method, recipe.task))
-            except RecipeError as error:
-                lines += error.problems
+            measure_shapes(base, {}, partial(_raise_if_freeze_unfit, recipe, method))
     if lines:
         raise RecipeError(lines)
+
+
+def _raise_if_freeze_unfit(recipe: Recipe, method: FullMethod, model: PreTrainedModel) -> None:
+    apply_method(model, method, recipe.task)
+    if recipe.model.new_tokens and not model.get_input_embeddings().weight.requires_grad:
+        raise RecipeError(
+            f"method {method.label}: freeze: matches the embeddings, where model.new_tokens must be trained"
+        )
 
 
 def method_problems(recipe: Recipe, config: PretrainedConfig, method: ComparedMethod) -> list[str]:

@@ -22,7 +22,7 @@ def freeze_parameters(model: PreTrainedModel, patterns: Sequence[str], label: st
             parameters[name].requires_grad_(False)
         if not names:
             modules = [name for name, _ in model.named_modules() if name and not name.split(".")[-1].isdigit()]
-            near = did_you_mean(pattern, dict.fromkeys([*(name.split(".")[-1] for name in modules), *modules]))
+            near = did_you_mean(pattern, [*(name.split(".")[-1] for name in modules), *modules])
             where = near or f"its modules are {first_few(sorted(modules, key=lambda name: name.count('.')), 8)}"
             problems.append(f"freeze: '{pattern}' matches no parameter of {type(model).__name__}; {where}")
     if not problems and not any(parameter.requires_grad for parameter in parameters.values()):

@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from fulltune.errors import SetupError
+from fulltune.models import new_tokens
+from fulltune.models.new_tokens import Pieces
 from fulltune.models.pixels import ImageReader, ImageRows, num_patches
 from fulltune.recipe.model import ModelBlock
 from fulltune.recipe.tasks import FACTS, TaskName
@@ -68,10 +70,16 @@ class Base:
 
     @cached_property
     def processor(self) -> Any:
-        return self._load_image_reader() if FACTS[self.task].reads == "image" else self._load_tokenizer()
+        return self._load_image_reader() if FACTS[self.task].reads == "image" else self._tokenizer[0]
 
-    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load and check the tokenizer. A tokenizer without a padding token pads with its end token."""
+    @property
+    def new_tokens(self) -> Pieces:
+        return self._tokenizer[1] if self.block.new_tokens and self.has_processor else {}
+
+    @cached_property
+    def _tokenizer(self) -> tuple[PreTrainedTokenizerBase, Pieces]:
+        """Load and check the tokenizer, and add new tokens. A tokenizer without a padding token pads with its end
+        token."""
         from transformers import AutoTokenizer
 
         block = self.block
@@ -104,7 +112,7 @@ class Base:
             except (OSError, UnicodeDecodeError) as error:
                 reason = getattr(error, "strerror", None) or "not UTF-8"
                 raise SetupError(f"data.chat_template: {self.chat_template}: cannot be read: {reason}") from None
-        return tokenizer
+        return tokenizer, new_tokens.add_to_tokenizer(tokenizer, self.block.new_tokens)
 
     def _load_image_reader(self) -> ImageReader:
         """Load the image processor, or raise `SetupError` if Pillow is missing."""
@@ -146,6 +154,9 @@ class Base:
                 values[key] = dropout
         for key, value in values.items():
             setattr(config, key, value)
+        if self.new_tokens:
+            text = config.get_text_config()
+            text.vocab_size = max(text.vocab_size, max(self.new_tokens) + 1)
         return config
 
     @property

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import SetupError
-from fulltune.models import sharding
+from fulltune.models import new_tokens, sharding
 from fulltune.models.base import Base, check_weights, from_pretrained_arguments, load_with_advice
 from fulltune.recipe.model import ModelBlock
 from fulltune.text import first_few
@@ -72,6 +72,8 @@ def load_model(
     block = base.block
     check_weights(base)
     config = base.copy_config(config_changes, block.dropout)
+    if base.new_tokens:
+        config.get_text_config().vocab_size = base.config.get_text_config().vocab_size
     keywords = from_pretrained_arguments(block, base.path) | {
         "dtype": torch_dtype(block.weights_dtype),
         "config": config,
@@ -100,6 +102,8 @@ def load_model(
         head = arrange_head(model, missing, head, "id2label" in config_changes)
         missing |= head.known_rows.keys()
         on_head(replace(head, missing=tuple(name for name, _ in model.named_parameters() if name in missing)))
+    if base.new_tokens:
+        new_tokens.add_to_model(model, base.new_tokens)
     _clear_gguf_attributes(model)
     return model
 

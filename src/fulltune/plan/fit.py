@@ -151,6 +151,8 @@ def why_not_fsdp2(recipe: Recipe, shapes: Shapes, machine: Machine) -> str | Non
         return "fsdp2 would use the GPUs"
     if train.optim not in (None, *SHARDABLE_OPTIMIZERS):
         return f"{train.optim} needs whole tensors"
+    if recipe.model.new_tokens:
+        return "model.new_tokens extends whole embeddings"
     if train.use_liger_kernel:
         return "Liger's kernels are untested with fsdp2"
     if shapes.num_trainable is not None:

@@ -44,7 +44,7 @@ def _placements_to_compare(basis: Basis) -> Iterator[dict[str, Any]]:
         narrow |= {"train.precision": "bf16"} if train.precision == "fp32" else {}
         yield narrow
         yield narrow | small
-    if basis.start.num_trainable is not None:  # sharding is planned for full fine-tuning only
+    if basis.start.num_trainable is not None or basis.recipe.model.new_tokens:  # sharding is planned for plain full
         return
     # Combinations that the recipe's own rules refuse are not listed.
     if many and basis.shapes.units is not None and not train.use_liger_kernel:

@@ -278,7 +278,9 @@ def memory_caveats(footprint: Footprint, compiled: bool = False) -> list[Setting
 
 
 def record_parts(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> None:
-    """Add to `reasons` how many parameters full fine-tuning leaves unchanged."""
+    """Add to `reasons` how many tokens are new, and how many parameters full fine-tuning leaves unchanged."""
+    if count := len(recipe.model.new_tokens):
+        reasons.add("model.new_tokens", None, count, "rows of new tokens start as the mean of the rows of their pieces")
     if recipe.method.kind == "full" and recipe.method.freeze and shapes.num_trainable is not None:
         frozen = f"{shapes.num_parameters - shapes.num_trainable:,} of {shapes.num_parameters:,} parameters are frozen"
         why = f"{frozen}: they need no gradients and no optimizer state; tied weights are frozen together"

@@ -217,6 +217,15 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
     is_here = os.path.exists(base / _expand_user(name))  # noqa: PTH110  # as `_expand_user`
     if name.startswith((".", "/", "~")) or name.endswith(".gguf") or is_here:
         paths["model"] = {"name": make_absolute(name, "model.name")}
+    if isinstance(recipe.model.new_tokens, str):
+        try:
+            lines = Path(make_absolute(recipe.model.new_tokens, "model.new_tokens")).read_text("utf-8").splitlines()
+            paths.setdefault("model", {})["new_tokens"] = tuple(filter(None, lines))
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or "not UTF-8"
+            problems.append(
+                f"model.new_tokens: {recipe.model.new_tokens}: cannot be read: {why}; write a list or a text file"
+            )
     changed: PlainSettings = {block: getattr(recipe, block).model_copy(update=new) for block, new in paths.items()}
     file = recipe.train.engine_settings
     if isinstance(file, str):

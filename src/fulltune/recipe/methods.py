@@ -122,12 +122,6 @@ class FullMethod(_TrainedMethod):
         names = [re.sub("[^A-Za-z0-9]+", "_", pattern).strip("_") for pattern in self.freeze]
         return (f"freeze-{'-'.join(names)}"[:60].strip("-_"),) if names else ()
 
-    @model_validator(mode="after")
-    def _raise_if_empty_pattern(self) -> FullMethod:
-        if not all(part for pattern in self.freeze for part in pattern.split(".")):
-            raise ValueError("freeze: a pattern has an empty part; write names such as embeddings or encoder.layer.0")
-        return self
-
 
 class HeadMethod(_TrainedMethod):
     """Train the task's head on a frozen body."""

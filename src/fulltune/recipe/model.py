@@ -51,6 +51,10 @@ class ModelBlock(Block):
     """Branch, tag or commit on the Hub."""
     weights_dtype: Literal["fp32", "bf16"] = "fp32"
     """Data type of the stored weights. `bf16` halves their memory (see `train.bf16_rounding`)."""
+    new_tokens: str | tuple[str, ...] = ()
+    """Tokens to add to the vocabulary, such as `["<order>", "</order>"]`, or a text file with one token per line. Each
+    new row of the embeddings and of the language model's head starts as the mean of the pieces into which the
+    pretrained tokenizer splits the token."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Dropout probability of all dropout layers. Default: the model's own values."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = None

@@ -14,8 +14,11 @@ from fulltune.errors import GuardStop
 from fulltune.inference import selective_head
 from fulltune.inference.run import positions_by_length
 from fulltune.inference.store import Rows
+from fulltune.models.base import Base
 from fulltune.models.dropout import STEPS, SixteenBitDropout, drop_threshold
+from fulltune.models.new_tokens import Pieces
 from fulltune.models.packing import find_packing_leak
+from fulltune.recipe.tasks import TaskName
 from fulltune.records.events import ChecksDone
 from fulltune.records.plan import Plan
 from fulltune.records.training import Check
@@ -36,7 +39,7 @@ _CHUNKED = "chunked loss"
 
 def run_checks(inputs: AttemptInputs, loaded: LoadedModel, trainer: FullTrainer) -> list[Check]:
     """Run all checks except the dry run; the caller must stop if one failed."""
-    plan, summary, rows = inputs.plan, inputs.summary, loaded.rows
+    plan, recipe, summary, rows = inputs.plan, inputs.recipe, inputs.summary, loaded.rows
     writes, model = inputs.task.FACTS.writes, loaded.objective.model
     train, world_size = summary.splits["train"], trainer.args.world_size
     truncated = f"{train.truncated_rows} of {train.rows} at {summary.max_length} tokens"
@@ -54,6 +57,8 @@ def run_checks(inputs: AttemptInputs, loaded: LoadedModel, trainer: FullTrainer)
         problem = _bf16_resolution_problem(loaded.scaled, summary.scale)
         result = problem or "; ".join(filter(None, [origin, new_rows, loaded.scale_note]))
         checks.append(Check(name="head", result=result, passed=problem is None))
+    if recipe.model.new_tokens:
+        checks.append(_count_new_tokens(Base.from_block(recipe.model, recipe.task).new_tokens, recipe.task, rows))
     if writes:
         without = int((_last_trained_tokens(rows) == IGNORED).sum())
         trained = f"{len(rows) - without} of {len(rows)}"
@@ -102,6 +107,19 @@ def _describe_dropout(model: PreTrainedModel) -> Check:
     shares = ", ".join(sorted({f"{module.p:g} becomes {drop_threshold(module.p) / STEPS:.6g}" for module in modules}))
     ours = f"{counted(len(modules), 'module')} with faster 16-bit random numbers ({shares})"
     return Check(name="dropout", result=ours if modules else "PyTorch's, or none", passed=True)
+
+
+def _count_new_tokens(new_tokens: Pieces, task: TaskName, rows: Rows) -> Check:
+    """Describe the new tokens: their mean number of pieces, and how often the train rows contain them."""
+    counts = np.zeros(max(new_tokens) + 1)
+    for column in ("input_ids", "labels") if task == "seq2seq" else ("input_ids",):
+        for flat, _ in rows.lists(column):
+            counts += np.bincount(flat[(flat >= 0) & (flat < len(counts))], minlength=len(counts))
+    without = sum(counts[token] == 0 for token in new_tokens)
+    pieces = sum(map(len, new_tokens.values())) / len(new_tokens)
+    total = sum(counts[token] for token in new_tokens)
+    result = f"{len(new_tokens):,}, before {pieces:.1f} pieces each; {total:,.0f} times in the train rows"
+    return Check(name="new tokens", result=result + f"; {without:,} never, so not trained" * bool(without), passed=True)
 
 
 def _last_trained_tokens(rows: Rows) -> np.ndarray:
