@@ -4,14 +4,14 @@ from collections.abc import Iterator, Sequence
 
 from fulltune.plan.alternatives import format_flags
 from fulltune.plan.choose import PHASE_NAMES
-from fulltune.plan.settings import FROM_RECIPE, to_yaml
+from fulltune.plan.settings import FROM_RECIPE
 from fulltune.plan.time import NETWORK
 from fulltune.records.plan import MemoryKind, Plan, Setting, Survey, TimeNeed
 from fulltune.records.training import Measurements
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Code, Element, Facts, NameAndValue, Paragraph, Section, Table, TableRow
 from fulltune.report.format.words import format_count
-from fulltune.text import counted, format_bytes, format_seconds
+from fulltune.text import counted, format_bytes, format_seconds, to_yaml
 
 KINDS: tuple[MemoryKind, ...] = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
 WIDEST_VALUE = 20

@@ -3,7 +3,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fulltune.plan.settings import to_yaml
 from fulltune.records.events import PhaseBegan
 from fulltune.records.forgetting import OF_GENERIC_TEXT
 from fulltune.records.plan import Plan
@@ -39,6 +38,7 @@ from fulltune.text import (
     format_seconds,
     format_share,
     listed,
+    to_yaml,
 )
 
 _TRAIN_TITLES = {"loss": "train loss", "learning_rate": "learning rate", "grad_norm": "gradient norm"}
