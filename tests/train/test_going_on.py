@@ -78,7 +78,7 @@ def test_checkpoint_with_its_labels_in_another_order_begins_with_what_it_learned
     reached = runs.run(tmp_path, turned, ROWS, **_AS_IT_IS)
     assert reached.outcome is not None
     assert reached.outcome.best_metric == accuracy
-    expected = "kept from the checkpoint: its 2 labels are the same, reordered by name"
+    expected = "kept from the checkpoint for 2 of 2 labels"
     assert _checks(tmp_path)["head"] == expected
     config = json.loads((reached.folder / "models/full/config.json").read_text(encoding="utf-8"))
     assert config["id2label"] == {"0": "food", "1": "weather"}

@@ -92,5 +92,5 @@ def test_json_is_equal_by_value() -> None:
     expected = ['{"a": [1, true], "b": null}', '{"a": 1}', '{"a": 1}', "[]"]
     answers = ['{"b":null,"a":[1.0,true]}', '{"a": true}', '{"a": 1', "[" * 100_000]
     assert written.score_answers(answers, expected)["json_equal"].tolist() == [1, 0, 0, 0]
-    assert "json_equal" not in written.score_answers(answers, [*expected[:3], "words"])
-    assert "json_equal" in written.score_answers(answers, [*expected[:3], "words"], chosen="json_equal")
+    assert "json_equal" not in written.score_answers(answers, [*expected[:2], "some", "words"])
+    assert "json_equal" in written.score_answers(answers, [*expected[:2], "some", "words"], chosen="json_equal")

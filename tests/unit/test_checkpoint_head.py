@@ -34,8 +34,8 @@ LABELS = ("bad", "fine", "good")
 @pytest.mark.parametrize(
     ("theirs", "ours", "order", "why"),
     [
-        (LABELS, LABELS, (0, 1, 2), ": its 3 labels are the same"),
-        (LABELS, ("good", "bad", "fine"), (2, 0, 1), ": its 3 labels are the same, reordered by name"),
+        (LABELS, LABELS, (0, 1, 2), " for 3 of 3 labels"),
+        (LABELS, ("good", "bad", "fine"), (2, 0, 1), " for 3 of 3 labels"),
         (LABELS, ("bad", "good"), (0, 2), " for 2 of 2 labels; dropped: fine"),
         (LABELS, ("new", "good", "bad"), (None, 2, 0), " for 2 of 3 labels; new: new; dropped: fine"),
         (("LABEL_0", "LABEL_1"), ("LABEL_1", "LABEL_2"), None, None),
@@ -109,7 +109,7 @@ def test_head_with_the_same_labels_in_another_order_gives_the_same_answers(
 ) -> None:
     before = _answers(_checkpoint(tmp_path, kind, task, LABELS))
     model, head = _loaded(tmp_path, task, ("good", "bad", "fine"))
-    assert head.description == "kept from the checkpoint: its 3 labels are the same, reordered by name"
+    assert head.description == "kept from the checkpoint for 3 of 3 labels"
     assert torch.allclose(_answers(model), before[..., [2, 0, 1]], atol=1e-6)
     assert model.config.id2label == {0: "good", 1: "bad", 2: "fine"}
 
@@ -121,7 +121,7 @@ def test_rows_of_a_head_are_the_numbers_in_the_config_not_their_order_in_the_fil
     config["id2label"] = {key: config["id2label"][key] for key in sorted(config["id2label"])}  # 0, 1, 10, 11, 2
     (tmp_path / "config.json").write_text(json.dumps(config))
     model, head = _loaded(tmp_path, "text-classification", labels)
-    assert head.description == "kept from the checkpoint: its 12 labels are the same"
+    assert head.description == "kept from the checkpoint for 12 of 12 labels"
     assert torch.allclose(_answers(model), before, atol=1e-6)
 
 

@@ -11,7 +11,7 @@ from fulltune.errors import RecipeError
 from fulltune.footprint import records
 from fulltune.plan import device_and_precision, gpus, time, workload
 from fulltune.plan.gpus import Fleet
-from fulltune.plan.settings import PLACEMENT, with_settings
+from fulltune.plan.settings import PLACEMENT, to_yaml, with_settings
 from fulltune.plan.survey import survey_placements
 from fulltune.plan.time import DevicePrice
 from fulltune.recipe.fields import Recipe
@@ -21,7 +21,6 @@ from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary, SplitSummary
 from fulltune.records.plan import Plan, Survey
 from fulltune.system import hardware
-from fulltune.text import to_yaml
 
 if TYPE_CHECKING:
     from fulltune.models.base import Base
@@ -212,6 +211,7 @@ def _make_assumed_summary(recipe: Recipe, rows: int, tokens: int) -> DataSummary
             rows=num_rows,
             tokens=num_rows * length * max(1, choices),
             trained_tokens=num_rows * length,
+            trained_p95=length,
             truncated_rows=num_rows if tokens > length else 0,
             dropped_rows=0,
             length_percentiles=percentiles,

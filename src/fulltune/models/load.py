@@ -189,16 +189,15 @@ def _labels_by_row(id2label: Mapping[Any, str]) -> tuple[str, ...]:
 
 
 def head_origin_by_labels(checkpoint_labels: tuple[str, ...], task_labels: tuple[str, ...]) -> HeadOrigin:
-    """Return the origin of a head: labels keep the rows that have their names, unless the names are generic."""
+    """Return the origin of a head: labels keep the rows that have their names, unless generic names differ."""
     if len(checkpoint_labels) == len(task_labels) == 1:
         return HeadOrigin((0,), "")  # regression heads have one row
-    if len(set(checkpoint_labels)) == len(checkpoint_labels) and set(checkpoint_labels) == set(task_labels):
-        order = tuple(checkpoint_labels.index(name) for name in task_labels)
-        same = f": its {len(task_labels)} labels are the same"
-        return HeadOrigin(order, same if checkpoint_labels == task_labels else f"{same}, reordered by name")
-    known = set(checkpoint_labels) & set(task_labels)
+    known, are_distinct = (
+        set(checkpoint_labels) & set(task_labels),
+        len(set(checkpoint_labels)) == len(checkpoint_labels),
+    )
     are_generic = all(_GENERIC.fullmatch(name) for name in checkpoint_labels)
-    if known and not are_generic and len(set(checkpoint_labels)) == len(checkpoint_labels):
+    if known and are_distinct and (not are_generic or known == {*checkpoint_labels, *task_labels}):
         rows = tuple(checkpoint_labels.index(name) if name in known else None for name in task_labels)
         others = {"new": task_labels, "dropped": checkpoint_labels}
         lists = {change: [name for name in names if name not in known] for change, names in others.items()}

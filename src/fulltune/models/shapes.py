@@ -40,7 +40,7 @@ class Shapes(Record):
     """True if no config field scales or caps logits after the head; verified before step 1."""
     units: Units | None = None
     cached_values: int = 0
-    """Numbers that generation keeps per token of a row: keys and values of all (decoder) layers; 0 if unknown."""
+    """Numbers that generation keeps per token of a row: keys and values of all (decoder) layers."""
 
 
 def measure_shapes(
@@ -85,21 +85,18 @@ def measure_shapes(
         head_note=head.description if head.order else "",
         plain_logits=not any(getattr(text, name, None) not in (None, 1, 1.0) for name in _AFTER_HEAD),
         units=units,
-        cached_values=_count_cached_values(config),
+        cached_values=_count_cached_values(config) if FACTS[base.task].writes else 0,
     )
 
 
 def _count_cached_values(config: PretrainedConfig) -> int:
     """Return the keys and values per token in all layers, or in all decoder layers of an encoder-decoder."""
-    text = config.get_text_config(decoder=True)
-
-    def first(*names: str) -> int:
-        return next((value for name in names if (value := getattr(text, name, None))), 0)
-
-    heads = first("decoder_attention_heads", "num_attention_heads") or 1
-    size = first("head_dim", "d_kv") or first("hidden_size") // heads
-    layers = first("num_decoder_layers", "decoder_layers", "num_hidden_layers")
-    return 2 * layers * (first("num_key_value_heads") or heads) * size
+    text: Any = config.get_text_config(decoder=True)
+    text.allow_global_per_layer_attribute_access = True  # layers of Gemma 4 differ
+    heads = getattr(text, "num_attention_heads", None) or 1
+    size = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or getattr(text, "hidden_size", 0) // heads
+    layers = getattr(text, "num_decoder_layers", None) or getattr(text, "num_hidden_layers", 0)
+    return int(2 * layers * (getattr(text, "num_key_value_heads", None) or heads) * size)
 
 
 _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logits_soft_cap")

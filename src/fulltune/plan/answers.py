@@ -16,6 +16,10 @@ LONGER = 1.5
 """Longest answer relative to the 95th percentile of the expected answers."""
 MAX_SHARE = 0.1
 """Share of a run above which the plan names the settings that lower it."""
+SAVE_TIME = (
+    "; to save time, lower evaluate.choose_rows or evaluate.max_new_tokens, or evaluate less often "
+    "(train.eval_strategy, train.eval_steps)"
+)
 CACHE_PASSES = 3
 """Reads and writes of the cache per token: it is copied to append a token, and then read."""
 
@@ -24,69 +28,49 @@ def plan_answers(
     basis: Basis, used: MemorySettings, memory: MemoryNeed, summary: DataSummary, metric: str, reasons: Reasons
 ) -> tuple[AnswersPlan | None, MemoryNeed]:
     """Plan the answers that are generated at each evaluation, or None. Also return `memory` with what they need."""
-    block, split, layout = basis.recipe.evaluate, summary.splits["eval"], basis.layout
+    block, split, layout, shapes = basis.recipe.evaluate, summary.splits["eval"], basis.layout, basis.shapes
     wanted = ROWS if block.choose_rows is None and compares_answers(metric) else block.choose_rows or 0
     rows = min(wanted, split.rows) if summary.form.writes_answers else 0
     if not rows:
         return None, memory
-    trained = split.trained_tokens / max(1, split.rows)
     most = block.max_new_tokens if "max_new_tokens" in block.model_fields_set else MAX_NEW_TOKENS
-    new_tokens = min(most, max(1, math.ceil(LONGER * (split.trained_p95 or trained))))
-    longest = split.length_percentiles.get("max", summary.max_length)
+    new_tokens = min(most, max(1, math.ceil(LONGER * split.trained_p95)))
+    longest = split.length_percentiles["max"]
     value = BYTES["fp32" if used.precision == "fp32" else "bf16"]
-    whole = value * basis.shapes.num_parameters if layout is not None and layout.stage == 3 else 0
-    cached = value * (basis.shapes.cached_values or 2 * basis.shapes.num_layers * basis.shapes.hidden_size)
-
-    def batch_bytes(size: int) -> int:
-        """Return the bytes of a batch's cache, and of its logits for the last token."""
-        return size * (cached * (longest + new_tokens) + 4 * basis.shapes.vocab_size)
+    whole = value * shapes.num_parameters if layout is not None and layout.stage == 3 else 0
 
     def peak(size: int, gathered: int = 0) -> int:
+        """Return the peak with a batch's cache, and its logits for the last token."""
         passing = basis.memory_need(used.changed(eval_batch_size=size, longest_tokens=longest, chunked_loss=True))
-        return batch_bytes(size) + gathered + passing.phases.get("evaluation", passing.peak)
+        own = size * (value * shapes.cached_values * (longest + new_tokens) + 4 * shapes.vocab_size)
+        return own + gathered + passing.phases.get("evaluation", passing.peak)
 
     size, limit = min(BATCH, rows), max(basis.available_bytes, memory.peak)
     while size > 1 and peak(size) > limit:
         size = -(-size // 2)
+    gather_once = whole > 0 and peak(size, whole) <= limit
     evaluations = time.count_interval_steps(basis.steps.total, basis.steps.between_evaluations)
-    answers = AnswersPlan(
-        rows=rows,
-        batch_size=size,
-        max_new_tokens=new_tokens,
-        gather_once=whole > 0 and peak(size, whole) <= limit,
-        evaluations=evaluations + basis.recipe.train.eval_on_start,
-        memory_bytes=batch_bytes(size),
-    )
-    prompt = max(1.0, split.tokens / max(1, split.rows) - trained)
-    flops = time.device_flops(basis.fleet, used.precision, basis.shapes.hidden_size)
+    evaluations += basis.recipe.train.eval_on_start
+    often = counted(evaluations, "evaluation")
+    words = f"up to {counted(new_tokens, 'token')} at each of {often}, in batches of {size}"
+    flops, seconds = time.device_flops(basis.fleet, used.precision, shapes.hidden_size), None
     if flops is not None:
-        devices = used.num_processes if basis.fleet.gpu_model else used.num_machines
-        batches = -(-rows // (size * devices))
-        gathering = time.sending_seconds(basis.fleet, whole * (used.num_processes - 1) // used.num_processes, used)
-        gathering *= 1 if answers.gather_once else batches * (new_tokens + 1)
-        once = gathering + batches * generation_seconds(basis, used, size, prompt, new_tokens, flops)
-        answers = answers.model_copy(update={"seconds": round(answers.evaluations * once, 3)})
-    words = _describe(basis, used, answers)
+        batches = -(-rows // (size * (used.num_processes if basis.fleet.gpu_model else used.num_machines)))
+        prompt = max(1.0, (split.tokens - split.trained_tokens) / split.rows)
+        once = batches * generation_seconds(basis, used, size, prompt, new_tokens, flops)
+        parts = basis.step_seconds(used)
+        if whole:  # a step gathers and reduces: three times as much for each micro batch
+            sending = max(parts[time.NETWORK], parts["other devices"]) / (3 * used.gradient_accumulation_steps)
+            once += sending * (1 if gather_once else batches * (new_tokens + 1))
+        seconds = round(evaluations * once, 3)
+        share = seconds / (seconds + basis.steps.total * time.step_duration(parts))
+        words += f": about {format_percent(share)} of the run" + (SAVE_TIME if share > MAX_SHARE else "")
     reasons.add("evaluate.choose_rows", block.choose_rows, rows, "the metric compares answers", f": {words}")
-    needed = max(memory.phases.get("evaluation", 0), peak(size, whole * answers.gather_once))
+    needed = max(memory.phases.get("evaluation", 0), peak(size, whole * gather_once))
+    answers = AnswersPlan(
+        rows=rows, batch_size=size, max_new_tokens=new_tokens, gather_once=gather_once, seconds=seconds
+    )
     return answers, memory.model_copy(update={"phases": memory.phases | {"evaluation": needed}})
-
-
-def _describe(basis: Basis, used: MemorySettings, answers: AnswersPlan) -> str:
-    """Return how many answers are generated, how often, and their share of the run."""
-    words = f"up to {counted(answers.max_new_tokens, 'token')} at each of "
-    words += f"{counted(answers.evaluations, 'evaluation')}, in batches of {answers.batch_size}"
-    parts = basis.step_seconds(used)
-    if answers.seconds is None or not parts:
-        return words
-    share = answers.seconds / (answers.seconds + basis.steps.total * time.step_duration(parts))
-    words += f": about {format_percent(share)} of the run"
-    if share > MAX_SHARE:
-        words += (
-            "; to save time, lower evaluate.choose_rows or evaluate.max_new_tokens, or evaluate less often "
-            "(train.eval_strategy, train.eval_steps)"
-        )
-    return words
 
 
 def generation_seconds(

@@ -132,16 +132,6 @@ def step_seconds(
     return parts
 
 
-def sending_seconds(fleet: Fleet, sent: int, settings: MemorySettings) -> float:
-    """Return the seconds to send bytes over the slowest link between the processes."""
-    gpu, rate = fleet.gpu_model, fleet.host_memory_gb_per_second
-    if settings.num_machines > 1:
-        rate = fleet.network_gb_per_second * LINK_SHARE
-    elif gpu is not None:
-        rate = (gpu.nvlink_gb_per_second or gpu.link_gb_per_second) * LINK_SHARE
-    return sent / (1e9 * rate)
-
-
 def _estimate_optimizer_seconds(
     num_trained: int, fleet: Fleet, settings: MemorySettings, layout: ParallelLayout | None
 ) -> float:

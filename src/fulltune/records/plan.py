@@ -107,11 +107,8 @@ class AnswersPlan(Record):
     max_new_tokens: int
     gather_once: bool = False
     """True if sharded weights are gathered once per evaluation instead of for each token."""
-    evaluations: int
     seconds: float | None = None
     """Time of all evaluations' answers together, or None if the hardware's speed is unknown."""
-    memory_bytes: int
-    """Key-value cache and logits of a batch."""
 
 
 class MemorySettings(Record):

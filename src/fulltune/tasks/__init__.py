@@ -72,6 +72,7 @@ class Target:
 
     @property
     def positive(self) -> int:
+        """Class id of `positive_label`."""
         return self.labels.index(str(self.positive_label))
 
     @classmethod

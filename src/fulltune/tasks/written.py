@@ -98,19 +98,16 @@ def can_score(metric: str) -> bool:
 def score_answers(answers: Sequence[str], expected: Sequence[str], chosen: str = "") -> dict[str, np.ndarray]:
     """Return each answer's scores by metric, and `bleu_counts` for corpus BLEU.
 
-    Metrics without their package are left out. Unless `chosen` names them, so is `number_match` if half of the expected
-    answers have no number, and `json_equal` if one of them is not JSON.
+    Metrics without their package are left out. Unless `chosen` names them, so are `number_match` and `json_equal` if
+    half of the expected answers have no number or are not JSON.
     """
     pairs = list(zip(answers, expected, strict=True))
     scores = {"exact_match": np.array([float(normalised(one) == normalised(two)) for one, two in pairs])}
-    numbers = [_last_number(two) for two in expected]
-    if chosen == "number_match" or 2 * numbers.count(None) < len(numbers):
-        same = [two is not None and _last_number(one) == two for one, two in zip(answers, numbers, strict=True)]
-        scores["number_match"] = np.array(same, np.float64)
-    values = [_parsed_json(two) for two in expected]
-    if chosen == "json_equal" or None not in values:
-        same = [two is not None and _parsed_json(one) == two for one, two in zip(answers, values, strict=True)]
-        scores["json_equal"] = np.array(same, np.float64)
+    for name, read in (("number_match", _last_number), ("json_equal", _parsed_json)):
+        wanted = [read(text) for text in expected]
+        if chosen == name or 2 * wanted.count(None) < len(wanted):
+            same = [two is not None and read(one) == two for one, two in zip(answers, wanted, strict=True)]
+            scores[name] = np.array(same, np.float64)
     if can_score("rougeL"):
         from rouge_score.rouge_scorer import RougeScorer
 

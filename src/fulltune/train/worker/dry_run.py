@@ -250,19 +250,15 @@ class PassTimer:
         self.evaluate(RowSubset(self.trainer.eval_rows, positions))
         return self._seconds_since(began)
 
-    def time_answers(self, sample: AnswersPlan, budget: float) -> float:
+    def time_answers(self, sample: AnswersPlan) -> float:
         """Return the seconds of one evaluation's answers of full length, from a batch's first and later tokens."""
-        if self.answer is None:
-            return 0.0
-
-        def timed(new_tokens: int) -> tuple[int, float, float]:
+        assert self.answer is not None
+        tokens, real, seconds = 0, 0.0, list[float]()
+        for new_tokens in (1, 1, min(ANSWER_TOKENS, sample.max_new_tokens)):  # the first one is cold
             began = self._synchronized_time()
-            return (*cast("AnswerBatch", self.answer)(new_tokens), self._seconds_since(began))
-
-        _, real, first = timed(1)
-        if first <= budget:  # the first one is cold
-            _, real, first = timed(1)
-        tokens, _, several = timed(min(ANSWER_TOKENS, sample.max_new_tokens))
+            tokens, real = self.answer(new_tokens)
+            seconds.append(self._seconds_since(began))
+        _, first, several = seconds
         each = max(0.0, several - first) / max(1, tokens - 1)
         batches = -(-sample.rows // (sample.batch_size * self.inputs.plan.num_processes))
         return batches * (real * first + (sample.max_new_tokens - 1) * each)
@@ -367,7 +363,7 @@ def _forecast_evaluations(
     read = texts / max(1.0, more)  # generic texts per evaluation
     mine = parts[:: plan.num_processes]  # ranks take the eval batches in turn
     work = float(pass_work(_shapes(lengths, mine), quadratic).sum()) + read * _work_of_generic_text(quadratic)
-    answering = 0.0 if plan.answers is None else evaluations * passes.time_answers(plan.answers, budget)
+    answering = 0.0 if plan.answers is None else evaluations * passes.time_answers(plan.answers)
     return min(1.0, seconds / both) * train.seconds(len(mine) + read, work), round(more), answering
 
 
