@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from fulltune.errors import RecipeError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Pieces = Mapping[int, Sequence[int]]
@@ -27,19 +28,20 @@ def add_to_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) 
     if problems:
         raise RecipeError([f"model.new_tokens: {problem}" for problem in problems])
     tokenizer.add_tokens(list(tokens))
-    return dict(zip(tokenizer.convert_tokens_to_ids(list(tokens)), pieces, strict=True))
+    numbers = tokenizer.get_vocab()
+    return {numbers[token]: ids for token, ids in zip(tokens, pieces, strict=True)}
 
 
 def add_to_model(model: PreTrainedModel, pieces: Pieces) -> None:
     """Give the embeddings and the language model's head a row for each new token: the mean of its pieces' rows."""
     import torch
 
-    size = max(pieces) + 1
-    if size > len(model.get_input_embeddings().weight):  # many models have unused rows
-        model.resize_token_embeddings(size, mean_resizing=False)
+    size, embeddings = max(pieces) + 1, cast("torch.nn.Embedding", model.get_input_embeddings())
+    if size > embeddings.num_embeddings:  # many models have unused rows
+        embeddings = model.resize_token_embeddings(size, mean_resizing=False)
     head = model.get_output_embeddings()
     of_head = () if head is None else (head.weight, getattr(head, "bias", None))
     with torch.no_grad():
-        for tensor in (model.get_input_embeddings().weight, *of_head):
+        for tensor in (embeddings.weight, *of_head):
             for token, ids in pieces.items() if tensor is not None else ():
                 tensor[token] = tensor[list(ids)].float().mean(0).to(tensor.dtype)
