@@ -4,6 +4,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 _POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -89,6 +90,15 @@ def format_number(value: float) -> str:
     if not math.isfinite(value):
         return "not finite"
     return f"{value:,.0f}" if 999.5 <= abs(value) < 1e9 else f"{value:.3g}"
+
+
+def to_yaml(value: Any) -> str:
+    """Return a value as written in a recipe or after `--set`."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {to_yaml(inner)}" for name, inner in value.items()) + "}"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:

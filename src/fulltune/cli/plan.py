@@ -11,7 +11,7 @@ from fulltune.errors import RecipeError
 from fulltune.footprint import records
 from fulltune.plan import device_and_precision, gpus, time, workload
 from fulltune.plan.gpus import Fleet
-from fulltune.plan.settings import PLACEMENT, to_yaml, with_settings
+from fulltune.plan.settings import PLACEMENT, with_settings
 from fulltune.plan.survey import survey_placements
 from fulltune.plan.time import DevicePrice
 from fulltune.recipe.fields import Recipe
@@ -21,6 +21,7 @@ from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary, SplitSummary
 from fulltune.records.plan import Plan, Survey
 from fulltune.system import hardware
+from fulltune.text import to_yaml
 
 if TYPE_CHECKING:
     from fulltune.models.base import Base

@@ -52,7 +52,6 @@ _WORTH_KNOWING = {
     "left-out": _MORE_TIME,
     "few-eval-rows": "use more eval rows, with `data.eval` or a larger `data.eval_fraction`",
     "test-in-train": "remove these rows from train or from test",
-    "test-opened-again": "no action is needed, unless you changed the recipe because of the earlier report",
     "test-opened-by-others": "use fresh test rows if the recipe was changed because of earlier results",
 }
 RuleHits = Iterator[tuple[str, str, str]]
@@ -66,7 +65,7 @@ def lint_comparison(seed_runs: SeedRuns, comparison: Comparison) -> tuple[Findin
         *_check_methods(trained, time_was_up=seed_runs.time_was_up),
         *_check_equal_terms(trained),
         *_check_eval_rows(seed_runs, trained),
-        *_check_test_rows(context.folder, rows_in_train(context.summary), comparison.verdicts_on_test_rows),
+        *_check_test_rows(context.folder, rows_in_train(context.summary)),
         *_check_pretrained_weights(context.job.base),
     ]
     if dropped := ", ".join(seed_runs.dropped_methods):
@@ -237,17 +236,10 @@ def _check_eval_rows(seed_runs: SeedRuns, trained: Sequence[MethodRow]) -> RuleH
         )
 
 
-def _check_test_rows(folder: Path, in_train: str | None, verdicts: int) -> RuleHits:
+def _check_test_rows(folder: Path, in_train: str | None) -> RuleHits:
     """Yield findings on test rows that occur in train (described in `in_train`) or were used for other verdicts."""
     if in_train:
         yield "test-in-train", "test rows", f"{in_train}, especially for methods that memorise rows"
-    if verdicts > 1:
-        yield (
-            "test-opened-again",
-            "test rows",
-            f"used for {verdicts} verdicts, because the comparison ran out of time and was continued. Each verdict "
-            "spends a part of the permitted error rate, so that all verdicts together keep the stated confidence",
-        )
     if names := ", ".join(comparisons_on_same_test_rows(folder)):
         what = f"earlier comparisons ({names}) used these rows for a verdict, which may have influenced this comparison"
         yield "test-opened-by-others", "test rows", what

@@ -95,9 +95,8 @@ def score_majority_class(scoring: Scoring) -> Scored:
 
 def _score_longest_choice(scoring: Scoring) -> Scored:
     texts = [multiple_choice.choice_texts(row, scoring.target) for row in scoring.texts]
-    return _score_labels(
-        scoring, "longest choice", {"predicted": np.array([np.argmax([*map(len, row)]) for row in texts])}
-    )
+    longest = np.array([np.argmax([*map(len, row)]) for row in texts])
+    return _score_labels(scoring, "longest choice", {"predicted": longest})
 
 
 def score_frozen_classifier(scoring: Scoring, name: str, predicted: Sequence[tuple[int, np.ndarray]]) -> Scored:

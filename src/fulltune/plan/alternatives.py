@@ -8,11 +8,11 @@ from fulltune.errors import DoesNotFitError
 from fulltune.footprint.records import BYTES
 from fulltune.plan import budget
 from fulltune.plan.savings import MEMORY_SAVINGS, MemorySaving
-from fulltune.plan.settings import PLACEMENT, WHERE, to_yaml
+from fulltune.plan.settings import PLACEMENT, WHERE
 from fulltune.plan.workload import Basis
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import Alternative, DiskNeed, MemorySettings, PlacementOption
-from fulltune.text import format_bytes, listed
+from fulltune.text import format_bytes, listed, to_yaml
 
 MAX_ALTERNATIVES = 3
 MIN_SHARE = 0.1

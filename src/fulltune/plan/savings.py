@@ -4,12 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fulltune.plan.settings import OFFLOAD, PLACEMENT, recipe_value, to_yaml
+from fulltune.plan.settings import OFFLOAD, PLACEMENT, recipe_value
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
 from fulltune.recipe.training import ENGINE_SETTINGS
 from fulltune.records.plan import MemorySettings, Phase
 from fulltune.system import parallel_layout
+from fulltune.text import to_yaml
 
 Changes = dict[str, Any]
 SETTING_OF = {

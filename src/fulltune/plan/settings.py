@@ -33,15 +33,6 @@ def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def to_yaml(value: Any) -> str:
-    """Return a value as written in a recipe or after `--set`."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{name}: {to_yaml(inner)}" for name, inner in value.items()) + "}"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
 class Reasons:
     """Collects a plan's settings with their values and reasons."""
 

@@ -134,8 +134,7 @@ class TaskFacts:
 
     @property
     def choosing(self) -> tuple[str, ...]:
-        forms = map(FORMS.__getitem__, self.types)
-        return tuple(dict.fromkeys(name for form in forms for name in form.metrics + form.of_one_class))
+        return tuple(dict.fromkeys(name for one in self.types for name in FORMS[one].metrics + FORMS[one].of_one_class))
 
 
 FACTS: Mapping[str, TaskFacts] = TypeAdapter(dict[str, TaskFacts]).validate_python(_TABLE["tasks"])

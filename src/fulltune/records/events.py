@@ -102,13 +102,11 @@ class StepSkipped(Event):
 
 
 class UpdatesMeasured(Event):
-    """How much one step changed a sample of the weights."""
+    """Which share of a sample of the weights one step changed."""
 
     kind = "updates"
     step: int
     changed_share: float
-    update_ratio: float
-    """Norm of the update divided by the norm of the weights, as the median over tensors."""
 
 
 class Evaluated(Event):

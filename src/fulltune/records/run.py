@@ -60,7 +60,6 @@ class Access(Record):
                 accesses.append(cls.model_validate(line))
             except ValidationError:
                 continue
-        own_rows = [access.rows for access in accesses if access.run == folder.name][
-            -1:
-        ]  # a new run may reuse the name
+        # The last, because a new run may reuse the name.
+        own_rows = [access.rows for access in accesses if access.run == folder.name][-1:]
         return tuple(access for access in accesses if access.rows in own_rows)

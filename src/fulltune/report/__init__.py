@@ -5,7 +5,7 @@ from pathlib import Path
 from fulltune.errors import SetupError
 from fulltune.records.export import Verification
 from fulltune.records.scores import Scores
-from fulltune.report.comparison import content as about_comparison
+from fulltune.report.comparison.content import build_comparison_report, build_cost_plots, format_verdict
 from fulltune.report.comparison.many_tasks import write_tasks_report
 from fulltune.report.format.blocks import Element, Headline, Section
 from fulltune.report.format.pages import write_pages
@@ -53,15 +53,12 @@ def write_comparison_report(folder: Path) -> tuple[Path, ...]:
             "to the end"
         )
     card, picture, proof = (folder / name for name in ("card.md", "card.png", "proof.json"))
-    if plots := about_comparison.build_cost_plots(comparison):
-        subtitle = f"{comparison.name}: {comparison.decision.headline}"
-        write_cost_picture(about_comparison.format_verdict(comparison.decision), subtitle, plots, picture)
-    else:
-        picture.unlink(missing_ok=True)  # an earlier comparison's picture would contradict the report
-    report = about_comparison.build_comparison_report(comparison, picture.name)
+    verdict, subtitle = format_verdict(comparison.decision), f"{comparison.name}: {comparison.decision.headline}"
+    write_cost_picture(verdict, subtitle, build_cost_plots(comparison), picture)
+    report = build_comparison_report(comparison, picture.name)
     html = write_pages(card, report, "comparison.html.j2", private=False)
     comparison.save(proof)
-    return (card, html, picture, proof) if plots else (card, html, proof)
+    return card, html, picture, proof
 
 
 def write_model_card(folder: Path, model_folder: Path, scores: Scores | None = None) -> None:

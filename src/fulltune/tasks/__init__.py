@@ -72,7 +72,6 @@ class Target:
 
     @property
     def positive(self) -> int:
-        """Class id of `positive_label`."""
         return self.labels.index(str(self.positive_label))
 
     @classmethod

@@ -107,11 +107,7 @@ def balanced_accuracy(sums: np.ndarray) -> np.ndarray:
     return share(share(parts[..., 0], parts[..., 2]).sum(axis=-1), (parts[..., 2] > 0).sum(axis=-1))
 
 
-OF_ALL: dict[str, FromSums] = {
-    "f1_macro": macro_f1_of_present_classes,
-    "mcc": mcc,
-    "balanced_accuracy": balanced_accuracy,
-}
+OF_ALL = {"f1_macro": macro_f1_of_present_classes, "mcc": mcc, "balanced_accuracy": balanced_accuracy}
 OF_ONE: dict[str, FromSums] = {
     "f1": f1,
     "precision": lambda sums: share(sums[..., 0], sums[..., 1]),
@@ -127,8 +123,7 @@ def best_threshold(expected: np.ndarray, chances: np.ndarray) -> float:
 
 
 def ranking_metrics(expected: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """Compute scikit-learn's ROC AUC and average precision, but faster, or NaN without both classes. `expected` is bool
-    [rows]."""
+    """Compute scikit-learn's ROC AUC and average precision, but faster, or NaN without both classes."""
     ends, hits, _ = _count_by_rank(expected, scores)
     positives, negatives = hits[-1], ends[-1] - hits[-1]
     if not positives or not negatives:
@@ -309,8 +304,7 @@ def predict_labels(logits: np.ndarray, target: Target) -> np.ndarray:
     if target.decision is not None:
         temperature, threshold = target.decision
         is_positive = class_probabilities(logits, temperature)[:, target.positive] >= threshold
-        others = np.where(np.arange(logits.shape[1]) == target.positive, -np.inf, logits)
-        return np.where(is_positive, target.positive, others.argmax(axis=-1))
+        logits = np.where(is_positive[:, None] == (np.arange(logits.shape[1]) == target.positive), logits, -np.inf)
     if target.form.is_number:
         return logits[:, 0]
     return (logits > 0).astype(np.int64) if target.form.several_labels else logits.argmax(axis=-1)

@@ -63,13 +63,11 @@ def rules(full: dict[str, Any] | None = None, lora: dict[str, Any] | None = None
 def rules_of(
     rows: Sequence[MethodRow],
     verdict: str = "EQUIVALENT",
-    openings: int = 1,
     eval_rows: int = 10**6,
     is_quantised: bool = False,
     **more: Any,
 ) -> tuple[Finding, ...]:
-    decision, opened = {"verdict": verdict}, comparisons.openings(openings)
-    compared = comparisons.comparison(rows=tuple(rows), decision=decision, openings=opened)
+    compared = comparisons.comparison(rows=tuple(rows), decision={"verdict": verdict})
     line = mock.MagicMock(folder=Path("none"), metric_scale=MetricScale(True, eval_rows, True))
     line.recipe.compare.margin = 0.01
     line.summary = SimpleNamespace(
@@ -114,11 +112,6 @@ def test_what_the_budget_caused_is_called_so(planted: dict[str, Any], rule: str,
     assert (finding.rule, finding.level) == (rule, level)
     assert finding.what.startswith(words) or words in finding.what
     assert "--budget" in finding.to_do
-
-
-def test_test_rows_opened_again_for_more_time_are_no_unfairness() -> None:
-    findings = rules(openings=2)
-    assert [(one.rule, one.level) for one in findings] == [("test-opened-again", "worth knowing")]
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from fulltune.plan import gpus, placements
-from fulltune.plan.settings import to_yaml
 from fulltune.plan.workload import Workload, make_basis
 from fulltune.records.plan import PlacementOption
+from fulltune.text import to_yaml
 from tests.unit.plan import sizes
 
 P = sizes.LLAMA.num_parameters

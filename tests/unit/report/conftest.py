@@ -135,9 +135,9 @@ def save_scores(folder: Path, *rows: Scores) -> None:
 
 
 def save_what_lies_beside_plans(folder: Path) -> None:
-    """Records of other kinds, as `plan` and `plan --measure` leave them, and one that does not exist yet."""
+    """Records of other kinds, as `plan` and `plan --measure` leave them."""
     Measurements(available_bytes=2**30, rows=()).save(folder / "measured.json")
-    for name in ("footprint", "shapes", "survey", "of a later version"):
+    for name in ("footprint", "shapes", "survey"):
         (folder / f"{name}.json").write_text(json.dumps({"num_parameters": 1, "name": name}), encoding="utf-8")
 
 

@@ -93,7 +93,7 @@ def test_marks_test_rows_opened_twice_is_visible(tmp_path: Path) -> None:
     markdown, html = cards(
         tmp_path, comparisons.comparison(findings=(comparisons.finding(),), openings=comparisons.openings(2))
     )
-    assert "**These test rows were used for 2 verdicts. 1 unfair setting: see Fairness.**" in markdown
+    assert "**These test rows were used for 2 verdicts, which together keep this confidence. 1 unfair" in markdown
     assert "test rows used for a verdict 2 times: 2026-11-24T16:12:03+01:00 by ada@lab" in Page(html).text
 
 

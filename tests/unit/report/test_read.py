@@ -80,7 +80,7 @@ def test_missing_stopped_run_gives_the_guard_s_reason(stopped: Path) -> None:
 def test_missing_only_a_recipe_names_every_part(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("model: org/x\ntask: causal-lm\n", encoding="utf-8")
     what = " ".join(what for what, _ in read_run(tmp_path).missing)
-    for part in ("environment", "data summary", "plan", "learning curves", "test scores", "baselines"):
+    for part in ("data summary", "plan", "learning curves", "test scores", "baselines"):
         assert part in what
     assert "no trial was planned or started" in report.write_run_report(tmp_path).read_text(encoding="utf-8")
 

@@ -4,14 +4,14 @@ from collections.abc import Iterator, Sequence
 
 from fulltune.plan.alternatives import format_flags
 from fulltune.plan.choose import PHASE_NAMES
-from fulltune.plan.settings import FROM_RECIPE, to_yaml
+from fulltune.plan.settings import FROM_RECIPE
 from fulltune.plan.time import NETWORK
 from fulltune.records.plan import MemoryKind, Plan, Setting, Survey, TimeNeed
 from fulltune.records.training import Measurements
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Code, Element, Facts, NameAndValue, Paragraph, Section, Table, TableRow
 from fulltune.report.format.words import format_count
-from fulltune.text import counted, format_bytes, format_seconds
+from fulltune.text import counted, format_bytes, format_seconds, to_yaml
 
 KINDS: tuple[MemoryKind, ...] = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
 WIDEST_VALUE = 20
@@ -92,7 +92,6 @@ def _build_memory_blocks(survey: Survey, plan: Plan) -> list[Element]:
     row = ("device" if plan.device == "cuda" else "memory", *sizes, format_gib(survey.device_free_bytes))
     header = ("GiB", *KINDS, "sum", "of")
     blocks: list[Element] = [Table("", header, (row,), frozenset(range(1, len(header))))]
-    blocks += [Paragraph(words.describe_memory_peak(kinds))] if kinds else []
     if need is not None and need.peak_phase != "step":
         blocks.append(
             Paragraph(f"the peak is outside the step: {PHASE_NAMES[need.peak_phase]}, {format_bytes(need.peak)}")
@@ -192,22 +191,15 @@ def _build_next_commands(survey: Survey, plan: Plan | None) -> list[Element]:
 
 def build_measured_table(measurements: Measurements) -> Table:
     """Build the table of memory, speed and loss in one measured step per setting."""
-    first = next((row.loss for row in measurements.rows if row.loss is not None), None)
     rows = tuple(
         (
             f"{'▸ ' * row.is_best}{row.name}{f': {row.problem}' if row.problem else ''}",
             format_bytes(row.peak_memory_bytes) if row.peak_memory_bytes else "–",
             f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "–",
             # Another micro batch has other rows, so its loss is not comparable.
-            "–"
-            if row.loss is None or first is None or row.kind == "micro batch"
-            else _loss_or_difference(row.loss, first),
+            "–" if row.loss is None or row.kind == "micro batch" else f"{row.loss:.6f}",
         )
         for row in measurements.rows
     )
     caption = f"measured, one step each; {format_bytes(measurements.available_bytes)} available; ▸: chosen"
     return Table(caption, ("settings", "peak memory", "tokens/s", "loss"), rows, frozenset({1, 2, 3}))
-
-
-def _loss_or_difference(loss: float, first: float) -> str:
-    return f"{loss:.4f}" if loss == first else f"{loss - first:+.1e}"

@@ -83,8 +83,8 @@ def _build_headline(comparison: Comparison) -> Headline:
     unfair = sum(one.startswith("Unfair") for one in findings)
     counts = ((unfair, "unfair setting"), (len(findings) - unfair, "note"))
     parts = [counted(count, noun) for count, noun in counts if count]
-    again = f"These test rows were used for {opened} verdicts. " if opened > 1 else ""
-    warning = f"{again}{listed(parts)}: see Fairness." if parts else ""
+    again = f"These test rows were used for {opened} verdicts, which together keep this confidence. "
+    warning = again * (opened > 1) + (f"{listed(parts)}: see Fairness." if parts else "")
     return Headline(decision.verdict.lower(), format_verdict(decision), sentence, note=terms, warning=warning)
 
 
@@ -92,7 +92,7 @@ def _baseline_note(comparison: Comparison) -> str:
     """Return a sentence if a baseline scores as well as the recommended (or best) method, else an empty string."""
     scored = [one for one in comparison.baselines if comparison.decision.metric in one.metrics]
     trained = [row for row in comparison.rows if row.seeds]
-    if not scored or not trained:
+    if not scored:
         return ""
     sign = 1 if comparison.decision.greater_is_better else -1
     best = max(scored, key=lambda scores: sign * scores.metrics[comparison.decision.metric].value)
@@ -186,7 +186,7 @@ def _build_cost_table(comparison: Comparison) -> Table:
     full = _full_row(comparison)
 
     def format_cost_and_ratio(row: MethodRow, field: str, format_value: Callable[[float], str]) -> str:
-        value, whole = float(getattr(row, field)), float(getattr(full, field, 0))
+        value, whole = float(getattr(row, field)), float(getattr(full, field))
         if value <= 0:
             return NOTHING
         return format_value(value) + ("" if row is full or not whole else f" · {format_ratio(value / whole)}")
@@ -213,15 +213,15 @@ def _build_cost_table(comparison: Comparison) -> Table:
     return Table(caption, header, rows, frozenset(range(1, len(header))))
 
 
-def _full_row(comparison: Comparison) -> MethodRow | None:
-    return next((row for row in comparison.rows if row.kind == "full"), None)
+def _full_row(comparison: Comparison) -> MethodRow:
+    return next(row for row in comparison.rows if row.kind == "full")
 
 
 def build_cost_plots(comparison: Comparison) -> tuple[CostPlot, ...]:
     """Build plots of quality over training time and over FLOP, without unmeasured costs."""
     full, write, drawn = _full_row(comparison), MetricFormatter.of(comparison.decision), list[CostPlot]()
     for cost, field in (("training time", "train_seconds"), ("operations (FLOP)", "train_flops")):
-        if (whole := getattr(full, field, 0.0)) <= 0:
+        if (whole := getattr(full, field)) <= 0:
             continue
         marks = tuple(
             Mark(
@@ -237,14 +237,13 @@ def build_cost_plots(comparison: Comparison) -> tuple[CostPlot, ...]:
     return tuple(drawn)
 
 
-def _build_plot_section(comparison: Comparison, picture_file: str) -> Section | None:
+def _build_plot_section(comparison: Comparison, picture_file: str) -> Section:
     legend = (
         "Filled: the recommended method. Square: full fine-tuning, with the margin as a band. "
         f"Whiskers: {_confidence_level(comparison)} intervals."
     )
     drawn = tuple(map(draw_cost_plot, build_cost_plots(comparison)))
-    blocks = (Figures(drawn, file=picture_file), Paragraph(legend))
-    return Section("plot", "Quality against cost", blocks) if drawn else None
+    return Section("plot", "Quality against cost", (Figures(drawn, file=picture_file), Paragraph(legend)))
 
 
 def _build_fairness_block(comparison: Comparison) -> Element:
@@ -295,12 +294,9 @@ def build_details_section(comparison: Comparison) -> Section:
 def list_comparison_facts(comparison: Comparison) -> list[NameAndValue]:
     """List facts about rows, time, seeds and the use of the test rows."""
     expected, openings = comparison.expectation, comparison.openings
-    cores, full = counted(comparison.cores, "core"), _full_row(comparison)
-    took = f"{format_seconds(comparison.seconds)} in total"
-    if full is not None and full.train_seconds > 0:
-        full_seconds = full.train_seconds
-        as_long = f"{format_ratio(comparison.seconds / full_seconds)} as long as"
-        took += f", {as_long} one full run ({format_seconds(full_seconds)})"
+    cores, full_seconds = counted(comparison.cores, "core"), _full_row(comparison).train_seconds
+    as_long = f"{format_ratio(comparison.seconds / full_seconds)} as long as"
+    took = f"{format_seconds(comparison.seconds)} in total, {as_long} one full run ({format_seconds(full_seconds)})"
     times = "once" if len(openings) == 1 else f"{len(openings)} times"
     mixed = f" and {comparison.mixed_rows:,} mixed in per epoch" if comparison.mixed_rows else ""
     opened = f"{times}: " + "; ".join(f"{opening.time} by {opening.by}" for opening in openings)

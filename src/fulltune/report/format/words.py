@@ -1,17 +1,14 @@
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import Any
 
 from fulltune.files import write_text
 from fulltune.recipe.functions import is_own
 from fulltune.records.comparison import Decision, Difference
-from fulltune.records.plan import MemoryKind, Plan
+from fulltune.records.plan import Plan
 from fulltune.records.scores import Estimate
 from fulltune.text import format_bytes, format_metric, format_number, format_percent, is_share
 
@@ -54,21 +51,6 @@ def describe_traffic(plan: Plan) -> str | None:
     several = f"; each of {plan.num_machines} machines sends as much to the others" if plan.num_machines > 1 else ""
     sends = f"{plan.num_processes} processes sends {format_bytes(plan.sent_bytes)} per step{several}"
     return f"each of {sends} ({plan.placement}{each})"
-
-
-def describe_memory_peak(peak_bytes_by_kind: Mapping[MemoryKind, int]) -> str:
-    """Say whether a step's memory peaks before, in or after the backward pass."""
-    after = "in the backward pass" if peak_bytes_by_kind.get("activations") else "in the optimizer's update"
-    when = after if peak_bytes_by_kind.get("gradients") else "before the first gradient"
-    # A kind without bytes at the peak can be large at another point in time.
-    return f"Within a step, memory use peaks {when}"
-
-
-def format_setting(value: Any) -> str:
-    """Format a setting's value as in a recipe."""
-    if value is None or value == "":
-        return "none" if value is None else '""'
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def readable_status(outcome: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from fulltune.recipe.tasks import leaked_content
 from fulltune.records.data import DataSummary
-from fulltune.records.run import COMPARISON, Access
+from fulltune.records.run import Access
 from fulltune.records.scores import Answer, Calibration, Confusion, Estimate, Scores, Threshold
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
@@ -114,13 +114,12 @@ def describe_leaks(scores: Sequence[Scores], summary: DataSummary | None) -> str
 
 def warn_of_repeated_scoring(accesses: Sequence[Access]) -> str:
     """Return a warning if several runs scored the same test rows, else an empty string."""
-    runs = {(one.run, one.model): one.trial for one in accesses}
+    runs = {(one.run, one.model) for one in accesses}
     if len(runs) < 2:
         return ""
-    compared, since = list(runs.values()).count(COMPARISON), min(one.time for one in accesses)[:10]
-    among = f" ({counted(compared, 'comparison')} among them)" if compared else ""
+    since = min(one.time for one in accesses)[:10]
     return (
-        f"{len(runs)} runs in this folder have scored these test rows{among}, the first on {since}. The best of "
+        f"{len(runs)} runs in this folder have scored these test rows, the first on {since}. The best of "
         "several test scores is optimistic, so choose a run by its eval score."
     )
 

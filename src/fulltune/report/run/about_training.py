@@ -38,6 +38,7 @@ from fulltune.text import (
     format_seconds,
     format_share,
     listed,
+    to_yaml,
 )
 
 _TRAIN_TITLES = {"loss": "train loss", "learning_rate": "learning rate", "grad_norm": "gradient norm"}
@@ -174,10 +175,6 @@ def training_facts(view: RunView, outcome: Outcome) -> list[NameAndValue]:
 
 def _build_outcome_blocks(view: RunView, outcome: Outcome) -> list[Element]:
     facts = training_facts(view, outcome)
-    if updates := view.history.updates:
-        facts.append((f"sampled values that changed in step {updates.step:,}", format_share(updates.changed_share)))
-        sizes = f"{updates.update_ratio:.1e} (median over tensors)"
-        facts.append(("update size relative to the weights", sizes))
     blocks: list[Element] = [Facts(tuple(facts))] if facts else []
     if outcome.parameter_changes and outcome.parameter_changes.unchanged_tensors:
         names = ", ".join(outcome.parameter_changes.unchanged_tensors)
@@ -201,7 +198,7 @@ def build_settings_section(view: RunView) -> Section | None:
         rows = tuple(
             (
                 setting.name,
-                Cell(words.format_setting(setting.value), untrusted=True),
+                Cell(to_yaml(setting.value), untrusted=True),
                 "fulltune" if setting.is_automatic else "recipe",
                 setting.reason,
             )
@@ -271,8 +268,7 @@ def _build_planned_memory_blocks(plan: Plan) -> list[Element]:
     row: TableRow = tuple(format_bytes(size) for size in (*need.kinds.values(), need.phases["step"]))
     caption = f"Planned memory at the peak of a step with micro batch size {plan.micro_batch_size}"
     table = Table(caption, (*need.kinds, "total"), (row,), frozenset(range(len(row))))
-    sent = f" {sent[0].upper()}{sent[1:]}. This traffic is computed, not measured." if sent else ""
-    return [table, Paragraph(f"{words.describe_memory_peak(need.kinds)}.{sent}")]
+    return [table, Paragraph(f"{sent[0].upper()}{sent[1:]}. This traffic is computed.")] if sent else [table]
 
 
 def _compare_with_plan(view: RunView, plan: Plan) -> list[Element]:

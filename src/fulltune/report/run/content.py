@@ -26,7 +26,7 @@ from fulltune.report.run import about_answers, about_data, about_forgetting, abo
 from fulltune.report.run.about_data import choose_row_form
 from fulltune.report.run.model_card import build_loading_blocks
 from fulltune.report.run.read import RunView
-from fulltune.report.run.verdict import NOT_MEASURED, collect_facts, judge_scores, suggest_next_steps
+from fulltune.report.run.verdict import collect_facts, judge_scores, suggest_next_steps
 from fulltune.text import format_metric, format_number, format_seconds, format_share
 
 _SECOND_METRICS = ("f1 macro", "rougeL", "token accuracy", "r2", "exact match", "loss")
@@ -62,17 +62,10 @@ def build_run_report(view: RunView) -> Report:
     )
 
 
-_SCORE_AGAIN = (
-    "To measure it, delete the folder 'scores' in the run folder, then give the run folder to 'fulltune run'."
-)
-
-
 def build_run_headline_and_advice(view: RunView) -> tuple[Headline, tuple[str, ...]]:
     """Return the headline and changes to try (none if training helped)."""
     why = next((why for what, why in view.missing if what.startswith("the test scores of")), "")
-    headline = judge_scores(view.scores, why)
-    repeated = about_scores.warn_of_repeated_scoring(view.accesses)
-    headline = replace(headline, note=_SCORE_AGAIN if headline.sentence.endswith(NOT_MEASURED) else repeated)
+    headline = replace(judge_scores(view.scores, why), note=about_scores.warn_of_repeated_scoring(view.accesses))
     facts = collect_facts(view, headline)
     return headline, suggest_next_steps(facts) if facts else ()
 
@@ -138,15 +131,10 @@ def _build_how_to_use_blocks(view: RunView, headline: Headline) -> tuple[Element
 
 def _how_to_get_model(status: str | None) -> str:
     """Say how to get a model, given the last attempt's status (None without an outcome)."""
-    match status:
-        case None:
-            return "There is no trained model in this run folder. 'fulltune run RECIPE' resumes the run."
-        case "interrupted" | "killed" | "crashed" | "hung" | "lost":
-            what = "A machine was lost" if status == "lost" else f"The run was {status}"
-            return f"{what}. Run the same 'fulltune run' command to resume from the last checkpoint."
-        case "done":
-            return "Training is done, but the model folder is missing: 'fulltune run RECIPE' trains the model again."
-    return "There is no trained model in this run folder. Read 'Training' above for what happened and what helps."
+    can_go_on = status in (None, "interrupted", "killed", "crashed", "hung", "lost", "done")
+    resume = "Run the same 'fulltune run' command again, which resumes from the last checkpoint."
+    help_ = resume if can_go_on else "Read 'Training' above for what happened and what helps."
+    return f"There is no trained model in this run folder. {help_}"
 
 
 def build_search_section(view: RunView) -> Section | None:

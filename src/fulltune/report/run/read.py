@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from fulltune.errors import SetupError
 from fulltune.files import parse_json_line
+from fulltune.footprint.records import FOOTPRINT, SHAPES
 from fulltune.records.base import Record
 from fulltune.records.comparison import Searched
 from fulltune.records.data import DataSummary
@@ -21,7 +22,6 @@ from fulltune.records.events import (
     JournalEntry,
     StepLogged,
     StepSkipped,
-    UpdatesMeasured,
     parse_event,
 )
 from fulltune.records.forgetting import BUDGET_FILES, BudgetResult
@@ -37,6 +37,7 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 MetricSeries = dict[str, tuple[Point, ...]]
 _TRAIN_SERIES = ("loss", "learning_rate", "grad_norm")
 _MARKS_OF_A_RUN = ("recipe.yaml", "environment.json", "data/summary.json", "plan", "attempts", "scores")
+_NOT_PLANS = (SHAPES, FOOTPRINT, "survey.json", "measured.json")
 _KINDS = ("baseline", "untouched", "trained")
 DROPPED_SHOWN = 20
 _CUT = "unreadable, because a process was stopped while writing or the file is damaged. Other lines are used."
@@ -49,7 +50,6 @@ class History:
     restarts: tuple[int, ...] = ()
     """First logged step of every attempt after the first."""
     skipped: tuple[int, ...] = ()
-    updates: UpdatesMeasured | None = None
     answers: tuple[Answered, ...] = ()
 
 
@@ -87,7 +87,6 @@ def join_attempts(attempts: Sequence[AttemptFiles]) -> History:
     answers: dict[int, Answered] = {}
     restarts: list[int] = []
     skipped: set[int] = set()
-    updates = None
     for attempt in attempts:
         rows = [event for event in attempt.events if isinstance(event, StepLogged | Evaluated)]
         if not rows:
@@ -110,10 +109,8 @@ def join_attempts(attempts: Sequence[AttemptFiles]) -> History:
                     train[event.step] = {name: getattr(event, name) for name in _TRAIN_SERIES}
                 case StepSkipped():
                     skipped.add(event.step)
-                case UpdatesMeasured():
-                    updates = event
     curves = _points_by_metric(train), _points_by_metric(evaluation)
-    return History(*curves, tuple(restarts), tuple(sorted(skipped)), updates, tuple(answers.values()))
+    return History(*curves, tuple(restarts), tuple(sorted(skipped)), tuple(answers.values()))
 
 
 def _points_by_metric(rows_by_step: Mapping[int, Mapping[str, Any]]) -> MetricSeries:
@@ -207,7 +204,7 @@ def read_run(folder: Path, scores: Scores | None = None) -> RunView:
         raise SetupError(f"{folder}: is not a run folder, because it contains none of {', '.join(_MARKS_OF_A_RUN)}")
 
     files = _RunFolderReader(folder)
-    plans = files.read_records(Plan, filter(_may_be_a_plan, folder.glob("plan/*.json")))
+    plans = files.read_records(Plan, [one for one in folder.glob("plan/*.json") if one.name not in _NOT_PLANS])
     attempts = list(files.read_attempts())
     rows = files.read_records(Scores, folder.glob("scores/*.json"))
     trained = [scores] if scores else [row for row in rows if row.kind == "trained"]
@@ -244,23 +241,12 @@ def read_run(folder: Path, scores: Scores | None = None) -> RunView:
 
 def _unavailable_parts(view: RunView) -> Iterator[tuple[str, str]]:
     """Yield (part, reason) for each part of the report that cannot be shown."""
-    outcome, row = view.outcome, f"the test scores of {view.trial or 'a trained model'}"
+    row, last = f"the test scores of {view.trial or 'a trained model'}", view.attempts[-1:]
     for present, what, why in (
-        (view.recipe_text is not None, "the recipe", "recipe.yaml is not in the run folder."),
-        (view.environment, "the environment", "environment.json is missing or unreadable."),
         (view.summary, "the data summary", "the run ended before its data was prepared."),
         (view.plan, "the plan with its settings", "the run ended before it was planned."),
-        (view.attempts, "learning curves and training facts", "there is no attempt in the run folder."),
-        (
-            not view.attempts or view.history.train or view.history.evaluation,
-            "the learning curves",
-            "no optimizer step was logged.",
-        ),
-        (
-            not view.attempts or outcome,
-            f"the outcome of {view.attempts[-1].name if view.attempts else ''}",
-            "its process wrote no outcome.json, because it is still running or was killed.",
-        ),
+        (view.history.train or view.history.evaluation, "the learning curves", "no optimizer step was logged."),
+        *((one.outcome, f"the outcome of {one.name}", "its process is still running or was killed.") for one in last),
         (view.trained, row, _explain_missing_scores(view)),
         (
             any(row.kind != "trained" for row in view.scores),
@@ -343,15 +329,6 @@ def _resumed_checkpoint_step(path: Path) -> int | None:
         return 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _may_be_a_plan(path: Path) -> bool:
-    """Return True if a file is a trial's plan or too damaged to tell."""
-    try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return True
-    return isinstance(entry, dict) and {"trial", "settings"} <= entry.keys()
 
 
 def _read_recipe_setting(text: str | None, key: str) -> Any:

@@ -26,8 +26,7 @@ _LABELS = {
     "none": "No verdict",
 }
 """Headlines by verdict. `contested`: better by loss only. `unpaired`: the difference on the same rows is unknown."""
-NOT_MEASURED = "Their difference on the same rows was not measured."
-_OTHER_ROWS = "They were scored on different rows, so their difference is unknown."
+_NOT_MEASURED = "Their difference on the same rows was not measured."
 _LONE = "The test rows are {}: more rows with other texts are needed to distinguish a difference from chance."
 
 
@@ -57,18 +56,11 @@ def judge_scores(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
     bar = find_best_untrained(scores, name, row.greater_is_better)
     if bar is None:
         return _build_headline("alone", f"{claim}; no baseline was scored to compare it with.")
-    elsewhere = "" if bar.rows == row.rows else f" on {counted(bar.rows, 'row')}"
     which = "the pretrained model" if bar.kind == "untouched" else f"the best baseline, {bar.name}"
-    claim = f"{claim}, against {words.format_estimate(name, bar.metrics[name])}{elsewhere} for {which}"
+    claim = f"{claim}, against {words.format_estimate(name, bar.metrics[name])} for {which}"
     ahead = row.differences.get(bar.name)
     if ahead is None or not _is_finite(ahead):
-        note = (
-            _LONE.format(mine.no_interval_reason)
-            if mine.no_interval_reason
-            else NOT_MEASURED
-            if bar.rows == row.rows
-            else _OTHER_ROWS
-        )
+        note = _LONE.format(mine.no_interval_reason) if mine.no_interval_reason else _NOT_MEASURED
         return _build_headline("unpaired", f"{claim}. {note}")
     note = f"{claim}. On the same rows the difference in {words.metric_name(name)} is "
     note += format_difference(name, ahead, row.confidence)
