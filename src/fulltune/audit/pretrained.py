@@ -44,7 +44,7 @@ class RowReader:
     summary: DataSummary
     folder: Path
     listener: Listener
-    _read: dict[SplitName, tuple[Items, np.ndarray] | str] = field(default_factory=dict, repr=False, compare=False)
+    _read: dict[SplitName, tuple[Items, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def extractor(self) -> probe.FeatureExtractor:
@@ -73,14 +73,8 @@ class RowReader:
     def items(self, split: SplitName) -> tuple[Items, np.ndarray]:
         """Return a split's (or a sample's) features and labels, and the rows' positions. Raises `NoProbe`."""
         if split not in self._read:
-            try:
-                self._read[split] = self._read_items(split)
-            except NoProbe as error:
-                self._read[split] = str(error)  # the error itself would keep the batch that did not fit in memory
-        items = self._read[split]
-        if isinstance(items, str):
-            raise NoProbe(items)
-        return items
+            self._read[split] = self._read_items(split)
+        return self._read[split]
 
     def _read_items(self, split: SplitName) -> tuple[Items, np.ndarray]:
         """Read the rows for `items`, which caches the result."""

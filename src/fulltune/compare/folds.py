@@ -25,7 +25,6 @@ from fulltune.system import run_folder
 from fulltune.system.memory import release_unused
 from fulltune.system.run_folder import FOLDS, RunResult
 from fulltune.tasks import PLACE, Example, Predictions
-from fulltune.text import format_seconds
 
 ANSWERS = "out_of_fold.jsonl"
 
@@ -37,9 +36,7 @@ def run_folds(job: Run, until: Until, measure: bool) -> RunResult:
         raise SetupError("data.folds: 'plan --measure' measures a single run; set data.fold=1 as well")
     reached = pipeline.run(job, "data" if until == "report" else until)
     if until != "report":
-        seconds = reached.plan.time.whole_seconds if reached.plan and reached.plan.time else 0
-        time = f", in about {format_seconds(round(count * seconds))}" if seconds else ""
-        job.listener(Message(text=f"this is fold 1 of {count}; 'fulltune run' trains a model for each fold{time}"))
+        job.listener(Message(text=f"this is fold 1 of {count}; 'fulltune run' trains a model for each fold"))
         return reached
     with run_folder.explain_os_errors(job.folder), run_folder.lock_folder(job.folder):
         folds = [_run_fold(job, number) for number in range(1, count + 1)]

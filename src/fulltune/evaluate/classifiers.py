@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -14,9 +14,6 @@ from fulltune.records.scores import Confusion, Threshold
 from fulltune.stats.bootstrap import bounds_of, resample_metrics
 from fulltune.stats.calibration import calibrate
 from fulltune.tasks import Predictions, classes, multiple_choice
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:

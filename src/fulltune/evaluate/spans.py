@@ -4,7 +4,6 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -13,9 +12,6 @@ from fulltune.evaluate.scoring import WORST, Scored, Scoring
 from fulltune.records.scores import Answer
 from fulltune.tasks import PLACE, Row, Tokenizer, question_answering
 from fulltune.tasks.question_answering import context_of, question_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _NONE = "(no answer)"
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")

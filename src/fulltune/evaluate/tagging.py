@@ -4,7 +4,6 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -14,9 +13,6 @@ from fulltune.inference import store
 from fulltune.tasks import Row, Tokenizer, token_classification
 from fulltune.tasks.padding import object_array
 from fulltune.tasks.token_classification import TAGS
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _log = logging.getLogger(__name__)
 

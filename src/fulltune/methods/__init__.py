@@ -90,14 +90,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, Parameter]:
 def max_virtual_tokens(recipe: Recipe) -> int:
     """Return the largest `num_virtual_tokens` of the recipe's prompt methods, or 0. For a fair comparison, all methods
     shorten rows by this number."""
-    return max(
-        (
-            method.num_virtual_tokens
-            for method in recipe.methods or (recipe.method,)
-            if isinstance(method, PromptMethod)
-        ),
-        default=0,
-    )
+    prompts = [method for method in recipe.methods or (recipe.method,) if isinstance(method, PromptMethod)]
+    return max((method.num_virtual_tokens for method in prompts), default=0)
 
 
 def virtual_tokens_of(model: nn.Module) -> int:

@@ -13,7 +13,7 @@ from fulltune.recipe.functions import is_own
 from fulltune.recipe.tasks import FACTS, TaskName, greater_is_better
 from fulltune.records.scores import Estimate
 from fulltune.tasks import FromSums, Predictions, RowTerms, Target, task_named
-from fulltune.tasks.classes import NUMBER_METRICS, ROWS, predict_labels, ratio, stack_arrays
+from fulltune.tasks.classes import ROWS, ratio, stack_arrays
 
 SAMPLES = 10_000
 SAMPLES_ANEW = 1_000
@@ -79,19 +79,11 @@ def find_metric(
         return ResamplableMetric(metric, more_is_better, lambda outputs: float(outputs[metric].mean()), terms, ratio)
     if metric not in facts.metrics:
         raise SetupError(f"{task_name} has no metric '{metric}'; choose one of {', '.join(facts.metrics)}")
-    row_terms, from_sums = task_named(task_name).metrics_from_sums(target, metric).get(metric, (None, None))
+    task = task_named(task_name)
+    row_terms, from_sums = task.metrics_from_sums(target, metric).get(metric, (None, None))
     return ResamplableMetric(
-        metric, greater_is_better(metric), _function_for_metric(task_name, target, metric), row_terms, from_sums
+        metric, greater_is_better(metric), lambda outputs: task.metrics(outputs, target)[metric], row_terms, from_sums
     )
-
-
-def _function_for_metric(task_name: TaskName, target: Target, metric: str) -> Callable[[Predictions], float]:
-    """Return a function that computes only this metric, not all metrics of the task."""
-    if target.form.is_number and metric in NUMBER_METRICS:
-        return lambda outputs: NUMBER_METRICS[metric](
-            outputs["labels"].astype(np.float64), predict_labels(outputs["logits"], target).astype(np.float64)
-        )
-    return lambda outputs: task_named(task_name).metrics(outputs, target)[metric]
 
 
 # ---- draws ---------------------------------------------------------------------------------------------------

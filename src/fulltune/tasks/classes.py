@@ -44,12 +44,7 @@ def stack_arrays(*names: str) -> RowTerms:
 def terms_of_mean(score: Callable[[Predictions], np.ndarray]) -> RowTerms:
     """Return a function that computes row terms [rows, 2]: the score and 1. The mean score is the ratio of their
     sums."""
-
-    def count(predictions: Predictions) -> np.ndarray:
-        values = score(predictions)
-        return numbers(values, np.ones(len(values)))
-
-    return count
+    return lambda predictions: numbers(values := score(predictions), np.ones(len(values)))
 
 
 def flat(matches: np.ndarray) -> np.ndarray:

@@ -391,18 +391,3 @@ def test_rows_are_not_read_again_where_none_are_equal(tmp_path: Path, monkeypatc
     monkeypatch.setattr("fulltune.audit.rows.identify_rows", lambda *given: pytest.fail("reads the rows again"))
     _, issues = audited(tmp_path, summary)
     assert [one.row.count("-") for one in issues["markup"]] == [0]
-
-
-def test_rows_that_cannot_be_read_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = list[str]()
-
-    def fail(reader: RowReader, split: str) -> Any:
-        tried.append(split)
-        cannot("no states")
-
-    monkeypatch.setattr(RowReader, "_read_items", fail)
-    reader = RowReader(*[None] * 5)  # type: ignore[arg-type]  # reads nothing
-    for _ in range(2):
-        with pytest.raises(NoProbe, match="no states"):
-            reader.items("train")
-    assert tried == ["train"]

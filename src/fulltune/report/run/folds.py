@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import math
-import statistics
 from pathlib import Path
 
 from fulltune.records.scores import Scores
@@ -15,33 +13,29 @@ from fulltune.text import format_metric
 
 def build_folds_report(folder: Path) -> Report:
     """Build a finished cross-validation's report: each fold's scores, and those of all rows' answers together."""
-    pooled, rows, values = Scores.load(folder / FOLDS), list[TableRow](), list[float]()
+    pooled, rows = Scores.load(folder / FOLDS), list[TableRow]()
     name, metric = pooled.main_metric, metric_name(pooled.main_metric)
     views = [read_run(path) for path in sorted((folder / "folds").glob("[0-9]*"), key=lambda path: int(path.name))]
     for view in views:
         cells = [f"{one.rows:,}" for one in view.scores if one.kind == "trained"] or [NOTHING]
         mine = [one.metrics[name] for one in view.scores if one.kind == "trained" and name in one.metrics]
-        values += [estimate.value for estimate in mine]
         bar = find_best_untrained(view.scores, name, pooled.greater_is_better)
         cells += [format_estimate(name, mine[0]) if mine else NOTHING]
         cells += [format_metric(name, bar.metrics[name].value) if bar else NOTHING]
         rows.append((Cell(f"folds/{view.name}", link=f"folds/{view.name}/report.html"), *cells))
-    notes, mean = [f"Intervals ({100 * pooled.confidence:g}%) are for other test rows with the same models."], NOTHING
-    if len(values) > 1:
-        # Folds share train rows, so their spread alone would give too small an error (Nadeau and Bengio 2003).
-        error = statistics.stdev(values) * math.sqrt(1 / len(values) + 1 / (len(values) - 1))
-        mean = f"{format_metric(name, statistics.fmean(values))} with a standard error of {format_metric(name, error)}"
-        notes.append(f"The folds' mean {metric} is {mean}, for other train and test rows (Nadeau and Bengio 2003).")
     together = {metric_name(one): format_estimate(one, value) for one, value in pooled.metrics.items()}
-    notes.append("Each fold has its own model. To train a model without folds:")
+    notes = (
+        f"Intervals ({100 * pooled.confidence:g}%) are for other test rows with the same models.",
+        "Each fold has its own model. To train a model without folds:",
+    )
     header = ("fold", "test rows", metric, "best baseline")
     blocks = (
         Table("Each fold's model on its test rows", header, tuple(rows), frozenset({1, 2, 3})),
         Table("All rows, answered by models not trained on them", ("metric", "value"), tuple(together.items())),
-        Bullets(tuple(notes)),
+        Bullets(notes),
         Code("fulltune run RECIPE --set data.folds=null", "sh"),
     )
-    shown = f"{metric} {together.get(metric, mean)} on {pooled.rows:,} rows."
+    shown = f"{metric} {together.get(metric, NOTHING)} on {pooled.rows:,} rows."
     headline = Headline("pooled", f"{len(views)} folds", shown)
     title = f"{strip_folders(views[0].model)} · {views[0].task} · cross-validation"
     return Report(folder.resolve().name, title, headline, (), (Section("folds", "Folds", blocks),))
