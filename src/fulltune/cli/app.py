@@ -360,9 +360,9 @@ def quickstart(
     from fulltune.system.run_folder import explain_os_errors
 
     with explain_os_errors(output):
-        err.print("[dim]reading the docstrings of the installed packages[/dim]")
+        stages.note("reading the docstrings of the installed packages")
         recipe = example.write_example(output, chat)
-    err.print(f"[dim]the recipe: {escape(str(recipe))}[/dim]", soft_wrap=True)
+    stages.note(f"the recipe: {recipe}")
     run(recipe, set_, fresh=fresh)
 
 

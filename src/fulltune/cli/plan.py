@@ -160,10 +160,9 @@ def _make_survey_and_plan(
         changed = _recipe_with_method(spread, kind, base())
         return None if changed is None else make_workload(changed)
 
-    files = [folder / "plan" / name for name in (records.SHAPES, records.FOOTPRINT)]
-    if fleet.here and local_plan is not None and all(file.exists() for file in files):
-        # This machine's plan was made from these files; a plan of an earlier version lacks them.
-        shapes, footprint = Shapes.load(files[0]), records.Footprint.load(files[1])
+    if fleet.here and local_plan is not None:  # made from these files
+        plans = folder / "plan"
+        shapes, footprint = Shapes.load(plans / records.SHAPES), records.Footprint.load(plans / records.FOOTPRINT)
         load = workload.Workload(spread, shapes, lambda weights_dtype: footprint, data, followed)
     else:
         load = make_workload(spread)

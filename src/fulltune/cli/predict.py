@@ -19,7 +19,7 @@ from pyarrow import parquet
 from rich.markup import escape
 
 from fulltune import predict
-from fulltune.cli.stages import err
+from fulltune.cli.stages import err, note
 from fulltune.data.readers.columnar import read_class_names
 from fulltune.data.readers.read import DataFiles, locate_data_files, resolve_image_paths
 from fulltune.data.readers.text_files import SEPARATED, detect_delimiter, open_csv_reader
@@ -95,8 +95,7 @@ def _read_table(file: Path, model_notes: Row) -> PredictInput:
     source = locate_data_files([str(file)])
     if named := _missing_header(source, model_notes):
         source = replace(source, columns=named)
-        note = f"{file}: has no header line, so the columns of the train file are used: {', '.join(named)}"
-        err.print(f"[dim]{escape(note)}[/dim]", soft_wrap=True)
+        note(f"{file}: has no header line, so the columns of the train file are used: {', '.join(named)}")
     problems: list[str] = []
     columns: dict[str, None] = {}
     total = 0

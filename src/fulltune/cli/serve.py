@@ -10,10 +10,9 @@ import sys
 from typing import Any
 
 import typer
-from rich.markup import escape
 
 from fulltune.cli import options, stages
-from fulltune.cli.stages import err
+from fulltune.cli.stages import note
 from fulltune.errors import SetupError
 
 
@@ -55,18 +54,18 @@ def serve(
     request = f"{path} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
     ready = f"serving {folder} until Ctrl-C; try: curl http://{host}:{port}{request}"
     if not host.startswith(("127.", "localhost")):
-        _show(f"--host {host}: everybody who reaches this address can use the model, because there is no password")
+        note(f"--host {host}: everybody who reaches this address can use the model, because there is no password")
     if is_handed_over:
-        _show(ready)
+        note(ready)
         listening.close()
-        _show(f"starting transformers serve; for many users at once: vllm serve {folder}")
+        note(f"starting transformers serve; for many users at once: vllm serve {folder}")
         os.environ["HF_HUB_DISABLE_UPDATE_CHECK"] = "1"  # on PyPI
         command = [sys.executable, "-P", "-m", "transformers.cli.transformers", "serve", str(folder)]
         os.execv(sys.executable, [*command, "--host", host, "--port", str(port)])
     from fulltune.serve.endpoint import Endpoint
 
     endpoint = Endpoint(predict.load_predictor(folder), run_folder.resolve().name)
-    _show(ready)
+    note(ready)
     endpoint.run(listening)
 
 
@@ -89,8 +88,4 @@ def chat(
                 if len(conversations) > 1:
                     typer.echo(f"{conversation.name}: ", nl=False)
                 if reason := conversation.ask(line, max_new_tokens):
-                    _show(f"no answer: {reason}")
-
-
-def _show(line: str) -> None:
-    err.print(f"[dim]{escape(line)}[/dim]", soft_wrap=True)
+                    note(f"no answer: {reason}")

@@ -27,6 +27,11 @@ err = Console(stderr=True, highlight=False, emoji=False)
 out = Console(highlight=False, emoji=False)
 
 
+def note(text: str) -> None:
+    """Print a line to stderr that is less important than a result."""
+    err.print(f"[dim]{escape(text)}[/dim]", soft_wrap=True)
+
+
 def printable_problems(error: FulltuneError) -> Iterator[str]:
     """Yield an error's problems without control characters. Personal data in data errors is masked."""
     from fulltune.audit.texts import masked_text
@@ -64,14 +69,11 @@ def machine_group(
     with run_folder.explain_os_errors(Path(recipe.output)):
         from fulltune.train.parent.machines import follow_machine_0, lead_machines
 
-        def show(phase: str) -> None:
-            err.print(f"[dim]{escape(phase)}[/dim]", soft_wrap=True)
-
         if address.rank == 0:
-            with lead_machines(address, recipe, show) as group:
+            with lead_machines(address, recipe, note) as group:
                 yield group
             return
-        follow_machine_0(address, recipe, show)
+        follow_machine_0(address, recipe, note)
     raise typer.Exit
 
 
@@ -110,7 +112,7 @@ def open_run_folder(target: Path, recipe: Recipe, overrides: list[str], folder: 
             f"{target}: is a run folder, so its settings cannot be changed; for other settings, pass the recipe instead"
         )
     goes_on = resumed and not run_folder.is_complete(run)
-    err.print(f"[dim]{'resuming' if goes_on else 'run folder'} {escape(str(run))}[/dim]", soft_wrap=True)
+    note(f"{'resuming' if goes_on else 'run folder'} {run}")
     return run
 
 
@@ -171,8 +173,7 @@ def choose_model_folder(run: Path, method: str | None) -> Path:
 
     folder, reason = predicting.choose_model_folder(run, method)
     if reason:
-        note = f"{run}: using '{folder.name}': {reason} (choose another with --method)"
-        err.print(f"[dim]{escape(note)}[/dim]", soft_wrap=True)
+        note(f"{run}: using '{folder.name}': {reason} (choose another with --method)")
     return folder
 
 

@@ -36,7 +36,6 @@ _UNFAIR = {
     "edge-of-grid": "add rates beyond this one to the method's `learning_rates`, or set a larger --budget",
     "unequal-search": "set a larger --budget, or list both methods' rates as `learning_rates` with `search_share: 1`",
     "low-peft-rates": "add learning rates up to ten times those of full fine-tuning",
-    "one-rate-for-all": "leave `learning_rate` unset, so that the rate of each method is searched",
     "one-seed": f"train at least {FEWEST_SEEDS} seeds",
     "attention-only-lora": "set `target_modules: all-linear`",
     "bf16-full": "store weights in fp32, or set `train.bf16_rounding: stochastic`",
@@ -192,17 +191,7 @@ def _check_methods(trained: Sequence[MethodRow], *, time_was_up: bool = False) -
 
 
 def _check_equal_terms(trained: Sequence[MethodRow]) -> RuleHits:
-    """Yield findings on unequal tokens or heads, or one shared rate. Variants differ on purpose."""
-    if (
-        len(trained) > 1
-        and len({row.learning_rate for row in trained}) == 1
-        and not any(_tried_rates(row) for row in trained)
-    ):
-        what = (
-            f"all methods are trained at {trained[0].learning_rate:g}; the best rate of LoRA is about ten times that "
-            "of full fine-tuning"
-        )
-        yield "one-rate-for-all", _method_names(trained), what
+    """Yield findings on unequal tokens or heads. Variants differ on purpose."""
     alike = [row for row in trained if row.kind != VARIANT]
     sized = sorted((row for row in alike if row.train_tokens), key=lambda row: (row.train_tokens, row.kind == "full"))
     if sized and sized[0].train_tokens < (1 - _MOST_TOKENS_APART) * sized[-1].train_tokens:

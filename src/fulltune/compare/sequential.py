@@ -33,8 +33,6 @@ TIME_UP_SHARE = 0.5
 def alpha_spent(num_seeds: int, max_seeds: int, alpha: float, *, again: bool = False) -> float:
     """Return the part of `alpha`, the accepted error probability, that the decision after `num_seeds` seeds may spend.
     `again` marks a second decision after the same seeds, which may spend less."""
-    if not 1 <= num_seeds <= max_seeds:
-        raise ValueError(f"look {num_seeds} of {max_seeds}")
     looks = max(1, max_seeds - 1)  # after one seed nothing is decided
     this = num_seeds - (max_seeds > 1)
     share = (this / looks) ** _LATE - (max(0, this - 1) / looks) ** _LATE

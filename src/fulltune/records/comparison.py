@@ -239,10 +239,6 @@ class MethodRow(Record):
     drift: Estimate | None = None
     seconds_per_row: float | None = None
 
-    @property
-    def learning_rate(self) -> float | None:
-        return None if self.search is None else self.search.chosen
-
 
 class Comparison(Record):
     """A finished comparison with everything that its report needs."""

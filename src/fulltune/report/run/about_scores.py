@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections import defaultdict, deque
 from collections.abc import Sequence
 
 from fulltune.recipe.tasks import leaked_content
@@ -182,14 +181,12 @@ def build_answers_section(view: RunView) -> Section | None:
     """Build the section of generated answers, or None without answers."""
     before = next((row.answers for row in view.scores if row.kind == "untouched" and row.answers), ())
     after = view.trained.answers if view.trained else ()
-    waiting: dict[str, deque[Answer]] = defaultdict(deque)
-    for answer in before:
-        waiting[answer.text].append(answer)
+    answers_before = {answer.text: answer.predicted for answer in before}
     exchanges: tuple[Exchange, ...] = ()
-    for answer in after or before:  # repeated texts are paired in order
+    for answer in after or before:
         replies = {"expected": answer.expected}
-        if waiting[answer.text]:
-            replies["before training"] = waiting[answer.text].popleft().predicted
+        if answer.text in answers_before:
+            replies["before training"] = answers_before[answer.text]
         if after:
             replies["after training"] = answer.predicted
         shown = tuple((who, words.cut_text(words.text_or_empty(what), _ANSWER_LIMIT)) for who, what in replies.items())
@@ -239,18 +236,17 @@ def _build_confusion_table(confusion: Confusion) -> Table | Paragraph:
         caption = "Test rows by true label (down) and predicted label (across); shade: share of the true label"
         header = ("true label", *(label.text for label in labels))
         return Table(caption, header, rows, numeric=frozenset(range(1, len(header))), matrix=True)
-    pairs = sorted(
-        (-value, true, guess)
+    pairs = [
+        (value, true, guess)
         for true, counts in enumerate(confusion.counts)
         for guess, value in enumerate(counts)
         if true != guess and value
-    )
+    ]
     if not pairs:
         return Paragraph(f"All test rows of the {len(labels)} labels were predicted correctly.")
-    shown = [(true, guess, -negative, -negative / totals[true]) for negative, true, guess in pairs[:_CONFUSED_PAIRS]]
     confused = tuple(
-        (labels[true], labels[guess], f"{number:,}", Cell(format_percent(share), bar=share))
-        for true, guess, number, share in shown
+        (labels[true], labels[guess], f"{value:,}", Cell(format_percent(share := value / totals[true]), bar=share))
+        for value, true, guess in sorted(pairs, key=lambda pair: -pair[0])[:_CONFUSED_PAIRS]
     )
     caption = f"The {len(confused)} most frequent of {counted(len(pairs), 'confused pair')} ({len(labels)} labels)"
     header = ("true label", "predicted label", "test rows", "share of the true label's rows")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -114,16 +115,12 @@ def join_attempts(attempts: Sequence[AttemptFiles]) -> History:
 
 
 def _points_by_metric(rows_by_step: Mapping[int, Mapping[str, Any]]) -> MetricSeries:
-    names = dict.fromkeys(name for row in rows_by_step.values() for name in row)
-    series = {
-        name: tuple(
-            (step, float(row[name]))
-            for step, row in sorted(rows_by_step.items())
-            if isinstance(row.get(name), int | float)
-        )
-        for name in names
-    }
-    return {name: points for name, points in series.items() if points}
+    series: dict[str, list[Point]] = defaultdict(list)
+    for step, row in sorted(rows_by_step.items()):
+        for name, value in row.items():
+            if isinstance(value, int | float):
+                series[name].append((step, float(value)))
+    return {name: tuple(points) for name, points in series.items()}
 
 
 @dataclass(frozen=True)
