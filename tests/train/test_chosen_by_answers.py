@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 from fulltune.errors import FulltuneError
 from fulltune.inference.run import Batching, generate_tokens
-from fulltune.records.plan import Plan
 from fulltune.records.scores import Answer
 from fulltune.records.training import Outcome
 from fulltune.stats.bootstrap import find_metric
@@ -178,17 +177,13 @@ def test_resumed_run_chooses_the_same_checkpoint(
     assert last[0] == last[1]
 
 
-def test_prompts_without_room_for_an_answer_are_left_out(
-    decoder_tokenizer: Any, tiny_decoder: Path, tmp_path: Path
-) -> None:
-    plan = go(tmp_path / "short", tiny_decoder) and Plan.load(tmp_path / "short" / "run" / "plan" / "full.json")
-    assert plan.answers is not None
-    words = tiny.POSITIONS - plan.answers.max_new_tokens - len(decoder_tokenizer("what is number 10?\n")["input_ids"])
-    long = [{**row, "prompt": row["prompt"] + " the" * (words + number % 2)} for number, row in enumerate(ROWS)]
+def test_prompts_without_room_for_an_answer_are_cut_as_for_test_rows(tiny_decoder: Path, tmp_path: Path) -> None:
+    long = [
+        {**row, "prompt": row["prompt"] + " the" * (tiny.POSITIONS - 20 + number % 2)}
+        for number, row in enumerate(ROWS)
+    ]
     go(tmp_path, tiny_decoder, rows=long)
-    warned = [event["text"] for event in runs.events(tmp_path, "message") if "choose_rows" in event["text"]]
-    assert "left out, because" in warned[0]
-    assert 0 < runs.events(tmp_path, "answers")[0]["rows"] < 12
+    assert runs.events(tmp_path, "answers")[0]["rows"] == 12
 
 
 def test_answers_that_never_stop_are_bounded_and_counted(decoder_tokenizer: Any, tiny_decoder: Path) -> None:

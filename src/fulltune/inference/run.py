@@ -124,16 +124,6 @@ def decode_answer(tokenizer: Tokenizer, tokens: list[int]) -> str:
     return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
-def room_for_prompt(model: Any, max_new_tokens: int) -> int | None:
-    """Return how many tokens of a prompt the model can read before `max_new_tokens`, or None if there is no limit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if model.config.is_encoder_decoder or not limit:
-        return None
-    # Prompt and answer share the model's positions; the prompt gets at least half of them.
-    limit -= virtual_tokens_of(model)
-    return max(limit - max_new_tokens, limit // 2)
-
-
 def generate_tokens(
     model: Any,
     tokenizer: Tokenizer,
@@ -149,13 +139,17 @@ def generate_tokens(
     """
     import torch
 
-    two_parts, room = model.config.is_encoder_decoder, room_for_prompt(model, max_new_tokens)
+    two_parts, room = model.config.is_encoder_decoder, 0
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     options: dict[str, Any] = {}
     if two_parts:
         options = {"num_beams": 1, "early_stopping": False, "min_length": 0, "no_repeat_ngram_size": 0}
-    if limit:
-        max_new_tokens = min(max_new_tokens, limit - (1 if room is None else virtual_tokens_of(model) + room))
+        max_new_tokens = min(max_new_tokens, limit - 1) if limit else max_new_tokens
+    elif limit:
+        # Prompt and answer share the model's positions; the prompt gets at least half of them.
+        limit -= virtual_tokens_of(model)
+        room = max(limit - max_new_tokens, limit // 2)
+        max_new_tokens = min(max_new_tokens, limit - room)
     ends = set(np.atleast_1d(model.generation_config.eos_token_id or []).tolist())
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [GeneratedAnswer([], True)] * len(prompts)

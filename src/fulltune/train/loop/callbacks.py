@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,16 +74,10 @@ class Progress(TrainerCallback):
         self.recorder.phase(TRAINING)
         self.first = (time.monotonic(), state.global_step, float(self.trainer.tokens_seen))
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, float] | None = None,
-        **_: object,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         """Record a logged step with its loss, the speed and the remaining time."""
-        if not state.is_world_process_zero or not logs or "loss" not in logs or self.first is None:
+        logs = event["logs"]
+        if not state.is_world_process_zero or "loss" not in logs or self.first is None:
             return
         began, first_step, first_tokens = self.first
         elapsed = max(1e-9, time.monotonic() - began)

@@ -10,7 +10,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from fulltune.audit.texts import masked_cells
 from fulltune.inference.answers import draw_rows, tokenised_prompts
 from fulltune.inference.own_metrics import own_metric_names, own_scores
-from fulltune.inference.run import Batching, GeneratedAnswer, decode_answer, generate_tokens, room_for_prompt
+from fulltune.inference.run import Batching, GeneratedAnswer, decode_answer, generate_tokens
 from fulltune.inference.store import read_original_rows
 from fulltune.models import sharding
 from fulltune.recipe.tasks import compares_answers
@@ -35,25 +35,18 @@ class AnswerScorer(TrainingPart):
     answers, it also chooses the checkpoint to keep."""
 
     def __init__(self, inputs: AttemptInputs, trainer: FullTrainer, target: Target, sample: AnswersPlan) -> None:
-        """Draw the eval rows and tokenise their prompts. Prompts without room for an answer are left out."""
+        """Draw the eval rows and tokenise their prompts."""
         self.inputs, self.trainer, self.target, self.sample = inputs, trainer, target, sample
         tokenizer: Any = trainer.processing_class
         self.tokenizer = tokenizer
-        task, seed, model = inputs.task, inputs.recipe.data.split_seed, trainer.model
+        task, seed = inputs.task, inputs.recipe.data.split_seed
         drawn = draw_rows(read_original_rows(inputs.data / "eval"), task, target, sample.rows, seed)
         prompts = tokenised_prompts(drawn, trainer.eval_rows, task, target, tokenizer)
-        room = room_for_prompt(model, sample.max_new_tokens)
-        fitting = [
-            (row, ids) for row, ids in zip(drawn.values(), prompts, strict=True) if room is None or len(ids) <= room
-        ]
-        if len(fitting) < len(drawn) and inputs.is_main:
-            inputs.warn(
-                f"evaluate.choose_rows: {counted(len(drawn) - len(fitting), 'prompt')} of {len(drawn)} left out, "
-                f"because {sample.max_new_tokens} tokens of answer would exceed the model's context; see "
-                "evaluate.max_new_tokens"
-            )
-        fitting.sort(key=lambda pair: len(pair[1]))  # batches of similar prompts, the same at each evaluation
-        self.rows, self.prompts = [row for row, _ in fitting], [ids for _, ids in fitting]
+        pairs = zip(drawn.values(), prompts, strict=True)
+        ordered = sorted(
+            pairs, key=lambda pair: len(pair[1])
+        )  # batches of similar prompts, the same at each evaluation
+        self.rows, self.prompts = [row for row, _ in ordered], [ids for _, ids in ordered]
         self.expected = [task.answer_text(row, target) for row in self.rows]
         metric = inputs.plan.metric
         self.measure: ResamplableMetric | None = None
@@ -136,18 +129,11 @@ class AnswerScorer(TrainingPart):
         texts = [(prompt(self.rows[place], self.target), self.expected[place], answers[place]) for place in places]
         return tuple(Answer(text=text, expected=right, predicted=said) for text, right, said in masked_cells(texts))
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: Mapping[str, float] | None = None,
-        **_: object,
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         """Remember the scores of a step that has a checkpoint."""
-        if state.global_step and self._now is not None and metrics:
+        if state.global_step and self._now is not None:
             self.steps.append(state.global_step)
-            self.losses.append(float(metrics["eval_loss"]))
+            self.losses.append(float(event["metrics"]["eval_loss"]))
             now = self._now[None]
             self.terms = now if self.terms is None else np.concatenate([self.terms, now])
 
