@@ -8,7 +8,6 @@ from fulltune.report.format.words import NOTHING, format_estimate, metric_name, 
 from fulltune.report.run.read import read_run
 from fulltune.report.run.verdict import find_best_untrained
 from fulltune.system.run_folder import FOLDS
-from fulltune.text import format_metric
 
 
 def build_folds_report(folder: Path) -> Report:
@@ -17,12 +16,10 @@ def build_folds_report(folder: Path) -> Report:
     name, metric = pooled.main_metric, metric_name(pooled.main_metric)
     views = [read_run(path) for path in sorted((folder / "folds").glob("[0-9]*"), key=lambda path: int(path.name))]
     for view in views:
-        cells = [f"{one.rows:,}" for one in view.scores if one.kind == "trained"] or [NOTHING]
-        mine = [one.metrics[name] for one in view.scores if one.kind == "trained" and name in one.metrics]
-        bar = find_best_untrained(view.scores, name, pooled.greater_is_better)
-        cells += [format_estimate(name, mine[0]) if mine else NOTHING]
-        cells += [format_metric(name, bar.metrics[name].value) if bar else NOTHING]
-        rows.append((Cell(f"folds/{view.name}", link=f"folds/{view.name}/report.html"), *cells))
+        trained = next(one for one in view.scores if one.kind == "trained")
+        both = trained, find_best_untrained(view.scores, name, pooled.greater_is_better)
+        cells = [format_estimate(name, one.metrics[name]) if one and name in one.metrics else NOTHING for one in both]
+        rows.append((Cell(f"folds/{view.name}", link=f"folds/{view.name}/report.html"), f"{trained.rows:,}", *cells))
     together = {metric_name(one): format_estimate(one, value) for one, value in pooled.metrics.items()}
     notes = (
         f"Intervals ({100 * pooled.confidence:g}%) are for other test rows with the same models.",
