@@ -125,7 +125,7 @@ def prove_by_training(job: Run, summary: DataSummary, seeds: int, checks: Sequen
             outputs[-1].append(_eval_outputs_of_run(replace(job, recipe=recipe, folder=folder / f"{stem.name}-{seed}")))
     shutil.rmtree(folder / ".fulltune-cache", ignore_errors=True)
     metric = job.recipe.evaluate.metric or summary.form.metrics[0]
-    measure = find_metric(job.recipe.task, Target.of(summary), metric, job.recipe.evaluate.greater_is_better)
+    measure = find_metric(job.recipe.task, Target.of(summary), metric)
     proofs, rows = _compare_runs(measure, steps, patches, outputs)
     Proofs(
         fingerprint=summary.fingerprint,

@@ -19,7 +19,6 @@ from fulltune.inference.own_metrics import own_metric_names, try_own_metrics
 from fulltune.models.base import Base, check_weights
 from fulltune.models.shapes import check_model
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.functions import import_functions, load_function
 from fulltune.records.audit import Audit
 from fulltune.records.data import DataSummary
 from fulltune.records.events import DataPrepared, Listener, Message, PhaseBegan, Planned
@@ -137,9 +136,7 @@ def prepare(job: Run, runs_here: bool = True) -> DataSummary:
     job.phase("reading the data")
     path = job.folder / "data" / data.SUMMARY
     before = path.stat().st_mtime_ns if path.exists() else None
-    import_functions(job.recipe.own_functions, job.recipe.functions)
-    named = job.recipe.data.preprocess
-    preprocess = job.hooks.preprocess if named is None else load_function(named)
+    preprocess = job.hooks.with_named(job.recipe).preprocess
     job.hooks.check_recipe(job.recipe)
     try:
         base = job.base
@@ -216,8 +213,8 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
     job.phase("planning")
     machine = job.machine
     before = run_folder.load_plan_to_continue(job.plan_path, machine) if job.plan_path.exists() else None
-    for text in run_folder.changed_functions(job.folder) if before is not None else ():
-        job.listener(Message(text=text, level="warning"))
+    if before is not None and (changed := run_folder.changed_functions(job.folder)):
+        job.listener(Message(text=f"{changed}: the file has changed since this run was planned", level="warning"))
     if before is not None and plan.has_same_placement(before, job.recipe):
         trial = before
     else:

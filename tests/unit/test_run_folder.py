@@ -20,7 +20,8 @@ from tests import plans
 
 def test_seconds_of_a_command_are_kept_where_it_did_everything(tmp_path: Path) -> None:
     began = time.time() - 5
-    run_folder.describe_environment(hardware.measure_machine()).save(tmp_path / run_folder.ENVIRONMENT)
+    recipe = Recipe.model_validate({"model": "m", "task": "causal-lm", "data": {"train": "a"}})
+    run_folder.describe_environment(hardware.measure_machine(), recipe).save(tmp_path / run_folder.ENVIRONMENT)
     for place in ("attempts/full-seed42-01/request.json", "scores/full-seed42.json"):
         run_folder.record_duration(tmp_path, began)
         assert Environment.load(tmp_path / run_folder.ENVIRONMENT).seconds is None, "no trained model is scored"

@@ -74,7 +74,7 @@ def _fit_threshold(scoring: Scoring, eval_rows: Predictions, test_rows: Predicti
 def _score_labels(scoring: Scoring, name: str, decided: Predictions) -> Scored:
     """Score a baseline's predicted labels of the test rows."""
     true, predicted = np.array(scoring.rows("test")["labels"]), decided["predicted"]
-    metrics = scoring.estimate_metrics({**decided, "labels": true}) | scoring.estimate_own_metrics(predicted, true)
+    metrics = scoring.estimate_metrics({**decided, "labels": true}) | scoring.estimate_user_metrics(predicted, true)
     return scoring.make_scores(
         name, "baseline", len(true), metrics=metrics, confusion=_confusions(scoring, true, predicted)
     )

@@ -68,7 +68,7 @@ def _score_copied_source(scoring: Scoring) -> Scored:
     copied = [source.strip() for source in sources]
     scores = scoring.task.score_answers(copied, expected, scoring.plan.metric)
     metrics = scoring.estimate_metrics(scores, list(drawn))
-    metrics |= scoring.estimate_own_metrics(copied, expected, list(drawn))
+    metrics |= scoring.estimate_user_metrics(copied, expected, list(drawn))
     return scoring.make_scores("copy of the source", "baseline", len(drawn), metrics=metrics)
 
 

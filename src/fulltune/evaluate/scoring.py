@@ -23,7 +23,7 @@ from fulltune.methods import folder
 from fulltune.models.base import Base, with_decoded_images
 from fulltune.models.load import load_model
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.functions import import_functions, is_own
+from fulltune.recipe.functions import describe_error
 from fulltune.records.events import Listener, Message, RowsRead
 from fulltune.records.plan import Plan
 from fulltune.records.run import ACCESSES, COMPARISON, Access
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 UserMetrics = Callable[[Any, Any], Mapping[str, float]]
-MANY, MOST_CALLS = 10**9, 200
-"""Maximum number of resamples: in general, and for an own metric that is called for each."""
 WORST = 25
 Scored = tuple[Scores, Resampled | None]
 """A model's scores, and bootstrap resamples of its main metric (None if not computed)."""
@@ -80,13 +78,12 @@ class Scoring:
         predictions: Mapping[str, np.ndarray],
         positions: Sequence[int] | None = None,
         metrics: Callable[[Predictions], Mapping[str, float]] | None = None,
-        most: int | None = None,
     ) -> dict[str, Resampled]:
-        """Compute `metrics` (default: the task's) on all test rows, or those at `positions`, on bootstrap resamples (at
-        most `most`), and by value of `slice_by`. Return them by name."""
+        """Compute `metrics` (default: the task's) on all test rows, or those at `positions`, on bootstrap resamples,
+        and by value of `slice_by`. Return them by name."""
         scored = slice(None) if positions is None else np.asarray(positions, np.int64)
         clusters, in_train = (np.load(self.data / "test" / name)[scored] for name in (CLUSTERS, IN_TRAIN))
-        most = min(self.recipe.evaluate.bootstrap_samples, most or MANY)
+        most = self.recipe.evaluate.bootstrap_samples
 
         def resampled(rows: np.ndarray | slice, samples: int = most) -> dict[str, Resampled]:
             """Compute metrics by name on these rows and on bootstrap resamples of their clusters."""
@@ -115,52 +112,37 @@ class Scoring:
     def estimate_user_metrics(
         self, predictions: Any, references: Any, positions: Sequence[int] | None = None
     ) -> dict[str, Resampled]:
-        """Return the user's metrics with resamples, or {} if the user passed no function. The function receives lists
-        if `predictions` is a list, else arrays. `positions` are the scored test rows (default: all)."""
-        own = self.estimate_own_metrics(predictions, references, positions)
-        if self.user_metrics is None:
-            return own
-        call, plain = self.user_metrics, isinstance(predictions, list)
-
-        def metrics(rows: Mapping[str, np.ndarray]) -> Mapping[str, float]:
-            """Call the user's function on these rows, or raise `SetupError`."""
-            predicted, true = (list(rows[name]) if plain else rows[name] for name in ("predicted", "true"))
-            try:
-                return {str(name): float(value) for name, value in call(predicted, true).items()}
-            except Exception as error:
-                raise SetupError(
-                    f"metrics: your function failed on {len(predicted)} rows ({type(error).__name__}: {error}). It "
-                    "must return a dictionary of names and numbers for any selection of the test rows. Correct the "
-                    "function and call again; the trained model is saved"
-                ) from error
-
+        """Return the user's metrics, from Python and from the recipe, with resamples. A function of the recipe that
+        returns a value for each row is called once. `positions` are the scored test rows (default: all)."""
+        names, call, plain = own_metric_names(self.recipe), self.user_metrics, isinstance(predictions, list)
+        if not names and call is None:
+            return {}
+        texts = self.texts
         both = {"predicted": predictions, "true": references}
         arrays = {name: object_array(values) if plain else values for name, values in both.items()}
-        return own | self.estimate_metrics(arrays, positions, metrics)
+        arrays["rows"] = object_array(texts if positions is None else [texts[position] for position in positions])
 
-    def estimate_own_metrics(
-        self, predictions: Any, references: Any, positions: Sequence[int] | None = None
-    ) -> dict[str, Resampled]:
-        """Return the metrics that the recipe names as functions, with resamples; arguments as for
-        `estimate_user_metrics`. Functions that return one number are called again on up to 200 resamples."""
-        if not (names := own_metric_names(self.recipe)):
-            return {}
-        import_functions(self.recipe.own_functions, self.recipe.functions)
-        texts, both = self.texts, (predictions, references)
-        rows = texts if positions is None else [texts[position] for position in positions]
-        answers, expected = (one if isinstance(one, list) else label_words(one, self.target, rows) for one in both)
-        arrays = {"answers": object_array(answers), "expected": object_array(expected), "rows": object_array(rows)}
-        values = {name: own_values(name, answers, expected, rows) for name in names}
-        of_rows = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
-        called = [name for name in names if name not in of_rows]
+        def own(name: str, drawn: Predictions) -> float | np.ndarray:
+            answers, expected = (list(drawn[one]) if plain else label_words(drawn[one], self.target) for one in both)
+            return own_values(name, answers, expected, list(drawn["rows"]))
 
-        def call(drawn: Predictions) -> dict[str, float]:
-            answers, expected, rows = (list(drawn[name]) for name in ("answers", "expected", "rows"))
-            return {name: float(np.mean(own_values(name, answers, expected, rows))) for name in called}
+        def metrics(drawn: Predictions) -> dict[str, float]:
+            """Call the user's functions on these rows, or raise `SetupError`."""
+            values = {name: float(np.mean(drawn[name] if name in drawn else own(name, drawn))) for name in names}
+            predicted, true = (list(drawn[one]) if plain else drawn[one] for one in both)
+            try:
+                of_call = {} if call is None else call(predicted, true)
+                return values | {str(name): float(value) for name, value in of_call.items()}
+            except Exception as error:
+                raise SetupError(
+                    f"metrics: your function failed on {len(predicted)} rows with {describe_error(error)}. It must "
+                    "return a dictionary of names and numbers for any selection of the test rows. Correct the function "
+                    "and call again; the trained model is saved"
+                ) from error
 
-        estimates = self.estimate_metrics(arrays, positions, call, MOST_CALLS) if called else {}
-        means = lambda drawn: {name: float(values.mean()) for name, values in drawn.items()}  # noqa: E731
-        return estimates | (self.estimate_metrics(of_rows, positions, means) if of_rows else {})
+        found = {name: own(name, arrays) for name in names}
+        of_rows = {name: values for name, values in found.items() if isinstance(values, np.ndarray)}
+        return self.estimate_metrics(arrays | of_rows, positions, metrics)
 
     def make_scores(
         self,
@@ -199,7 +181,7 @@ class Scoring:
         rows, pad_token_id = with_decoded_images(self.rows(split), processor), processor.pad_token_id
         head = self.selective_head(model, pad_token_id, rows)
         # Scores do not depend on the batch size.
-        predictions = run_with_smaller_batches(
+        return run_with_smaller_batches(
             "evaluation",
             self.plan.eval_batch_size,
             lambda batch_size: run_rows(
@@ -211,9 +193,6 @@ class Scoring:
                 Batching(batch_size, self.plan.precision, head, self.watch(f"scoring {split} rows")),
             ),
         )
-        if not is_own(self.plan.metric) or split == "train":
-            return predictions
-        return {**predictions, **score_labels(self.recipe, predictions, self.target, self.data / split)}
 
     def selective_head(
         self, model: PreTrainedModel, pad_token_id: int, rows: Sequence[RowFeatures]
@@ -284,7 +263,8 @@ def compute_outputs(
     seconds = 0.0
     for split in splits:
         began = time.monotonic()
-        by_split[split] = scoring.predict_split(model, processor, split)
+        found = scoring.predict_split(model, processor, split)
+        by_split[split] = {**found, **score_labels(scoring.recipe, found, scoring.target, scoring.data / split)}
         seconds = (time.monotonic() - began) / max(1, len(scoring.rows(split)))
     if texts and scoring.task.FACTS.reads == "text":
         form, precision = scoring.target.form, scoring.plan.precision

@@ -125,11 +125,13 @@ class Recipe(Block):
     @property
     def own_functions(self) -> dict[str, str]:
         """Map names of the user's functions, `module:function`, to the settings with these names."""
-        variants = [(f"methods.{number}.", self.with_method(one)) for number, one in enumerate(self.methods)]
-        named = [(f"evaluate.metrics.{number}", name) for number, name in enumerate(self.evaluate.metrics)]
-        named += [(f"{before}train.loss", str(one.train.loss or "")) for before, one in [*variants, ("", self)]]
-        named += [("evaluate.metric", self.evaluate.metric or ""), ("data.preprocess", self.data.preprocess or "")]
-        return {name: setting for setting, name in named if is_own(name)}
+        named = {
+            "evaluate.metric": [self.evaluate.metric],
+            "evaluate.metrics": self.evaluate.metrics,
+            "train.loss": [self.train.loss, *(self.with_method(one).train.loss for one in self.methods)],
+            "data.preprocess": [self.data.preprocess],
+        }
+        return {name: setting for setting, names in named.items() for name in names if is_own(name)}
 
     @property
     def is_searched(self) -> bool:

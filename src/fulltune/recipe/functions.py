@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
-import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from functools import cache
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, TypeGuard
+from types import ModuleType
+from typing import Annotated, Any, NamedTuple, TypeGuard
 
 from pydantic import AfterValidator
 
 from fulltune.errors import SetupError
 from fulltune.text import did_you_mean, first_few
 
-_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+_NAME = re.compile(r"(?!.*\.py:)[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def is_own(name: str | None) -> TypeGuard[str]:
@@ -27,10 +27,8 @@ def is_own(name: str | None) -> TypeGuard[str]:
 
 
 def _check_form(name: str) -> str:
-    if not _NAME.fullmatch(name) or ".py:" in name:
-        raise ValueError(
-            f"expected module:function, such as my_functions:exact for exact() in my_functions.py, found '{name}'"
-        )
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"expected module:function, such as my_metrics:f1 for f1() in my_metrics.py, found '{name}'")
     return name
 
 
@@ -38,69 +36,57 @@ FunctionName = Annotated[str, AfterValidator(_check_form)]
 MetricName = Annotated[str, AfterValidator(lambda name: _check_form(name) if is_own(name) else name)]
 
 
+class OwnFunction(NamedTuple):
+    """A function of the user's, and a hash of its file."""
+
+    call: Callable[..., Any]
+    digest: str
+
+
+IMPORTED: dict[str, OwnFunction] = {}
+"""This process's functions by name, filled by `import_functions`."""
+
+
 def import_functions(functions: Mapping[str, str], folder: str) -> None:
-    """Import the modules of `functions` (name to setting), which lie in `folder` or are installed. Raise `SetupError`
-    for all that are not found."""
-    problems, folder = list[str](), os.path.realpath(folder)
-    if not functions:
-        return
-    importlib.invalidate_caches()
-    sys.path.insert(0, folder)  # as for a script; afterwards last, so that no later import finds these files first
-    try:
-        for name, setting in functions.items():
-            module = name.partition(":")[0]
-            file = Path(folder, *module.split(".")).with_suffix(".py")
-            if file.exists() and _VERSIONS.get(module) != (version := (file, file.read_bytes())):
-                sys.modules.pop(module, None)  # an earlier version, or the module of another recipe's folder
-                _VERSIONS[module] = version
-            try:
-                load_function(name)
-            except SetupError as error:
-                problems += [f"{setting}: {problem}" for problem in error.problems]
-    finally:
-        sys.path.remove(folder)
-    if folder not in sys.path:
-        sys.path.append(folder)
+    """Import `functions` (name to setting) from files in `folder` or installed modules. Raise `SetupError` for all that
+    are not found."""
+    problems = list[str]()
+    if functions and folder not in sys.path:
+        sys.path.append(folder)  # for what the files import; last, so that no other import finds these files first
+    for name, setting in functions.items():
+        try:
+            IMPORTED[name] = _import_function(name, folder)
+        except SetupError as error:
+            problems.append(f"{setting}: {error}")
     if problems:
         raise SetupError(problems)
 
 
-_VERSIONS: dict[str, tuple[Path, bytes]] = {}
-"""File and content of each module that was imported from a recipe's folder."""
-
-
-def load_function(name: str) -> Callable[..., Any]:
-    """Return the function called `module:function`, or raise `SetupError`. `import_functions` must have been called."""
-    (module_name, _, function), file = name.partition(":"), _file_of(name)
+def _import_function(name: str, folder: str) -> OwnFunction:
+    module_name, _, function = name.partition(":")
+    file = Path(folder, *module_name.split(".")).with_suffix(".py")
     try:
-        module = importlib.import_module(module_name)
+        module = _run_file(module_name, file, file.read_bytes()) if file.exists() else import_module(module_name)
     except Exception as error:
-        raise SetupError(f"'{name}': importing {file} failed with {describe_error(error)}; correct the file") from error
+        if file.exists():
+            raise SetupError(f"'{name}': importing {file} failed with {describe_error(error)}; correct it") from error
+        near = did_you_mean(module_name, [path.stem for path in Path(folder).glob("*.py")]) or f"write {file}"
+        raise SetupError(f"'{name}': no module in {folder} or installed ({error}); {near}") from error
+    file = Path(getattr(module, "__file__", None) or sys.executable)
     if callable(value := getattr(module, function, None)):
-        return value  # type: ignore[no-any-return]  # callable
+        return OwnFunction(value, hashlib.sha256(file.read_bytes()).hexdigest()[:16])
     names = sorted(key for key, other in vars(module).items() if callable(other) and key[0] != "_")
     hint = did_you_mean(function, names) or f"it has {first_few(names) or 'no functions'}"
     raise SetupError(f"'{name}': {file} has no function '{function}'; {hint}")
 
 
-def _file_of(name: str) -> Path:
-    """Return a function's file, or raise `SetupError`."""
-    module_name = name.partition(":")[0]
-    try:
-        spec = importlib.util.find_spec(module_name)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is not None and spec.origin is not None and spec.has_location:
-        return Path(spec.origin)
-    folder = Path(sys.path[0])
-    near = did_you_mean(module_name, [path.stem for path in folder.glob("*.py")])
-    advice = near or f"write {folder / module_name}.py, or set functions to the folder of your modules"
-    raise SetupError(f"'{name}': no module {module_name} is in {folder} or installed; {advice}")
-
-
-def digest_of(name: str) -> str:
-    """Return a hash of the file that holds a function."""
-    return hashlib.sha256(_file_of(name).read_bytes()).hexdigest()[:16]
+@cache
+def _run_file(module_name: str, file: Path, source: bytes) -> ModuleType:
+    """Run a Python file as a module, once for each version of it."""
+    module = sys.modules[module_name] = ModuleType(module_name)
+    module.__file__ = str(file)
+    exec(compile(source, file, "exec"), vars(module))
+    return module
 
 
 def describe_error(error: Exception) -> str:

@@ -256,13 +256,8 @@ def _other_problems(recipe: Recipe) -> list[str]:
     metric, wrong = recipe.evaluate.metric, wrong_metric(recipe, form_of(recipe))  # again when the rows are read
     pairs = {
         str(wrong): wrong is not None,
-        f"evaluate.metric: {metric} is your own function, so say whether more is better; add greater_is_better: true "
-        "or false": is_own(metric) and recipe.evaluate.greater_is_better is None,
         "evaluate.greater_is_better: has no effect, because the direction of the task's metrics is known; remove it": (
             not is_own(metric) and recipe.evaluate.greater_is_better is not None
-        ),
-        f"evaluate.metric: {metric} cannot select a checkpoint of {recipe.task} yet; list it in evaluate.metrics": (
-            is_own(metric) and FACTS[recipe.task].scored_by in ("tagging", "spans")
         ),
         f"evaluate.metric: {metric} compares generated answers, which only a single run without a search or "
         "preserve.budget can do yet; use loss": (

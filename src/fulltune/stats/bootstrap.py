@@ -67,14 +67,11 @@ def bounds_of(metric: str) -> tuple[float, float] | None:
     return None if is_own(metric) else _BOUNDS.get(metric, (0.0, 1.0))
 
 
-def find_metric(
-    task_name: TaskName, target: Target, metric: str, more_is_better: bool | None = None
-) -> ResamplableMetric:
+def find_metric(task_name: TaskName, target: Target, metric: str, more_is_better: bool = True) -> ResamplableMetric:
     """Return a task's metric with functions for resampling, or raise `SetupError` if the task does not have it. An own
-    metric (`module:function`) is read from the predictions, and `more_is_better` is the recipe's."""
+    metric is read from the predictions, and `more_is_better` is the recipe's."""
     facts = FACTS[task_name]
     if is_own(metric):
-        assert more_is_better is not None, "the recipe must say it"
         terms = stack_arrays(metric, ROWS)
         return ResamplableMetric(metric, more_is_better, lambda outputs: float(outputs[metric].mean()), terms, ratio)
     if metric not in facts.metrics:

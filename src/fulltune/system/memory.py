@@ -108,11 +108,11 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB")
 _ALLOCATION_SIZE = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)?|malloc of size (\d+)", re.IGNORECASE)
 
 
-def call_own(place: str, function: Callable[..., Any], *arguments: object) -> Any:
+def call_own(place: str, function: Callable[..., Any], *arguments: object, **named: object) -> Any:
     """Call the user's function, and raise `SetupError`, which names `place`, if it fails for lack of anything but
     memory."""
     try:
-        return function(*arguments)
+        return function(*arguments, **named)
     except Exception as error:
         if is_out_of_memory(error):
             raise

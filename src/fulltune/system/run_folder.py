@@ -21,7 +21,7 @@ from typing import Any
 from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, SetupError
 from fulltune.files import write_json, write_text
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.functions import digest_of, import_functions
+from fulltune.recipe.functions import IMPORTED, import_functions
 from fulltune.records.comparison import Comparison
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
@@ -190,10 +190,10 @@ def _claim_folder(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: s
         if _stored_fingerprint(identity) != fingerprint:
             before, now = (flatten_settings(one.result_settings()) for one in (load_run_recipe(folder), recipe))
             names = [name for name in {**before, **now} if before.get(name, {}) != now.get(name, {})]
-            which = f" ({first_few(names)})" if names else _OTHER_FILES if _marks_of_files(recipe) else ""
+            which = first_few(names) or "files of your own functions"
             raise SetupError(
-                f"{folder}: belongs to a run with other settings{which}; choose another folder, or omit --run-folder "
-                "to start a new run"
+                f"{folder}: belongs to a run with other settings ({which}); choose another folder, or omit "
+                "--run-folder to start a new run"
             )
         return True
     if folder.is_file():
@@ -264,31 +264,25 @@ def raise_if_started_with_functions(folder: Path, recipe: Recipe) -> None:
     """Raise `SetupError` for an unfinished run that was started from Python with the user's functions."""
     if is_complete(folder):
         return
-    marks = _marks_of_files(recipe)
-    if _stored_fingerprint(folder / IDENTITY) != recipe.fingerprint() + marks:
-        python = "was started from Python with your own functions; resume the run from Python"
-        changed = f"belongs to a run{_OTHER_FILES}; restore the file, or start a new run from the recipe"
-        raise SetupError(f"{folder}: {changed if marks else python}")
-
-
-_OTHER_FILES = " with another version of the file of train.loss or data.preprocess"
+    if _stored_fingerprint(folder / IDENTITY) != recipe.fingerprint() + _marks_of_files(recipe):
+        raise SetupError(
+            f"{folder}: was started with other functions of yours, from Python or before the file of train.loss or "
+            "data.preprocess changed; resume it from Python, or start a new run from the recipe"
+        )
 
 
 def _marks_of_files(recipe: Recipe) -> str:
-    """Return hashes of the files of the recipe's functions that change rows or weights."""
+    """Import the recipe's functions, and return hashes of the files of those that change rows or weights."""
     import_functions(recipe.own_functions, recipe.functions)
     changing = {name for name, setting in recipe.own_functions.items() if not setting.startswith("evaluate.")}
-    return "".join(digest_of(name) for name in sorted(changing))
+    return "".join(IMPORTED[name].digest for name in sorted(changing))
 
 
-def changed_functions(folder: Path) -> list[str]:
-    """Return a message for each function whose file has changed since the run was planned."""
+def changed_functions(folder: Path) -> str:
+    """Return the names of functions whose file has changed since the run was planned."""
     path = folder / ENVIRONMENT
-    return [
-        f"{name}: its file has changed since this run was planned, so earlier values are those of the former version"
-        for name, digest in (Environment.load(path).functions if path.exists() else {}).items()
-        if digest_of(name) != digest
-    ]
+    functions = Environment.load(path).functions if path.exists() else {}
+    return first_few([name for name, digest in functions.items() if IMPORTED[name].digest != digest])
 
 
 @contextlib.contextmanager
@@ -365,7 +359,7 @@ def describe_environment(machine: Machine, recipe: Recipe) -> Environment:
         memory_bytes=machine.memory_bytes,
         devices=tuple(gpu.name for gpu in machine.gpus),
         commit=_git_commit_hash(),
-        functions={name: digest_of(name) for name in recipe.own_functions},
+        functions={name: IMPORTED[name].digest for name in recipe.own_functions},
     )
 
 

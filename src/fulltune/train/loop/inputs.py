@@ -53,7 +53,7 @@ class AttemptInputs:
 
     @property
     def has_own_loss(self) -> bool:
-        return self.hooks.compute_loss is not None or self.recipe.train.loss is not None
+        return self.hooks.compute_loss is not None
 
     @property
     def highest_learning_rate(self) -> float:

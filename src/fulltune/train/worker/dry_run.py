@@ -54,9 +54,8 @@ def dry_run(
     with _temporary_training_state(trainer, plan) as (model, optimizer):
         passes = PassTimer(inputs, trainer, model, optimizer, evaluate, answer)
         loss, first_seconds = passes.run_pass(longest)
-        if not math.isfinite(loss) and inputs.recipe.train.loss is not None:
-            name = inputs.recipe.train.loss
-            raise SetupError(f"train.loss: '{name}' returned {loss} for the longest rows; expected a finite number")
+        if not math.isfinite(loss) and inputs.has_own_loss:
+            raise SetupError(f"your loss returned {loss} for the longest rows; expected a finite number; correct it")
         if math.isfinite(loss):
             parameters = trainer.model.named_parameters()
             unreached = tuple(name for name, weight in parameters if weight.requires_grad and weight.grad is None)

@@ -55,18 +55,13 @@ class Evaluator(TrainingPart):
             positions, count = distributed.rows_of_rank(positions_by_length(rows), size, rank, arguments.world_size)
             predictions = self.predict_rows(RowSubset(rows, positions))
             self._predictions = distributed.gather_scores(predictions, positions[:count])
-        return self._metrics(self._predictions)
-
-    def _metrics(self, predictions: Predictions, positions: Sequence[int] | None = None) -> dict[str, float]:
-        """Compute the task's metrics and a classifier's own ones on the eval rows at `positions` (default: all)."""
-        own = score_labels(self.inputs.recipe, predictions, self.target, self.inputs.data / "eval", positions)
-        metrics = self.inputs.task.metrics(predictions, self.target)
-        return metrics | {name: float(values.mean()) for name, values in own.items()}
+        own = score_labels(self.inputs.recipe, self._predictions, self.target, self.inputs.data / "eval")
+        means = {name: float(values.mean()) for name, values in own.items()}
+        return {**self.inputs.task.metrics(self._predictions, self.target), **means}
 
     def metric_of(self, rows: Sequence[Row]) -> float:
         """Compute the run's metric on these rows in this process."""
-        positions = rows.positions if isinstance(rows, RowSubset) else None
-        return self._metrics(self.predict_rows(rows), positions)[self.inputs.plan.metric]
+        return float(self.inputs.task.metrics(self.predict_rows(rows), self.target)[self.inputs.plan.metric])
 
     def predict_rows(self, rows: Sequence[Row]) -> Predictions:
         """Run rows through the model in this process; return arrays by name: [rows, ...]."""

@@ -15,7 +15,6 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils.generic import ModelOutput
 
 from fulltune import methods, probe
-from fulltune.errors import SetupError
 from fulltune.inference.run import autocast, extract_logits, model_batch, positions_by_length
 from fulltune.inference.store import MIXED, Rows
 from fulltune.methods.head import find_output_layer, head_paths, rescale_outputs, rescaled_parameters
@@ -24,11 +23,9 @@ from fulltune.models.base import Base, with_decoded_images
 from fulltune.models.kernels import apply_liger_kernels, compile_blocks
 from fulltune.models.load import HeadOrigin, initialise_missing, initialise_missing_from_seed, load_model
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.functions import load_function
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.probe import Probe
-from fulltune.system.memory import call_own
 from fulltune.tasks import Row, Target, Task, task_named
 from fulltune.tasks.labels import class_weights
 from fulltune.train import checkpoints
@@ -96,27 +93,10 @@ class Objective:
         self, outputs: ModelOutput, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Sum the loss over logits[rows, ..., classes or vocabulary] and labels[rows] or [rows, tokens], and divide by
-        `num_items_in_batch` if set. Return the value of `train.loss` instead if the recipe names one."""
-        if self.recipe.train.loss is not None:
-            return self._own_loss(outputs, labels, num_items_in_batch)
+        `num_items_in_batch` if set."""
         smoothing = self.recipe.train.label_smoothing_factor
         summed = self.task.loss(extract_logits(outputs), labels, self.target, smoothing, self._class_weights)
         return summed / (num_items_in_batch if num_items_in_batch is not None else 1)
-
-    @cached_property
-    def _own_loss(self) -> Callable[..., torch.Tensor]:
-        """The user's loss; it raises `SetupError` if it fails or returns anything but a scalar with a gradient."""
-        name = str(self.recipe.train.loss)
-        function = load_function(name)
-
-        def loss(*arguments: object) -> torch.Tensor:
-            value = call_own(f"train.loss: '{name}'", function, *arguments)
-            if not (isinstance(value, torch.Tensor) and value.ndim == 0 and value.requires_grad):
-                shown = f"{value!r:.80}".replace("\n", " ")
-                raise SetupError(f"train.loss: '{name}' returned {shown}; expected a scalar tensor with a gradient")
-            return value
-
-        return loss
 
 
 # ---- regression: numbers are learned in units of their spread, as AdamW moves a value by at most the rate a step ---

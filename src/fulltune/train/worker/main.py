@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, InterruptedRun, Spiked
-from fulltune.recipe.functions import import_functions
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Listener
 from fulltune.records.training import Outcome, OutcomeStatus
@@ -86,7 +85,7 @@ def _train_with_limit(
     cleanup: contextlib.ExitStack,
 ) -> dict[str, Any]:
     """Train within the memory limit; return fields of `Outcome`. `cleanup` restores signal handlers."""
-    import_functions(request.recipe.own_functions, request.recipe.functions)
+    hooks = hooks.with_named(request.recipe)
     # Imported here, so that an error while torch and transformers load becomes an outcome as well.
     from fulltune.train.loop.callbacks import Recorder, StopOnRequest
     from fulltune.train.loop.inputs import AttemptInputs
