@@ -23,7 +23,7 @@ from fulltune.methods import folder
 from fulltune.models.base import Base, with_decoded_images
 from fulltune.models.load import load_model
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.functions import describe_error
+from fulltune.recipe.functions import describe_error, is_own
 from fulltune.records.events import Listener, Message, RowsRead
 from fulltune.records.plan import Plan
 from fulltune.records.run import ACCESSES, COMPARISON, Access
@@ -140,8 +140,8 @@ class Scoring:
                     "and call again; the trained model is saved"
                 ) from error
 
-        found = {name: own(name, arrays) for name in names}
-        of_rows = {name: values for name, values in found.items() if isinstance(values, np.ndarray)}
+        own_by_name = {name: own(name, arrays) for name in names}
+        of_rows = {name: values for name, values in own_by_name.items() if isinstance(values, np.ndarray)}
         return self.estimate_metrics(arrays | of_rows, positions, metrics)
 
     def make_scores(
@@ -263,8 +263,10 @@ def compute_outputs(
     seconds = 0.0
     for split in splits:
         began = time.monotonic()
-        found = scoring.predict_split(model, processor, split)
-        by_split[split] = {**found, **score_labels(scoring.recipe, found, scoring.target, scoring.data / split)}
+        outputs = scoring.predict_split(model, processor, split)
+        if is_own(scoring.plan.metric):
+            outputs = {**outputs, **score_labels(scoring.recipe, outputs, scoring.target, scoring.data / split)}
+        by_split[split] = outputs
         seconds = (time.monotonic() - began) / max(1, len(scoring.rows(split)))
     if texts and scoring.task.FACTS.reads == "text":
         form, precision = scoring.target.form, scoring.plan.precision

@@ -87,7 +87,7 @@ def _call(name: str, answers: Sequence[Any], expected: Sequence[Any], rows: Sequ
     try:
         return call_own(f"'{name}': the function", IMPORTED[name].call, list(answers), list(expected), plain)
     except SetupError as error:
-        for one in range(len(rows)) if len(rows) > 1 else ():
-            _call(name, answers[one : one + 1], expected[one : one + 1], rows[one : one + 1])
-        where = f"{len(rows)} rows together" if len(rows) > 1 else rows[0].get(PLACE, "a row")
+        for place in range(len(rows)) if len(rows) > 1 else ():
+            _call(name, answers[place : place + 1], expected[place : place + 1], rows[place : place + 1])
+        where = f"{len(rows)} rows together" if len(rows) != 1 else rows[0].get(PLACE, "a row")
         raise SetupError(f"{error} on {where}; {_ADVICE}") from error
