@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fulltune.recipe.fields import Recipe
-from fulltune.records.plan import MemoryNeed, Plan
+from fulltune.records.plan import DiskNeed, MemoryNeed, Plan
 from fulltune.records.training import Outcome
 
 MIB = 2**20
@@ -40,6 +40,7 @@ def plan(**changes: Any) -> Plan:
         "num_parameters": 10,
         "longest_tokens": 512,
         "state": {"weights": 1, "gradients": 1, "optimizer": 2},
+        "disk": DiskNeed(checkpoint_bytes=3, num_checkpoints=1, model=1),
         "settings": (),
     }
     return Plan(**{**values, **changes})

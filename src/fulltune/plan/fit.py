@@ -178,7 +178,6 @@ def with_time_estimate(plan: Plan, basis: Basis, summary: DataSummary, startup_s
         return plan
     devices = plan.num_processes if fleet.machine.gpus else plan.num_machines
     evaluations = time.count_interval_steps(plan.total_steps, plan.eval_steps) + plan.eval_on_start
-    checkpoint = plan.disk.checkpoint_bytes if plan.disk else plan.state["weights"] + plan.state["optimizer"]
     step, tokens = time.step_duration(basis.step_seconds(plan)), plan.global_batch_size * work.tokens_per_row
     training = plan.total_steps * step
     answering = (plan.answers and plan.answers.seconds) or 0.0
@@ -186,7 +185,7 @@ def with_time_estimate(plan: Plan, basis: Basis, summary: DataSummary, startup_s
         train_seconds=training,
         eval_seconds=evaluations * work.forward_flops(_num_rows(summary, "eval")) / (flops * devices) + answering,
         answers_seconds=answering,
-        save_seconds=(plan.num_saves or 0) * checkpoint / DISK_BYTES_PER_SECOND,
+        save_seconds=(plan.num_saves or 0) * plan.disk.checkpoint_bytes / DISK_BYTES_PER_SECOND,
         tokens=round(plan.total_steps * tokens),
         tokens_per_second=tokens / step,
         source="arithmetic",

@@ -217,7 +217,7 @@ def _propose_alternatives(
         ways = [*alternatives.propose_for_disk(recipe, plan.num_parameters, plan, fleet.disk_bytes, fleet.disk_at)]
     if lora is not None:
         plan, settings = lora
-        need_of_lora = plan.disk.total if where == "disk" and plan.disk else plan.memory.peak if plan.memory else 0
+        need_of_lora = plan.disk.total if where == "disk" else plan.memory.peak if plan.memory else 0
         share = plan.num_trainable_parameters / (plan.num_trainable_parameters + plan.num_frozen_parameters)
         costs = f"another method, which trains {100 * share:.2g} % of the parameters"
         frees, changed = max(0, now - need_of_lora), {"method": "lora", **settings}

@@ -192,7 +192,7 @@ class Plan(MemorySettings):
     sent_bytes_per_micro_batch: int = 0
     """Bytes that each process (and each machine as a whole) sends per micro batch."""
     sent_bytes_per_update: int = 0
-    disk: DiskNeed | None = None
+    disk: DiskNeed
     time: TimeNeed | None = None
     busy: str = ""
     settings: tuple[Setting, ...]

@@ -96,13 +96,9 @@ def _build_memory_blocks(survey: Survey, plan: Plan) -> list[Element]:
         blocks.append(
             Paragraph(f"the peak is outside the step: {PHASE_NAMES[need.peak_phase]}, {format_bytes(need.peak)}")
         )
-    facts = []
-    if disk is not None:
-        parts = f"{counted(disk.num_checkpoints, 'checkpoint')} x {format_bytes(disk.checkpoint_bytes)}"
-        parts += f" + models {format_bytes(disk.model)}"
-        free = survey.disk_free_bytes
-        room = "free space unknown" if free is None else f"{format_bytes(free)} free"
-        facts.append(("disk", f"{parts} = {format_bytes(disk.total)}; {room}"))
+    parts = f"{counted(disk.num_checkpoints, 'checkpoint')} x {format_bytes(disk.checkpoint_bytes)}"
+    free = "free space unknown" if survey.disk_free_bytes is None else f"{format_bytes(survey.disk_free_bytes)} free"
+    facts = [("disk", f"{parts} + models {format_bytes(disk.model)} = {format_bytes(disk.total)}; {free}")]
     if sent := words.describe_traffic(plan):
         facts.append(("traffic", sent))
     return [*blocks, Facts(tuple(facts))]

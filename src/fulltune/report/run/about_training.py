@@ -291,12 +291,7 @@ def _compare_with_plan(view: RunView, plan: Plan) -> list[Element]:
     seconds = view.environment.seconds if view.environment else None
     if time is not None and time.overhead_seconds and seconds and not view.searched:  # a search takes several runs
         rows.append(_build_plan_error_row("the whole command", time.whole_seconds, 0, seconds, format_seconds))
-    if plan.disk or outcome.disk_bytes:
-        rows.append(
-            _build_plan_error_row("disk", plan.disk.total if plan.disk else 0, 0, outcome.disk_bytes, format_bytes)
-        )
-    if not rows:
-        return []
+    rows.append(_build_plan_error_row("disk", plan.disk.total, 0, outcome.disk_bytes, format_bytes))
     caption = f"Attempt {outcome.attempt}: planned and actual values; +10% means that the plan was 10% too high"
     blocks: list[Element] = [Table(caption, _HEADER, tuple(rows), numeric=frozenset(range(1, 6)))]
     if outcome.status != "done" or outcome.steps != plan.total_steps:
