@@ -21,7 +21,8 @@ from fulltune.stats.intervals import paired_difference
 from fulltune.tasks import PLACE, Target, task_named, written
 
 RECIPE: Any = SimpleNamespace(
-    evaluate=SimpleNamespace(bootstrap_samples=100, confidence=0.95), data=SimpleNamespace(near_duplicates=1.0)
+    evaluate=SimpleNamespace(bootstrap_samples=100, confidence=0.95, metric=None, metrics=()),
+    data=SimpleNamespace(near_duplicates=1.0),
 )
 PLAN: Any = SimpleNamespace(metric="accuracy", greater_is_better=True, trial="full-seed42")
 LABELS = Target("single_label", {"text": "text", "label": "label"}, ("a", "b"))
