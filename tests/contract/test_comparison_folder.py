@@ -164,12 +164,8 @@ def test_model_is_the_one_that_the_verdict_recommends(verdict: str, recommended:
     ("verdict", "recommended", "problem"),
     [
         (None, "", "has several models and there is no verdict yet; name one with --method: adapter, full, lora"),
-        ("UNDECIDED", "lora", "has several models and the verdict is UNDECIDED; name one with --method: adapter, full"),
-        (
-            "PEFT",
-            "prompt",
-            "the verdict is PEFT and recommends 'prompt', which is not in this folder; name one with --method: a",
-        ),
+        ("UNDECIDED", "lora", "has several models and the verdict UNDECIDED chooses none of them; name one"),
+        ("PEFT", "prompt", "has several models and the verdict PEFT chooses none of them; name one"),
     ],
 )
 def test_model_without_a_recommendation_must_be_named(

@@ -55,7 +55,6 @@ def test_command_on_the_cpu_passes_and_writes_the_page(tmp_path: Path, monkeypat
     assert len(re.findall(r"\| (?:pass|not here) +\|", page)) == len(chosen)
     # A command or a path on a line of its own: nothing breaks inside it at 80 columns.
     assert result.out.splitlines()[-1] == f"share {tmp_path / 'page.md'}"
-    assert re.search(r"precision auto is (bf16|fp32)", page)
     assert not names_in(page)
     assert max(map(len, result.out.splitlines()[:-1])) <= 80  # the last line holds the user's own path
     assert re.fullmatch(r"\d+ passed, 0 failed, \d+ not here; \d+ seconds", result.out.splitlines()[-2])

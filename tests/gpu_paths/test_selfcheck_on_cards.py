@@ -45,7 +45,7 @@ def test_checks_of_a_rocm_card_ask_torch_for_cuda(monkeypatch: Patch) -> None:
 @named
 def test_page_names_each_card(an_a100_and_a_t4: Cards, monkeypatch: Patch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(hardware, "bf16_speedup", lambda device: 1.5)
+    monkeypatch.setattr(hardware, "cpu_bf16_speedup", lambda: 1.5)
     monkeypatch.setattr(hardware, "cpu_rates", lambda: (80.5e9, 20.1e9, 0.0))
     found = describe_environment()
     assert found["gpu 0"] == "NVIDIA A100-SXM4-40GB (compute capability 8.0), 40 GiB, CUDA 13.0"

@@ -65,8 +65,8 @@ def test_machine_is_described() -> None:
 def test_bf16_speedup_of_a_cpu_without_bf16_is_known_from_a_small_product(
     monkeypatch: pytest.MonkeyPatch, small: float, large: float, expected: float
 ) -> None:
-    monkeypatch.setattr(hardware, "_measure_bf16_speedup", lambda device, rows, width: small if rows == 64 else large)
-    assert hardware.bf16_speedup.__wrapped__("cpu") == expected
+    monkeypatch.setattr(hardware, "_measure_bf16_speedup", lambda rows, width: small if rows == 64 else large)
+    assert hardware.cpu_bf16_speedup.__wrapped__() == expected
 
 
 def test_memory_respects_the_limit_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,5 +101,5 @@ def test_speeds_are_measured_without_drawing_a_random_number() -> None:
     expected = torch.rand(1)
     torch.manual_seed(0)
     assert min(hardware._measure_cpu_rates(rows=16, width=16, megabytes=1)) > 0
-    assert hardware.bf16_speedup.__wrapped__("cpu") > 0
+    assert hardware.cpu_bf16_speedup.__wrapped__() > 0
     assert torch.equal(torch.rand(1), expected)

@@ -36,15 +36,7 @@ from fulltune.files import replace_atomically
 from fulltune.inference.store import read_original_rows
 from fulltune.probe.linear import NoProbe
 from fulltune.recipe.fields import Recipe
-from fulltune.records.audit import (
-    AUDIT,
-    HIGH_LOSS,
-    ISSUES,
-    LOSSES,
-    Audit,
-    Remedy,
-    RowIssue,
-)
+from fulltune.records.audit import AUDIT, HIGH_LOSS, ISSUES, LOSSES, Audit, Remedy, RowIssue
 from fulltune.records.data import DataSummary, SplitName
 from fulltune.tasks import PLACE, Target, task_named
 from fulltune.text import counted

@@ -47,8 +47,9 @@ def launch(
     job = launch.load_job(recipe, set_ or [], hardware)
     path = launch.job_file_path(job, on, output)
     command = launch.write_job_file(job, on, path, force)
-    each = f", {counted(job.processes, 'process', 'processes')} each" if job.num_machines > 1 else ""
-    out.print(f"{counted(job.num_machines, 'machine')}{each}", soft_wrap=True)
+    train = job.recipe.train
+    each = f", {counted(train.processes_per_machine, 'process', 'processes')} each" if train.num_machines > 1 else ""
+    out.print(f"{counted(train.num_machines, 'machine')}{each}", soft_wrap=True)
     submit = escape(shlex.join(command))
     out.print(f"wrote {escape(str(path))}; edit lines marked '# edit:', then submit it: {submit}", soft_wrap=True)
     for note in launch.missing_input_warnings(job, on):

@@ -25,8 +25,7 @@ def slice_names(rows: Sequence[Row], column: str) -> np.ndarray:
     joined."""
     cells = [row.get(column) for row in rows]
     # NaN differs from itself.
-    is_missing = (cell is None or cell != cell or is_blank(str(cell)) for cell in cells)
-    values = ["(none)" if missing else str(cell).strip() for cell, missing in zip(cells, is_missing, strict=True)]
+    values = ["(none)" if cell is None or cell != cell or is_blank(str(cell)) else str(cell).strip() for cell in cells]
     counts = Counter({row[PLACE]: value for row, value in zip(rows, values, strict=True)}.values())
     frequent = {value for value, count in counts.most_common(_MOST_VALUES) if count >= _FEWEST_ROWS}
     rest = f"other ({counted(len(counts) - len(frequent), 'value')})"

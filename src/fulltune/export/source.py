@@ -60,15 +60,10 @@ class Source:
     """The model that was trained and scored: `model`, or the one before merging."""
     processor: Any
     scoring: Scoring
-    stored_dtype: str
-    """Dtype of the model's files, such as `bfloat16`."""
+    dtype: str
+    """Dtype of the weights to write, such as `bfloat16`."""
     notes: Mapping[str, Any]
     """The model folder's `fulltune.json`, without the method."""
-
-    @property
-    def dtype(self) -> str:
-        """Dtype of the weights to write."""
-        return self.request.dtype or self.stored_dtype
 
 
 @contextlib.contextmanager
@@ -94,6 +89,6 @@ def open_source(request: ExportRequest) -> Iterator[Source]:
         if is_merged:
             reference = folders.load_method_folder(request.model_folder, base.processor).model.float().eval()
         scoring = make_scoring(recipe, Plan.load(saved), DataSummary.of_run(run), run, base)
-        stored = str(base.config.dtype or "float32").removeprefix("torch.")
+        dtype = request.dtype or str(base.config.dtype or "float32").removeprefix("torch.")
         notes = folders.notes_without_method(request.model_folder)
-        yield Source(request, plain, model, reference, base.processor, scoring, stored, notes)
+        yield Source(request, plain, model, reference, base.processor, scoring, dtype, notes)

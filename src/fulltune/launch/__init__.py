@@ -52,18 +52,10 @@ class LaunchedJob:
     hardware: Fleet | None
 
     @property
-    def num_machines(self) -> int:
-        return self.recipe.train.num_machines
-
-    @property
-    def processes(self) -> int:
-        return self.recipe.train.processes_per_machine
-
-    @property
     def gpus(self) -> int:
         """GPUs per machine: one per process, or 0 on a CPU."""
         on_cpu = self.recipe.train.device == "cpu" or (self.hardware is not None and self.hardware.gpu_model is None)
-        return 0 if on_cpu else self.processes
+        return 0 if on_cpu else self.recipe.train.processes_per_machine
 
     @property
     def command(self) -> list[str]:
@@ -123,10 +115,10 @@ def render_job_file(job: LaunchedJob, launcher: str) -> str:
     return jinja.get_template(LAUNCHERS[launcher][0]).render(
         job=job,
         folder=str(job.file.parent),
-        several=job.num_machines > 1,
+        train=job.recipe.train,
         port=DEFAULT_PORT,
         programs=str(Path(sys.executable).parent),
-        cores=_CORES_FOR_EACH_PROCESS * job.processes,
+        cores=_CORES_FOR_EACH_PROCESS * job.recipe.train.processes_per_machine,
         gpu_resource="amd.com/gpu" if gpu and gpu.name.startswith("MI") else "nvidia.com/gpu",
         accelerators=f"{_SKY_NAMES.get(gpu.name, gpu.name.replace(' ', '')) if gpu else 'EDIT'}:{job.gpus}",
         gives_output=any(one.partition("=")[0].strip() == "output" for one in job.overrides),

@@ -103,14 +103,12 @@ def check_methods(recipe: Recipe, base: Base) -> None:
     """Raise `RecipeError` if one of the recipe's methods cannot do its task with this model."""
     from fulltune.models.shapes import measure_shapes
 
-    lines = [
-        line for method in recipe.methods or (recipe.method,) for line in method_problems(recipe, base.config, method)
-    ]
-    for method in recipe.methods or (recipe.method,):
+    methods = recipe.methods or (recipe.method,)
+    if problems := [problem for method in methods for problem in method_problems(recipe, base.config, method)]:
+        raise RecipeError(problems)
+    for method in methods:
         if method.kind == "full" and method.freeze:
             measure_shapes(base, {}, partial(_raise_if_freeze_unfit, recipe, method))
-    if lines:
-        raise RecipeError(lines)
 
 
 def _raise_if_freeze_unfit(recipe: Recipe, method: FullMethod, model: PreTrainedModel) -> None:

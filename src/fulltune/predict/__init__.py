@@ -238,16 +238,11 @@ def choose_model_folder(run: Path, method: str | None = None) -> tuple[Path, str
     if len(there) == 1:
         return next(iter(there.values())), ""
     comparison = load_comparison(run)
-    if comparison is None or comparison.decision.verdict == "UNDECIDED":
-        why = "there is no verdict yet" if comparison is None else "the verdict is UNDECIDED"
+    decision = comparison.decision if comparison else None
+    if decision is None or decision.verdict == "UNDECIDED" or decision.recommended not in there:
+        why = f"the verdict {decision.verdict} chooses none of them" if decision else "there is no verdict yet"
         raise SetupError(f"{run}: has several models and {why}; name one with --method: {names}")
-    recommended, reason = comparison.decision.recommended, f"the verdict is {comparison.decision.verdict}"
-    if recommended not in there:
-        raise SetupError(
-            f"{run}: {reason} and recommends '{recommended}', which is not in this folder; name one with --method: "
-            f"{names}"
-        )
-    return there[recommended], reason
+    return there[decision.recommended], f"the verdict is {decision.verdict}"
 
 
 def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:

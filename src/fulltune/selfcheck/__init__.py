@@ -25,7 +25,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fulltune.inference.run import autocast
 from fulltune.plan import memory
-from fulltune.plan.resolve import MIN_BF16_SPEEDUP
 from fulltune.records.base import Record
 from fulltune.report.format.blocks import Facts, Paragraph, Section, Table
 from fulltune.system import hardware
@@ -63,14 +62,6 @@ def check_matrix_product(device: str, precision: str) -> CheckOutcome:
     here = [matrix.to(device, TYPES[precision]) for matrix in (first, second)]
     error, bound = relative_error(here[0] @ here[1], first.double() @ second.double()), PRODUCT_BOUNDS[precision]
     return (error <= bound, f"relative error {error:.1e}, bound {bound:.0e}")
-
-
-def measure_bf16_speed(device: str) -> CheckOutcome:
-    """Measure how much faster bf16 is than fp32, which `precision: auto` uses on a CPU. This always passes."""
-    ratio = hardware.bf16_speedup(device)
-    precision = "bf16" if ratio >= MIN_BF16_SPEEDUP else "fp32"
-    auto = f": precision auto is {precision}" if device == "cpu" else ""
-    return (True, f"bf16 about {ratio:.1f} times as fast as fp32{auto}")
 
 
 # ---- attention kernels -----------------------------------------------------------------------------------------
@@ -256,7 +247,6 @@ CHECKS: tuple[tuple[str, str, Callable[[str], CheckOutcome]], ...] = (
         ("precision", f"{kind} product of 256 x 256 against float64", partial(check_matrix_product, precision=kind))
         for kind in TYPES
     ),
-    ("speed", "two linear layers, forward and backward, bf16 against fp32", measure_bf16_speed),
     ("attention", "sdpa with the kernel that torch chooses, against eager", partial(check_sdpa, backend=None)),
     *(("attention", f"sdpa {kind} against eager", partial(check_sdpa, backend=kind)) for kind in BACKENDS),
     ("attention", "flash_attention_2 against eager", check_flash_attention_2),
@@ -352,7 +342,6 @@ def devices_to_check() -> tuple[str, ...]:
 def describe_environment() -> dict[str, str]:
     """Return versions, hardware and relevant environment variables by name."""
     machine = hardware.measure_machine()
-
     distributions = importlib.metadata.distributions()
     installed = {re.sub(r"[-_.]+", "-", one.name).lower(): one.version for one in distributions}
     packages = [f"{name} {installed[name]}" for name in (*PACKAGES, *EXTRAS) if name in installed]

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Written by fulltune launch
 #SBATCH --job-name={{ job.name }}
-#SBATCH --nodes={{ job.num_machines }}
+#SBATCH --nodes={{ train.num_machines }}
 #SBATCH --ntasks-per-node=1
 #SBATCH --output={{ job.name }}-%j.log
 #SBATCH --open-mode=append
@@ -40,7 +40,7 @@ command=({{ job.command | shell }})
 
 # Slurm also signals this shell before the time limit. It keeps running to see how the tasks end.
 trap ':' TERM
-{% if several %}
+{% if train.num_machines > 1 %}
 first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 rendezvous="$first:$((10000 + SLURM_JOB_ID % 20000))"
 export rendezvous
@@ -51,14 +51,14 @@ export interrupted
 rm -f "$interrupted"
 task='
 trap : TERM
-"$@"{{ ' --machine-rank "$SLURM_NODEID" --rendezvous "$rendezvous"' if several }}
+"$@"{{ ' --machine-rank "$SLURM_NODEID" --rendezvous "$rendezvous"' if train.num_machines > 1 }}
 code=$?
 if ((code == 75)); then : > "$interrupted"; exit 0; fi
 exit "$code"
 '
 # Without --mpi=none, libraries would mistake the variables of Slurm's MPI for those of their own launcher. Since Slurm
 # 22.05 a step does not inherit --cpus-per-task.
-srun --mpi=none --kill-on-bad-exit=1{{ ' --label' if several }} ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} \
+srun --mpi=none --kill-on-bad-exit=1{{ ' --label' if train.num_machines > 1 }} ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} \
     bash -c "$task" fulltune-machine "${command[@]}"
 code=$?
 if ((code == 0)) && [[ -e "$interrupted" ]]; then

@@ -7,11 +7,11 @@ set -u
 
 # edit: the machines as ssh knows them: HOST, USER@HOST or ssh://USER@HOST:PORT; the first one is machine 0
 targets=(
-{% for rank in range(job.num_machines) %}
+{% for rank in range(train.num_machines) %}
     EDIT-HOST-{{ rank }}
 {% endfor %}
 )
-{% if several %}
+{% if train.num_machines > 1 %}
 # edit: the name or address by which the others reach machine 0
 rendezvous=EDIT-HOST-0:{{ port }}
 {% endif %}
@@ -29,8 +29,8 @@ command=({{ job.command | shell }})
 # edit: a local folder for their output
 logs="${0%.sh}.logs"
 
-if ((${#targets[@]} != {{ job.num_machines }})); then
-    echo "${#targets[@]} hosts in targets=(...), expected {{ job.num_machines }} (train.num_machines); nothing was started" >&2
+if ((${#targets[@]} != {{ train.num_machines }})); then
+    echo "${#targets[@]} hosts in targets=(...), expected {{ train.num_machines }} (train.num_machines); nothing was started" >&2
     exit 2
 fi
 
@@ -95,7 +95,7 @@ pids=()
 for rank in "${!targets[@]}"; do
     log="$logs/machine-$rank.log"
     words=("${command[@]}")
-{% if several %}
+{% if train.num_machines > 1 %}
     words+=(--machine-rank "$rank" --rendezvous "$rendezvous")
 {% endif %}
     words=(bash -c "$work" bash "$folder" "$recipe" "$setup" "${words[@]}")
