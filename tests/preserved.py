@@ -15,7 +15,6 @@ def preserved_record(points: Sequence[InterpolationPoint], choice: Interpolation
         "budget": 0.02,
         "limit": 0.02,
         "is_language_model": False,
-        "text_source": "generic.txt",
         "metric": "accuracy",
         "greater_is_better": True,
         "sealed": None,

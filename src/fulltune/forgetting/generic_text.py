@@ -69,7 +69,6 @@ class BudgetTexts:
     selection: list[str]
     held_out: list[str]
     replayed: list[str]
-    source: str
 
 
 def load_budget_texts(block: PreserveBlock) -> BudgetTexts:
@@ -96,7 +95,7 @@ def load_budget_texts(block: PreserveBlock) -> BudgetTexts:
             raise DataError(
                 f"preserve.replay: {block.replay}: all texts are also in preserve.probe; choose other texts"
             )
-    return BudgetTexts(texts[:each], texts[each : 2 * each], replayed, source)
+    return BudgetTexts(texts[:each], texts[each : 2 * each], replayed)
 
 
 def count_texts_for(texts: Sequence[str], total_tokens: int) -> int:

@@ -23,7 +23,6 @@ class Shapes(Record):
     model_type: str
     is_decoder: bool
     num_parameters: int
-    num_tensors: int
     num_layers: int
     hidden_size: int
     vocab_size: int
@@ -56,7 +55,7 @@ def measure_shapes(
     with torch.device("meta"):
         model = load_with_advice(base.block, "model", lambda: base.auto_model_class.from_config(config))
     text = config.get_text_config()
-    counts = [parameter.numel() for parameter in model.parameters()]
+    count = sum(parameter.numel() for parameter in model.parameters())
     num_all = trained = units = lm_head = None
     if apply_method is not None:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -71,8 +70,7 @@ def measure_shapes(
     return Shapes(
         model_type=config.model_type,
         is_decoder=is_decoder(config),
-        num_parameters=sum(counts),
-        num_tensors=len(counts),
+        num_parameters=count,
         num_layers=getattr(text, "num_hidden_layers", 1) or 1,
         hidden_size=getattr(text, "hidden_size", 0) or 0,
         vocab_size=getattr(text, "vocab_size", 0) or 0,

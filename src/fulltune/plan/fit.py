@@ -49,8 +49,7 @@ def make_plan(workload: Workload, fleet: Fleet, own_loss: bool = False, startup_
     logging_steps = reasons.add("train.logging_steps", train.logging_steps, max(1, steps.total // 200), often)
     answers, need = plan_answers(basis, option.settings, option.memory, summary, metric, reasons)
     generic = watching.plan_generic_texts(recipe, summary, basis.global_batch_size, steps, reasons)
-    resolve.record_parts(recipe, shapes, reasons)
-    resolve.record_sampling(recipe, summary, reasons)
+    resolve.record_parts(recipe, shapes, summary, reasons)
     resolve.record_other_settings(recipe, reasons)
     reasons.settings += resolve.memory_caveats(basis.footprint, bool(train.torch_compile))
     used = option.settings

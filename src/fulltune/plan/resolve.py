@@ -9,7 +9,7 @@ from fulltune.footprint.records import Footprint
 from fulltune.models.shapes import Shapes
 from fulltune.plan import defaults, memory
 from fulltune.plan.savings import plain_optim
-from fulltune.plan.settings import FROM_RECIPE, Reasons
+from fulltune.plan.settings import Reasons
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.rules import wrong_metric
 from fulltune.recipe.tasks import FACTS
@@ -80,11 +80,7 @@ def choose_precision(recipe: Recipe, machine: Machine, device: str, reasons: Rea
         ratio = machine.cpu_bf16_speedup
         usual = "bf16" if ratio >= MIN_BF16_SPEEDUP else "fp32"
         reason = f"bf16 is about {ratio:.1f} times as fast as fp32 here (measured)"
-        reason += (
-            "; weights stay fp32"
-            if usual == "bf16"
-            else f"; a plan uses bf16 if it is at least {MIN_BF16_SPEEDUP} times as fast"
-        )
+        reason += "; weights stay fp32" if usual == "bf16" else f"; worthwhile from {MIN_BF16_SPEEDUP} times"
     else:
         oldest = oldest_gpu(recipe, machine)
         usual, reason = _precision_and_reason(oldest)
@@ -239,7 +235,7 @@ def choose_head_init(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> Litera
     if not FACTS[recipe.task].head_is_new:
         return None
     if shapes.head_note:
-        reasons.settings.append(Setting(name="head", value="kept", reason=shapes.head_note, is_automatic=True))
+        reasons.add("head", None, "kept", shapes.head_note)
     if not shapes.head_is_kept:
         why = "a random head distorts the pretrained features (Kumar et al. 2022)"
         start: Literal["probe", "random"] = reasons.add(name, wanted, "probe", why)
@@ -277,26 +273,21 @@ def memory_caveats(footprint: Footprint, compiled: bool = False) -> list[Setting
     return [Setting(name=name, value=value, reason=why, is_automatic=True) for name, value, why in rows]
 
 
-def record_parts(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> None:
-    """Add to `reasons` how many tokens are new, and how many parameters full fine-tuning leaves unchanged."""
+def record_parts(recipe: Recipe, shapes: Shapes, summary: DataSummary, reasons: Reasons) -> None:
+    """Add to `reasons` how many tokens are new, how many parameters are frozen, and how often rare rows repeat."""
     if count := len(recipe.model.new_tokens):
         reasons.add("model.new_tokens", None, count, "rows of new tokens start as the mean of the rows of their pieces")
     if recipe.method.kind == "full" and recipe.method.freeze and shapes.num_trainable is not None:
         frozen = f"{shapes.num_parameters - shapes.num_trainable:,} of {shapes.num_parameters:,} parameters are frozen"
-        why = f"{frozen}: they need no gradients and no optimizer state; tied weights are frozen together"
-        value = list(recipe.method.freeze)
-        reasons.settings.append(Setting(name="method.freeze", value=value, reason=why, is_automatic=False))
-
-
-_NOT_SHOWN = ("data.train", "data.eval", "data.test", "method.train")
-
-
-def record_sampling(recipe: Recipe, summary: DataSummary, reasons: Reasons) -> None:
-    """Add balanced `train.sampling` to `reasons`, with how often rows of the rarest class repeat."""
+        why = f"; {frozen}: they need no gradients and no optimizer state; tied weights are frozen together"
+        reasons.add("method.freeze", list(recipe.method.freeze), caveat=why)
     if recipe.train.sampling == "balanced" and (counts := summary.splits["train"].label_counts):
         rarest = min(counts, key=counts.__getitem__)
         often = f"{sum(counts.values()) / len(counts) / counts[rarest]:.3g} times"
         reasons.add("train.sampling", "balanced", caveat=f"; a row of '{rarest}', the rarest class, is used {often}")
+
+
+_NOT_SHOWN = ("data.train", "data.eval", "data.test", "method.train")
 
 
 def record_other_settings(recipe: Recipe, reasons: Reasons) -> None:
@@ -305,11 +296,6 @@ def record_other_settings(recipe: Recipe, reasons: Reasons) -> None:
     for block in ("model", "data", "method", "train", "preserve", "evaluate"):
         values = getattr(recipe, block)
         for field in type(values).model_fields:
-            name = f"{block}.{field}"
-            value = getattr(values, field)
-            if name in named or value is None or name in _NOT_SHOWN:
-                continue
-            is_set = field in values.model_fields_set
-            reasons.settings.append(
-                Setting(name=name, value=value, reason=FROM_RECIPE if is_set else "default", is_automatic=not is_set)
-            )
+            name, value = f"{block}.{field}", getattr(values, field)
+            if name not in named and value is not None and name not in _NOT_SHOWN:
+                reasons.add(name, value if field in values.model_fields_set else None, value, "default")

@@ -121,19 +121,10 @@ def _why_no_smaller_batch(recipe: Recipe, now: MemorySettings) -> str | None:
     return f"{ENGINE_SETTINGS} fixes the micro batch; write {parallel_layout.AUTO!r} instead"
 
 
-def _half_precision(recipe: Recipe, now: MemorySettings) -> list[Changes]:
-    return [{"precision": "bf16" if now.fast_bf16 else "fp16"}]
-
-
 def _why_no_bf16_weights(recipe: Recipe, now: MemorySettings) -> str | None:
     if recipe.train.zero_enabled_by:
         return "ZeRO keeps weights in fp32"
     return None if now.fast_bf16 else "this GPU has no fast bf16"
-
-
-def _half_length(recipe: Recipe, now: MemorySettings) -> list[Changes]:
-    half = now.longest_tokens // 2
-    return [{"longest_tokens": half}] if half >= MIN_LENGTH else []
 
 
 def _why_no_offloading(recipe: Recipe, now: MemorySettings) -> str:
@@ -153,7 +144,7 @@ MEMORY_SAVINGS = (
         name="16-bit computations",
         setting="train.precision",
         costs="rounding",
-        options=_half_precision,
+        options=lambda _, now: [{"precision": "bf16" if now.fast_bf16 else "fp16"}],
         unless=lambda _, now: "the weights already have 16 bits" if now.weights_dtype != "fp32" else None,
         same_result=False,
         measured="{precision} computations",
@@ -238,7 +229,7 @@ MEMORY_SAVINGS = (
         name="shorter rows",
         setting="data.max_length",
         costs="longer rows are truncated",
-        options=_half_length,
+        options=lambda _, now: [{"longest_tokens": half}] if (half := now.longest_tokens // 2) >= MIN_LENGTH else [],
         same_result=False,
         is_proposed=True,
     ),

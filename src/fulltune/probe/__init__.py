@@ -179,7 +179,6 @@ def fit_probe(
     width = max(hidden, 0 if last_layer is None else last_layer.in_features) or _USUAL_HIDDEN_SIZE
     width = round(width * (PAIRS if extractor.pair_separators else 1))
     train_rows = sample_rows(rows, extractor.kind, extractor.target.num_choices, width)
-    by_eval = len(eval_rows) >= LEAST_HELD_OUT
     try:
         try:
             train = extractor.features(train_rows, layers)
@@ -189,7 +188,7 @@ def fit_probe(
             layers, failure = None, str(error)  # means can still be extracted
             train = extractor.features(train_rows, layers)
         held_out = None
-        if by_eval:
+        if len(eval_rows) >= LEAST_HELD_OUT:
             sample = sample_rows(eval_rows, extractor.kind, extractor.target.num_choices, width, MOST_HELD_OUT)
             held_out = extractor.features(sample, layers)
         with _out_of_memory_as_no_probe(extractor.model):
@@ -209,7 +208,6 @@ def fit_probe(
         failure=failure,
         train_rows=len(train_rows),
         available_rows=len(rows),
-        selected_on="eval rows" if by_eval else "cross-validation",
     )
     return record, values, start, baseline[1] if baseline else None
 

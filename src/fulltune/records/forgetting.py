@@ -47,7 +47,6 @@ class BudgetResult(Record):
     budget: float
     limit: float
     is_language_model: bool
-    text_source: str
     metric: str
     greater_is_better: bool
     points: tuple[InterpolationPoint, ...]

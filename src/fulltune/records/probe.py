@@ -69,7 +69,6 @@ class Probe(Record):
     failure: str | None = None
     train_rows: int = 0
     available_rows: int = 0
-    selected_on: Literal["eval rows", "cross-validation"] = "eval rows"
     seconds: float = 0.0
 
     @property

@@ -148,9 +148,7 @@ def test_precision_follows_the_machine(
 
 def test_precision_on_a_cpu_says_what_was_measured() -> None:
     plan = planned(machine=CPU.model_copy(update={"cpu_bf16_speedup": 0.1}))
-    expected = (
-        "bf16 is about 0.1 times as fast as fp32 here (measured); a plan uses bf16 if it is at least 1.2 times as fast"
-    )
+    expected = "bf16 is about 0.1 times as fast as fp32 here (measured); worthwhile from 1.2 times"
     assert {setting.name: setting.reason for setting in plan.settings}["train.precision"] == expected
 
 

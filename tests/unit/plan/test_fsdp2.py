@@ -22,7 +22,6 @@ SHAPES = Shapes(
     model_type="bert",
     is_decoder=False,
     num_parameters=P,
-    num_tensors=100,
     num_layers=NUM_BLOCKS,
     hidden_size=1000,
     vocab_size=90_000,

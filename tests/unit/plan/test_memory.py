@@ -19,7 +19,6 @@ SHAPES = Shapes(
     model_type="llama",
     is_decoder=True,
     num_parameters=1_000_000,
-    num_tensors=10,
     num_layers=2,
     hidden_size=100,
     vocab_size=2_000,

@@ -91,7 +91,6 @@ def test_what_the_head_reads_gives_the_models_own_logits(
     assert probe.head is not None, probe.failure
     assert probe.failure is None
     assert (probe.head.dense is None) == (dense is None)
-    assert probe.selected_on == "eval rows"
     initialise_head_from_probe(model, tmp_path)
     logits = compare()
     features = extractor.features(eval_rows, layers)

@@ -17,14 +17,14 @@ def test_whole_tensors_are_read_as_parts_are(
     most_bytes: int, files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fsdp2, "is_first", lambda: True)
+    monkeypatch.setattr(fsdp2, "GATHERED_FILE_BYTES", most_bytes)
     tensors = {f"weights.{name}": torch.randn(3, 5) for name in "ab"}
     tensors |= {"weights.transposed": torch.randn(4, 6).T, "optimizer.a.step": torch.tensor([7.0])}
     folder = tmp_path / fsdp2.FOLDER
     folder.mkdir()
 
-    fsdp2.write_gathered_by_file(
-        {name: one.to("meta") for name, one in tensors.items()}, tensors.__getitem__, folder, most_bytes
-    )
+    shapes = {name: one.to("meta") for name, one in tensors.items()}
+    fsdp2.write_gathered_by_file(shapes, tensors.__getitem__, folder)
 
     written = list(folder.glob("*.safetensors"))
     assert len(written) == files

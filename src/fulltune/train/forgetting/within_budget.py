@@ -150,7 +150,6 @@ def _choose_and_certify(
         budget=budget,
         limit=limit,
         is_language_model=is_language_model,
-        text_source=texts.source,
         metric=plan.metric,
         greater_is_better=plan.greater_is_better,
         points=tuple(sorted(points, key=lambda point: point.share, reverse=True)),

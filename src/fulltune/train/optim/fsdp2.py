@@ -84,23 +84,20 @@ def tensor_types(checkpoint: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (entry.size, entry.properties.dtype) for name, entry in tensors.items()}
 
 
-def write_gathered(model: PreTrainedModel, folder: Path, max_bytes: int = GATHERED_FILE_BYTES) -> None:
+def write_gathered(model: PreTrainedModel, folder: Path) -> None:
     """Gather a sharded model's weights and write them as plain safetensors; all ranks must call this."""
     tensors = {
         name.removeprefix(WEIGHTS): weight for name, weight in _weights_by_key(model, trained_only=False).items()
     }
     shapes = {name: torch.empty(weight.shape, dtype=weight.dtype, device="meta") for name, weight in tensors.items()}
-    write_gathered_by_file(shapes, lambda name: sharding.full_tensor(tensors[name]), folder, max_bytes)
+    write_gathered_by_file(shapes, lambda name: sharding.full_tensor(tensors[name]), folder)
 
 
 def write_gathered_by_file(
-    shapes: Mapping[str, torch.Tensor],
-    gather: Callable[[str], torch.Tensor],
-    folder: Path,
-    max_bytes: int = GATHERED_FILE_BYTES,
+    shapes: Mapping[str, torch.Tensor], gather: Callable[[str], torch.Tensor], folder: Path
 ) -> None:
     """Write plain safetensors, gathering one file's tensors at a time on all ranks. `shapes` holds meta tensors."""
-    split = split_torch_state_dict_into_shards(dict(shapes), max_shard_size=max_bytes)
+    split = split_torch_state_dict_into_shards(dict(shapes), max_shard_size=GATHERED_FILE_BYTES)
     for file, names in split.filename_to_tensors.items():
         gathered = ((name, gather(name)) for name in names)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in gathered if is_first()}

@@ -19,7 +19,7 @@ from fulltune.records.plan import AnswersPlan
 from fulltune.records.scores import Answer
 from fulltune.stats.bootstrap import ResamplableMetric, find_metric
 from fulltune.stats.choice import choose_evaluation
-from fulltune.tasks import Predictions, Target
+from fulltune.tasks import Target
 from fulltune.tasks.padding import object_array
 from fulltune.text import counted, format_metric
 from fulltune.train.loop.inputs import AttemptInputs
@@ -77,9 +77,6 @@ class AnswerScorer(TrainingPart):
                 took=round(time.monotonic() - began, 3),
             )
         )
-        return self._metrics(scores)
-
-    def _metrics(self, scores: Predictions) -> dict[str, float]:
         own = {name: float(values.mean()) for name, values in scores.items() if ":" in name}
         return {**self.inputs.task.metrics(scores, self.target), **own}
 
