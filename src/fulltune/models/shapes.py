@@ -91,10 +91,11 @@ def _count_cached_values(config: PretrainedConfig) -> int:
     """Return the keys and values per token in all layers, or in all decoder layers of an encoder-decoder."""
     text: Any = config.get_text_config(decoder=True)
     text.allow_global_per_layer_attribute_access = True  # layers of Gemma 4 differ
-    heads = getattr(text, "num_attention_heads", None) or 1
-    size = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or getattr(text, "hidden_size", 0) // heads
-    layers = getattr(text, "num_decoder_layers", None) or getattr(text, "num_hidden_layers", 0)
-    return int(2 * layers * (getattr(text, "num_key_value_heads", None) or heads) * size)
+    heads: Any = getattr(text, "num_attention_heads", None) or 1
+    size: Any = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or getattr(text, "hidden_size", 0) // heads
+    groups: Any = getattr(text, "num_key_value_heads", None) or heads
+    layers: Any = getattr(text, "num_decoder_layers", None) or getattr(text, "num_hidden_layers", 0)
+    return int(2 * layers * groups * size)
 
 
 _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logits_soft_cap")

@@ -53,7 +53,8 @@ def plan_answers(
     evaluations += basis.recipe.train.eval_on_start
     often = counted(evaluations, "evaluation")
     words = f"up to {counted(new_tokens, 'token')} at each of {often}, in batches of {size}"
-    flops, seconds = time.device_flops(basis.fleet, used.precision, shapes.hidden_size), None
+    seconds: float | None = None
+    flops = time.device_flops(basis.fleet, used.precision, shapes.hidden_size)
     if flops is not None:
         batches = -(-rows // (size * (used.num_processes if basis.fleet.gpu_model else used.num_machines)))
         prompt = max(1.0, (split.tokens - split.trained_tokens) / split.rows)
