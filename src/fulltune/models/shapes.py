@@ -92,7 +92,8 @@ def _count_cached_values(config: PretrainedConfig) -> int:
     text: Any = config.get_text_config(decoder=True)
     text.allow_global_per_layer_attribute_access = True  # layers of Gemma 4 differ
     heads: Any = getattr(text, "num_attention_heads", None) or 1
-    size: Any = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or getattr(text, "hidden_size", 0) // heads
+    hidden = getattr(text, "hidden_size", 0)
+    size: Any = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or hidden // heads
     groups: Any = getattr(text, "num_key_value_heads", None) or heads
     layers: Any = getattr(text, "num_decoder_layers", None) or getattr(text, "num_hidden_layers", 0)
     return int(2 * layers * groups * size)
