@@ -25,6 +25,7 @@ from fulltune.plan.settings import with_settings
 from fulltune.probe.linear import Items, NoProbe, error_rate, fit_at_strengths, select_classifier
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.functions import is_own
+from fulltune.recipe.rules import of_answers
 from fulltune.records.audit import HIGH_LOSS, PROOFS, TRAINED_PROOFS, Proof, Proofs, Remedy, RowDecision, RowIssue
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Message, only_steps_and_warnings
@@ -148,8 +149,8 @@ def check_proofs_possible(recipe: Recipe, summary: DataSummary, by_classifiers: 
     if by_trainings and (recipe.is_searched or recipe.methods):
         several = "search" if recipe.is_searched else "methods"
         raise RecipeError(f"--trainings: needs a recipe with one method and fixed settings; remove {several}")
-    if by_trainings and is_own(recipe.evaluate.metric):
-        raise RecipeError("--trainings: own metrics cannot be compared yet; choose a metric of the task")
+    if by_trainings and (is_own(recipe.evaluate.metric) or of_answers(recipe)):
+        raise RecipeError("--trainings: own metrics and those of answers cannot be compared yet; choose another metric")
     if by_trainings and summary.packed and not recipe.data.eval:
         raise RecipeError(
             "--trainings: packed texts share rows, so dropping a text would change the eval texts; give the eval texts "

@@ -37,7 +37,7 @@ BLOCKS: dict[str, Any] = {
     "task": "causal-lm",
     "data": {"eval_fraction": 0.3},
     "train": TRAIN,
-    "evaluate": {"metric": "exact_match", "choose_rows": 12, "max_new_tokens": 6},
+    "evaluate": {"metric": "exact_match", "choose_rows": 12, "max_new_tokens": 6, "generate_rows": 9},
     "method": {"learning_rate": 3e-3},
 }
 
@@ -184,6 +184,8 @@ def test_prompts_without_room_for_an_answer_are_cut_as_for_test_rows(tiny_decode
     ]
     go(tmp_path, tiny_decoder, rows=long)
     assert runs.events(tmp_path, "answers")[0]["rows"] == 12
+    warned = [event["text"] for event in runs.events(tmp_path, "message") if "choose_rows" in event["text"]]
+    assert "is cut, because prompt and answer would exceed the model's 128 positions" in warned[0]
 
 
 def test_answers_that_never_stop_are_bounded_and_counted(decoder_tokenizer: Any, tiny_decoder: Path) -> None:
@@ -205,9 +207,25 @@ def test_answers_that_never_stop_are_bounded_and_counted(decoder_tokenizer: Any,
         {"methods": ["full", "lora"]},
         {"method": {"learning_rate": "search"}},
         {"preserve": {"budget": "1%"}},
+        {"data": {"folds": 3}},
     ],
-    ids=["comparison", "search", "budget"],
+    ids=["comparison", "search", "budget", "folds"],
 )
 def test_answers_choose_in_single_runs_only(blocks: dict[str, Any], tiny_decoder: Path, tmp_path: Path) -> None:
     with pytest.raises(FulltuneError, match="exact_match compares generated answers, which only a single run"):
         go(tmp_path, tiny_decoder, **blocks)
+
+
+def test_metric_of_answers_needs_test_rows_with_answers(tiny_decoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FulltuneError, match="generate_rows: 0, but evaluate.metric: exact_match compares answers"):
+        go(tmp_path, tiny_decoder, evaluate={**BLOCKS["evaluate"], "generate_rows": 0})
+
+
+@pytest.mark.parametrize(("kind", "once"), [("full", True), ("lora", False)])
+def test_only_weights_without_added_parameters_are_gathered_once(kind: str, once: bool, tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", "llama")
+    train = {**TRAIN, "placement": "fsdp2", "num_processes": 2, "oversubscribe": True}
+    plan = runs.run(tmp_path, model, ROWS, until="plan", **{**BLOCKS, "train": train, "method": {"kind": kind}}).plan
+    assert plan is not None
+    assert plan.answers is not None
+    assert plan.answers.gather_once == once

@@ -192,6 +192,15 @@ def test_too_few_groups_for_the_folds_are_refused_and_rare_classes_said(tmp_path
         assert any("1 class has fewer rows than the 3 folds" in note and "'odd' (1)" in note for note in summary.notes)
 
 
+def test_fold_without_the_positive_label_is_refused_before_any_fold_is_trained(tmp_path: Path, model: Path) -> None:
+    rare = [*ROWS, *({"text": f"an odd one {number}", "label": "odd", "who": "odd"} for number in range(2))]
+    evaluate = {"positive_label": "odd", "metric": "f1"}
+    asked = job(tmp_path / "rare", model, rare, data={"folds": 3, "group": "who"}, evaluate=evaluate)
+    with pytest.raises(RecipeError, match=r"0 of \d+ \w+ rows have the class 'odd'; lower data.folds"):
+        run_recipe(asked)
+    assert not list(asked.folder.glob("folds/*/attempts"))
+
+
 @pytest.mark.long
 def test_class_that_one_fold_cannot_train_is_answered_all_the_same(tmp_path: Path, model: Path) -> None:
     rare = [*ROWS, {"text": "an odd one", "label": "odd", "who": "odd"}]

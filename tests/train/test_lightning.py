@@ -111,6 +111,15 @@ def test_what_cannot_be_had_with_lightning_is_refused_all_at_once(tmp_path: Path
     assert not (tmp_path / "runs").exists()
 
 
+def test_answers_are_generated_without_lightning_only(tmp_path: Path) -> None:
+    recipe = written(tmp_path, task="causal-lm", evaluate={"metric": "exact_match", "choose_rows": 20})
+    with pytest.raises(RecipeError) as refused:
+        prepare(recipe)
+    assert [problem.partition(":")[0] for problem in refused.value.problems] == [
+        *("evaluate.choose_rows", "evaluate.metric"),
+    ]
+
+
 def test_numbers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="the labels are numbers, which only 'fulltune run' supports"):
         prepare(written(tmp_path, rows=number_rows(), data={"label": "score"}))

@@ -17,7 +17,7 @@ from fulltune.inference.store import CLUSTERS
 from fulltune.methods.folder import read_notes
 from fulltune.pipeline import Run, Until
 from fulltune.plan.settings import with_settings
-from fulltune.records.events import Message, only_steps_and_warnings
+from fulltune.records.events import Listener, Message, only_steps_and_warnings
 from fulltune.records.scores import Scores
 from fulltune.report.format.words import format_estimate, metric_name
 from fulltune.stats.bootstrap import resample_metrics
@@ -39,28 +39,37 @@ def run_folds(job: Run, until: Until, measure: bool) -> RunResult:
         job.listener(Message(text=f"this is fold 1 of {count}; 'fulltune run' trains a model for each fold"))
         return reached
     with run_folder.explain_os_errors(job.folder), run_folder.lock_folder(job.folder):
-        folds = [_run_fold(job, number) for number in range(1, count + 1)]
+        jobs = [_open_fold(job, number) for number in range(1, count + 1)]
+        for fold in jobs:  # rows are refused before any fold is trained
+            pipeline.run(fold, "data")
+        folds = [
+            _run_fold(fold, f"fold {number} of {count}", job.listener) for number, fold in enumerate(jobs, start=1)
+        ]
         if not pooled.exists():
             _score_together(job, folds).save(pooled)
         scores = (*(fold.scores[-1] for fold in folds), Scores.load(pooled))
         return RunResult(job.folder, reached.summary, scores=scores, report=report.write_run_report(job.folder))
 
 
-def _run_fold(job: Run, number: int) -> RunResult:
-    """Run or resume a fold in its own run folder, or load its results."""
+def _open_fold(job: Run, number: int) -> Run:
+    """Find or make a fold's own run folder."""
     recipe, folder = with_settings(job.recipe, {"data.fold": number}), job.folder / "folds" / str(number)
-    name, text = f"fold {number} of {recipe.data.folds}", (job.folder / "recipe.yaml").read_text(encoding="utf-8")
-    text += f"\n# --set data.fold={number}\n"
+    text = (job.folder / "recipe.yaml").read_text(encoding="utf-8") + f"\n# --set data.fold={number}\n"
     run_folder.find_or_make_folder(recipe, text, "", folder, False, job.hooks.digest())
-    if (reached := run_folder.load_finished_run(recipe, folder)) is None:
-        job.listener(Message(text=name, level="progress"))
+    listener = job.listener if number == 1 else only_steps_and_warnings(job.listener)
+    return replace(job, recipe=recipe, folder=folder, listener=listener, began=None)
+
+
+def _run_fold(job: Run, name: str, listener: Listener) -> RunResult:
+    """Run or resume a fold, or load its results."""
+    if (reached := run_folder.load_finished_run(job.recipe, job.folder)) is None:
+        listener(Message(text=name, level="progress"))
         release_unused()  # by the model that scored the last fold
-        listener = job.listener if number == 1 else only_steps_and_warnings(job.listener)
-        reached = pipeline.run(replace(job, recipe=recipe, folder=folder, listener=listener, began=None))
+        reached = pipeline.run(job)
     trained, metric = reached.scores[-1], reached.scores[-1].main_metric
     if metric in trained.metrics:
         name += f": {metric_name(metric)} {format_estimate(metric, trained.metrics[metric])}"
-    job.listener(Message(text=name, level="progress"))
+    listener(Message(text=name, level="progress"))
     return reached
 
 

@@ -22,6 +22,7 @@ from fulltune.lightning.module import PREFIX, FineTuningData, FineTuningModule
 from fulltune.pipeline import Run
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
+from fulltune.recipe.rules import of_answers
 from fulltune.recipe.training import PER_TENSOR_OPTIMIZERS
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
@@ -50,6 +51,7 @@ _NO_EFFECT = {
     "train.loss": "override training_step of job.module",
     "evaluate.metrics": "log them in a callback",
     "evaluate.greater_is_better": "choose by a metric of the task",
+    "evaluate.choose_rows": "only 'fulltune run' generates answers during training",
 }
 
 
@@ -77,6 +79,8 @@ def unsupported_settings(recipe: Recipe) -> list[str]:
     ]
     if recipe.method.kind != "full" and not recipe.methods:
         problems.append(f"method.kind: Lightning supports only full, not '{recipe.method.kind}'; use 'fulltune run'")
+    if of_answers(recipe):
+        problems.append("evaluate.metric: only 'fulltune run' generates answers during training; use loss")
     if recipe.is_searched:
         problems.append("search: only 'fulltune run' can search; set a value instead")
     if recipe.is_cross_validated:

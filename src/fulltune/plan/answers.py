@@ -38,6 +38,7 @@ def plan_answers(
     longest = split.length_percentiles["max"]
     value = BYTES["fp32" if used.precision == "fp32" else "bf16"]
     whole = value * shapes.num_parameters if layout is not None and layout.stage == 3 else 0
+    is_full = basis.recipe.method.kind == "full"  # a gathered copy has no parameters that a method adds
 
     def peak(size: int, gathered: int = 0) -> int:
         """Return the peak with a batch's cache, and its logits for the last token."""
@@ -48,7 +49,7 @@ def plan_answers(
     size, limit = min(BATCH, rows), max(basis.available_bytes, memory.peak)
     while size > 1 and peak(size) > limit:
         size = -(-size // 2)
-    gather_once = whole > 0 and peak(size, whole) <= limit
+    gather_once = whole > 0 and is_full and peak(size, whole) <= limit
     evaluations = time.count_interval_steps(basis.steps.total, basis.steps.between_evaluations)
     evaluations += basis.recipe.train.eval_on_start
     often = counted(evaluations, "evaluation")

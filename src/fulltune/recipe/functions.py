@@ -65,6 +65,8 @@ def import_functions(functions: Mapping[str, str], folder: str) -> None:
 def _import_function(name: str, folder: str) -> OwnFunction:
     module_name, _, function = name.partition(":")
     file = Path(folder, *module_name.split(".")).with_suffix(".py")
+    if file.exists() and module_name.partition(".")[0] in sys.stdlib_module_names:
+        raise SetupError(f"'{name}': Python has a module '{module_name}' of its own; rename {file}")
     try:
         module = _run_file(module_name, file, file.read_bytes()) if file.exists() else import_module(module_name)
     except Exception as error:

@@ -86,6 +86,11 @@ def _setting_value(recipe: Recipe, method: ComparedMethod, form: Form | None, na
     return value
 
 
+def of_answers(recipe: Recipe) -> bool:
+    """Return whether the recipe's metric compares generated answers."""
+    return FACTS[recipe.task].writes and compares_answers(recipe.evaluate.metric or "")
+
+
 def wrong_metric(recipe: Recipe, form: Form | None) -> str | None:
     """Return a message if `evaluate.metric` cannot choose a checkpoint for this form (None if unknown), else None."""
     wanted, forms = recipe.evaluate.metric, [form] if form else [FORMS[name] for name in FACTS[recipe.task].types]
@@ -259,11 +264,13 @@ def _other_problems(recipe: Recipe) -> list[str]:
         "evaluate.greater_is_better: has no effect, because the direction of the task's metrics is known; remove it": (
             not is_own(metric) and recipe.evaluate.greater_is_better is not None
         ),
-        f"evaluate.metric: {metric} compares generated answers, which only a single run without a search or "
+        f"evaluate.metric: {metric} compares generated answers, which only a single run without a search, folds or "
         "preserve.budget can do yet; use loss": (
-            FACTS[recipe.task].writes
-            and compares_answers(str(metric))
-            and (recipe.methods or recipe.is_searched or block.budget is not None)
+            of_answers(recipe)
+            and (recipe.methods or recipe.is_searched or recipe.is_cross_validated or block.budget is not None)
+        ),
+        f"evaluate.generate_rows: 0, but evaluate.metric: {metric} compares answers; set a number above 0": (
+            of_answers(recipe) and not recipe.evaluate.generate_rows
         ),
         "data.train: images cannot be mixed in by weight yet; list the folders without weights": (
             is_image and recipe.data.mixed_files

@@ -282,7 +282,7 @@ def check_label_settings(recipe: Recipe, summary: DataSummary) -> None:
         return
     for name, split in summary.splits.items():
         if (of_class := split.label_counts.get(label, 0)) in (0, split.rows):
-            hint = f"give data.{name} rows with and without it"
+            hint = "lower data.folds" if recipe.data.folds else f"give data.{name} rows with and without it"
             if label not in summary.labels:
                 hint = did_you_mean(label, summary.labels) or f"the classes are {first_few(summary.labels, 5)}"
             share = f"{of_class:,} of {split.rows:,} {name} rows"

@@ -8,11 +8,13 @@ import numpy as np
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from fulltune.audit.texts import masked_cells
+from fulltune.errors import SetupError
 from fulltune.inference.answers import draw_rows, tokenised_prompts
 from fulltune.inference.own_metrics import own_metric_names, own_scores
 from fulltune.inference.run import Batching, GeneratedAnswer, decode_answer, generate_tokens
 from fulltune.inference.store import read_original_rows
 from fulltune.models import sharding
+from fulltune.models.shapes import position_limit
 from fulltune.recipe.tasks import compares_answers
 from fulltune.records.events import Answered
 from fulltune.records.plan import AnswersPlan
@@ -42,11 +44,19 @@ class AnswerScorer(TrainingPart):
         task, seed = inputs.task, inputs.recipe.data.split_seed
         drawn = draw_rows(read_original_rows(inputs.data / "eval"), task, target, sample.rows, seed)
         prompts = tokenised_prompts(drawn, trainer.eval_rows, task, target, tokenizer)
-        pairs = zip(drawn.values(), prompts, strict=True)
-        ordered = sorted(
-            pairs, key=lambda pair: len(pair[1])
-        )  # batches of similar prompts, the same at each evaluation
-        self.rows, self.prompts = [row for row, _ in ordered], [ids for _, ids in ordered]
+        if not prompts:
+            raise SetupError("evaluate.choose_rows: no eval row has a prompt to answer; remove the metric of answers")
+        # Batches of prompts of similar lengths, the same at each evaluation.
+        pairs = sorted(zip(drawn.values(), prompts, strict=True), key=lambda pair: len(pair[1]))
+        self.rows, self.prompts = [row for row, _ in pairs], [ids for _, ids in pairs]
+        config: Any = cast("Any", trainer.model).config
+        limit = None if config.is_encoder_decoder else position_limit(config)
+        cut = sum(len(ids) + sample.max_new_tokens > limit for ids in prompts) if limit else 0
+        if cut and inputs.is_main:
+            inputs.warn(
+                f"evaluate.choose_rows: the beginning of {counted(cut, 'prompt')} of {len(prompts)} is cut, because "
+                f"prompt and answer would exceed the model's {limit} positions; see evaluate.max_new_tokens"
+            )
         self.expected = [task.answer_text(row, target) for row in self.rows]
         metric = inputs.plan.metric
         self.measure: ResamplableMetric | None = None
@@ -65,7 +75,7 @@ class AnswerScorer(TrainingPart):
         answers, unfinished = self._generate()
         scores = dict(self.inputs.task.score_answers(answers, self.expected, self.inputs.plan.metric))
         if names := own_metric_names(self.inputs.recipe):
-            own = own_scores(names, answers, self.expected, self.rows)
+            own = own_scores(names, answers, self.expected, self.rows) if self.inputs.is_main else {}
             scores |= distributed.all_gather(own)[0]  # an own function may not give all ranks the same
         self._now = None if self.measure is None or self.measure.row_terms is None else self.measure.row_terms(scores)
         self.inputs.recorder.write(
@@ -77,8 +87,7 @@ class AnswerScorer(TrainingPart):
                 took=round(time.monotonic() - began, 3),
             )
         )
-        own = {name: float(values.mean()) for name, values in scores.items() if ":" in name}
-        return {**self.inputs.task.metrics(scores, self.target), **own}
+        return {**self.inputs.task.metrics(scores, self.target), **{name: float(scores[name].mean()) for name in names}}
 
     def _generate(self) -> tuple[list[str], np.ndarray]:
         """Return the answers of all ranks in order, and whether each reached the limit of tokens."""
@@ -86,9 +95,8 @@ class AnswerScorer(TrainingPart):
         positions, count = list(order), len(order)
         if arguments.world_size > 1:
             positions, count = distributed.rows_of_rank(order, size, arguments.process_index, arguments.world_size)
-        generated = self._generate_tokens(
-            [self.prompts[position] for position in positions], self.sample.max_new_tokens
-        )
+        prompts = [self.prompts[position] for position in positions]
+        generated = self._generate_tokens(prompts, self.sample.max_new_tokens)
         texts = [decode_answer(self.tokenizer, answer.tokens) for answer in generated]
         outputs = {TEXT: object_array(texts), UNFINISHED: np.array([not answer.has_ended for answer in generated])}
         if arguments.world_size > 1:
@@ -97,9 +105,8 @@ class AnswerScorer(TrainingPart):
 
     def _generate_tokens(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[GeneratedAnswer]:
         model: Any = self.trainer.model
-        batching = Batching(
-            self.sample.batch_size, self.inputs.plan.precision, on_progress=self.trainer.write_heartbeat
-        )
+        size, precision = self.sample.batch_size, self.inputs.plan.precision
+        batching = Batching(size, precision, on_progress=self.trainer.write_heartbeat)
         with self.inputs.journal.phase_within("evaluation"):
             together = sharding.needs_all_ranks(model)
             if together and self.sample.gather_once:
