@@ -80,8 +80,6 @@ def comparison(methods: Sequence[Method] = CLASSIFICATION, **changes: Any) -> Co
         confidence=0.95,
         alpha=0.05,
         num_rows=3080,
-        num_clusters=3074,
-        num_draws=10_000,
         scores={row.method: row.metric for row in rows},
         values={method.name: (method.metric,) * method.seeds for method in methods},
         seed_sds={method.name: 0.002 for method in methods},
@@ -111,7 +109,6 @@ def comparison(methods: Sequence[Method] = CLASSIFICATION, **changes: Any) -> Co
         "openings": (_opening(),),
         "drift_unit": "nats per token" if loss else "1 - cosine",
         "generic_text": "docstrings of the Python standard library",
-        "num_trials": 39,
         "seconds": 2712.0,
         "cores": 2,
         "device": "cpu",
@@ -157,7 +154,7 @@ def hostile() -> Comparison:
         model=HOSTILE,
         command=HOSTILE,
         findings=(finding("unfair", HOSTILE),),
-        openings=(_opening(HOSTILE), _opening()),
+        openings=(_opening(), _opening()),
         generic_text=HOSTILE,
         device=HOSTILE,
         notes=(HOSTILE,),
@@ -245,13 +242,12 @@ def _search(method: Method, rate: float) -> Search:
 def _look(seeds: int, enough: bool) -> Look:
     wanted = {} if enough else {"full": seeds + 1}
     reason = "every answer is clear" if enough else "lora and adapter are open"
-    return Look(num_seeds=seeds, max_seeds=5, spent=0.01, reason=reason, wanted_seeds=wanted, waiting=("prompt",))
+    return Look(num_seeds=seeds, spent=0.01, reason=reason, wanted_seeds=wanted, waiting=("prompt",))
 
 
-def _opening(by: str = "ada@lab", seeds: int = 1) -> TestRowsUse:
+def _opening(seeds: int = 1) -> TestRowsUse:
     trials = tuple(f"full-seed{42 + number}" for number in range(seeds))
-    return TestRowsUse(time="2026-11-24T16:12:03+01:00", by=by, command="fulltune compare", trials=trials,
-                   alpha=0.025, left=0.025)  # fmt: skip
+    return TestRowsUse(time="2026-11-24T16:12:03+01:00", trials=trials, alpha=0.025, left=0.025)
 
 
 def _baseline(metric: str, greater: bool, value: float, name: str = "majority class") -> Scores:

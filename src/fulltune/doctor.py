@@ -59,14 +59,9 @@ def read_log(source: Path) -> Log:
     if source.is_dir() and any((source / name).exists() for name in ("attempts", "plan", "data/summary.json")):
         return _read_run_log(source)
     below = [path for path in source.glob(f"*/{STATE}") if path.parent.name.rpartition("-")[2].isdigit()]
-    states = [*source.glob(STATE), *sorted(below, key=lambda path: number_in(path.parent), reverse=True)]
-    states = [source] if source.is_file() and source.suffix == ".json" else states
-    for number, path in enumerate(states, start=1):  # the latest first; truncated ones are skipped
-        try:
-            return _read_trainer_state(path)
-        except SetupError:
-            if number == len(states):
-                raise
+    states = [*sorted(below, key=lambda path: number_in(path.parent)), *source.glob(STATE)]
+    if states or (source.is_file() and source.suffix == ".json"):
+        return _read_trainer_state(states[-1] if states else source)
     if events := sorted(source.rglob("events.out.tfevents.*")):
         return _read_tensorboard(source, events)
     raise SetupError(

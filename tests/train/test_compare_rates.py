@@ -72,7 +72,7 @@ def test_scale_counts_questions_and_not_windows_of_their_passages(tmp_path: Path
     for form, rows in (("span", 2), ("single_label", 4)):
         line = comparing.Context(job, mock.Mock(splits={"eval": mock.Mock(rows=4)}, form=FORMS[form]), "test")
         line.resamplable_metric = mock.Mock(greater_is_better=True)
-        line.resamplable_metric.configure_mock(name="f1")
+        line.resamplable_metric.configure_mock(name="accuracy")
         assert line.metric_scale.eval_rows == rows
 
 

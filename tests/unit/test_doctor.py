@@ -114,8 +114,8 @@ def test_state_of_a_trainer_is_read(where: str, tmp_path: Path) -> None:
         assert [name for name, _, _ in diagnose(found)] == ["over-fitted"]
 
 
-def test_newest_state_that_can_be_read_is_read(tmp_path: Path) -> None:
-    for step, content in ((100, json.dumps(state())), (1000, json.dumps(state(best_global_step=7))), (2000, "{")):
+def test_newest_state_is_read(tmp_path: Path) -> None:
+    for step, content in ((100, json.dumps(state())), (1000, json.dumps(state(best_global_step=7)))):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(content)
     assert read_log(tmp_path).curves.kept_step == 7

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import transformers
@@ -31,8 +31,6 @@ from fulltune.train.worker.dry_run import restored_random_state
 from fulltune.train.worker.weights import InitialWeights, initial_weights_file
 
 _log = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 
 class Trainer(Guarded, transformers.Trainer):
@@ -259,13 +257,13 @@ class _GuardCallback(transformers.TrainerCallback):
         self._trainer.warn_if_diverged()
 
 
-def _without_argument(method: Callable[..., Result], argument: str) -> Callable[..., Result]:
+def _without_argument(method: Callable[..., Any], argument: str) -> Callable[..., Any]:
     """Return a function that calls `method` without this argument, which callers may pass by name or last."""
     parameters = inspect.signature(method).parameters.values()
     limit = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
     @functools.wraps(method)
-    def adapted(*positional: object, **keywords: object) -> Result:
+    def adapted(*positional: object, **keywords: object) -> Any:
         keywords.pop(argument, None)
         return method(*positional[:limit], **keywords)
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import getpass
-import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -41,8 +39,6 @@ def judge_on_test_rows(seed_runs: SeedRuns) -> Comparison:
     with context.log_duration("verdict"):
         opening = TestRowsUse(
             time=datetime.now().astimezone().isoformat(timespec="seconds"),
-            by=f"{getpass.getuser()}@{platform.node()}",
-            command=context.command,
             trials=tuple(one.trial.name for runs in seed_runs.results.values() for one in runs),
             alpha=alpha,
             left=later,
@@ -136,7 +132,6 @@ def build_comparison(
         openings=openings,
         drift_unit="nats per token" if summary.form.reads_any_text else "1 - cosine",
         generic_text=context.texts[1],
-        num_trials=len(context.saved_results()),
         seconds=round(context.seconds_spent, 1),
         cores=context.machine.num_cores,
         time_was_up=seed_runs.lacks_time,

@@ -8,7 +8,7 @@ from fulltune import plan
 from fulltune.compare import budget, rates
 from fulltune.compare.context import settings_of
 from fulltune.compare.seeds import SeedRuns
-from fulltune.models.base import Base, is_quantised_gguf
+from fulltune.models.base import Base
 from fulltune.models.shapes import measure_shapes
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import VARIANT
@@ -31,8 +31,7 @@ _ATTENTION = {
 }
 _MORE_TIME = "set a larger --budget, so that an undecided comparison can continue"
 _UNFAIR = {
-    "rate-not-searched": "leave `learning_rate` unset, or list three or more rates as `learning_rates`",
-    "no-time-for-rates": _MORE_TIME,
+    "rate-not-searched": "leave `learning_rate` unset or list `learning_rates`, with a larger --budget if time was up",
     "edge-of-grid": "add rates beyond this one to the method's `learning_rates`, or set a larger --budget",
     "unequal-search": "set a larger --budget, or list both methods' rates as `learning_rates` with `search_share: 1`",
     "low-peft-rates": "add learning rates up to ten times those of full fine-tuning",
@@ -42,7 +41,6 @@ _UNFAIR = {
     "unequal-tokens": "train all methods for the same epochs, on rows of the same length",
     "unequal-heads": "give all methods the same `head_init`",
     "eval-is-test": "choose rows for `data.eval` that are not in `data.test`",
-    "quantised-source": "use the model's original weights",
 }
 _WORTH_KNOWING = {
     "few-rates": "list three or more rates as `learning_rates`",
@@ -65,7 +63,6 @@ def lint_comparison(seed_runs: SeedRuns, comparison: Comparison) -> tuple[Findin
         *_check_equal_terms(trained),
         *_check_eval_rows(seed_runs, trained),
         *_check_test_rows(context.folder, rows_in_train(context.summary)),
-        *_check_pretrained_weights(context.job.base),
     ]
     if dropped := ", ".join(seed_runs.dropped_methods):
         findings.append(("left-out", dropped, "not trained, because the budget is too short"))
@@ -74,8 +71,7 @@ def lint_comparison(seed_runs: SeedRuns, comparison: Comparison) -> tuple[Findin
 
 def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
     """Check a recipe for unfair settings before the comparison starts."""
-    base = Base.from_block(recipe.model, recipe.task)
-    shapes = measure_shapes(base, {})
+    shapes = measure_shapes(Base.from_block(recipe.model, recipe.task), {})
     seeds = recipe.compare.seeds or budget.num_seeds(None, budget.FEW_TRAIN_ROWS)
     trained = []
     for method in recipe.methods:
@@ -95,14 +91,7 @@ def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
                 bf16_rounding=recipe.train.bf16_rounding or "stochastic",
             )
         )
-    return _to_findings(
-        [
-            *_check_rates(trained),
-            *_check_methods(trained),
-            *_check_equal_terms(trained),
-            *_check_pretrained_weights(base),
-        ]
-    )
+    return _to_findings([*_check_rates(trained), *_check_methods(trained), *_check_equal_terms(trained)])
 
 
 def _to_findings(findings: Iterable[tuple[str, str, str]]) -> tuple[Finding, ...]:
@@ -136,10 +125,7 @@ def _check_rates(trained: Sequence[MethodRow], *, full_wins: bool = False) -> Ru
     for row in trained:
         tried, search = _tried_rates(row), row.search
         assert search is not None, "it is trained"
-        if len(tried) < 2 and search.time_was_up:
-            late = "the budget was too short to search its learning rate"
-            yield "no-time-for-rates", row.method, f"{late}, {weak}"
-        elif len(tried) < 2:
+        if len(tried) < 2:
             yield "rate-not-searched", row.method, f"its learning rate was not searched, {weak}"
         elif len(tried) < FEWEST_RATES:
             yield "few-rates", row.method, f"only {len(tried)} learning rates were tried"
@@ -232,15 +218,6 @@ def _check_test_rows(folder: Path, in_train: str | None) -> RuleHits:
     if names := ", ".join(comparisons_on_same_test_rows(folder)):
         what = f"earlier comparisons ({names}) used these rows for a verdict, which may have influenced this comparison"
         yield "test-opened-by-others", "test rows", what
-
-
-def _check_pretrained_weights(base: Base) -> RuleHits:
-    if is_quantised_gguf(base.path):
-        yield (
-            "quantised-source",
-            "model",
-            "the pretrained weights come from a quantised file (gguf), so all methods start from rounded weights",
-        )
 
 
 def rows_in_train(summary: DataSummary) -> str | None:

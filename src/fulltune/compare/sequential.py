@@ -112,7 +112,6 @@ def plan_next_seeds(
     wanted, reason = _choose_next_seeds(methods[full].name, outlooks, now, max_seeds, again=again)
     return Look(
         num_seeds=now,
-        max_seeds=max_seeds,
         spent=level,
         reason=reason,
         wanted_seeds=wanted,

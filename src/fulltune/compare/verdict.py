@@ -77,8 +77,6 @@ def decide_verdict(methods: Sequence[MethodOutputs], drawn: ResampledTrials, ter
         confidence=terms.confidence,
         alpha=terms.alpha,
         num_rows=drawn.num_rows,
-        num_clusters=drawn.num_clusters,
-        num_draws=drawn.num_draws,
         scores=scores,
         values={method.name: tuple(point.tolist()) for method, point in zip(methods, drawn.point, strict=True)},
         seed_sds={
@@ -94,7 +92,7 @@ def decide_verdict(methods: Sequence[MethodOutputs], drawn: ResampledTrials, ter
             if difference.decides
         ),
         would_decide=tuple(_what_would_decide(differences)) if verdict == "UNDECIDED" else (),
-        notes=tuple(_verdict_notes(differences, verdict, recommended)),
+        notes=tuple(_verdict_notes(differences)),
     )
 
 
@@ -219,15 +217,11 @@ def _what_would_decide(differences: Sequence[Difference]) -> Iterator[str]:
         yield f"{rival.method}: {what}"
 
 
-def _verdict_notes(differences: Sequence[Difference], verdict: VerdictKind, recommended: str) -> Iterator[str]:
-    """Yield notes on reference methods, single seeds, and other methods that beat full."""
-    deciding = [one for one in differences if one.decides]
+def _verdict_notes(differences: Sequence[Difference]) -> Iterator[str]:
+    """Yield notes on reference methods and single seeds."""
     for shown in differences:
         if not shown.decides and (shown.other_better or shown.equivalent or shown.estimate <= 0):
             how = "is not worse than full" if shown.not_worse else "scores at least as well as full"
             yield f"{shown.method}, shown for reference, {how}: check whether the task can be learned from these rows"
-    if fewer := [one.method for one in deciding if one.num_seeds == 1 and one.seeds_known]:
+    if fewer := [one.method for one in differences if one.decides and one.num_seeds == 1 and one.seeds_known]:
         yield f"{', '.join(fewer)}: only one seed, so the spread between seeds is taken from the other methods"
-    better = [one.method for one in deciding if one.other_better and one.method != recommended]
-    if verdict in ("PEFT", "VARIANT") and better:
-        yield f"also better than full: {', '.join(better)}"

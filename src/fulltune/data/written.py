@@ -229,17 +229,11 @@ def write_mixed_in_rows(
 def target_mean_and_std(targets: np.ndarray, file_name: str, column: str) -> tuple[float, float]:
     """Return the targets' mean and standard deviation. Raises `DataError` if all targets are equal in fp32."""
     mean, spread = float(targets.mean()), float(targets.std())
-    rows = f"{file_name}: all {len(targets):,} train rows have"
-    if targets.min() == targets.max():
+    if spread < float(np.spacing(np.float32(abs(mean)))):
         raise DataError(
-            f"{rows} the same target {targets[0]:g} in column '{column}'; there is nothing to learn: add rows with "
-            "other targets (data.train), or choose another column (data.label)"
-        )
-    apart = float(np.spacing(np.float32(abs(mean))))
-    if spread < apart:
-        raise DataError(
-            f"{rows} nearly the same target in column '{column}': {mean:.9g} ± {spread:.3g}, where neighbouring 32-bit "
-            f"numbers differ by {apart:.3g}; subtract {mean:.3g} from all targets"
+            f"{file_name}: all {len(targets):,} train rows have the target {mean:g} in column '{column}', or targets "
+            "that 32-bit numbers cannot distinguish from it; there is nothing to learn: add rows with other targets "
+            f"(data.train), choose another column (data.label), or subtract {mean:.3g} from all targets"
         )
     return mean, spread
 

@@ -314,17 +314,6 @@ def _check_safetensors_header(file: Path, name: str) -> None:
         ) from None
 
 
-def is_quantised_gguf(path: Path | None) -> bool:
-    """Return True for a .gguf file with tensors in types other than fp32, fp16 and bf16."""
-    if path is None or not path.is_file():
-        return False
-    from gguf import GGMLQuantizationType as Kind
-    from gguf import GGUFReader
-
-    plain = (Kind.F32, Kind.F16, Kind.BF16)
-    return any(tensor.tensor_type not in plain for tensor in GGUFReader(path).tensors)
-
-
 def load_with_advice(block: ModelBlock, part_name: str, load_part: Callable[[], T]) -> T:
     """Call `load_part`, and turn transformers' errors into a `SetupError` with advice. Messages call the part
     `part_name`."""

@@ -113,7 +113,6 @@ class Look(Record):
     """An interim decision on the eval rows about which methods get more seeds."""
 
     num_seeds: int
-    max_seeds: int
     spent: float
     """Part of alpha that the verdict may use if no more seeds follow."""
     reason: str
@@ -126,8 +125,6 @@ class TestRowsUse(Record):
     """Log entry for a command that computed a verdict from the test rows."""
 
     time: str
-    by: str
-    command: str
     trials: tuple[str, ...]
     alpha: float
     left: float
@@ -191,8 +188,6 @@ class Decision(Record):
     alpha: float
     """Accepted probability of a wrong verdict FULL, PEFT or VARIANT."""
     num_rows: int
-    num_clusters: int
-    num_draws: int
     scores: dict[str, Estimate]
     values: dict[str, tuple[float, ...]]
     seed_sds: dict[str, float]
@@ -259,7 +254,6 @@ class Comparison(Record):
     openings: tuple[TestRowsUse, ...]
     drift_unit: str
     generic_text: str
-    num_trials: int
     seconds: float
     cores: int
     time_was_up: bool = False

@@ -70,7 +70,6 @@ def looks_of(count: int, most: int = 0, alpha: float = 0.05, *, ends: bool = Fal
     return [
         Look(
             num_seeds=n,
-            max_seeds=most,
             spent=alpha_spent(n, most, alpha),
             reason="",
             wanted_seeds={} if ends and n == count else {"full": n + 1},

@@ -64,7 +64,6 @@ def rules_of(
     rows: Sequence[MethodRow],
     verdict: str = "EQUIVALENT",
     eval_rows: int = 10**6,
-    is_quantised: bool = False,
     **more: Any,
 ) -> tuple[Finding, ...]:
     compared = comparisons.comparison(rows=tuple(rows), decision={"verdict": verdict})
@@ -74,8 +73,7 @@ def rules_of(
         **{"test_share_in_eval": more.pop("test_share_in_eval", 0.0), "notes": more.pop("notes", ())}
     )
     seed_runs: Any = SimpleNamespace(**{"context": line, "time_was_up": False, "dropped_methods": (), **more})
-    with mock.patch.object(lint, "is_quantised_gguf", return_value=is_quantised):
-        return lint.lint_comparison(seed_runs, compared)
+    return lint.lint_comparison(seed_runs, compared)
 
 
 def test_lint_of_clean_design_is_silent() -> None:
@@ -100,9 +98,9 @@ def test_lint_of_clean_design_is_silent() -> None:
         ),
         (
             {"lora": found_by(chosen=3e-4, time_was_up=True)},
-            "no-time-for-rates",
+            "rate-not-searched",
             "unfair",
-            "the budget was too short to search",
+            "its learning rate was not searched",
         ),
         ({"dropped_methods": ("prompt",)}, "left-out", "worth knowing", "the budget is too short"),
     ],
@@ -145,7 +143,6 @@ def test_what_the_budget_caused_is_called_so(planted: dict[str, Any], rule: str,
         ),
         ("bf16-full", "full", "unfair", {"full": {"weights_dtype": "bf16", "bf16_rounding": "nearest"}}),
         ("bf16-full", "full", "unfair", {"full": {"weights_dtype": "bf16"}}),
-        ("quantised-source", "model", "unfair", {"is_quantised": True}),
     ],
 )
 def test_lint_planted_defect_is_the_only_finding(rule: str, where: str, level: str, planted: dict[str, Any]) -> None:

@@ -25,12 +25,12 @@ def test_scale_is_found_whatever_the_size(mean: float, spread: float) -> None:
     [
         (
             [7.5] * 12,
-            "rows.csv: all 12 train rows have the same target 7.5 in column 'price'; .*data.train.*data.label",
+            "rows.csv: all 12 train rows have the target 7.5 in column 'price', .*data.train.*data.label",
         ),
         (
             [1e9 + i % 3 for i in range(12)],
-            "rows.csv: all 12 train rows have nearly the same target in column 'price': 1e[+]09 ± 0.816, "
-            "where neighbouring 32-bit numbers differ by 64; subtract 1e[+]09 from all targets",
+            "rows.csv: all 12 train rows have the target 1e[+]09 in column 'price', or targets that 32-bit numbers "
+            "cannot distinguish from it; .* subtract 1e[+]09 from all targets",
         ),
     ],
 )

@@ -41,9 +41,7 @@ def read_columnar_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     number += 1
     except (PermissionError, FileNotFoundError):
         raise
-    except UnicodeDecodeError:
-        raise DataError(f"{file}: a column name is not UTF-8; rename the column") from None
-    except (pa.ArrowException, OSError, EOFError) as error:
+    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:  # a column name may not be UTF-8
         after = f", after row {number - 1}" if number > 1 else ""
         text = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(

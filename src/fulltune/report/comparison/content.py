@@ -89,24 +89,19 @@ def _build_headline(comparison: Comparison) -> Headline:
 
 
 def _baseline_note(comparison: Comparison) -> str:
-    """Return a sentence if a baseline scores as well as the recommended (or best) method, else an empty string."""
+    """Return a sentence unless the recommended (or best) method is clearly better than all baselines, else ""."""
     scored = [one for one in comparison.baselines if comparison.decision.metric in one.metrics]
     trained = [row for row in comparison.rows if row.seeds]
     if not scored:
         return ""
     sign = 1 if comparison.decision.greater_is_better else -1
     best = max(scored, key=lambda scores: sign * scores.metrics[comparison.decision.metric].value)
-    top = max(trained, key=lambda row: sign * row.metric.value)
-    row = next((one for one in trained if one.method == comparison.decision.recommended), top)
+    row = max(trained, key=lambda row: (row.method == comparison.decision.recommended, sign * row.metric.value))
     value, write = best.metrics[comparison.decision.metric].value, MetricFormatter.of(comparison.decision)
-    if sign * value >= sign * top.metric.value:
-        return f"No method beats {best.name}, which needs no training and reaches {write.value(value)}."
     if sign * value < min(sign * row.metric.low, sign * row.metric.high):
         return ""
-    return (
-        f"{best.name} needs no training and reaches {write.value(value)} on the same test rows, within the interval of "
-        f"{row.method}, {write.estimate(row.metric)}."
-    )
+    beaten = f"{row.method} does not clearly beat it with {write.estimate(row.metric)}"
+    return f"{best.name} needs no training and reaches {write.value(value)}; {beaten}."
 
 
 def _confidence_level(comparison: Comparison) -> str:
@@ -117,7 +112,6 @@ def _list_key_figures(comparison: Comparison) -> list[NameAndValue]:
     trained = [row for row in comparison.rows if row.kind != "base"]
     return [
         ("methods trained", f"{len(trained):,}"),
-        ("trials", f"{comparison.num_trials:,}"),
         ("seeds per method, at most", f"{max((len(row.seeds) for row in trained), default=0):,}"),
         ("took", format_seconds(comparison.seconds)),
     ]
@@ -281,9 +275,7 @@ def build_details_section(comparison: Comparison) -> Section:
         rows = tuple((untrusted(one.name), write.estimate(one.metrics[comparison.decision.metric])) for one in scored)
         blocks.append(Table("Without training", ("baseline", write.name), rows, frozenset({1})))
     if comparison.looks:
-        looks = tuple(
-            f"{counted(look.num_seeds, 'seed')} of at most {look.max_seeds}: {look.reason}" for look in comparison.looks
-        )
+        looks = tuple(f"{counted(look.num_seeds, 'seed')}: {look.reason}" for look in comparison.looks)
         blocks.append(Folded("After each seed", (Bullets(looks),)))
     if comparison.notes:
         blocks.append(Bullets(comparison.notes))
@@ -299,7 +291,7 @@ def list_comparison_facts(comparison: Comparison) -> list[NameAndValue]:
     took = f"{format_seconds(comparison.seconds)} in total, {as_long} one full run ({format_seconds(full_seconds)})"
     times = "once" if len(openings) == 1 else f"{len(openings)} times"
     mixed = f" and {comparison.mixed_rows:,} mixed in per epoch" if comparison.mixed_rows else ""
-    opened = f"{times}: " + "; ".join(f"{opening.time} by {opening.by}" for opening in openings)
+    opened = f"{times}: " + "; ".join(opening.time for opening in openings)
     write, seeds = MetricFormatter.of(comparison.decision), counted(expected.num_seeds, "seed")
     detectable = f"forecast before the start, with {seeds}: {describe_detectable(expected, write)}"
     spread = [f"{method} {write.amount(sd)}" for method, sd in comparison.decision.seed_sds.items()]

@@ -95,7 +95,7 @@ def build_tasks_section(record: ManyTasks) -> Section:
     header = ("task", *(method.method for method in record.methods))
     blocks: tuple[Element, ...] = (
         Paragraph(words.strip_folders(record.model)),
-        *map(Paragraph, _describe_stored_sizes(record)),
+        Paragraph(_describe_stored_sizes(record)),
         Table("Totals over all tasks, by method", cost, tuple(totals), frozenset(range(1, len(cost)))),
         Table("Tasks", ("task", "verdict", "metric"), tuple(tasks)),
         Table("Scores on each task's test rows", header, tuple(scores), frozenset(range(1, len(header)))),
@@ -103,23 +103,21 @@ def build_tasks_section(record: ManyTasks) -> Section:
     return Section("tasks", f"{counted(len(record.tasks), 'task')} with one pretrained model", blocks)
 
 
-def _describe_stored_sizes(record: ManyTasks) -> list[str]:
-    """Return sentences that compare the disk space of full models with the smallest other method's."""
+def _describe_stored_sizes(record: ManyTasks) -> str:
+    """Compare the disk space of full models with the smallest other method's."""
     full, *others = record.methods
     # A head alone decides nothing; the others count unless they are known to be worse.
     on_base = [method for method in others if method.kind != "variant"]
     fair = [method for method in on_base if method.kind != "head" and (method.behind is None or method.behind.low <= 0)]
     smallest = min(fair or on_base, key=lambda method: method.stored_bytes, default=None)
-    lines = [
+    text = (
         f"A full model for each of {counted(len(record.tasks), 'task')} takes {format_bytes(full.stored_bytes)} on "
         "disk and the same amount of memory if all models are loaded."
-    ]
+    )
     if smallest is not None:
-        lines[0] += (
+        text += (
             f" One pretrained model ({format_bytes(record.base_bytes)}) with {smallest.method} for each task takes "
             f"{format_bytes(smallest.stored_bytes)} ({format_ratio(smallest.stored_bytes / full.stored_bytes)}). Each "
             f"further task adds {format_bytes(smallest.bytes_per_task)} instead of {format_bytes(full.bytes_per_task)}."
         )
-    if all(method.behind is None for method in others):
-        lines.append("No mean over tasks is shown, because their metrics cannot be averaged or there is only one seed.")
-    return lines
+    return text
