@@ -135,17 +135,6 @@ def listed(items: Sequence[str], last: str = "and") -> str:
     return f" {last} ".join([", ".join(items[:-1]), items[-1]]) if len(items) > 1 else "".join(items)
 
 
-def format_ranges(numbers: Sequence[int]) -> str:
-    """Format ascending numbers with consecutive ones joined: `0 to 7, 12`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
-
-
 def first_few(items: Sequence[str], max_items: int = 3) -> str:
     """List the first items and count the others: `a, b, c and 4 more`."""
     more = len(items) - max_items

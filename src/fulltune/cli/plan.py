@@ -70,20 +70,12 @@ def plan_without_data(
     target: Path, overrides: list[str], rows: int | None, tokens: int | None, hardware: str | None, price: str | None
 ) -> tuple[Survey, Plan | None]:
     """Make a survey and a plan (None if nothing fits) from the recipe, the model's config, and two numbers."""
-    problems: list[str] = []
-    recipe, checked = None, None
-    try:
-        if target.is_dir():
-            raise RecipeError(f"{target}: is a run folder with known rows; to plan without data, give the recipe")
-        recipe = load_recipe(target, overrides)
-    except RecipeError as error:
-        problems += error.problems
-    try:
-        checked = parse_plan_options(hardware, rows, tokens, price)
-    except RecipeError as error:
-        problems += error.problems
-    if recipe is None or checked is None or rows is None or tokens is None:
-        raise RecipeError(problems)
+    checked = parse_plan_options(hardware, rows, tokens, price)
+    assert rows is not None, "given"
+    assert tokens is not None, "given with --rows"
+    if target.is_dir():
+        raise RecipeError(f"{target}: is a run folder with known rows; to plan without data, give the recipe")
+    recipe = load_recipe(target, overrides)
     survey, plan = _make_survey_and_plan(
         recipe, _make_assumed_summary(recipe, rows, tokens), checked, None, Path(recipe.output), config_only=True
     )

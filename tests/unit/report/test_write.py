@@ -113,12 +113,6 @@ def test_html_ten_thousand_characters_are_clipped_and_counted(classification: Pa
     assert "9,500 more characters" in html
 
 
-def test_html_lone_surrogate_in_a_jsonl_file_is_written(classification: Path) -> None:
-    (classification / "data" / "dropped.jsonl").write_text('{"reason": "a\\ud800b"}\n', encoding="utf-8")
-    _, html = both(classification)
-    assert "a⟨U+D800⟩b" in html
-
-
 def test_reports_classification_run_has_every_part(classification: Path) -> None:
     markdown, html = both(classification)
     for text in (markdown, Page(html).text):

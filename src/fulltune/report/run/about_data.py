@@ -3,7 +3,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fulltune.audit.texts import masked_text
 from fulltune.recipe.tasks import FORMS, FROM_FILE, Form
 from fulltune.records.data import DataSummary, Segment, SplitSummary
 from fulltune.report.format import words
@@ -83,7 +82,7 @@ def build_data_section(view: RunView) -> Section | None:
     blocks: list[Element] = [build_split_table(summary), *_mixed_source_blocks(view, summary), Facts(tuple(facts))]
     if summary.notes:
         blocks.append(Bullets(tuple(words.cut_text(note, _TEXT_LIMIT) for note in summary.notes)))
-    blocks += [*_label_count_blocks(summary), *_dropped_row_blocks(view, summary), *_row_preview_blocks(summary)]
+    blocks += [*_label_count_blocks(summary), *_dropped_row_blocks(summary), *_row_preview_blocks(summary)]
     return Section("data", "Data", tuple(blocks))
 
 
@@ -174,21 +173,13 @@ def _label_count_blocks(summary: DataSummary) -> list[Element]:
     return [table] if len(rows) <= _LABELS_OPEN else [Folded(f"{len(rows)} {noun}s", (table,))]
 
 
-def _dropped_row_blocks(view: RunView, summary: DataSummary) -> list[Element]:
+def _dropped_row_blocks(summary: DataSummary) -> list[Element]:
     if not summary.dropped:
         return [Paragraph("No row was dropped.")]
     reasons = sorted(summary.dropped.items(), key=lambda item: -item[1])
     by_reason = tuple((untrusted(reason), f"{number:,}") for reason, number in reasons)
-    blocks: list[Element] = [Table("Dropped rows, by reason", ("reason", "rows"), by_reason, frozenset({1}))]
-    if view.dropped:
-        columns = ("split", "row", "check", "reason")
-        rows = tuple(
-            tuple(untrusted(masked_text(str(row.get(key, "-"))), _CELL_LIMIT) for key in columns)
-            for row in view.dropped
-        )
-        title = f"the first {len(rows)} of {counted(sum(summary.dropped.values()), 'dropped row')}"
-        blocks.append(Folded(title, (Table("data/dropped.jsonl lists all dropped rows", columns, rows),)))
-    return blocks
+    caption = "Dropped rows, by reason (data/dropped.jsonl lists each row)"
+    return [Table(caption, ("reason", "rows"), by_reason, frozenset({1}))]
 
 
 def _row_preview_blocks(summary: DataSummary) -> list[Element]:

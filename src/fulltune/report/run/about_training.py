@@ -6,7 +6,6 @@ from typing import Any
 from fulltune.records.events import PhaseBegan
 from fulltune.records.forgetting import OF_GENERIC_TEXT
 from fulltune.records.plan import Plan
-from fulltune.records.run import Environment
 from fulltune.records.training import Check, Outcome
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
@@ -34,7 +33,6 @@ from fulltune.text import (
     format_bytes,
     format_metric,
     format_number,
-    format_ranges,
     format_seconds,
     format_share,
     listed,
@@ -222,29 +220,12 @@ def build_environment_section(view: RunView) -> Section | None:
         ("processor", f"{env.cpu}, {counted(env.num_cores, 'core')}"),
         ("memory", format_bytes(env.memory_bytes)),
         ("devices", listed(env.devices) or "CPU only"),
+        *env.machines.items(),
         *(("own function", f"{name}, file with SHA-256 {digest}...") for name, digest in env.functions.items()),
     )
     packages = Bullets(tuple(f"{name} {version}" for name, version in sorted(env.packages.items())))
     folded = Folded("package versions", (packages,))
-    return Section(
-        "environment", "Environment", (Facts(facts), *_build_machine_tables(env), *([folded] if env.packages else []))
-    )
-
-
-def _build_machine_tables(env: Environment) -> tuple[Table, ...]:
-    rows = tuple(
-        (
-            str(machine.rank),
-            Cell(machine.host, untrusted=True),
-            format_ranges(machine.ranks) or "none",
-            Cell(listed(machine.devices) or machine.cpu, untrusted=True),
-            str(machine.num_cores),
-            format_bytes(machine.memory_bytes),
-        )
-        for machine in env.machines
-    )
-    header = ("machine", "host", "ranks", "devices", "cores", "memory")
-    return (Table("Machines of the last attempt", header, rows, numeric=frozenset({4, 5})),) if rows else ()
+    return Section("environment", "Environment", (Facts(facts), *([folded] if env.packages else [])))
 
 
 _HEADER = ("what", "planned", "after the dry run", "actual", "error of the plan", "error of the dry run")

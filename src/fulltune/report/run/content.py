@@ -30,6 +30,10 @@ from fulltune.report.run.verdict import collect_facts, judge_scores, suggest_nex
 from fulltune.text import format_metric, format_number, format_seconds, format_share
 
 _SECOND_METRICS = ("f1 macro", "rougeL", "token accuracy", "r2", "exact match", "loss")
+_NO_MODEL = (
+    "There is no trained model in this run folder. 'Training' above says what happened. The same 'fulltune run' "
+    "command resumes from the last checkpoint."
+)
 
 
 def build_run_report(view: RunView) -> Report:
@@ -117,7 +121,7 @@ def _steps_to_try(steps: tuple[str, ...]) -> list[Element]:
 def _build_how_to_use_blocks(view: RunView, headline: Headline) -> tuple[Element, ...]:
     folder, question = view.model_folder, choose_row_form(view.summary).question
     if folder is None:
-        blocks: tuple[Element, ...] = (Paragraph(_how_to_get_model(view.outcome.status if view.outcome else None)),)
+        blocks: tuple[Element, ...] = (Paragraph(_NO_MODEL),)
     else:
         columns = Paragraph("ROWS.jsonl is any file with the columns that the model reads; see 'Data'.")
         blocks = (
@@ -127,14 +131,6 @@ def _build_how_to_use_blocks(view: RunView, headline: Headline) -> tuple[Element
             *build_loading_blocks(f"{view.name}/{folder}", view),
         )
     return (Folded("how to use this model anyway", blocks),) if headline.kind == "worse" else blocks
-
-
-def _how_to_get_model(status: str | None) -> str:
-    """Say how to get a model, given the last attempt's status (None without an outcome)."""
-    can_go_on = status in (None, "interrupted", "killed", "crashed", "hung", "lost", "done")
-    resume = "Run the same 'fulltune run' command again, which resumes from the last checkpoint."
-    help_ = resume if can_go_on else "Read 'Training' above for what happened and what helps."
-    return f"There is no trained model in this run folder. {help_}"
 
 
 def build_search_section(view: RunView) -> Section | None:

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,7 +39,6 @@ _TRAIN_SERIES = ("loss", "learning_rate", "grad_norm")
 _MARKS_OF_A_RUN = ("recipe.yaml", "environment.json", "data/summary.json", "plan", "attempts", "scores")
 _NOT_PLANS = (SHAPES, FOOTPRINT, "survey.json", "measured.json")
 _KINDS = ("baseline", "untouched", "trained")
-DROPPED_SHOWN = 20
 _CUT = "unreadable, because a process was stopped while writing or the file is damaged. Other lines are used."
 
 
@@ -135,7 +133,6 @@ class RunView:
     recipe_text: str | None
     environment: Environment | None
     summary: DataSummary | None
-    dropped: tuple[dict[str, Any], ...]
     plan: Plan | None
     attempts: tuple[AttemptFiles, ...]
     scores: tuple[Scores, ...]
@@ -213,16 +210,14 @@ def read_run(folder: Path, scores: Scores | None = None) -> RunView:
     summary = files.read_record(DataSummary, folder / "data" / "summary.json")
     recipe = folder / "recipe.yaml"
     recipe_text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None
-    task = (summary and summary.task) or settings.get("task") or _read_recipe_setting(recipe_text, "task")
     view = RunView(
         folder=folder,
-        model=str(settings.get("model.name") or _read_recipe_setting(recipe_text, "model") or "unknown model"),
-        task=str(task or "unknown task"),
+        model=str(settings.get("model.name", "unknown model")),
+        task=summary.task if summary else str(settings.get("task", "unknown task")),
         trial=trial,
         recipe_text=recipe_text,
         environment=files.read_record(Environment, folder / "environment.json"),
         summary=summary,
-        dropped=tuple(islice(files.read_lines(folder / "data" / "dropped.jsonl"), DROPPED_SHOWN)),
         plan=plan,
         attempts=tuple(one for one in attempts if one.trial == trial),
         scores=tuple(sorted(rows, key=lambda row: (_KINDS.index(row.kind), row.name))),
@@ -326,15 +321,3 @@ def _resumed_checkpoint_step(path: Path) -> int | None:
         return 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _read_recipe_setting(text: str | None, key: str) -> Any:
-    """Return the value of a top-level key in a recipe (a block's `name`), or None if missing."""
-    import yaml
-
-    try:
-        entries = yaml.safe_load(text or "")
-    except yaml.YAMLError:
-        return None
-    value = entries.get(key) if isinstance(entries, dict) else None
-    return value.get("name") if isinstance(value, dict) else value

@@ -12,7 +12,6 @@ from typing import Literal
 
 from fulltune.errors import FulltuneError, InterruptedRun, SetupError
 from fulltune.recipe.fields import Recipe
-from fulltune.records.run import MachineRecord
 from fulltune.records.training import LostMachine, Outcome
 from fulltune.system import hardware, machines
 from fulltune.system.hardware import Machine
@@ -28,7 +27,7 @@ from fulltune.system.machines import (
 )
 from fulltune.system.memory import count_oom_kills
 from fulltune.system.run_folder import change_environment
-from fulltune.text import format_seconds, listed
+from fulltune.text import counted, format_bytes, format_seconds, listed
 from fulltune.train.parent import spawn
 from fulltune.train.parent.child import forwarding_signals
 from fulltune.train.request import Request
@@ -111,19 +110,7 @@ class MachineGroup:
         path = str((request.folder / "request.json").resolve())
         attempt = SharedAttempt(name=name, request=path, instances=tuple(other.instance for other in others))
         self._heartbeat.write(attempt=attempt)
-        each = request.recipe.train.processes_per_machine
-        used = tuple(
-            MachineRecord(
-                rank=member.rank,
-                host=member.host,
-                cpu=member.machine.cpu,
-                num_cores=member.machine.num_cores,
-                memory_bytes=member.machine.memory_bytes,
-                devices=tuple(gpu.name for gpu in member.machine.gpus),
-                ranks=tuple(range(each * member.rank, each * (member.rank + 1))),
-            )
-            for member in self.members
-        )
+        used = {member.label: _describe_hardware(member.machine) for member in self.members}
         change_environment(Path(request.run_folder), machines=used)
         return _AttemptOnAllMachines(
             child, self._heartbeat, name, {self._others[other.rank]: other.instance for other in others}
@@ -150,6 +137,11 @@ class MachineGroup:
             f"{self._heartbeat.path.parent} is the same folder there: 'output' must be on storage that all machines "
             "share. The command's output on those machines shows the cause"
         )
+
+
+def _describe_hardware(machine: Machine) -> str:
+    devices = listed([gpu.name for gpu in machine.gpus]) or machine.cpu
+    return f"{devices}, {counted(machine.num_cores, 'core')}, {format_bytes(machine.memory_bytes)}"
 
 
 def _machine_names(ranks: Sequence[int]) -> str:
