@@ -16,7 +16,7 @@ from scipy.stats import norm
 from fulltune import evaluate, pipeline
 from fulltune.audit.rows import LEAK, NEAR_LEAK
 from fulltune.audit.stage import load_issues
-from fulltune.data.patch import Decisions, load_patch, numbered_row_hash, save_patch
+from fulltune.data.patch import Decisions, load_patch, next_row_hash, save_patch
 from fulltune.errors import RecipeError, SetupError
 from fulltune.evaluate.scoring import compute_outputs, load_outputs, save_outputs
 from fulltune.inference.store import CLUSTERS, read_original_rows, row_id
@@ -86,15 +86,9 @@ def cleaning_steps(issues: Sequence[RowIssue]) -> list[CleaningStep]:
 
 def row_ids(folder: Path, decisions: Decisions | None = None) -> Iterator[str]:
     """Yield each row's id; equal rows get the same numbers as before `decisions` dropped some."""
-    times = Counter[str]()
-    of_train = [line for (source, _), line in (decisions or {}).items() if source == "train"]
-    dropped = {line.row for line in of_train if line.remedy.action == "drop"}
+    times = Counter[tuple[str, str]]()
     for row in read_original_rows(folder):
-        name = row_id(row)
-        times[name] += 1
-        while numbered_row_hash(name, times[name]) in dropped:
-            times[name] += 1
-        yield numbered_row_hash(name, times[name])
+        yield next_row_hash(times, ("train", row_id(row)), decisions or {})
 
 
 # ---- by whole runs -------------------------------------------------------------------------------------------------

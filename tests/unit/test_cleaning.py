@@ -199,7 +199,6 @@ def test_share_of_wrong_suspects_is_said_with_an_interval_or_not_at_all(
         judged_rows=rows,
         agreement=0.9,
         suspects=suspects,
-        doubtful=0,
         planted=50,
         recall=0.9,
         precision=precision,

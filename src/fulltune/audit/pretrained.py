@@ -149,7 +149,6 @@ def judge_labels_of(items: Items) -> JudgedLabels:
         judged_rows=len(margins),
         agreement=float((margins > 0).mean()),
         suspects=int(suspects.sum()),
-        doubtful=int(doubtful.sum()),
         planted=len(planted),
         recall=recall,
         precision=precision,

@@ -23,7 +23,7 @@ from fulltune.audit.texts import (
 )
 from fulltune.audit.texts.content import group_similar_names
 from fulltune.data.groups import character_5grams, hash_to_number, jaccard_similarity, join_near_duplicates, minhash
-from fulltune.data.patch import Decisions, PatchedRows, load_patch, numbered_row_hash
+from fulltune.data.patch import Decisions, PatchedRows, load_patch, next_row_hash
 from fulltune.data.sources import find_source_files, read_source_rows
 from fulltune.inference.store import read_original_rows, row_id
 from fulltune.recipe.fields import Recipe
@@ -182,15 +182,8 @@ def identify_rows(
     times = Counter[tuple[str, str]]()
     for split, row in rows.all_rows():
         key = rows.source_of(split), row_id(row)
-        if only_hashes is not None and key[1] not in only_hashes:
-            continue
-        times[key] += 1
-        # Rows that a patch dropped count as well.
-        while (
-            decision := decisions.get((key[0], numbered_row_hash(key[1], times[key])))
-        ) and decision.remedy.action == "drop":
-            times[key] += 1
-        yield split, row, numbered_row_hash(key[1], times[key])
+        if only_hashes is None or key[1] in only_hashes:
+            yield split, row, next_row_hash(times, key, decisions)
 
 
 def find_misspelt_classes(rows: AuditedRows, scan: RowScan) -> list[RowIssue]:

@@ -115,6 +115,16 @@ def numbered_row_hash(row: str, number: int) -> str:
     return row if number == 1 else f"{row}-{number}"
 
 
+def next_row_hash(times: Counter[tuple[str, str]], key: tuple[str, str], decisions: Decisions) -> str:
+    """Return the numbered hash of the next row with this source and hash, counting rows that `decisions` dropped."""
+    while True:
+        times[key] += 1
+        name = numbered_row_hash(key[1], times[key])
+        decision = decisions.get((key[0], name))
+        if decision is None or decision.remedy.action != "drop":
+            return name
+
+
 def note_on_patch(path: str | None, sources: Iterable[PatchedRows | None]) -> list[str]:
     """Return a note on how many rows a patch dropped and changed, or an empty list without a patch."""
     patched = [source for source in sources if source is not None]

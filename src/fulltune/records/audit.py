@@ -66,8 +66,6 @@ class LabelErrors(Record):
     judged_rows: int
     agreement: float
     suspects: int
-    doubtful: int
-    """Number of rows for which another label is clearly more likely. How many of them are wrong is unknown."""
     planted: int
     recall: float
     """Share of flipped labels that the check found."""

@@ -155,7 +155,7 @@ def test_judged_labels_are_listed_the_surest_first(tmp_path: Path) -> None:
     summary = prepared(tmp_path, CLEAN)
     margins = np.ones(summary.splits["train"].rows)
     margins[[2, 7, 9]] = -0.9, -0.99, -0.6
-    about = LabelErrors.model_construct(suspects=2, doubtful=1, planted=20)
+    about = LabelErrors.model_construct(suspects=2, planted=20)
     judged = JudgedLabels(margins, np.zeros(len(margins), int), margins < -0.8, np.isin(margins, -0.6), about)
     result, issues = audited(tmp_path, summary, lambda: (np.arange(len(margins)), judged))
     rows = list(read_original_rows(tmp_path / "data" / "train"))

@@ -104,25 +104,20 @@ def describe_label_errors(errors: LabelErrors, num_train_rows: int) -> str:
         f"{format_percent(errors.agreement)} of the labels. To measure their reliability, "
         f"{counted(errors.planted, 'row')} were given a wrong label on purpose."
     )
-    doubt = (
-        f" For {counted(errors.doubtful, 'further row' if errors.suspects else 'row')}, another label is clearly "
-        "more likely. If classes are often confused, only reading these rows shows how many labels are wrong."
-    )
-    doubt = doubt if errors.doubtful else ""
     if not errors.suspects:
-        return f"{text} Fewer than three in four flagged labels would really be wrong, so no row is flagged.{doubt}"
+        return f"{text} Fewer than three in four flagged labels would really be wrong, so no row is flagged."
     text += f" {round(errors.recall * errors.planted):,} of these wrong labels would be flagged. Of the "
     text += counted(errors.suspects, "suspect")
     if errors.suspects < max(_FEW_SUSPECTS, _FEW_OF_ROWS * errors.judged_rows):
         few = "correct labels can look this suspicious too, so read the rows"
-        return f"{text}, between 0 and {errors.suspects:,} are wrong: {few}.{doubt}"
+        return f"{text}, between 0 and {errors.suspects:,} are wrong: {few}."
     # The estimate rests on the suspects in the range of the surest half of the planted errors.
     error = 1.96 * standard_error_of_share(errors.precision, errors.suspects // 2)
     least, most = (max(0.0, min(1.0, errors.precision + one)) * errors.suspects for one in (-error, error))
     wrong = round(min(errors.estimated_errors, errors.suspects / errors.recall))
     return (
         f"{text}, about {errors.precision:.0%} ({least:,.0f} to {most:,.0f} rows) are mislabelled by the same "
-        f"estimate, and about {wrong:,} labels in total.{doubt}"
+        f"estimate, and about {wrong:,} labels in total."
     )
 
 
