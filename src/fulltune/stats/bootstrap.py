@@ -191,10 +191,6 @@ class ResampledTrials:
     num_clusters: int
     num_rows: int
 
-    @property
-    def num_draws(self) -> int:
-        return len(self.draws[0])
-
 
 def resample_trials(
     measure: ResamplableMetric,

@@ -61,7 +61,7 @@ def test_draw_metric_computed_anew_is_like_that_by_sums(monkeypatch: pytest.Monk
     rmse = find_metric("text-classification", target, "rmse")
     anew = find_metric("text-classification", target, "spearman")
     clusters = chance.integers(0, 150, 300)
-    assert resample_trials(anew, [[trial]], clusters, 5000).num_draws == 150
+    assert len(resample_trials(anew, [[trial]], clusters, 5000).draws[0]) == 150
     one = resample_trials(rmse, [[trial]], clusters, 2000)
     two = resample_trials(replace(rmse, row_terms=None), [[trial]], clusters, 5000)
     assert two.point[0] == pytest.approx(one.point[0])

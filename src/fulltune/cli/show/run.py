@@ -177,7 +177,3 @@ class Display:
             f"training with evaluations and checkpoints will take about "
             f"{format_seconds(round(event.time.total_seconds))}{memory} (from the dry run)"
         )
-        if scoring := event.time.overhead_seconds.values():
-            each = format_seconds(max(1, round(sum(scoring))))
-            line = f"scoring a model on the test rows will take about {each}, without generated answers"
-            self.console.print(f"[dim]{line}[/dim]")

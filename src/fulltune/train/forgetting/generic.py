@@ -146,7 +146,8 @@ class Replay(TrainingPart):
         repeats."""
         plan, count = self.inputs.plan, len(self.text.ids)
         places = range((step - 1) * plan.generic.replay_rows, step * plan.generic.replay_rows)
-        orders = {cycle: _shuffled_order(count, plan.seed, cycle) for cycle in {place // count for place in places}}
+        cycles = {place // count for place in places}
+        orders = {one: random.Random(f"{plan.seed}:replay:{one}").sample(range(count), count) for one in cycles}
         return [orders[place // count][place % count] for place in places]
 
     def store_pretrained_outputs(self) -> None:
@@ -257,9 +258,3 @@ def kl_divergence(pretrained: torch.Tensor, current: torch.Tensor) -> torch.Tens
     return (pretrained.exp() * (pretrained - current)).sum() + (
         rest_pretrained * (rest_pretrained.log() - rest_current.log())
     ).sum()
-
-
-def _shuffled_order(count: int, seed: int, cycle: int) -> list[int]:
-    order = list(range(count))
-    random.Random(f"{seed}:replay:{cycle}").shuffle(order)
-    return order

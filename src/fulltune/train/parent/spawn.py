@@ -29,7 +29,6 @@ KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": 
 
 
 LAUNCHER = ranks.__name__  # starts several processes
-_PREFIX = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] "}
 
 
 class WorkerProcess(Protocol):
@@ -95,7 +94,7 @@ def worker_environment(request: Request) -> dict[str, str]:
 
 def multi_machine_variables(machine: MachineAddress) -> dict[str, str]:
     """Return a machine's environment variables. They set gloo's interface, because gloo often takes the loopback."""
-    variables = dict(_PREFIX)
+    variables = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] "}
     if (interface := _interface_with_address(machine.address)) is not None:
         variables["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", interface)
     return variables

@@ -296,10 +296,6 @@ def forecast_from_passes(
     tokens = plan.num_processes * (float(shapes.prod(axis=1).sum()) * scale + texts * GENERIC_TOKENS)
     evaluation, evaluations, answering = _forecast_evaluations(passes, pass_time, quadratic, budget)
     save = _estimate_save_seconds(passes) if inputs.is_main and not inputs.request.probe else 0.0
-    splits, overhead = inputs.summary.splits, dict[str, float]()
-    if evaluations and splits["eval"].tokens and splits["test"].tokens:
-        scoring = round(evaluation * splits["test"].tokens / splits["eval"].tokens, 3)
-        overhead = {"scoring one model on the test rows": scoring}
     to_stop = save + (evaluation + answering / evaluations if evaluations else 0.0)
     # A checkpoint is also saved at each evaluation.
     saves = count_interval_steps(plan.total_steps, plan.eval_steps, plan.save_steps, after=first_step)
@@ -312,7 +308,6 @@ def forecast_from_passes(
         source="dry-run step",
         answers_seconds=round(answering, 3),
         stop_seconds=round(train / steps + to_stop, 3) if steps else 0.0,
-        overhead_seconds=overhead,
     )
 
 
