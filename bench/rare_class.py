@@ -37,7 +37,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "class_weights: balanced": {"train.class_weights": "balanced"},
     "sampling: balanced": {"train.sampling": "balanced"},
     "plain, threshold: fit": {"evaluate.threshold": "fit"},
-    "sampling: balanced, threshold: fit": {"train.sampling": "balanced", "evaluate.threshold": "fit"},
 }
 METRICS = {"f1": "F1", "average_precision": "average precision", "accuracy": "accuracy"}
 Rows = Sequence[dict[str, str]]

@@ -114,7 +114,7 @@ def test_run_of_a_language_model_computes_every_pass_in_its_format(tmp_path: Pat
         runs.run(tmp_path, model, tiny.pair_rows(30), until="evaluate", task="causal-lm", train=TRAIN, **blocks)
     exact = {name for name in found if name.startswith(EXACT)}
     assert set(found) - exact == {
-        "inference/run.py: generate_answers",
+        "inference/run.py: generate_tokens",
         "inference/run.py: reduce_batch",
         "train/loop/guarded_step.py: compute_loss",
         "train/forgetting/generic.py: _next_token_logits",

@@ -86,7 +86,9 @@ def test_rows_for_lightning_are_pinned_where_there_is_a_card(monkeypatch: pytest
         batches = {"global_batch_size": 4, "micro_batch_size": 4, "gradient_accumulation_steps": 1}
         plan = SimpleNamespace(device=device, loader_workers=0, seed=0, group_by_length=False, **batches)
         summary = SimpleNamespace(mixed=(), splits={"train": SimpleNamespace(rows=4)})
-        objective, rows = SimpleNamespace(summary=summary, collate=None, task=None), {"length": [1] * 4}
+        recipe = SimpleNamespace(train=SimpleNamespace(sampling="uniform"))
+        parts = {"summary": summary, "collate": None, "task": None, "recipe": recipe}
+        objective, rows = SimpleNamespace(**parts), {"length": [1] * 4}
         module: Any = SimpleNamespace(plan=plan, objective=objective, head=None, rows=rows)
         trainer = SimpleNamespace(world_size=1, global_rank=0, current_epoch=0)
         assert list(TrainBatches(module, trainer)) == []

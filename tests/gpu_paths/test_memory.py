@@ -120,10 +120,13 @@ def test_attempt_on_a_card_writes_down_how_its_allocator_was_set(
     for name in memory.ALLOCATOR_NAMES[1:]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(DataSummary, "of_run", lambda folder: None)
-    request: Any = SimpleNamespace(plan=SimpleNamespace(memory_limit_bytes=None, device=device), run_folder="run")
+    request: Any = SimpleNamespace(
+        plan=SimpleNamespace(memory_limit_bytes=None, device=device), run_folder="run", recipe=None
+    )
+    hooks: Any = SimpleNamespace(with_named=lambda recipe: None)
     journal: Any = SimpleNamespace(path=None, write=lambda *line: lines.append(line))
     with contextlib.ExitStack() as until_the_end:
-        worker._train_with_limit(request, None, journal, None, None, until_the_end)  # type: ignore[arg-type]  # not reached
+        worker._train_with_limit(request, hooks, journal, None, None, until_the_end)  # type: ignore[arg-type]  # not reached
     assert lines == ([("allocator", "PYTORCH_ALLOC_CONF=expandable_segments:True")] if device == "cuda" else [])
 
 

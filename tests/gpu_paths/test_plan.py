@@ -124,7 +124,7 @@ def test_pieces_on_a_card_have_their_share_of_the_heads_gradient_beside_them() -
 def test_table_of_memory_calls_a_card_a_device() -> None:
     placed = SimpleNamespace(name="one device", kinds={"weights": GIB}, host_bytes=0)
     survey: Any = SimpleNamespace(
-        placement="one device", placements=(placed,), device_free_bytes=GIB, host_free_bytes=GIB
+        placement="one device", placements=(placed,), device_free_bytes=GIB, host_free_bytes=GIB, disk_free_bytes=None
     )
 
     def first_cell(device: str) -> str:

@@ -166,7 +166,7 @@ def test_own_loss_is_given_the_users_units(encoder: Path, tmp_path: Path) -> Non
 
     options = {"compute_loss": compute_loss}
     go(tmp_path, encoder, (3.0, 1.0), "train", train={"max_steps": 2}, options=options)
-    assert about_head(tmp_path).endswith("it learns the numbers unscaled: you supply compute_loss")
+    assert about_head(tmp_path).endswith("it learns the numbers unscaled: you supply the loss")
     assert 1 <= float(seen[-1].min()) < float(seen[-1].max()) <= 5
 
 

@@ -133,7 +133,7 @@ def test_a_function_that_is_not_found_or_fails_is_refused_before_training(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("vector", r"train.loss: 'mine:vector' returned tensor\(.*expected a scalar"),
+        ("vector", r"train.loss: 'mine:vector' returned a tensor of shape .*expected a scalar"),
         ("infinite", "your loss returned (inf|nan) for the longest"),
     ],
 )

@@ -76,5 +76,5 @@ def test_with_a_loss_of_the_users_own_all_logits_are_there(tmp_path: Path) -> No
     ).outcome
 
     assert outcome is not None
-    assert check_of(outcome) == "off: you supply compute_loss"
+    assert check_of(outcome) == "off: you supply the loss"
     assert set(shapes) == {3}

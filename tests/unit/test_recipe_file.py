@@ -111,8 +111,8 @@ def test_override_of_the_model_keeps_its_name(tmp_path: Path) -> None:
         ("train: {weight_decay: 1%}", "recipe.yaml:5  train.weight_decay: expected number, found '1%'; write 0.01"),
         (
             "a b: 3",
-            "recipe.yaml:5  a b: unknown setting; expected one of compare, data, evaluate, method, methods, model, "
-            "name, output, preserve, task, train",
+            "recipe.yaml:5  a b: unknown setting; expected one of compare, data, evaluate, functions, method, methods, "
+            "model, name, output, preserve, task, train",
         ),
         ("train: 3", "recipe.yaml:5  train: expected settings (a block), found a number"),
         (

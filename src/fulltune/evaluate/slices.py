@@ -28,7 +28,7 @@ def slice_names(rows: Sequence[Row], column: str) -> np.ndarray:
     values = ["(none)" if cell is None or cell != cell or is_blank(str(cell)) else str(cell).strip() for cell in cells]
     counts = Counter({row[PLACE]: value for row, value in zip(rows, values, strict=True)}.values())
     frequent = {value for value, count in counts.most_common(_MOST_VALUES) if count >= _FEWEST_ROWS}
-    rest = f"other ({counted(len(counts) - len(frequent), 'value')})"
+    rest = f"other ({counted(len(counts) - len(frequent), 'value')})" if frequent else "no value has 10 test rows"
     return object_array([value if value in frequent else rest for value in values])
 
 

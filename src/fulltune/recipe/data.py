@@ -108,8 +108,8 @@ class DataBlock(Block):
     messages: str | None = None
     """Column with a list of chat messages (causal-lm). The loss covers only the assistant's messages."""
     train_on: Literal["all", "last"] = "all"
-    """Which of the assistant's messages are trained: all, or only the last of each conversation. A message with
-    `train: false` or `weight: 0` is never trained."""
+    """Which of the assistant's messages are trained: all, or only the last of each conversation. Messages with `train:
+    false` or `weight: 0` are never trained, and `last` passes over them."""
     tools: str | None = None
     """Column with the tool definitions for `messages`."""
     problem_type: Literal["auto", "single_label", "multi_label", "regression"] = "auto"

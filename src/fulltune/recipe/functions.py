@@ -92,7 +92,8 @@ def _run_file(module_name: str, file: Path, source: bytes) -> ModuleType:
 
 
 def describe_error(error: Exception) -> str:
-    """Return an error's type, text and line outside of packages, on one line."""
-    frames = traceback.extract_tb(error.__traceback__)
-    *_, last = frames[:1] + [one for one in frames if "site-packages" not in one.filename]
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]} ({last.filename}:{last.lineno})"
+    """Return an error's type, text and line in the user's files, on one line."""
+    packages = ("site-packages", str(Path(__file__).parents[1]), "<frozen ")
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if not any(x in one.filename for x in packages)]
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}{place}"

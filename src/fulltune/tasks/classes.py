@@ -112,9 +112,12 @@ OF_ONE: dict[str, FromSums] = {
 
 
 def best_threshold(expected: np.ndarray, chances: np.ndarray) -> float:
-    """Return the probability from which on rows must be positive for the highest F1. `expected` is bool [rows]."""
+    """Return the probability from which on rows must be positive for the highest F1: halfway between two rows', and the
+    nearest to 0.5 of those that are as good. `expected` is bool [rows]."""
     ends, hits, ranked = _count_by_rank(expected, chances)
-    return float(ranked[np.argmax(hits / (ends + hits[-1]))])
+    halfway, scores = (ranked + np.append(ranked[1:], 0.0)) / 2, hits / (ends + hits[-1])
+    best = halfway[scores == scores.max()]
+    return float(best[np.argmin(np.abs(best - 0.5))])
 
 
 def ranking_metrics(expected: np.ndarray, scores: np.ndarray) -> dict[str, float]:

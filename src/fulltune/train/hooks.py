@@ -102,7 +102,10 @@ class Hooks:
 def _checked_loss(name: str, *arguments: Any, **named: Any) -> Any:
     """Call the loss `name`; raise `SetupError` if it fails or returns anything but a scalar tensor with a gradient."""
     value = call_own(f"train.loss: '{name}'", IMPORTED[name].call, *arguments, **named)
-    if getattr(value, "ndim", None) != 0 or not getattr(value, "requires_grad", False):
-        shown = " ".join(f"{value!r:.80}".split())
-        raise SetupError(f"train.loss: '{name}' returned {shown}; expected a scalar tensor with a gradient")
+    if getattr(value, "ndim", None) != 0 or getattr(value, "grad_fn", None) is None:
+        shape = getattr(value, "shape", None)
+        shown = f"{value!r:.80}" if shape is None else f"a tensor of shape {[*shape]}"
+        raise SetupError(
+            f"train.loss: '{name}' returned {shown}; expected a scalar tensor that is computed from the outputs"
+        )
     return value

@@ -68,8 +68,10 @@ def test_threshold_is_the_one_with_the_highest_f1() -> None:
     draw = np.random.default_rng(0)
     for rows in (5, 30, 200):
         scores, expected = np.round(draw.random(rows), 2), np.append(True, draw.random(rows - 1) < 0.1)
-        best = {value: reference.f1_score(expected, scores >= value) for value in scores.tolist()}
-        assert best[best_threshold(expected, scores)] == pytest.approx(max(best.values()))
+        best = max(reference.f1_score(expected, scores >= value) for value in scores.tolist())
+        assert reference.f1_score(expected, scores >= best_threshold(expected, scores)) == pytest.approx(best)
+    separated = np.array([0.99, 0.98, 0.96, 0.02, 0.01])
+    assert best_threshold(separated > 0.5, separated) == pytest.approx(0.49), "halfway between the classes"
 
 
 @pytest.mark.parametrize("labels", range(2, 6))

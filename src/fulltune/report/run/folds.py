@@ -23,7 +23,7 @@ def build_folds_report(folder: Path) -> Report:
     together = {metric_name(one): format_estimate(one, value) for one, value in pooled.metrics.items()}
     notes = (
         f"Intervals ({100 * pooled.confidence:g}%) are for other test rows with the same models.",
-        "Each fold has its own model. To train a model without folds:",
+        "Each fold has its own model and report, with own metrics and slices. To train a model without folds:",
     )
     header = ("fold", "test rows", metric, "best baseline")
     blocks = (

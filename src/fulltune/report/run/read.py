@@ -152,6 +152,11 @@ class RunView:
         return trained_row(self.scores)
 
     @property
+    def scores_baselines(self) -> bool:
+        settings = () if self.plan is None else self.plan.settings
+        return ("evaluate.baselines", False) not in [(one.name, one.value) for one in settings]
+
+    @property
     def outcome(self) -> Outcome | None:
         return self.attempts[-1].outcome if self.attempts else None
 
@@ -241,9 +246,9 @@ def _unavailable_parts(view: RunView) -> Iterator[tuple[str, str]]:
         *((one.outcome, f"the outcome of {one.name}", "its process is still running or was killed.") for one in last),
         (view.trained, row, _explain_missing_scores(view)),
         (
-            any(row.kind != "trained" for row in view.scores),
+            not view.scores_baselines or any(row.kind != "trained" for row in view.scores),
             "baselines to compare with",
-            "no baseline was scored, because the run ended earlier or the recipe has 'evaluate.baselines: false'.",
+            "the run ended before they were scored.",
         ),
     ):
         if not present:

@@ -52,7 +52,7 @@ def judge_scores(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
         return _build_headline("none", f"{row.name} has no finite {words.metric_name(name)} on the test rows.")
     measured = f"{words.metric_name(name)} {words.format_estimate(name, mine)}"
     measured += "" if row.greater_is_better else " (smaller is better)"
-    claim = f"{row.name} has {measured} on {counted(row.rows, 'test row')}"
+    claim = f"{row.name} has {measured} on {counted(row.metrics[name].rows or row.rows, 'test row')}"
     bar = find_best_untrained(scores, name, row.greater_is_better)
     if bar is None:
         return _build_headline("alone", f"{claim}; no baseline was scored to compare it with.")
