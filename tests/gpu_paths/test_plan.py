@@ -188,8 +188,9 @@ def test_card_without_fast_bf16_is_offered_no_narrow_weights() -> None:
 
 def test_levers_stay_in_the_format_of_a_card_without_fast_bf16() -> None:
     old, new = (plan(device="cuda", precision="fp32", fast_bf16=fast) for fast in (False, True))
-    assert savings._half_precision(recipe(), old) == [{"precision": "fp16"}]
-    assert savings._half_precision(recipe(), new) == [{"precision": "bf16"}]
+    lever = next(one for one in savings.MEMORY_SAVINGS if one.name == "16-bit computations")
+    assert lever.options(recipe(), old) == [{"precision": "fp16"}]
+    assert lever.options(recipe(), new) == [{"precision": "bf16"}]
     assert savings._why_no_bf16_weights(recipe(), old) == "this GPU has no fast bf16"
     assert savings._why_no_bf16_weights(recipe(), new) is None
 
