@@ -57,6 +57,12 @@ def trained(folder: Path, name: str, metric: str, quick: bool) -> dict[str, Any]
         planted(folder, 200 if quick else 500)
     elif name == "gsm8k":
         gsm8k(folder, 160 if quick else 2000)
+    sample: dict[str, Any] = {"baselines": False, "generate_rows": 1000, "max_new_tokens": 256}
+    if quick and name == "gsm8k":
+        train = {**train, "num_train_epochs": 2, "eval_steps": 5}
+        sample = {**sample, "generate_rows": 64, "max_new_tokens": 160} | (
+            {} if metric == "loss" else {"choose_rows": 32}
+        )
     files = {} if "train" in data else {part: str(folder / f"{part}.jsonl") for part in ("train", "eval", "test")}
     blocks = {
         "model": str(folder / "model") if name == "planted" else SMOLLM2,
@@ -65,7 +71,7 @@ def trained(folder: Path, name: str, metric: str, quick: bool) -> dict[str, Any]
         "method": {"kind": "full", "learning_rate": rate},
         "train": train,
         "preserve": {"drift": False},
-        "evaluate": {"metric": metric, "baselines": False, "generate_rows": 1000, "max_new_tokens": 256},
+        "evaluate": {"metric": metric, **sample},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(blocks), encoding="utf-8")
     run(fulltune("run", folder / "recipe.yaml", "--run-folder", folder / "run"))
