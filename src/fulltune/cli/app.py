@@ -386,7 +386,7 @@ def selfcheck(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Check precision, speed, attention, memory and two processes on this machine, offline in seconds."""
+    """Check precision, attention, memory and two processes on this machine, offline in seconds."""
     # Some libraries print a greeting to stdout on import, which must not mix with the page.
     with err.status("starting") as status, redirect_stdout(sys.stderr):
         from fulltune import selfcheck as checking
