@@ -169,13 +169,16 @@ def test_put_together_model_has_tied_tensors_once(kind: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("most_bytes", [2**30, 40_000])
-def test_shared_out_model_is_written_file_by_file(most_bytes: int, tmp_path: Path) -> None:
+def test_shared_out_model_is_written_file_by_file(
+    most_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A tied tensor once, and transformers reads the folder."""
     with process_group(tmp_path):
         model = share_out(made())
         expected = weights_of(model)
         model.config.save_pretrained(tmp_path)
-        fsdp2.write_gathered(model, tmp_path, most_bytes)
+        monkeypatch.setattr(fsdp2, "GATHERED_FILE_BYTES", most_bytes)
+        fsdp2.write_gathered(model, tmp_path)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert (len(files) > 1) == (tmp_path / "model.safetensors.index.json").exists() == (most_bytes == 40_000)
     assert names_in(tmp_path) == sorted(expected)
