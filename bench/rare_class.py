@@ -1,6 +1,6 @@
 """One class in fifty, made from Banking77: F1 of that class, average precision and accuracy of four ways to train it.
 
-    FULLTUNE_BENCH_DATA=data python -m bench.rare_class FOLDER [--seeds 3] [--steps N]
+    FULLTUNE_BENCH_DATA=data python -m bench.rare_class FOLDER [--seeds 3] [--steps N] [--rows 4000]
 
 One of the 77 intents is the class, all others together are the other class. Train and eval rows of the class are
 thinned to one in fifty. The test rows keep the rows of the class that no other split has, so that its F1 has a usable
@@ -29,6 +29,7 @@ model: {MINILM}
 task: text-classification
 data: {{train: train.csv, eval: eval.csv, test: test.csv, text: text, label: label}}
 train: {{device: cpu, num_train_epochs: 4}}
+preserve: {{drift: false}}
 evaluate: {{positive_label: {RARE}, metric: average_precision, baselines: false}}
 output: .
 """
@@ -42,18 +43,18 @@ METRICS = {"f1": "F1", "average_precision": "average precision", "accuracy": "ac
 Rows = Sequence[dict[str, str]]
 
 
-def write_splits(folder: Path) -> None:
-    """Write about 4,000 train rows, 2,000 eval and 4,600 test rows, one row in fifty of the class."""
+def write_splits(folder: Path, num_rows: int) -> None:
+    """Write train rows, half as many eval rows and about as many test rows, one row in fifty of the class."""
     rows = shuffled(read_csv(source("banking77/train.csv")) + read_csv(source("banking77/test.csv")))
     texts = {row["text"]: row["category"] for row in rows}
     rare = [text for text, intent in texts.items() if intent == RARE]
     other = [text for text, intent in texts.items() if intent != RARE]
-    sizes = {"train": 4000, "eval": 2000}
+    sizes = {"train": num_rows, "eval": num_rows // 2}
     for name, size in sizes.items():
         _write(folder / f"{name}.csv", rare[: size // ONE_IN], other[: size - size // ONE_IN])
         rare, other = rare[size // ONE_IN :], other[size - size // ONE_IN :]
     # The rest is for the test: more of it narrows the intervals.
-    count = min(len(rare), len(other) // (ONE_IN - 1))
+    count = min(len(rare), len(other) // (ONE_IN - 1), num_rows * 3 // 2 // ONE_IN)
     _write(folder / "test.csv", rare[:count], other[: count * (ONE_IN - 1)])
 
 
@@ -90,13 +91,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="keeps rows, runs and figures")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="optimizer steps of each run, to try the program")
+    parser.add_argument("--rows", type=int, default=4000, help="train rows")
     options = parser.parse_args()
     os.environ |= environment()
     folder, seeds = options.folder.resolve(), range(1, options.seeds + 1)
     folder.mkdir(parents=True, exist_ok=True)
     recipe, records = folder / "recipe.yaml", Records(folder / "scores.jsonl")
     if not recipe.exists():
-        write_splits(folder)
+        write_splits(folder, options.rows)
         recipe.write_text(RECIPE, encoding="utf-8")
     steps = {} if options.steps is None else {"train.num_train_epochs": "null", "train.max_steps": options.steps}
     for seed in seeds:
