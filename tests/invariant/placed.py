@@ -310,7 +310,7 @@ def _is_worker(process: psutil.Process) -> bool:
 
 # ---- answers -----------------------------------------------------------------------------------------------------
 
-CHOOSING: dict[str, Any] = {"metric": "exact_match", "choose_rows": 9, "max_new_tokens": 6}
+CHOOSING: dict[str, Any] = {"metric": "exact_match", "choose_rows": 9, "max_new_tokens": 6, "generate_rows": 4}
 NINE = replace(FAMILIES["decoder"], blocks={**ANSWERS, "evaluate": CHOOSING, "data": {"eval_fraction": 0.4}})
 
 
