@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from fulltune.errors import SetupError
 from fulltune.records.data import DataSummary
 from fulltune.system import hardware, memory
 from fulltune.system.memory import Meter, is_out_of_memory, run_with_smaller_batches
@@ -133,3 +134,17 @@ def test_attempt_on_a_card_writes_down_how_its_allocator_was_set(
 @pytest.mark.stand_in("torch.OutOfMemoryError raised by hand", card="that the driver raises it")
 def test_error_of_the_allocator_is_known_by_its_kind() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("in words that nobody knows"))
+
+
+@pytest.mark.stand_in("torch.OutOfMemoryError raised by hand", card="that the driver raises it")
+@pytest.mark.parametrize(
+    ("error", "told"), [(torch.OutOfMemoryError("full"), torch.OutOfMemoryError), (ValueError("no"), SetupError)]
+)
+def test_own_function_for_which_a_card_is_too_small_is_not_called_wrong(
+    error: Exception, told: type[Exception]
+) -> None:
+    def function() -> None:
+        raise error
+
+    with pytest.raises(told):
+        memory.call_own("train.loss", function)
