@@ -65,7 +65,7 @@ def test_export_that_runs_out_of_memory_is_no_fault_of_the_format(tmp_path: Path
     [check] = exporting._verify(form, source, tmp_path).failed
     assert check.name == "loads and runs"
     with pytest.raises(CardIsFull):
-        exporting._verify(SimpleNamespace(load=raising(CardIsFull())), source, tmp_path)  # type: ignore[arg-type]
+        exporting._verify(SimpleNamespace(load=raising(CardIsFull())), source, tmp_path)  # type: ignore[arg-type]  # a stand-in
 
 
 def test_batches_become_smaller_for_memory_alone() -> None:

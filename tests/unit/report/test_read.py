@@ -93,6 +93,14 @@ def test_missing_complete_run_is_empty(classification: Path) -> None:
     assert view.plan.trial == "full-seed42"
 
 
+@pytest.mark.parametrize(
+    "name", ["shapes.json", "footprint.json", "survey.json", "measured.json", "full.deepspeed.json"]
+)
+def test_other_files_beside_a_plan_are_no_damaged_plans(classification: Path, name: str) -> None:
+    (classification / "plan" / name).write_text("{}", encoding="utf-8")
+    assert [what for what, _ in read_run(classification).missing if name in what] == []
+
+
 @pytest.mark.parametrize("text", ['{"trial": "full-seed42", "settings"', '{"trial": "full-seed42", "settings": []}'])
 def test_plan_that_is_torn_or_of_another_version_is_named(classification: Path, text: str) -> None:
     (classification / "plan" / "full.json").write_text(text, encoding="utf-8")

@@ -31,6 +31,7 @@ from fulltune.records.scores import Scores
 from fulltune.records.training import Outcome
 from fulltune.report.format import words
 from fulltune.stats.curves import Point
+from fulltune.system.parallel_layout import SETTINGS_FILE
 from fulltune.text import first_few
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
@@ -203,7 +204,8 @@ def read_run(folder: Path, scores: Scores | None = None) -> RunView:
         raise SetupError(f"{folder}: is not a run folder, because it contains none of {', '.join(_MARKS_OF_A_RUN)}")
 
     files = _RunFolderReader(folder)
-    plans = files.read_records(Plan, [one for one in folder.glob("plan/*.json") if one.name not in _NOT_PLANS])
+    others = {*_NOT_PLANS, *(one.name for one in folder.glob(f"plan/*{SETTINGS_FILE}"))}
+    plans = files.read_records(Plan, [one for one in folder.glob("plan/*.json") if one.name not in others])
     attempts = list(files.read_attempts())
     rows = files.read_records(Scores, folder.glob("scores/*.json"))
     trained = [scores] if scores else [row for row in rows if row.kind == "trained"]
