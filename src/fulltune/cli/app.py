@@ -123,11 +123,15 @@ def data(
     review: options.Review = False,
     accept: options.Accept = None,
     patch: options.PatchFile = None,
+    convert: options.Convert = None,
     as_json: options.Json = False,
 ) -> None:
     """Read, check, split, tokenise and audit the rows, and show what the model will see."""
     from fulltune.cli import audit as cli_audit
 
+    if convert is not None:
+        others = (run_folder, fresh, not labels, prove, trainings, check, losses, review, accept, patch, as_json)
+        return cli_audit.write_conversations(target, set_ or [], convert, any(others))
     wanted = cli_audit.AuditRequest(labels=labels, losses=losses, prove=prove, trainings=trainings, checks=check or [])
     wanted.raise_if_unsuitable(target)
     recipe, folder = stages.open_run(target, set_, run_folder, fresh, "data")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections import Counter, defaultdict
@@ -12,15 +13,21 @@ from rich.console import Console
 from rich.markup import escape
 
 from fulltune.audit.stage import load_issues
+from fulltune.audit.texts import masked_cells, masked_text
 from fulltune.audit.texts.flaw import ABOUT
 from fulltune.cli import stages
 from fulltune.cli.stages import out
 from fulltune.data.patch import Decisions, load_patch, save_patch
-from fulltune.errors import RecipeError, SetupError
-from fulltune.recipe.fields import Recipe
+from fulltune.data.readers.files import has_data_suffix
+from fulltune.errors import DataError, RecipeError, SetupError
+from fulltune.files import replace_atomically
+from fulltune.inference.store import to_json_value
+from fulltune.recipe.fields import Recipe, resolve_paths
+from fulltune.recipe.file import check_recipe, load_recipe
 from fulltune.records.audit import AUDIT, HIGH_LOSS, Audit, Remedy, RowDecision, RowIssue, load_proofs
 from fulltune.records.data import DataSummary
 from fulltune.report.run.data_page import describe_remedy
+from fulltune.tasks import Row
 from fulltune.text import counted, did_you_mean, listed
 
 KEYS = "[k]eep  [d]rop  [c]hange as proposed  [l]abel  [n]ot now  [u]ndo  [q]uit"
@@ -151,6 +158,43 @@ def _raise_if_no_remedies(audit: Audit, accepted_checks: Sequence[str]) -> None:
             raise RecipeError(f"--accept: the check '{check}' was not run: {why}")
         hint = did_you_mean(check, checks) or f"expected one of {listed(sorted(checks))}"
         raise RecipeError(f"--accept: there is no check '{check}'; {hint}")
+
+
+def write_conversations(target: Path, overrides: Sequence[str], output: Path, has_other_options: bool) -> None:
+    """Write the train files' rows of a recipe, run or data file as chat messages, and show three before and after."""
+    from fulltune.data.convert import convert_rows
+    from fulltune.data.sources import find_source_files
+    from fulltune.system.run_folder import explain_os_errors, load_run_recipe
+
+    is_file, written, refused = has_data_suffix(target), 0, list[str]()
+    if has_other_options or (overrides and is_file):
+        raise RecipeError("--convert: only writes rows; remove the other options (for a recipe, --set can stay)")
+    if output.suffix != ".jsonl" or output.exists() or not output.parent.is_dir():
+        raise SetupError(f"--convert: {output}: expected the name of a new .jsonl file in an existing folder")
+    values = {"model": "none", "task": "causal-lm", "data": {"train": str(target)}}
+    recipe = resolve_paths(check_recipe(values, target), Path.cwd()) if is_file else None
+    recipe = recipe or (load_run_recipe(target) if target.is_dir() else load_recipe(target, overrides))
+    files = find_source_files(recipe)["train"]
+    with explain_os_errors(output), replace_atomically(output) as part, part.open("w", encoding="utf-8") as stream:
+        for place, before, after in convert_rows(files, recipe):
+            if isinstance(after, str):
+                refused.append(f"{place}: {after}")
+                continue
+            stream.write(json.dumps(after, ensure_ascii=False, default=to_json_value) + "\n")
+            if (written := written + 1) <= 3:
+                _print_rows(place, before, after)
+        if not written:
+            raise DataError([*refused[:5], f"{files.where}: no row can be converted; name other columns or a file"])
+    more = [f"... and {len(refused) - 20:,} more"] if len(refused) > 20 else []
+    for line in [*refused[:20], *more, f"{output}: {counted(written, 'row')} written, {len(refused):,} refused"]:
+        out.print(escape(masked_text(line)), soft_wrap=True)
+
+
+def _print_rows(place: str, before: Row, after: Row) -> None:
+    for sign, name, cell in [*(("-", *one) for one in before.items()), *(("+", *one) for one in after.items())]:
+        for part in cell if isinstance(cell, list) else [cell]:
+            text = f"{sign} {place} {name}: {json.dumps(masked_cells(part), ensure_ascii=False, default=str)}"
+            out.print(escape(text), no_wrap=True, overflow="ellipsis")
 
 
 # ---- the review ---------------------------------------------------------------------------------------------------

@@ -57,6 +57,9 @@ PatchFile = Annotated[
     Path | None,
     typer.Option(help="File for decisions. Default: NAME.patch.jsonl beside the recipe, or in the RUN."),
 ]
+Convert = Annotated[
+    Path | None, typer.Option(help="Only write the train files' rows as chat messages.", metavar="FILE.jsonl")
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start a new run even if this recipe has an unfinished one.")]
 SearchRate = Annotated[
     bool, typer.Option("--search", help="Search the learning rate first: short for --set method.learning_rate=search.")

@@ -91,7 +91,7 @@ def file_problems(recipe: Recipe, preprocess: Preprocess | None) -> list[str]:
         columns, rows = _read_first_rows(SourceRows(train.where, train.rows))
         if preprocess is None:
             task_named(recipe.task).find_columns(
-                _columns_for_roles(recipe.data, columns), rows, recipe.data, train.where
+                columns_for_roles(recipe.data, columns), rows, recipe.data, train.where
             )
     except DataError as error:
         return [masked_text(problem) for problem in error.problems]
@@ -173,7 +173,7 @@ def find_target_and_count_rows(
                 yield {**row, PLACE: place}
 
     def find_roles_and_target(names: tuple[str, ...]) -> tuple[dict[str, str], Target]:
-        roles = task.find_columns(_columns_for_roles(block, names), first_rows, block, train.where)
+        roles = task.find_columns(columns_for_roles(block, names), first_rows, block, train.where)
         _refuse_second_text_column(block, roles, names, first_rows, train.where)
         try:
             return roles, task.find_target(readable_train_rows(roles), roles, block, train.where)
@@ -216,7 +216,7 @@ def find_mixed_target(block: DataBlock, task: Task, source: SourceRows) -> Targe
     """Return a mixed-in source's target, from the recipe's columns or else from columns with common names. Raises
     `DataError` if no columns fit."""
     columns, rows = _read_first_rows(source)
-    columns = _columns_for_roles(block, columns)
+    columns = columns_for_roles(block, columns)
     try:
         roles = task.find_columns(columns, rows, block, source.where)
     except DataError:
@@ -225,7 +225,7 @@ def find_mixed_target(block: DataBlock, task: Task, source: SourceRows) -> Targe
     return task.find_target(rows, roles, block, source.where)
 
 
-def _columns_for_roles(block: DataBlock, columns: Iterable[str]) -> tuple[str, ...]:
+def columns_for_roles(block: DataBlock, columns: Iterable[str]) -> tuple[str, ...]:
     named = {getattr(block, role) for role in USUAL_NAMES}
     return tuple(name for name in columns if name in named or name not in (block.group, block.time))
 
@@ -261,7 +261,7 @@ def _refuse_second_text_column(
     # Raw text has no second half, and a recipe that names the column or the answers is unambiguous.
     if not role or _SECOND_ROLE[role] in roles or len(roles) == 1 or getattr(block, role) or block.completion:
         return
-    if (second := similar_column(roles[role], roles, _columns_for_roles(block, columns), rows)) is not None:
+    if (second := similar_column(roles[role], roles, columns_for_roles(block, columns), rows)) is not None:
         first, last = sorted((roles[role], second), key=columns.index) if role == "text" else (roles[role], second)
         beside = _SECOND_ROLE[role]
         raise DataError(

@@ -94,8 +94,9 @@ def raise_if_preference_data(columns: Sequence[str], sample: Sequence[Row], file
     if chosen and rejected:
         raise DataError(
             f"{file}: columns '{chosen}' and '{rejected}' hold preferences, which fulltune cannot train on yet "
-            f"(TRL's DPOTrainer can). To train on the chosen answers only, set data.completion: {chosen} (init: "
-            f"--column completion={chosen}), or data.messages or data.text if they are whole conversations"
+            f"(TRL's DPOTrainer can; 'fulltune data' writes them for it with --convert). To train on the chosen "
+            f"answers only, set data.completion: {chosen} (init: --column completion={chosen}), or data.messages or "
+            "data.text if they are whole conversations"
         )
     good, judged = column_named("label"), column_named("completion")
     judgements = {str(row.get(good)).lower() for row in sample} if good else set[str]()

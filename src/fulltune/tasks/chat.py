@@ -18,7 +18,7 @@ Tools = list[Any] | None
 _ALL, _MANY_TURNS = 2**62, 20
 _THINKING = ("reasoning_content", "thinking", "reasoning")
 _THINKING_TEXT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 
 
 def clean_messages(messages: Any, train_on: str = "all") -> list[dict[str, Any]]:
@@ -32,7 +32,7 @@ def clean_messages(messages: Any, train_on: str = "all") -> list[dict[str, Any]]
         fields = {key: value for key, value in message.items() if value is not None}
         if "from" in fields and "value" in fields:
             role = str(fields["from"])
-            fields = {"role": _SHAREGPT_ROLES.get(role, role), "content": fields["value"]}
+            fields = {"role": SHAREGPT_ROLES.get(role, role), "content": fields["value"]}
         if "role" not in fields:
             raise DataError("a message has no 'role'")
         if not isinstance(fields["role"], str):
