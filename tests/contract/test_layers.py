@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("footprint",), ("probe",), ("forgetting",), ("audit/texts",), ("stats",)),
     (("plan",),),
     (
-        ("data/readers", "data", "data/__init__", "audit", "audit/__init__"),
+        ("data/readers", "data/remote", "data", "data/__init__", "audit", "audit/__init__"),
         ("train", "train/optim", "train/loop", "train/forgetting", "train/worker", "train/parent", "train/__init__"),
         ("evaluate",),
         ("report/format", "report/run", "report/comparison", "report/__init__"),

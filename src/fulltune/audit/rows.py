@@ -24,6 +24,7 @@ from fulltune.audit.texts import (
 from fulltune.audit.texts.content import group_similar_names
 from fulltune.data.groups import character_5grams, hash_to_number, jaccard_similarity, join_near_duplicates, minhash
 from fulltune.data.patch import Decisions, PatchedRows, load_patch, next_row_hash
+from fulltune.data.remote.fetch import load_sources
 from fulltune.data.sources import find_source_files, read_source_rows
 from fulltune.inference.store import read_original_rows, row_id
 from fulltune.recipe.fields import Recipe
@@ -70,7 +71,7 @@ class AuditedRows:
 
     def _reread_packed_rows(self, recipe: Recipe) -> Iterator[Row]:
         """Read train rows from their files, because packing loses their columns."""
-        block, files = recipe.data, find_source_files(recipe)["train"]
+        block, files = recipe.data, find_source_files(recipe, load_sources(self.folder.parent))["train"]
         patched = PatchedRows(load_patch(Path(block.patch)), "train") if block.patch else None
         held_out = {row[PLACE] for split in ("eval", "test") if not getattr(block, split) for row in self.read(split)}
         for place, row in read_source_rows(recipe, files, None, patched).rows(None):

@@ -37,6 +37,7 @@ from fulltune.data.limits import Limits, can_pack, length_limit
 from fulltune.data.patch import PatchedRows, load_patch, note_on_patch, refuse_unmatched_decisions
 from fulltune.data.readers.files import file_state, raise_if_files_change
 from fulltune.data.readers.read import DataFiles, hash_files
+from fulltune.data.remote.fetch import fetch_sources
 from fulltune.data.sources import (
     Preprocess,
     SourceName,
@@ -105,7 +106,8 @@ def prepare(stage: Stage) -> DataSummary:
             "data.near_duplicates: near duplicates are detected in texts only, not in images; remove the setting"
         )
     decisions = load_patch(Path(recipe.data.patch)) if recipe.data.patch else None
-    files = find_source_files(recipe)
+    remote = fetch_sources(recipe, folder.parent, stage.listener)
+    files = find_source_files(recipe, remote)
     of_forbidden = list_forbidden_text_files(recipe)
     before = {file: file_state(file) for file in chain(of_forbidden, *(source.files for source in files.values()))}
     fingerprint = _fingerprint_inputs(stage, files, of_forbidden)

@@ -15,9 +15,11 @@ from fulltune.data.readers.files import refuse_held_out_files
 from fulltune.data.readers.read import DataFiles, LocatedRow, locate_data_files
 from fulltune.data.readers.text_files import SEPARATED
 from fulltune.errors import DataError, SetupError
+from fulltune.recipe.address import is_fetched
 from fulltune.recipe.data import DataBlock, MixedFile, codec_for_encoding
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
+from fulltune.records.data import RemoteSource
 from fulltune.system.memory import call_own
 from fulltune.tasks import PLACE, Row, Target, Task, task_named
 from fulltune.tasks.columns import USUAL_NAMES, in_batches, is_whole, shown, similar_column, why_unreadable
@@ -50,15 +52,17 @@ def is_mixed(name: SourceName) -> bool:
     return name.startswith("mixed")
 
 
-def find_source_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
-    """Return the files of each source, train first. Raises a `DataError` that lists all problems."""
+def find_source_files(recipe: Recipe, remote: Mapping[str, RemoteSource]) -> dict[SourceName, DataFiles]:
+    """Return the files of each source, train first; `remote` holds the local copies by address. Raises a `DataError`
+    that lists all problems."""
     block = recipe.data
     paths: dict[SourceName, Sequence[str]] = {"train": recipe.data.task_files}
     paths |= {name: (path,) for name, path in (("eval", block.eval), ("test", block.test)) if path}
     paths |= {name: (file.path,) for name, file in mixed_names(recipe).items()}
     files: dict[SourceName, DataFiles] = {}
     problems: list[str] = []
-    for name, source_paths in paths.items():
+    for name, addresses in paths.items():
+        source_paths = [file for path in addresses for file in (remote[path].files if path in remote else (path,))]
         try:
             if name not in ("eval", "test"):
                 refuse_held_out_files(source_paths)
@@ -69,6 +73,7 @@ def find_source_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
                 encoding=codec_for_encoding(block.encoding),
                 has_relative_image_paths=FACTS[recipe.task].reads == "image",
                 image_column=block.image,
+                notes=dict.fromkeys(note for path in addresses if path in remote for note in remote[path].notes),
             )
         except DataError as error:
             problems += error.problems
@@ -87,7 +92,9 @@ def find_source_files(recipe: Recipe) -> dict[SourceName, DataFiles]:
 def file_problems(recipe: Recipe, preprocess: Preprocess | None) -> list[str]:
     """Return error messages about the recipe's files and first train rows."""
     try:
-        train = find_source_files(recipe)["train"]
+        if any(map(is_fetched, recipe.data.task_files)):
+            return []
+        train = find_source_files(recipe, {})["train"]
         columns, rows = _read_first_rows(SourceRows(train.where, train.rows))
         if preprocess is None:
             task_named(recipe.task).find_columns(

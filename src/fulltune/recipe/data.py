@@ -4,8 +4,9 @@ import codecs
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
+from fulltune.recipe.address import HubDataset, expand_hub_form
 from fulltune.recipe.functions import FunctionName
 from fulltune.recipe.model import Block, raise_for_problems
 
@@ -31,7 +32,7 @@ class MixedFile(Block):
     """A file whose rows are mixed into the training data but never scored."""
 
     path: str = Field(min_length=1)
-    """File or folder, as for `data.train`."""
+    """File, folder or address, as for `data.train`. `hub: OWNER/NAME` with its settings is accepted instead."""
     weight: float = Field(gt=0, lt=1)
     """Share of each epoch's rows that come from this file, such as 0.05. Rows are drawn at random, and none is repeated
     before all have been used. For raw text, packed rows are counted."""
@@ -46,20 +47,23 @@ _Train = Annotated[
     Annotated[str, Tag("one path")] | Annotated[tuple[_TrainEntry, ...], Tag("several paths")],
     Discriminator(lambda value: "several paths" if isinstance(value, (list, tuple)) else "one path"),
 ]
+_HeldOut = Annotated[str | None, BeforeValidator(expand_hub_form, json_schema_input_type=str | HubDataset | None)]
 
 
 class DataBlock(Block):
     """Settings for reading, splitting and tokenizing the rows."""
 
     train: _Train
-    """File, list of files, or folder with csv, tsv, jsonl, json, parquet, arrow, CoNLL or txt files. For images, a
-    folder with one subfolder per class. Files without a weight hold the task's rows, from which eval and test are
+    """File, list of files, or folder with csv, tsv, jsonl, json, parquet, arrow, CoNLL or txt files (also `.gz`,
+    `.bz2`, `.xz`, `.zst` or `.zip`), a data set on the Hub (`{hub: OWNER/NAME}`), or an address: `hf://datasets/...`,
+    `s3://`, `gs://`, `abfs://`, `https://`, `sqlite:///FILE?table=NAME` or another database. For images, a folder with
+    one subfolder per class. Files without a weight hold the task's rows, from which eval and test are
     split off. To reduce forgetting, mix in other rows by weight: `[task.jsonl, {path: generic.jsonl, weight:
     0.05}]`. Mixed-in rows need the task's columns, but causal-lm also accepts other kinds of rows, such as raw text.
     Images cannot be mixed in."""
-    eval: str | None = Field(default=None, coerce_numbers_to_str=True)
+    eval: _HeldOut = Field(default=None, coerce_numbers_to_str=True)
     """Rows for selecting the best checkpoint, early stopping and calibration. Default: split off from train."""
-    test: str | None = Field(default=None, coerce_numbers_to_str=True)
+    test: _HeldOut = Field(default=None, coerce_numbers_to_str=True)
     """Rows for the final scores, never used to select anything. Default: split off from train."""
     columns: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Names of the columns of csv and tsv files without a header line, such as `[text, label]`. Default: the names in
@@ -178,6 +182,7 @@ class DataBlock(Block):
         entries = [value] if isinstance(value, dict) else value
         if not isinstance(entries, (list, tuple)):
             return entries
+        entries = [expand_hub_form(one) for one in entries]
         return [one["path"] if isinstance(one, dict) and one.keys() == {"path"} else one for one in entries]
 
     @field_validator("encoding")

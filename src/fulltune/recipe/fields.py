@@ -3,13 +3,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
 
 from fulltune.errors import RecipeError
+from fulltune.recipe.address import SQLITE, address_problem, is_address, scheme_of
 from fulltune.recipe.data import DataBlock
 from fulltune.recipe.functions import is_own
 from fulltune.recipe.methods import RIVALS, VARIANT, ComparedMethod, FullMethod, Method, MethodKind
@@ -161,10 +161,6 @@ def with_placement(recipe: Recipe, placement: str) -> Recipe:
 _PATH_SETTINGS = {"data": ("eval", "test", "patch", "chat_template", "contamination"), "preserve": ("probe", "replay")}
 
 
-def is_address(path: str) -> bool:
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None
-
-
 # pathlib raises for an unknown user (`~$draft.csv`), circular links and long names; the readers explain them better.
 def _expand_user(path: str) -> str:
     return os.path.expanduser(path)  # noqa: PTH111  # see above
@@ -192,10 +188,12 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
         if "\0" in path:
             problems.append(f"{setting}: expected a path without NUL characters, found {path!r}")
         elif is_address(path):
-            problems.append(
-                f"{setting}: expected a path, found the address '{path}'; download the file first (from the Hub: "
-                "'hf download NAME --repo-type dataset --local-dir FOLDER') and write its path"
-            )
+            readable = setting in ("data.train", "data.eval", "data.test")
+            if problem := address_problem(path) if readable else f"expected a path, found the address '{path}'":
+                problems.append(f"{setting}: {problem}")
+            if scheme_of(path) == SQLITE and not path.startswith("sqlite:////"):
+                file, mark, rest = path.partition(":///")[2].partition("?")
+                return f"{path.partition(':///')[0]}:///{os.path.realpath(base / _expand_user(file))}{mark}{rest}"
         else:
             real_path = os.path.realpath(base / _expand_user(path))
             if (shown := real_path.encode("utf-8", "backslashreplace").decode()) == real_path:

@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field
 
+from fulltune.recipe.address import is_address
 from fulltune.recipe.tasks import FORMS, Form, ProblemType
 from fulltune.records.base import Record
 
@@ -59,6 +60,38 @@ class MixedSummary(Record):
 
     def times_read(self, epochs: float) -> float:
         return epochs * self.rows_per_epoch / max(1, self.counts.rows)
+
+
+class RemoteSource(Record):
+    """An address of data and the local copies of its files."""
+
+    address: str
+    revision: str = ""
+    """Commit on the Hub, else a hash of the files' versions or contents."""
+    files: tuple[str, ...] = ()
+    """Paths of the local copies, or () before they are complete."""
+    size: int = 0
+    """Bytes of all files."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def origin(self) -> str:
+        """Address and revision in words."""
+        address = self.address if is_address(self.address) else Path(self.address).name
+        return f"{address}, revision {self.revision}"
+
+    @property
+    def is_complete(self) -> bool:
+        return bool(self.files) and all(Path(file).exists() for file in self.files)
+
+
+SOURCES = "sources.json"
+
+
+class RemoteSources(Record):
+    """The remote sources of a run, whose revisions stay the same when the run resumes."""
+
+    sources: tuple[RemoteSource, ...] = ()
 
 
 class DataSummary(Record):

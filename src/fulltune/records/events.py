@@ -50,6 +50,7 @@ class RowsRead(Event):
     done: int
     total: int | None
     share: float | None = None
+    unit: Literal["rows", "bytes"] = "rows"
 
 
 class DataPrepared(Event):

@@ -112,7 +112,8 @@ class Display:
         if event.done == 0 or event.name != self.rows_of:
             self.rows_of, self.rows_began = event.name, now
         share = event.share if event.share is not None or not event.total else event.done / event.total
-        facts = f"{event.done:,} rows" if event.total is None else f"{event.done:,} of {event.total:,} rows"
+        done, total = ((f"{n:,}" if event.unit == "rows" else format_bytes(n)) for n in (event.done, event.total or 0))
+        facts = (done if event.total is None else f"{done} of {total}") + " rows" * (event.unit == "rows")
         if share and share < 1:
             facts += f", {format_seconds(round((now - self.rows_began) * (1 - share) / share))} left"
         if (

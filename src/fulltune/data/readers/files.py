@@ -22,16 +22,16 @@ _MACOS_FOLDER = "__MACOSX"
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".br", ".z", ".zip", ".tar", ".tgz", ".7z", ".rar")
 
 
-def list_data_files(path: Path) -> list[Path]:
+def list_data_files(path: Path, may_be_packed: bool = False) -> list[Path]:
     """Return a data file, or a folder's data files in order. Raises `DataError` if none can be read."""
     status = _stat_utf8_path(path)
     if stat.S_ISDIR(status.st_mode):
         with convert_os_errors(path):
             return _list_data_files_in_folder(path)
     _refuse_special_file(path, status)
-    if path.suffix.lower() in _PACKED:
+    if path.suffix.lower() in _PACKED and not may_be_packed:
         raise DataError(_archive_problem(path))
-    if not has_data_suffix(path):
+    if not has_data_suffix(path) and not may_be_packed:
         raise DataError(f"{path}: unknown file type '{path.suffix}'; expected {_KINDS}: save it as one of them")
     if status.st_size == 0:
         raise DataError(f"{path}: the file is empty; choose another file, or export it again")

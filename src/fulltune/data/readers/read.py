@@ -12,8 +12,8 @@ from fulltune.data.readers import columnar, text_files
 from fulltune.data.readers.files import convert_os_errors, is_image_folder, list_data_files, list_images, printable
 from fulltune.data.readers.text_files import SEPARATED
 from fulltune.errors import DataError
+from fulltune.recipe.address import is_address
 from fulltune.recipe.data import UTF_8, TextRows
-from fulltune.recipe.fields import is_address
 from fulltune.tasks import Row
 from fulltune.tasks.columns import USUAL_NAMES, BadCell
 from fulltune.text import counted

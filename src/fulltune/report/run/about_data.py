@@ -78,6 +78,7 @@ def build_data_section(view: RunView) -> Section | None:
     if summary.scale is not None:
         mean, spread = map(format_number, summary.scale)
         facts.append(("train targets", f"mean {mean}, standard deviation {spread}"))
+    facts += [("read from", source.origin) for source in view.remote]
     facts.append(("fingerprint of files and settings", summary.fingerprint))
     blocks: list[Element] = [build_split_table(summary), *_mixed_source_blocks(view, summary), Facts(tuple(facts))]
     if summary.notes:

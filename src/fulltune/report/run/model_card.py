@@ -3,10 +3,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from fulltune.recipe.tasks import FACTS
-from fulltune.records.data import DataSummary
+from fulltune.records.data import DataSummary, RemoteSource
 from fulltune.records.export import Verification
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Estimate, Scores
@@ -31,7 +32,7 @@ def build_model_card(view: RunView, model_folder: Path) -> str:
     plan, scores = view.plan, view.trained
     trained = escape_markdown(words.describe_trained(plan))
     sections = (
-        _build_data_section(view.summary),
+        _build_data_section(view.summary, view.remote),
         _build_metrics_section(view, scores),
         _build_training_section(view, plan),
         _build_versions_section(view),
@@ -111,11 +112,12 @@ def _without_folders(source: str) -> str:
     return re.sub(r"\S*[\\/](?=\S)", "", source)
 
 
-def _build_data_section(summary: DataSummary | None) -> Section | None:
+def _build_data_section(summary: DataSummary | None, remote: Sequence[RemoteSource]) -> Section | None:
     if summary is None:
         return None
     places = {split: _without_folders(source) for split, source in summary.sources.items()}
     blocks: list[Element] = [build_split_table(summary.model_copy(update={"sources": places}))]
+    blocks += [Paragraph(f"Read from {source.origin}.") for source in remote]
     blocks += [Paragraph(f"Mixed in: {_without_folders(line)}.") for line in describe_mixed_sources(summary)]
     if not has_images(summary):
         longest = choose_row_form(summary).longest.capitalize()

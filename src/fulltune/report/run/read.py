@@ -14,7 +14,7 @@ from fulltune.files import parse_json_line
 from fulltune.footprint.records import FOOTPRINT, SHAPES
 from fulltune.records.base import Record
 from fulltune.records.comparison import Searched
-from fulltune.records.data import DataSummary
+from fulltune.records.data import SOURCES, DataSummary, RemoteSource, RemoteSources
 from fulltune.records.events import (
     Answered,
     Evaluated,
@@ -141,6 +141,7 @@ class RunView:
     missing: tuple[tuple[str, str], ...] = ()
     searched: Searched | None = None
     budget: BudgetResult | None = None
+    remote: tuple[RemoteSource, ...] = ()
     accesses: tuple[Access, ...] = ()
     """All scorings of these test rows, including those by neighbouring runs."""
 
@@ -215,6 +216,7 @@ def read_run(folder: Path, scores: Scores | None = None) -> RunView:
     plan = next((plan for plan in plans if plan.trial == trial), None)
     settings = {setting.name: setting.value for setting in plan.settings} if plan else {}
     summary = files.read_record(DataSummary, folder / "data" / "summary.json")
+    remote = files.read_record(RemoteSources, folder / SOURCES)
     recipe = folder / "recipe.yaml"
     recipe_text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None
     view = RunView(
@@ -232,6 +234,7 @@ def read_run(folder: Path, scores: Scores | None = None) -> RunView:
         budget=next(
             (one for one in files.read_records(BudgetResult, folder.glob(BUDGET_FILES)) if one.trial == trial), None
         ),
+        remote=remote.sources if remote else (),
         accesses=files.read_accesses(),
     )
     cut = [(f"line {first_few(lines)} of {name}", _CUT) for name, lines in files.unreadable.items()]

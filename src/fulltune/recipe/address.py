@@ -1,0 +1,126 @@
+"""Addresses of data: on the Hub, in object stores, on the web and in databases."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+
+from pydantic import Field, ValidationError
+
+from fulltune.recipe.model import Block
+from fulltune.text import did_you_mean
+
+HUB = "hf"
+WEB = ("https", "http")
+BUCKETS = ("s3", "gs", "abfs", "abfss")
+SQLITE = "sqlite"
+DATABASES = (SQLITE, "postgresql", "mysql", "mariadb", "oracle", "mssql", "duckdb")
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+"""Suffixes of files that are unpacked."""
+HUB_NAME = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
+_SETTINGS = ("config", "split", "columns", "where")
+_SECRET = re.compile(r"token|signature|secret|password|passwd|credential|api.?key|^sig$|^key$", re.IGNORECASE)
+_SCHEMES = "hf, s3, gs, abfs, https, sqlite, postgresql, mysql"
+
+
+class HubDataset(Block):
+    """A data set on the Hub."""
+
+    hub: str = Field(pattern=rf"^{HUB_NAME}$")
+    """Name on the Hub, such as `mteb/banking77`."""
+    config: str | None = Field(default=None, min_length=1)
+    """Configuration (subset). Default: the only one, or `default`."""
+    split: str | None = Field(default=None, min_length=1)
+    """Split, or a part of it, such as `train[:5%]`. Default: `train`, or the only split."""
+    revision: str | None = Field(default=None, min_length=1)
+    """Branch, tag or commit. Its commit is recorded, and a resumed run reads the same commit."""
+    columns: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Columns to read. Default: all."""
+    where: str | None = Field(default=None, min_length=1)
+    """Condition on the rows to read, as in `data.where`."""
+
+    @property
+    def address(self) -> str:
+        at = f"@{quote(self.revision, safe='')}" if self.revision else ""
+        settings = {name: getattr(self, name) for name in _SETTINGS if getattr(self, name)}
+        settings |= {"columns": ",".join(quote(name) for name in self.columns)} if self.columns else {}
+        return f"{HUB}://datasets/{self.hub}{at}" + (f"?{urlencode(settings, quote_via=quote)}" if settings else "")
+
+
+def expand_hub_form(value: Any) -> Any:
+    """Return the address of a `{hub: ...}` mapping, or `{path: address, weight: ...}` with a weight; leave other values
+    unchanged. Raises `ValueError`."""
+    if not isinstance(value, Mapping) or "hub" not in value:
+        return value
+    given = {name: inner for name, inner in value.items() if name != "weight"}
+    try:
+        address = HubDataset.model_validate(given).address
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(one) for one in error.errors())) from None
+    return {"path": address, "weight": value["weight"]} if "weight" in value else address
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    name, names = str(error["loc"][0]), [*HubDataset.model_fields]
+    if error["type"] == "extra_forbidden":
+        return f"{name}: unknown setting; {did_you_mean(name, names) or 'expected one of ' + ', '.join(names)}"
+    expected = "OWNER/NAME, such as mteb/banking77" if name == "hub" else error["msg"].lower()
+    return f"{name}: expected {expected.removeprefix('input should be ')}, found {error['input']!r}"
+
+
+# ---- addresses -------------------------------------------------------------------------------------------------------
+
+
+def scheme_of(path: str) -> str:
+    """Return an address's scheme in lower case, without a driver (`postgresql+psycopg`), or "" for a path."""
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://", path)
+    return match[1].lower().partition("+")[0] if match else ""
+
+
+def is_address(path: str) -> bool:
+    return bool(scheme_of(path))
+
+
+def is_fetched(path: str) -> bool:
+    """Return whether the rows are read from a local copy: of an address, or of a packed file's contents."""
+    return is_address(path) or path.lower().endswith(PACKED)
+
+
+def hub_settings(address: str) -> dict[str, str]:
+    """Return `config`, `split`, `columns` and `where` of a Hub address, and {} of any other."""
+    return dict(parse_qsl(urlsplit(address).query)) if scheme_of(address) == HUB else {}
+
+
+def hub_place(address: str) -> tuple[str, str | None, str]:
+    """Return repository, revision (or None) and file pattern (or "") of `hf://datasets/OWNER/NAME@REVISION/PATTERN`."""
+    parts = urlsplit(address).path.strip("/").split("/")
+    # Data sets of the Hub's early days have no owner: then the first part names the revision, or is the only one.
+    size = 1 if len(parts) == 1 or "@" in parts[0] else 2
+    name, _, revision = "/".join(parts[:size]).partition("@")
+    return name, unquote(revision) or None, unquote("/".join(parts[size:]))
+
+
+def address_problem(address: str) -> str | None:
+    """Return why data cannot be read from an address, without its secrets, or None."""
+    scheme, url = scheme_of(address), urlsplit(address)
+    if scheme not in (HUB, *WEB, *BUCKETS, *DATABASES):
+        return f"unknown kind of address '{scheme}://'; expected one of {_SCHEMES}, or a path"
+    if "@" in url.netloc and scheme not in BUCKETS[2:] and (":" in url.netloc.partition("@")[0] or scheme in WEB):
+        return (
+            f"the address at {url.hostname} contains a user name or password, which would be written into records; "
+            "remove it, and log in where the store expects it (~/.netrc, AWS_ACCESS_KEY_ID, ~/.pgpass, ~/.my.cnf ...)"
+        )
+    secret = next((name for name, _ in parse_qsl(url.query) if scheme != HUB and _SECRET.search(name)), None)
+    if secret:
+        return (
+            f"the address at {url.hostname or scheme} contains '{secret}=', which would be written into records; "
+            "remove it, and log in where the store expects it, or download the file"
+        )
+    if scheme != HUB:
+        return None
+    if url.netloc != "datasets" or not re.fullmatch(HUB_NAME, hub_place(address)[0]):
+        return f"expected hf://datasets/OWNER/NAME@REVISION/FILE, found '{address}'"
+    unknown = [name for name in hub_settings(address) if name not in _SETTINGS]
+    return f"unknown setting '{unknown[0]}=' in '{address}'; expected {', '.join(_SETTINGS)}" if unknown else None
