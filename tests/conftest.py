@@ -43,7 +43,7 @@ def _libraries_are_no_garbage() -> None:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("FULLTUNE_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")

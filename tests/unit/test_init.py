@@ -240,7 +240,7 @@ def test_second_column_of_texts_is_asked_about(
         infer_task(data)
     task = {"a": "text-classification", "question": "causal-lm"}.get(next(iter(cells)), "seq2seq")
     recipe = Recipe.model_validate({"model": "m", "task": task, "data": {"train": str(data)}})
-    given = {"train": read_source_rows(recipe, find_source_files(recipe)["train"], None)}
+    given = {"train": read_source_rows(recipe, find_source_files(recipe, {})["train"], None)}
     with pytest.raises(DataError, match=problem):
         find_target_and_count_rows(recipe.data, task_named(recipe.task), given)
 
@@ -303,7 +303,7 @@ def test_judged_answers_are_trained_on_when_they_are_named(tmp_path: Path) -> No
         find_target_and_count_rows(
             recipe.data,
             task_named("causal-lm"),
-            {"train": read_source_rows(recipe, find_source_files(recipe)["train"], None)},
+            {"train": read_source_rows(recipe, find_source_files(recipe, {})["train"], None)},
         )
     found = infer_task(data, hints=parse_hints(None, ["completion=completion"], None))
     assert found.target.columns == {"prompt": "prompt", "completion": "completion"}
@@ -320,6 +320,6 @@ def test_encoding_that_is_named_is_written_and_read(tmp_path: Path) -> None:
     assert (found.num_rows, found.target.labels) == (20, ("gutx", "x"))
     loaded = load_recipe(recipe)
     assert loaded.data.encoding == "cp1252"
-    assert next(find_source_files(loaded)["train"].rows())[1]["Text"] == "schöner Film 0"
+    assert next(find_source_files(loaded, {})["train"].rows())[1]["Text"] == "schöner Film 0"
     with pytest.raises(SetupError, match="--encoding: expected a name such as utf-8"):
         parse_hints(None, [], None, "cp125x2")

@@ -22,6 +22,8 @@ PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 HUB_NAME = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
 _SETTINGS = ("config", "split", "columns", "where")
 _SECRET = re.compile(r"token|signature|secret|password|passwd|credential|api.?key|^sig$|^key$", re.IGNORECASE)
+_READABLE = "[]()<>:,=!/'\"` "
+"""Characters that need no escape in an address's settings."""
 _SCHEMES = "hf, s3, gs, abfs, https, sqlite, postgresql, mysql"
 
 
@@ -40,13 +42,16 @@ class HubDataset(Block):
     """Columns to read. Default: all."""
     where: str | None = Field(default=None, min_length=1)
     """Condition on the rows to read, as in `data.where`."""
+    weight: float | None = Field(default=None, gt=0, lt=1)
+    """Share of each epoch's rows (only in `data.train`), as for a file that is mixed in."""
 
     @property
     def address(self) -> str:
         at = f"@{quote(self.revision, safe='')}" if self.revision else ""
         settings = {name: getattr(self, name) for name in _SETTINGS if getattr(self, name)}
         settings |= {"columns": ",".join(quote(name) for name in self.columns)} if self.columns else {}
-        return f"{HUB}://datasets/{self.hub}{at}" + (f"?{urlencode(settings, quote_via=quote)}" if settings else "")
+        query = urlencode(settings, safe=_READABLE, quote_via=quote)
+        return f"{HUB}://datasets/{self.hub}{at}" + (f"?{query}" if query else "")
 
 
 def expand_hub_form(value: Any) -> Any:
@@ -54,19 +59,20 @@ def expand_hub_form(value: Any) -> Any:
     unchanged. Raises `ValueError`."""
     if not isinstance(value, Mapping) or "hub" not in value:
         return value
-    given = {name: inner for name, inner in value.items() if name != "weight"}
     try:
-        address = HubDataset.model_validate(given).address
+        named = HubDataset.model_validate(value)
     except ValidationError as error:
         raise ValueError("\n".join(_explain(one) for one in error.errors())) from None
-    return {"path": address, "weight": value["weight"]} if "weight" in value else address
+    return named.address if named.weight is None else {"path": named.address, "weight": named.weight}
 
 
 def _explain(error: Mapping[str, Any]) -> str:
     name, names = str(error["loc"][0]), [*HubDataset.model_fields]
     if error["type"] == "extra_forbidden":
         return f"{name}: unknown setting; {did_you_mean(name, names) or 'expected one of ' + ', '.join(names)}"
-    expected = "OWNER/NAME, such as mteb/banking77" if name == "hub" else error["msg"].lower()
+    if name == "hub":
+        return f"expected OWNER/NAME on the Hub, such as mteb/banking77, found {error['input']!r}"
+    expected = error["msg"].lower()
     return f"{name}: expected {expected.removeprefix('input should be ')}, found {error['input']!r}"
 
 

@@ -20,6 +20,8 @@ def recipe_schema() -> PlainSettings:
     blocks["FullMethod"]["properties"]["train"]["$ref"] = settings["train"]["$ref"]
     blocks["MixedFile"]["required"].remove("weight")
     data["train"]["oneOf"].append({"$ref": "#/$defs/MixedFile"})
+    for entry in (data["train"], *(one["items"] for one in data["train"]["oneOf"] if "items" in one)):
+        entry["oneOf"].append({"$ref": "#/$defs/HubDataset"})
     for setting in settings.values():
         if isinstance(setting.get("default"), dict):
             del setting["default"]  # an editor would insert all of its settings

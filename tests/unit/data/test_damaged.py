@@ -281,7 +281,7 @@ def test_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(Path, "iterdir", refuse)
     recipe = Recipe.model_validate({"model": "x", "task": "text-classification", "data": {"train": str(tmp_path)}})
     with pytest.raises(DataError, match=r"cannot be read \(Permission denied\)"):
-        find_source_files(recipe)
+        find_source_files(recipe, {})
 
 
 def test_model_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from fulltune.data.remote import unpack
-from fulltune.data.remote.listing import Listing, RemoteFile, Report, revision_of
+from fulltune.data.remote.listing import Listing, RemoteFile, OnBytes, revision_of
 from fulltune.errors import DataError, DoesNotFitError, FulltuneError
 from fulltune.recipe.address import HUB, PACKED, is_fetched, scheme_of
 from fulltune.recipe.fields import Recipe
@@ -29,7 +29,7 @@ _REPORT_SECONDS = 0.5
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fulltune" / "sources"
+    return Path(os.environ.get("FULLTUNE_CACHE") or Path.home() / ".cache" / "fulltune") / "sources"
 
 
 def load_sources(run_folder: Path) -> dict[str, RemoteSource]:
@@ -163,11 +163,11 @@ def _refuse_full_disk(address: str, listing: Listing, part: Path) -> None:
     if need > free:
         raise DoesNotFitError(
             f"{address}: needs {format_bytes(need)} in {cache_folder()}, but only {format_bytes(free)} are free; free "
-            "some space, or set XDG_CACHE_HOME to a folder on a larger disk"
+            "some space, or set FULLTUNE_CACHE to a folder on a larger disk"
         )
 
 
-def _progress(address: str, listing: Listing, listener: Listener) -> Report:
+def _progress(address: str, listing: Listing, listener: Listener) -> OnBytes:
     done, reported, size = 0, time.monotonic(), listing.size
 
     def report(num_bytes: int) -> None:

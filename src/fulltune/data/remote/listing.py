@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-Report = Callable[[int], None]
+OnBytes = Callable[[int], None]
 """Is called with the number of bytes that have arrived since the last call."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fulltune.data.readers.files import list_data_files
-from fulltune.data.remote.listing import Listing, RemoteFile, Report, revision_of
+from fulltune.data.remote.listing import Listing, RemoteFile, OnBytes, revision_of
 
 
 def list_files(path: str, revision: str | None) -> Listing:
@@ -14,6 +14,6 @@ def list_files(path: str, revision: str | None) -> Listing:
     return Listing((file,), revision_of([file]))
 
 
-def download(path: str, listing: Listing, file: RemoteFile, target: Path, report: Report) -> None:
+def download(path: str, listing: Listing, file: RemoteFile, target: Path, report: OnBytes) -> None:
     target.unlink(missing_ok=True)
     target.symlink_to(path)

@@ -91,7 +91,7 @@ def test_folders_named_for_splits_are_taken_as_these(tmp_path: Path, has_mark: b
     assert data.train == (f"{tmp_path}/train",)
     assert (data.eval, data.test) == (f"{tmp_path}/validation", f"{tmp_path}/test")
     with pytest.raises(DataError, match=rf"{tmp_path}: is used for training but contains validation, test, whose"):
-        find_source_files(_recipe(tmp_path))
+        find_source_files(_recipe(tmp_path), {})
     if not has_mark:
         _folder(tmp_path, "rows.csv")
         assert assign_files_to_splits(tmp_path) == ((tmp_path,), {}, ())
@@ -138,7 +138,7 @@ def test_init_writes_no_number_that_the_plan_chooses(tmp_path: Path) -> None:
 def test_folder_with_test_rows_is_not_trained_on(tmp_path: Path) -> None:
     _folder(tmp_path, "train.csv", "dev.csv", "test.csv")
     with pytest.raises(DataError) as refusal:
-        find_source_files(_recipe(tmp_path))
+        find_source_files(_recipe(tmp_path), {})
     assert refusal.value.problems == (
         f"{tmp_path}: is used for training but contains dev.csv, test.csv, whose names suggest held-out rows; set "
         "data.train to the other files, and data.eval or data.test to these files",
@@ -148,13 +148,13 @@ def test_folder_with_test_rows_is_not_trained_on(tmp_path: Path) -> None:
 def test_corpus_with_words_of_splits_in_its_titles_is_trained_on(tmp_path: Path) -> None:
     names = ["moby_dick.csv", "model_evaluation.csv", "test-driven-design.csv"]
     _folder(tmp_path, *names)
-    assert [file.name for file in find_source_files(_recipe(tmp_path))["train"].files] == names
+    assert [file.name for file in find_source_files(_recipe(tmp_path), {})["train"].files] == names
 
 
 def test_folder_of_shards_and_a_file_that_the_recipe_names_are_trained_on(tmp_path: Path) -> None:
     _folder(tmp_path / "shards", "train-0.csv", "train-1.csv", "more.csv")
     _folder(tmp_path, "test.csv")
-    files = find_source_files(_recipe(tmp_path / "shards", tmp_path / "test.csv"))
+    files = find_source_files(_recipe(tmp_path / "shards", tmp_path / "test.csv"), {})
     assert [file.name for file in files["train"].files] == ["more.csv", "train-0.csv", "train-1.csv", "test.csv"]
 
 
