@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from fulltune.data.remote import unpack
-from fulltune.data.remote.listing import Listing, RemoteFile, OnBytes, revision_of
+from fulltune.data.remote.listing import Listing, OnBytes, RemoteFile, revision_of
 from fulltune.errors import DataError, DoesNotFitError, FulltuneError
 from fulltune.recipe.address import HUB, PACKED, is_fetched, scheme_of
 from fulltune.recipe.fields import Recipe

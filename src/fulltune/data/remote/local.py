@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fulltune.data.readers.files import list_data_files
-from fulltune.data.remote.listing import Listing, RemoteFile, OnBytes, revision_of
+from fulltune.data.remote.listing import Listing, OnBytes, RemoteFile, revision_of
 
 
 def list_files(path: str, revision: str | None) -> Listing:
