@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 from rich.markup import escape
@@ -163,6 +164,7 @@ def _raise_if_no_remedies(audit: Audit, accepted_checks: Sequence[str]) -> None:
 def write_conversations(target: Path, overrides: Sequence[str], output: Path, has_other_options: bool) -> None:
     """Write the train files' rows of a recipe, run or data file as chat messages, and show three before and after."""
     from fulltune.data.convert import convert_rows
+    from fulltune.data.remote.fetch import fetch_sources
     from fulltune.data.sources import find_source_files
     from fulltune.system.run_folder import explain_os_errors, load_run_recipe
 
@@ -174,7 +176,9 @@ def write_conversations(target: Path, overrides: Sequence[str], output: Path, ha
     values = {"model": "none", "task": "causal-lm", "data": {"train": str(target)}}
     recipe = resolve_paths(check_recipe(values, target), Path.cwd()) if is_file else None
     recipe = recipe or (load_run_recipe(target) if target.is_dir() else load_recipe(target, overrides))
-    files = find_source_files(recipe)["train"]
+    with stages.progress_display(details=False) as display, TemporaryDirectory() as new_run:
+        remote = fetch_sources(recipe, target if target.is_dir() else Path(new_run), display)
+    files = find_source_files(recipe, remote)["train"]
     with explain_os_errors(output), replace_atomically(output) as part, part.open("w", encoding="utf-8") as stream:
         for place, before, after in convert_rows(files, recipe):
             if isinstance(after, str):
