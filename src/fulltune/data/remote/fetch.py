@@ -16,7 +16,7 @@ from types import ModuleType
 from fulltune.data.remote import unpack
 from fulltune.data.remote.listing import Listing, OnBytes, RemoteFile, revision_of
 from fulltune.errors import DataError, DoesNotFitError, FulltuneError
-from fulltune.recipe.address import HUB, PACKED, is_fetched, scheme_of
+from fulltune.recipe.address import DATABASES, HUB, PACKED, is_fetched, scheme_of
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import SOURCES, RemoteSource, RemoteSources
 from fulltune.records.events import Listener, Message, RowsRead
@@ -101,9 +101,11 @@ def fetch(
 
 
 def _store_of(address: str) -> ModuleType:
-    from fulltune.data.remote import local
+    from fulltune.data.remote import local, sql
 
     match scheme_of(address):
+        case scheme if scheme in DATABASES:
+            return sql
         case _:
             return local
 
