@@ -338,8 +338,8 @@ def predict(
     if output is None:
         cli_predict.print_answers(predictor, what, max_new_tokens, as_json)
         return
-    with stages.progress_bar("answering", shown=not as_json) as watch:
-        written = cli_predict.write_answers(predictor, what, output, max_new_tokens, watch)
+    with stages.progress_display(details=False) as display:
+        written = cli_predict.write_answers(predictor, what, output, max_new_tokens, display)
     if as_json:
         stages.print_json(written)
     else:

@@ -26,6 +26,7 @@ from fulltune.data.readers.text_files import SEPARATED, detect_delimiter, open_c
 from fulltune.errors import DataError, InterruptedRun, SetupError
 from fulltune.files import replace_atomically
 from fulltune.inference.store import to_json_value
+from fulltune.records.events import Listener, RowsRead
 from fulltune.system.run_folder import explain_os_errors
 from fulltune.tasks import Row, Target
 from fulltune.tasks.columns import BadCell, shown
@@ -167,7 +168,7 @@ def write_answers(
     inputs: PredictInput,
     output: Path,
     max_new_tokens: int,
-    on_progress: Callable[[int, int | None], None],
+    listener: Listener,
 ) -> dict[str, Any]:
     """Write rows with their answers to a file; return `output`, counts by outcome and the new `columns`."""
     new = choose_added_columns(predictor.notes, inputs.columns)
@@ -175,14 +176,13 @@ def write_answers(
     types = inputs.parquet_types() if output.suffix.lower() == ".parquet" else {}
     try:
         with open_output(output, inputs.columns, new, types) as put:
-            on_progress(0, inputs.total)
             counts = _answer_rows(
                 predictor,
                 inputs,
                 lambda location, row, answer, reason: put(row, make_added_cells(new, answer, reason)),
                 f"their new columns are empty except '{reason_column}', which gives the reason",
                 max_new_tokens,
-                on_progress,
+                listener,
             )
     except KeyboardInterrupt:
         raise InterruptedRun(f"interrupted: {output} was not written; run the same command to start again") from None
@@ -195,14 +195,18 @@ def _answer_rows(
     use_answer: Callable[[str, Row, Row | None, str | None], None],
     replacement_note: str,
     max_new_tokens: int,
-    on_progress: Callable[[int, int | None], None] = lambda done, total: None,
+    listener: Listener = lambda event: None,
 ) -> dict[str, int]:
     """Pass each row with its answer, or why there is none, to `use_answer`; return the counts by outcome."""
     placed, again = tee(inputs.located_rows())
     rows = without = cut = 0
+
+    def report_progress(done: int, _: int) -> None:
+        listener(RowsRead(name="answering", done=rows + done, total=inputs.total))
+
     first: list[str] = []
     model_rows = inputs.model_rows(predictor.notes, (row for _, row in again))
-    answers = predictor.answer_each(model_rows, max_new_tokens, lambda done, _: on_progress(rows + done, inputs.total))
+    answers = predictor.answer_each(model_rows, max_new_tokens, report_progress)
     for (location, row), answered in zip(placed, answers, strict=True):
         rows += 1
         cut += answered.is_cut

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,19 +152,6 @@ def progress_display(details: bool) -> Iterator[Display]:
     except KeyboardInterrupt:
         # Typer would exit with 130, which does not say that the run can resume.
         raise InterruptedRun("interrupted; run the same command to resume") from None
-
-
-@contextmanager
-def progress_bar(name: str, shown: bool) -> Iterator[Callable[[int, int | None], None]]:
-    """Yield a function of finished and total rows, which draws a progress bar on a terminal if `shown`."""
-    from fulltune.cli.show.run import Display
-    from fulltune.records.events import RowsRead
-
-    if not shown or not err.is_terminal:
-        yield lambda done, total: None
-        return
-    with Display(err) as display:
-        yield lambda done, total: display(RowsRead(name=name, done=done, total=total))
 
 
 def choose_model_folder(run: Path, method: str | None) -> Path:

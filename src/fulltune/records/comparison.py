@@ -297,6 +297,5 @@ class ManyTasks(Record):
     """Compares one fully fine-tuned model per task with small adapters that share one base model."""
 
     model: str
-    base_bytes: int
     tasks: dict[str, Decision]
     methods: tuple[MethodOverTasks, ...]

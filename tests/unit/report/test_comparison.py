@@ -64,8 +64,8 @@ def test_table_each_method_has_quality_and_cost(tmp_path: Path) -> None:
         *("▸ lora", "3 min 53 s · 0.86×", "2.48 k", "21.1 T · 0.68×", "1.17 GiB · 0.81×", "565 MiB · 0.62×"),
         *("3.73 MiB · 0.043×", "1.24 ms"),
     ]
-    assert cells(markdown, "base")[0][3:] == ["–", "0%", "–", "–", "–"]
-    assert cells(markdown, "full")[0][3:5] == ["reference", "100%"]
+    assert cells(markdown, "base")[0][3:] == ["–", "0.0%", "–", "–", "–"]
+    assert cells(markdown, "full")[0][3:5] == ["reference", "100.0%"]
 
 
 def test_table_method_that_waited_and_rate_on_the_edge_are_marked(tmp_path: Path) -> None:

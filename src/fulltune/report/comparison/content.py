@@ -23,7 +23,7 @@ from fulltune.report.format.blocks import (
 )
 from fulltune.report.format.plots import CostPlot, Mark, draw_cost_plot
 from fulltune.report.format.words import NOTHING, MetricFormatter, format_large_number, format_ratio
-from fulltune.text import counted, format_bytes, format_number, format_seconds, listed
+from fulltune.text import counted, format_bytes, format_number, format_seconds, format_share, listed
 
 _POINTER = "▸ "
 _MADE_FROM = Paragraph("The file proof.json in this folder contains every number of this report.")
@@ -44,7 +44,7 @@ def build_comparison_report(comparison: Comparison, picture_file: str = "") -> R
         title=comparison.name,
         subtitle=f"Is full fine-tuning worth it? {words.strip_folders(comparison.model)} · {comparison.task} · {rows}",
         headline=_build_headline(comparison),
-        key_figures=tuple(_list_key_figures(comparison)),
+        key_figures=(),
         sections=tuple(section for section in sections if section is not None),
     )
 
@@ -108,15 +108,6 @@ def _confidence_level(comparison: Comparison) -> str:
     return f"{100 * comparison.decision.confidence:g}%"
 
 
-def _list_key_figures(comparison: Comparison) -> list[NameAndValue]:
-    trained = [row for row in comparison.rows if row.kind != "base"]
-    return [
-        ("methods trained", f"{len(trained):,}"),
-        ("seeds per method, at most", f"{max((len(row.seeds) for row in trained), default=0):,}"),
-        ("took", format_seconds(comparison.seconds)),
-    ]
-
-
 def _build_reasons_section(comparison: Comparison) -> Section | None:
     decision, to_do = comparison.decision, list(comparison.decision.would_decide)
     if comparison.can_resume:
@@ -148,14 +139,14 @@ def _build_quality_table(comparison: Comparison) -> Table:
     for row in comparison.rows:
         updated = words.format_count(row.num_trainable)
         if row.num_trainable and row.num_parameters:
-            updated += f" ({words.format_fine_share(row.num_trainable / row.num_parameters)})"
+            updated += f" ({format_share(row.num_trainable / row.num_parameters)})"
         rows.append(
             (
                 _method_cell(row, comparison),
                 updated,
                 write.estimate(row.metric),
                 "reference" if row.kind == "full" else behind.get(row.method, NOTHING),
-                NOTHING if row.gain_share is None else words.format_fine_share(row.gain_share),
+                NOTHING if row.gain_share is None else format_share(row.gain_share),
                 NOTHING if row.drift is None else format_number(row.drift.value),
                 NOTHING if row.search is None else format_chosen_rate(row.search),
                 str(len(row.seeds) or NOTHING),

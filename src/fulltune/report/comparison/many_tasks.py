@@ -12,7 +12,7 @@ from fulltune.report.comparison.content import format_verdict
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Element, Paragraph, Section, Table, TableRow, untrusted
 from fulltune.report.format.pages import render_section
-from fulltune.report.format.words import NOTHING, MetricFormatter, format_ratio
+from fulltune.report.format.words import NOTHING, MetricFormatter
 from fulltune.text import counted, format_bytes, format_seconds, is_share
 
 RECORD, PAGE = "tasks.json", "tasks.md"
@@ -49,7 +49,6 @@ def combine_tasks(comparisons: Mapping[str, Comparison]) -> ManyTasks:
 
     return ManyTasks(
         model=first.model,
-        base_bytes=base,
         tasks={task: one.decision for task, one in comparisons.items()},
         methods=tuple(map(sum_over_tasks, (full, *methods))),
     )
@@ -92,32 +91,12 @@ def build_tasks_section(record: ManyTasks) -> Section:
         tasks.append((name, untrusted(format_verdict(decision)), metric.name))
         scores.append((name, *(metric.estimate(method.scores[task]) for method in record.methods)))
     cost = ("method", "stored", "each additional task", "training", "full is better by [points], averaged over tasks")
+    stored = "Totals over all tasks, by method. Stored: weights on disk, with a shared pretrained model counted once"
     header = ("task", *(method.method for method in record.methods))
     blocks: tuple[Element, ...] = (
         Paragraph(words.strip_folders(record.model)),
-        Paragraph(_describe_stored_sizes(record)),
-        Table("Totals over all tasks, by method", cost, tuple(totals), frozenset(range(1, len(cost)))),
+        Table(stored, cost, tuple(totals), frozenset(range(1, len(cost)))),
         Table("Tasks", ("task", "verdict", "metric"), tuple(tasks)),
         Table("Scores on each task's test rows", header, tuple(scores), frozenset(range(1, len(header)))),
     )
     return Section("tasks", f"{counted(len(record.tasks), 'task')} with one pretrained model", blocks)
-
-
-def _describe_stored_sizes(record: ManyTasks) -> str:
-    """Compare the disk space of full models with the smallest other method's."""
-    full, *others = record.methods
-    # A head alone decides nothing; the others count unless they are known to be worse.
-    on_base = [method for method in others if method.kind != "variant"]
-    fair = [method for method in on_base if method.kind != "head" and (method.behind is None or method.behind.low <= 0)]
-    smallest = min(fair or on_base, key=lambda method: method.stored_bytes, default=None)
-    text = (
-        f"A full model for each of {counted(len(record.tasks), 'task')} takes {format_bytes(full.stored_bytes)} on "
-        "disk and the same amount of memory if all models are loaded."
-    )
-    if smallest is not None:
-        text += (
-            f" One pretrained model ({format_bytes(record.base_bytes)}) with {smallest.method} for each task takes "
-            f"{format_bytes(smallest.stored_bytes)} ({format_ratio(smallest.stored_bytes / full.stored_bytes)}). Each "
-            f"further task adds {format_bytes(smallest.bytes_per_task)} instead of {format_bytes(full.bytes_per_task)}."
-        )
-    return text

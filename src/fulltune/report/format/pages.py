@@ -15,7 +15,6 @@ from rich.text import Text
 from fulltune.records.data import Segment
 from fulltune.report.format.blocks import (
     Bullets,
-    Cell,
     Code,
     Element,
     Exchanges,
@@ -53,7 +52,6 @@ def write_pages(path: Path, report: Report, template: str = "report.html.j2", pr
     return target
 
 
-_BAR_LENGTH = 20
 _TEXT_LIMIT = 600
 
 
@@ -116,7 +114,7 @@ def _markdown_lines(block: Element) -> Iterator[str]:
             yield from (*(f"- {escape_markdown(name)}: {escape_markdown(value)}" for name, value in block.rows), "")
         case Table():
             yield from (f"{escape_markdown(block.caption)}:", "") if block.caption else ()
-            rows = [[_format_markdown_cell(cell) for cell in row] for row in block.rows]
+            rows = [[cell if isinstance(cell, str) else cell.shown_text() for cell in row] for row in block.rows]
             yield _format_markdown_table(block.header, rows, block.numeric)
             yield ""
         case Figures(drawn_only=True):
@@ -144,16 +142,6 @@ def _markdown_lines(block: Element) -> Iterator[str]:
             yield from (f"### {escape_markdown(block.title)}", "")
             for inner in block.blocks:
                 yield from _markdown_lines(inner)
-
-
-def _format_markdown_cell(cell: Cell | str) -> str:
-    if isinstance(cell, str):
-        return cell
-    text = cell.shown_text()
-    if cell.bar is None:
-        return text
-    filled = max(round(cell.bar * _BAR_LENGTH), 1 if cell.bar > 0 else 0)
-    return f"{text} {'█' * filled}"
 
 
 # ---- on a terminal --------------------------------------------------------------------------------------------------

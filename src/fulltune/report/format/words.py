@@ -192,15 +192,6 @@ def format_ratio(value: float) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".") + "×" if value >= 0.095 or value == 0 else f"{value:.2g}×"
 
 
-def format_fine_share(value: float) -> str:
-    """Format a share as a percentage with at least two digits: `45.2%`, `0.65%`, `0.0034%`."""
-    if not math.isfinite(value):
-        return NOTHING
-    if abs(value) >= 0.1 or value == 0:
-        return f"{100 * value:.1f}".removesuffix(".0") + "%"
-    return f"{100 * value:.2g}%"
-
-
 def format_large_number(value: float) -> str:
     """Shorten a large number: `22.7 M`, `1.5 T`, `950`."""
     for power, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

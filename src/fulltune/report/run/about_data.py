@@ -185,7 +185,7 @@ def _dropped_row_blocks(summary: DataSummary) -> list[Element]:
 
 def _row_preview_blocks(summary: DataSummary) -> list[Element]:
     shown = [*summary.previews[:_PREVIEWS], *(preview for source in summary.mixed for preview in source.previews)]
-    items = tuple((_shorten_preview(preview.segments), preview.label) for preview in shown)
+    items = tuple((tuple(map(_cut_segment, preview.segments)), preview.label) for preview in shown)
     if not items:
         return []
     origin = "" if has_images(summary) else ", decoded from its tokens"
@@ -193,13 +193,5 @@ def _row_preview_blocks(summary: DataSummary) -> list[Element]:
     return [Paragraph(f"What the model sees{origin}{of_mixed}:"), Previews(items, choose_row_form(summary).target)]
 
 
-def _shorten_preview(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
-    shown: list[Segment] = []
-    left = _TEXT_LIMIT
-    for segment in segments:
-        if left > 0:
-            shown.append(Segment(text=segment.text[:left], trained=segment.trained))
-        left -= len(segment.text)
-    if left < 0:
-        shown.append(Segment(text=f" … ({-left:,} more characters)", trained=False))
-    return tuple(shown)
+def _cut_segment(segment: Segment) -> Segment:
+    return Segment(text=words.cut_text(segment.text, _TEXT_LIMIT), trained=segment.trained)

@@ -40,7 +40,6 @@ from fulltune.text import (
 )
 
 _TRAIN_TITLES = {"loss": "train loss", "learning_rate": "learning rate", "grad_norm": "gradient norm"}
-_EVENTS = {"next attempt": "After", "skipped": "Skipped in", "warning": "Warning of"}
 _OPEN = 10
 
 
@@ -117,22 +116,15 @@ def _build_evaluation_table(series: dict[str, tuple[Point, ...]], plan: Plan | N
 def build_training_section(view: RunView) -> Section | None:
     """Build the section on attempts, events and changes, or None without attempts."""
     blocks: list[Element] = [_build_attempt_table(view)] if view.attempts else []
-    journal = [(attempt.name, entry) for attempt in view.attempts for entry in attempt.journal]
-    # Not in a table, whose cells would cut the advice at their end.
-    details = dict.fromkeys(
-        f"{_EVENTS[entry.event]} {name}: {entry.detail}" for name, entry in journal if entry.event in _EVENTS
-    )
-    if details:
-        events = list(details)
-        if len(events) > _OPEN:
-            events[_OPEN:] = [f"{counted(len(events) - _OPEN, 'more event')}: see the journal"]
-        blocks.append(Bullets(tuple(events)))
     if view.outcome:
         blocks += _build_outcome_blocks(view, view.outcome)
-    rows = tuple((name, one.time, one.event, Cell(one.detail, untrusted=True)) for name, one in journal)
-    if rows:
-        table = Table("Journal: what happened, in order", ("attempt", "time", "event", "detail"), rows)
-        blocks.append(table if len(rows) <= _OPEN else Folded(f"journal of {len(rows)} events", (table,)))
+    # Not in a table, whose cells would cut the advice at their end.
+    entries = [(attempt.name, entry) for attempt in view.attempts for entry in attempt.journal]
+    journal = Bullets(tuple(f"{name}, {one.time}, {one.event}: {one.detail}" for name, one in entries))
+    if len(entries) > _OPEN:
+        blocks.append(Folded(f"journal of {len(entries)} events", (journal,)))
+    elif entries:
+        blocks += [Paragraph("Journal: what happened, in order"), journal]
     return unless_empty("Training", blocks)
 
 

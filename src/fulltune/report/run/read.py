@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fulltune.errors import SetupError
-from fulltune.files import parse_json_line
+from fulltune.files import read_json_lines
 from fulltune.footprint.records import FOOTPRINT, SHAPES
 from fulltune.records.base import Record
 from fulltune.records.comparison import Searched
@@ -32,7 +32,6 @@ from fulltune.records.training import Outcome
 from fulltune.report.format import words
 from fulltune.stats.curves import Point
 from fulltune.system.parallel_layout import SETTINGS_FILE
-from fulltune.text import first_few
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 MetricSeries = dict[str, tuple[Point, ...]]
@@ -40,7 +39,6 @@ _TRAIN_SERIES = ("loss", "learning_rate", "grad_norm")
 _MARKS_OF_A_RUN = ("recipe.yaml", "environment.json", "data/summary.json", "plan", "attempts", "scores")
 _NOT_PLANS = (SHAPES, FOOTPRINT, "survey.json", "measured.json")
 _KINDS = ("baseline", "untouched", "trained")
-_CUT = "unreadable, because a process was stopped while writing or the file is damaged. Other lines are used."
 
 
 @dataclass(frozen=True)
@@ -154,11 +152,6 @@ class RunView:
         return trained_row(self.scores)
 
     @property
-    def scores_baselines(self) -> bool:
-        settings = () if self.plan is None else self.plan.settings
-        return ("evaluate.baselines", False) not in [(one.name, one.value) for one in settings]
-
-    @property
     def outcome(self) -> Outcome | None:
         return self.attempts[-1].outcome if self.attempts else None
 
@@ -237,8 +230,7 @@ def read_run(folder: Path, scores: Scores | None = None) -> RunView:
         remote=remote.sources if remote else (),
         accesses=files.read_accesses(),
     )
-    cut = [(f"line {first_few(lines)} of {name}", _CUT) for name, lines in files.unreadable.items()]
-    return replace(view, missing=(*files.damaged, *cut, *_unavailable_parts(view)))
+    return replace(view, missing=(*files.damaged, *_unavailable_parts(view)))
 
 
 def _unavailable_parts(view: RunView) -> Iterator[tuple[str, str]]:
@@ -247,14 +239,13 @@ def _unavailable_parts(view: RunView) -> Iterator[tuple[str, str]]:
     for present, what, why in (
         (view.summary, "the data summary", "the run ended before its data was prepared."),
         (view.plan, "the plan with its settings", "the run ended before it was planned."),
-        (view.history.train or view.history.evaluation, "the learning curves", "no optimizer step was logged."),
+        (
+            view.history.train or view.history.evaluation,
+            "the learning curves",
+            "no readable step was logged.",
+        ),
         *((one.outcome, f"the outcome of {one.name}", "its process is still running or was killed.") for one in last),
         (view.trained, row, _explain_missing_scores(view)),
-        (
-            not view.scores_baselines or any(row.kind != "trained" for row in view.scores),
-            "baselines to compare with",
-            "the run ended before they were scored.",
-        ),
     ):
         if not present:
             yield what, why
@@ -276,8 +267,6 @@ class _RunFolderReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.damaged: list[tuple[str, str]] = []
-        self.unreadable: dict[str, list[str]] = {}
-        """Numbers of lines that are not JSON, by file name."""
 
     def read_record(self, kind: type[AnyRecord], path: Path) -> AnyRecord | None:
         return next(iter(self.read_records(kind, [path] if path.is_file() else [])), None)
@@ -293,18 +282,6 @@ class _RunFolderReader:
                 self.damaged.append((name, "damaged, or written by another version of fulltune"))
         return records
 
-    def read_lines(self, path: Path) -> Iterator[dict[str, Any]]:
-        """Yield the entries of a JSON lines file, and note broken lines."""
-        if not path.is_file():
-            return
-        # A process killed while writing can cut a character in two: replace it rather than fail.
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for number, line in enumerate(file, 1):
-                if (entry := parse_json_line(line)) is not None:
-                    yield entry
-                elif line.strip():
-                    self.unreadable.setdefault(path.relative_to(self.folder).as_posix(), []).append(str(number))
-
     def read_accesses(self) -> tuple[Access, ...]:
         """Return all recorded uses of these test rows, from the file beside the run folder."""
         try:
@@ -318,8 +295,8 @@ class _RunFolderReader:
         numbered = [(match[1], int(match[2]), path) for path, match in named if match and path.is_dir()]
         for trial, _, path in sorted(numbered):
             outcome = self.read_record(Outcome, path / "outcome.json")
-            events = tuple(filter(None, map(parse_event, self.read_lines(path / "metrics.jsonl"))))
-            journal = tuple(map(JournalEntry.model_validate, self.read_lines(path / "journal.jsonl")))
+            events = tuple(filter(None, map(parse_event, read_json_lines(path / "metrics.jsonl"))))
+            journal = tuple(map(JournalEntry.model_validate, read_json_lines(path / "journal.jsonl")))
             first_step = _resumed_checkpoint_step(path / "request.json")
             yield AttemptFiles(path.name, trial, outcome, events, first_step, journal)
 
