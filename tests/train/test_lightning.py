@@ -189,9 +189,15 @@ def test_pytorch_lightning_trains_as_lightning_does(tmp_path: Path) -> None:
     assert losses[0] == losses[1]
 
 
+def packed_texts() -> list[dict[str, str]]:
+    return [{"text": " ".join(tiny.FOOD[: 1 + number % 5]) + f" {number}"} for number in range(200)]
+
+
 CASES: dict[str, tuple[str, Callable[[], runs.Rows], dict[str, Any]]] = {
     "single_label": ("bert", label_rows, {}),
     "answers": ("llama", answer_rows, {"task": "causal-lm"}),
+    "packed answers": ("llama", answer_rows, {"task": "causal-lm", "data": {"packing": True}}),
+    "packed text": ("llama", packed_texts, {"task": "causal-lm", "data": {"max_length": 64}}),
     "own optimizer": ("bert", label_rows, {"train": {"optim": "adamw_8bit"}, "method": {"head_learning_rate": 2e-3}}),
     "bf16": ("bert", label_rows, {"train": {"precision": "bf16", "activation_checkpointing": True}}),
 }

@@ -78,24 +78,24 @@ def length_limit(
 
 
 def can_pack(recipe: Recipe, target: Target, limits: Limits, mixed: Collection[Target] = ()) -> tuple[bool, list[str]]:
-    """Return whether several texts can share a row, and notes that explain why not. `mixed` holds the targets of
-    mixed-in sources. Raises `RecipeError` if packing is required but impossible."""
+    """Return whether raw texts share a row, and notes that explain why not. `mixed` holds the targets of mixed-in
+    sources; chats and pairs are packed in training. Raises `RecipeError` if packing is required but impossible."""
     wanted, is_raw = recipe.data.packing, target.form.is_raw_text
-    if wanted is False:
+    if not (wanted or (is_raw and wanted is None)):
         return False, []
     others = sorted({target.form.words for target in mixed if not target.form.is_raw_text})
-    if not is_raw:
-        obstacle: str | None = f"only raw text is packed, and these rows are {target.form.words}"
-    elif others:
-        obstacle = f"only raw text is packed, and rows of another kind are mixed in ({', '.join(others)})"
+    if recipe.task != "causal-lm":
+        obstacle: str | None = f"only rows of causal-lm are packed, and these are {target.form.words}"
+    elif is_raw and others:
+        obstacle = f"raw text is packed before training, but rows of another kind are mixed in ({', '.join(others)})"
     else:
         obstacle = "prompt tuning puts virtual tokens before each text" if limits.num_virtual_tokens else None
         obstacle = obstacle or limits.packing_obstacle()
     if obstacle is None:
-        return True, []
+        return is_raw, []
     if wanted:
         raise RecipeError(f"data.packing: impossible because {obstacle}; remove the setting")
-    return False, [f"packing is off because {obstacle}"] if is_raw else []
+    return False, [f"packing is off because {obstacle}"]
 
 
 OPEN_BLOCKS = 64
@@ -109,15 +109,9 @@ def pack_texts(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[pa.
     """Pack whole tokenised texts into rows of at most `max_length` tokens; yield batches of rows."""
     blocks = _group_texts_by_best_fit(parts, max_length)
     while full := list(islice(blocks, _BLOCKS_PER_BATCH)):
-        yield make_record_batch(list(map(_block_to_row, full)), [block[0][2] for block in full])
-
-
-def _block_to_row(block: list[TokenizedText]) -> dict[str, np.ndarray | int]:
-    """Return a packed row's features; position ids restart at each text."""
-    ids, labels = (np.concatenate([text[column] for text in block]) for column in (0, 1))
-    # Position ids that restart at 0 tell transformers' models where a text begins.
-    positions = np.concatenate([np.arange(len(text[0]), dtype=np.int32) for text in block])
-    return {"input_ids": ids, "labels": labels, "position_ids": positions, LENGTH: len(ids)}
+        rows = [model_packing.join_texts([{"input_ids": ids, "labels": of} for ids, of, _ in block]) for block in full]
+        lengths = [row | {LENGTH: len(row["input_ids"])} for row in rows]
+        yield make_record_batch(lengths, [block[0][2] for block in full])
 
 
 def _group_texts_by_best_fit(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[list[TokenizedText]]:

@@ -19,7 +19,7 @@ from fulltune.inference.selective_head import SelectiveHead
 from fulltune.inference.store import Rows
 from fulltune.methods.head import head_paths
 from fulltune.recipe.training import OWN_OPTIMIZERS
-from fulltune.tasks.padding import TRAINED
+from fulltune.tasks.padding import LENGTHS, TRAINED
 from fulltune.train.loop import step_guard
 from fulltune.train.loop.guarded_step import rows_in
 from fulltune.train.loop.sampler import GlobalBatchSampler
@@ -118,6 +118,7 @@ class FineTuningModule:
     def _summed_loss(self, batch: dict[str, Any]) -> torch.Tensor:
         """Return the loss summed over the micro batch's rows or trained tokens."""
         labels, trained, head = batch.pop("labels"), batch.pop(TRAINED, None), self.head
+        batch.pop(LENGTHS, None)
         if head is None:
             return self.objective.loss(self.model(**batch), labels)
         wanted = head.target_ids(labels).flatten().index_select(0, trained)

@@ -19,6 +19,7 @@ from fulltune.inference import selective_head
 from fulltune.inference.run import model_batch, positions_by_length
 from fulltune.inference.store import Rows
 from fulltune.lightning.module import PREFIX, FineTuningData, FineTuningModule
+from fulltune.models.packing import find_packing_leak
 from fulltune.pipeline import Run
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
@@ -218,6 +219,10 @@ def _load_objective_and_rows(
     loading.install_speedups(model, recipe, plan, summary)
     if plan.activation_checkpointing:
         model.activation_checkpointing_enable()
+    if summary.packed or plan.packing:
+        model.config.use_cache = False  # as the Trainer does; with a cache packed texts would attend to each other
+        if leak := find_packing_leak(model, model.config.model_type):
+            raise RecipeError(f"data.packing: {leak}; set it to false")
     rows, eval_rows = loading.rows_with_mixed(data, summary, tokenizer), loading.task_rows(data, tokenizer)[1]
     two_rows = model_batch(model, task, [rows[i] for i in positions_by_length(rows)[-2:]], tokenizer.pad_token_id)
     if summary.form.writes_answers:

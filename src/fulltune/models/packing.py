@@ -1,18 +1,42 @@
 from __future__ import annotations
 
+import contextlib
 import copy
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fulltune.models import evaluation_mode
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 _ROUNDINGS = 4
-_BREAKS = (12, 8)
-_TOKENS = 24
+_TEXTS = (20, 12, 8)
+"""Lengths of the check's texts: the first fills one block, the others a second one."""
 _VOCABULARY = 1000
+
+
+def fill_blocks(lengths: Sequence[int]) -> list[list[int]]:
+    """Return the numbers of the rows in each block, first-fit decreasing. No block is longer than the longest row."""
+    blocks, room = list[list[int]](), list[int]()
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        at = next((at for at, free in enumerate(room) if free >= lengths[row]), len(blocks))
+        if at == len(blocks):
+            blocks.append([])
+            room.append(max(lengths))
+        blocks[at].append(row)
+        room[at] -= lengths[row]
+    return blocks
+
+
+def join_texts(texts: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Return the features of a block of texts; position ids restart at each text."""
+    ids, labels = (np.concatenate([text[name] for text in texts]) for name in ("input_ids", "labels"))
+    # Position ids that restart at 0 tell transformers' models where a text begins.
+    positions = np.concatenate([np.arange(len(text["input_ids"]), dtype=np.int32) for text in texts])
+    return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
 
 def why_not_packable(config: PretrainedConfig, attn_implementation: str | None = None) -> str | None:
@@ -25,11 +49,13 @@ def why_not_packable(config: PretrainedConfig, attn_implementation: str | None =
         return f"{attn_implementation} separates packed texts only in batches of one row; use sdpa"
     small = copy.deepcopy(config)
     text = small.get_text_config()
+    kinds = list(dict.fromkeys(getattr(text, "layer_types", None) or ()))  # one layer of each
     for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
         if hasattr(text, name):
-            setattr(text, name, 1)
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:1]
+            setattr(text, name, max(1, len(kinds)))
+    if kinds:
+        with contextlib.suppress(AttributeError):  # some configs derive it from their number of layers
+            text.layer_types = kinds
     text.vocab_size = min(text.vocab_size, _VOCABULARY)
     for part in (small, text):
         part.pad_token_id = None
@@ -42,32 +68,43 @@ def why_not_packable(config: PretrainedConfig, attn_implementation: str | None =
             model = transformers.AutoModelForCausalLM.from_config(small, dtype=torch.float32, **keywords)
         except (ValueError, TypeError, RuntimeError, IndexError, ImportError) as error:
             why = " ".join(str(error).split())
-            return f"a one-layer copy of the '{config.model_type}' model cannot be created ({why})"
-    return find_packing_leak(model, config.model_type)
+            return f"a small copy of the '{config.model_type}' model cannot be created ({why})"
+    model.config.get_text_config().use_cache = False
+    return find_packing_leak(model, config.model_type, tolerance=1e-5)  # one layer: less rounding, and small leaks
 
 
-def find_packing_leak(model: PreTrainedModel, model_type: str) -> str | None:
-    """Return an error message if the second of two packed texts attends to the first, else None."""
+def rows_for_check(model: PreTrainedModel) -> list[dict[str, np.ndarray]]:
+    """Return tokenised rows with which `find_packing_leak` can check a batch, as a collator takes them."""
+    vocabulary = min(model.config.get_text_config().vocab_size, _VOCABULARY)
+    ids = np.arange(3, 3 + sum(_TEXTS)) % vocabulary
+    return [{"input_ids": text, "labels": text} for text in np.split(ids, np.cumsum(_TEXTS[:-1]))]
+
+
+def find_packing_leak(
+    model: PreTrainedModel, model_type: str, batch: Mapping[str, Any] | None = None, tolerance: float = 1e-4
+) -> str | None:
+    """Return an error message if packed texts attend to each other, else None. `batch` has `rows_for_check` as
+    training packs them; the model is called with it as in training."""
     import torch
 
-    vocabulary = min(model.config.get_text_config().vocab_size, _VOCABULARY)
-    ids = torch.arange(3, 3 + 2 * _TOKENS, device=model.device).remainder(vocabulary).view(2, _TOKENS)
-    positions = torch.stack([torch.cat((torch.arange(at), torch.arange(_TOKENS - at))) for at in _BREAKS])
-    positions = positions.to(model.device)
+    if batch is None:
+        first, *others = rows_for_check(model)
+        blocks = [join_texts([first]), join_texts(others)]
+        batch = {name: torch.from_numpy(np.stack([block[name] for block in blocks])).long() for name in blocks[0]}
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
+    ids, positions = inputs["input_ids"], inputs["position_ids"]
     difference, largest = 0.0, 0.0
     try:
         with evaluation_mode(model), torch.no_grad():
-            together = _logits(model, ids, positions)
-            for row, at in enumerate(_BREAKS):
-                alone = _logits(model, ids[row : row + 1, at:], positions[row : row + 1, at:])
-                difference = max(difference, float((together[row, at:] - alone[0]).abs().max()))
-                largest = max(largest, float(alone.abs().max()))
+            together = model(**inputs).logits.float()
+            for row in range(len(ids)):
+                starts = (positions[row] == 0).nonzero()[:, 0].tolist()
+                for text in map(slice, starts, [*starts[1:], None]):
+                    alone = model(input_ids=ids[row : row + 1, text], use_cache=False).logits[0].float()
+                    difference = max(difference, float((together[row, text] - alone).abs().max()))
+                    largest = max(largest, float(alone.abs().max()))
     except (ValueError, TypeError, RuntimeError) as error:
         return f"a '{model_type}' model fails with position ids ({' '.join(str(error).split())})"
-    if difference > max(1e-4, _ROUNDINGS * torch.finfo(model.dtype).eps) * max(1.0, largest):
+    if difference > max(tolerance, _ROUNDINGS * torch.finfo(model.dtype).eps) * max(1.0, largest):
         return f"a '{model_type}' model does not keep packed texts separate (its logits differ by {difference:.2g})"
     return None
-
-
-def _logits(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()

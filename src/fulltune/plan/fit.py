@@ -73,6 +73,7 @@ def make_plan(workload: Workload, fleet: Fleet, own_loss: bool = False, startup_
         placement=placement,
         loader_workers=resolve.choose_loader_workers(recipe, fleet.machine, used.device, reasons),
         group_by_length=basis.group_by_length,
+        packing=basis.packing,
         eval_steps=steps.between_evaluations,
         eval_on_start=train.eval_on_start,
         save_steps=steps.between_saves,

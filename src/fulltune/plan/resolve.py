@@ -196,6 +196,16 @@ def choose_global_batch_size(recipe: Recipe, summary: DataSummary, reasons: Reas
     return int(reasons.add("train.global_batch_size", train.global_batch_size, rounded, why))
 
 
+def choose_packing(recipe: Recipe, summary: DataSummary, reasons: Reasons, own_loss: bool = False) -> bool:
+    """Choose whether a micro batch's chats or pairs share blocks; raise `RecipeError` with the user's own loss."""
+    if recipe.task != "causal-lm" or summary.form.is_raw_text:
+        return False
+    if recipe.data.packing and own_loss:
+        raise RecipeError("data.packing: your own loss would get several rows as one; remove the setting")
+    why = "one sequence per row; fulltune plan --measure tries packing"
+    return bool(reasons.add("data.packing", recipe.data.packing, False, why))
+
+
 @dataclass(frozen=True)
 class Steps:
     epochs: float

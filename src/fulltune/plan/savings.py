@@ -25,6 +25,8 @@ SETTING_OF = {
     "eval_batch_size": "evaluate.batch_size",
     "longest_tokens": "data.max_length",
     "torch_compile": "train.torch_compile",
+    "packing": "data.packing",
+    "group_by_length": "train.group_by_length",
 }
 MIN_LENGTH = 128
 ANYWHERE: tuple[Phase, ...] = ("loading", "step", "evaluation", "saving", "resuming")

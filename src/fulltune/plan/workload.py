@@ -46,6 +46,7 @@ class Basis:
     steps: resolve.Steps
     head_init: Literal["probe", "random"] | None
     group_by_length: bool
+    packing: bool
     start: MemorySettings
     """Starting point of the search: a micro batch of one row, and no memory savings."""
     layout: ParallelLayout | None
@@ -87,7 +88,9 @@ def make_basis(workload: Workload, fleet: Fleet, reasons: Reasons | None = None,
     optim, rounding = resolve.choose_optimizer(recipe, reasons)
     global_batch = resolve.choose_global_batch_size(recipe, summary, reasons)
     steps = resolve.choose_steps(recipe, summary, global_batch, reasons)
+    packing = resolve.choose_packing(recipe, summary, reasons, own_loss)
     grouped, why = defaults.should_group_by_length(summary.length_explained)
+    grouped, why = (False, "packing leaves little padding") if packing else (grouped, why)
     grouped = reasons.add("train.group_by_length", train.group_by_length, grouped, why)
     footprint = workload.footprint(recipe.model.weights_dtype)
     head_init = resolve.choose_head_init(recipe, shapes, reasons)
@@ -129,6 +132,7 @@ def make_basis(workload: Workload, fleet: Fleet, reasons: Reasons | None = None,
         steps=steps,
         head_init=head_init,
         group_by_length=grouped,
+        packing=packing,
         start=start,
         layout=parallel_layout.layout_of(recipe),
         available_bytes=available_bytes,
@@ -136,7 +140,7 @@ def make_basis(workload: Workload, fleet: Fleet, reasons: Reasons | None = None,
         work=time.work_per_row(
             summary,
             footprint,
-            grouped,
+            grouped or packing,
             methods.max_virtual_tokens(recipe),
             time.backward_cost(recipe.method.kind, shapes),
         ),

@@ -11,6 +11,7 @@ from fulltune.recipe.functions import FunctionName
 from fulltune.recipe.model import Block, raise_for_problems
 
 TextRows = Literal["auto", "line", "paragraph", "section"]
+Packing = Annotated[Literal["auto"] | bool | None, BeforeValidator(lambda value: None if value == "auto" else value)]
 UTF_8 = "utf-8-sig"
 
 
@@ -128,9 +129,11 @@ class DataBlock(Block):
     """How a .txt file is split into rows: by line, by paragraph (up to a blank line), or by sections of whole
     paragraphs with about 4,000 characters (for books). `auto` means sections if blank lines separate paragraphs,
     otherwise lines."""
-    packing: bool | None = None
-    """Pack several short texts into one sequence of `max_length` tokens, without attention between them (causal-lm on
-    raw text). Default: on if a check shows that the model keeps texts separate."""
+    packing: Packing = None
+    """Pack several short rows into one sequence, without attention between them (causal-lm). `auto`: for raw text, on
+    if a check shows that the model keeps texts separate; for chats and pairs, off unless `fulltune plan --measure`
+    finds it faster. Raw text fills sequences of `max_length` tokens; chats and pairs are packed within each micro
+    batch, so that a step has the same rows and the same loss as without packing."""
     stride: int | None = Field(default=None, ge=0)
     """Number of tokens by which windows of a long context overlap (question-answering). Default: a third of a
     window."""

@@ -171,6 +171,8 @@ class Plan(MemorySettings):
     """Placement over processes, or `deepspeed` for the user's own settings."""
     offload: str = "none"
     group_by_length: bool = True
+    packing: bool = False
+    """Whether the rows of a micro batch share blocks. Raw text is packed earlier, in the prepared rows."""
     loader_workers: int = 0
     eval_steps: int
     """Steps between evaluations, or 0 to evaluate only at the end."""

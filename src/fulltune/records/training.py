@@ -93,7 +93,7 @@ class MeasuredSetting(Record):
     """A setting that was measured for one step in its own process."""
 
     name: str
-    kind: Literal["lever", "micro batch", "compile"]
+    kind: Literal["lever", "micro batch", "packing", "compile"]
     """Each `lever` row adds one setting. Each other row differs from the fastest in one setting."""
     changes: dict[str, Any]
     peak_memory_bytes: int = 0

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fulltune.errors import DataError, SetupError
+from fulltune.models.packing import fill_blocks, join_texts
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview, Segment
@@ -328,6 +329,12 @@ def collate(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Ten
     width = batch["attention_mask"].shape[1]
     positions = [np.concatenate((row["position_ids"], np.arange(width - len(row["input_ids"])))) for row in features]
     return {"input_ids": batch["input_ids"], "labels": batch["labels"], "position_ids": pad_right(positions, 0)}
+
+
+def collate_packed(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Tensor]:
+    """Collate rows into as few blocks as fit, without attention between rows."""
+    blocks = fill_blocks([len(row["input_ids"]) for row in features])
+    return collate([join_texts([features[row] for row in block]) for block in blocks], pad_token_id)
 
 
 def target_ids(labels: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ IGNORED = -100
 """Label of tokens that are not trained, the `ignore_index` of PyTorch's losses."""
 TRAINED = "trained_positions"
 """Key of a batch's `trained_positions`, computed before the batch moves to a device."""
+LENGTHS = "row_lengths"
+"""Key of the lengths of a packed batch's rows, from which rows and tokens are counted."""
 
 
 def pad_features(

@@ -196,8 +196,8 @@ def test_raw_text_beside_other_forms_is_not_packed(tmp_path: Path, decoder_token
     chat = (tiny.chat_rows(20), 0.2)
     summary = prepare(tmp_path, decoder_tokenizer, "causal-lm", TEXTS, chat, packs=True)
     assert not summary.packed
-    assert any(note.startswith("packing is off because only raw text is packed, and") for note in summary.notes)
-    with pytest.raises(RecipeError, match=r"data\.packing: impossible because only raw text .* mixed in \(chat\)"):
+    assert any(note.startswith("packing is off because raw text is packed before") for note in summary.notes)
+    with pytest.raises(RecipeError, match=r"data\.packing: impossible because raw text .* mixed in \(chat\)"):
         prepare(tmp_path / "asked", decoder_tokenizer, "causal-lm", TEXTS, chat, packs=True, packing=True)
 
 

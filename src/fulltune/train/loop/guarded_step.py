@@ -18,7 +18,7 @@ from fulltune.errors import Spiked
 from fulltune.inference.selective_head import attention_precision
 from fulltune.models import sharding
 from fulltune.stats.curves import LOSS_WINDOW
-from fulltune.tasks.padding import IGNORED, TRAINED
+from fulltune.tasks.padding import IGNORED, LENGTHS, TRAINED
 from fulltune.train.loop import step_guard
 from fulltune.train.loop.step_guard import StepHistory, StepVerdict
 
@@ -26,7 +26,8 @@ _log = logging.getLogger(__name__)
 
 
 def rows_in(batch: Mapping[str, object]) -> int:
-    return next((len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.dim()), 0)
+    tensors = (batch.get(LENGTHS), *batch.values())
+    return next((len(value) for value in tensors if isinstance(value, torch.Tensor) and value.dim()), 0)
 
 
 class Guarded:
@@ -78,7 +79,9 @@ class Guarded:
         step's totals and return the loss."""
         if "attention_mask" in inputs:
             self.tokens_seen = self.tokens_seen + inputs["attention_mask"].sum()
-        elif "input_ids" in inputs:  # packed texts fill their rows
+        elif LENGTHS in inputs:
+            self.tokens_seen = self.tokens_seen + inputs[LENGTHS].sum()
+        elif "input_ids" in inputs:
             self.tokens_seen = self.tokens_seen + inputs["input_ids"].numel()
         if "decoder_input_ids" in inputs:
             self.tokens_seen = self.tokens_seen + (inputs["labels"] != IGNORED).sum()
@@ -231,7 +234,7 @@ def _first_non_finite_module(model: nn.Module, batch: Mapping[str, object]) -> s
 
     device = next(model.parameters()).device
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    inputs = {name: tensor.to(device) for name, tensor in tensors.items() if name not in ("labels", TRAINED)}
+    inputs = {name: tensor.to(device) for name, tensor in tensors.items() if name not in ("labels", LENGTHS, TRAINED)}
     hooks = [add_hook(name, module) for name, module in model.named_modules()]
     model.eval()  # without dropout, so that no random number is drawn
     try:

@@ -20,7 +20,7 @@ from fulltune.inference.selective_head import SelectiveHead
 from fulltune.models import sharding
 from fulltune.records.events import StepSkipped
 from fulltune.tasks import Row
-from fulltune.tasks.padding import TRAINED, trained_positions
+from fulltune.tasks.padding import LENGTHS, TRAINED, trained_positions
 from fulltune.text import first_few
 from fulltune.train import checkpoints
 from fulltune.train.loop.guarded_step import Guarded
@@ -47,10 +47,12 @@ def collate_with_counts(
     count_items: Callable[[torch.Tensor], int],
     head: SelectiveHead | None,
 ) -> dict[str, Any]:
-    """Collate rows; add the number of items in the loss and, with a selective head, the trained positions. Both are
-    computed on the host, because reading them from the device is slow."""
+    """Collate rows; add the number of items in the loss, packed rows' lengths and, with a selective head, the trained
+    positions. All are computed on the host, because reading them from the device is slow."""
     batch = collate(rows)
     batch = batch | {ITEMS: count_items(batch["labels"])}
+    if "position_ids" in batch:
+        batch[LENGTHS] = torch.tensor([len(row["input_ids"]) for row in rows])
     if head is not None:
         batch[TRAINED] = trained_positions(head.target_ids(batch["labels"]))
     return batch
@@ -213,7 +215,7 @@ class FullTrainer(Guarded, Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **keywords: Any) -> Any:
         """Compute the loss; with a selective head, only from trained tokens' logits."""
         inputs = dict(inputs)
-        labels, trained = inputs["labels"], inputs.pop(TRAINED, None)
+        labels, trained, _ = inputs["labels"], inputs.pop(TRAINED, None), inputs.pop(LENGTHS, None)
         if self.head is not None and trained is not None:
             inputs["labels"] = self.head.target_ids(labels).flatten().index_select(0, trained)
         with self.computing_needed_logits(labels, trained):

@@ -5,6 +5,7 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 
+from fulltune import methods
 from fulltune.errors import DoesNotFitError, InterruptedRun, SetupError
 from fulltune.models.kernels import missing_compiler
 from fulltune.plan.savings import MEMORY_SAVINGS, Changes, plain_optim
@@ -69,6 +70,16 @@ def micro_batches_to_measure(recipe: Recipe, plan: Plan, best: Changes) -> list[
     ]
 
 
+def packing_to_measure(recipe: Recipe, summary: DataSummary, best: MeasuredSetting) -> list[MeasuredSetting]:
+    """Return the best setting with packing, and without grouping by length unless the recipe sets that, or [] if
+    packing cannot be chosen."""
+    decided = recipe.data.packing is not None or recipe.task != "causal-lm" or summary.form.is_raw_text
+    if decided or recipe.train.loss is not None or methods.max_virtual_tokens(recipe):
+        return []
+    grouping = {"group_by_length": False} if recipe.train.group_by_length is None else {}
+    return [MeasuredSetting(name="packing", kind="packing", changes={**best.changes, "packing": True, **grouping})]
+
+
 def compilation_to_measure(recipe: Recipe, best: MeasuredSetting, missing_tool: str | None) -> list[MeasuredSetting]:
     """Return the best setting with torch.compile, with its `problem` if any, or [] if the recipe decides."""
     train = recipe.train
@@ -120,6 +131,7 @@ def choose_fastest_plan(trial: PlannedTrial, summary: DataSummary, available_byt
     best = find_fastest([*([best] if best else []), *measure_all(batches)])
     if best is None:
         raise DoesNotFitError([f"measured: {row.name}: {row.problem}" for row in rows])
+    best = find_fastest([best, *measure_all(packing_to_measure(recipe, summary, best))]) or best
     compiled = measure_all(compilation_to_measure(recipe, best, missing_compiler(plan.device)))
     best = find_fastest([best, *compiled]) or best
     marked = tuple(row.model_copy(update={"is_best": row is best}) for row in rows)

@@ -17,7 +17,7 @@ from fulltune.inference.store import Rows
 from fulltune.models.base import Base
 from fulltune.models.dropout import STEPS, SixteenBitDropout, drop_threshold
 from fulltune.models.new_tokens import Pieces
-from fulltune.models.packing import find_packing_leak
+from fulltune.models.packing import find_packing_leak, join_texts, rows_for_check
 from fulltune.recipe.tasks import TaskName
 from fulltune.records.events import ChecksDone
 from fulltune.records.plan import Plan
@@ -66,8 +66,8 @@ def run_checks(inputs: AttemptInputs, loaded: LoadedModel, trainer: FullTrainer)
     if summary.form.writes_answers:
         # Only the task's rows: mixed-in raw text may be cut in the middle.
         checks.append(_check_end_tokens(inputs, loaded, Rows(inputs.data / "train")))
-    if summary.packed:
-        checks.append(_check_packed_texts_isolated(trainer, model))
+    if summary.packed or plan.packing:
+        checks.append(_check_packed_texts_isolated(trainer, model, is_raw_text=summary.packed))
     if writes:
         checks.append(_install_selective_head(trainer, rows, inputs.task, own_loss=inputs.has_own_loss))
         if plan.chunked_loss:
@@ -132,12 +132,14 @@ def _last_trained_tokens(rows: Rows) -> np.ndarray:
     return np.concatenate(tokens)
 
 
-def _check_packed_texts_isolated(trainer: FullTrainer, model: PreTrainedModel) -> Check:
+def _check_packed_texts_isolated(trainer: FullTrainer, model: PreTrainedModel, *, is_raw_text: bool) -> Check:
     """Check that texts packed into one row do not influence each other."""
     if trainer.is_deepspeed_enabled:
-        result = "checked on a one-layer copy of the model, because ZeRO shards the weights"
+        result = "checked on a small copy of the model, because ZeRO shards the weights"
         return Check(name=_ISOLATED, result=result, passed=True)
-    problem = find_packing_leak(model, model.config.model_type)
+    rows = rows_for_check(model)
+    batch = collate_on_device(trainer, [join_texts(rows[:1]), join_texts(rows[1:])] if is_raw_text else rows)
+    problem = find_packing_leak(model, model.config.model_type, batch)
     return Check(name=_ISOLATED, result=problem or "yes", passed=problem is None)
 
 

@@ -21,6 +21,7 @@ from fulltune import files
 from fulltune.errors import SetupError
 from fulltune.inference.run import RowSubset, batches, positions_by_length, positions_longest_first
 from fulltune.models import sharding
+from fulltune.models.packing import fill_blocks
 from fulltune.plan.time import GENERIC_TOKENS, count_interval_steps, dry_run_extra_seconds
 from fulltune.records.plan import AnswersPlan, Plan, TimeNeed
 from fulltune.records.training import Check
@@ -283,8 +284,8 @@ def forecast_from_passes(
     steps = max(0, plan.total_steps - first_step)
     counted = min(steps, -(-MAX_COUNTED_ROWS // plan.global_batch_size))
     parts = [part for step in passes.trainer.sampler.forward_passes(first_step, first_step + counted) for part in step]
-    scale, shapes = steps / max(1, counted), _shapes(lengths, parts)
-    work, [long] = pass_work(shapes, quadratic), pass_work(_shapes(lengths, [longest]), quadratic)
+    scale, shapes = steps / max(1, counted), _shapes(lengths, parts, plan.packing)
+    work, [long] = pass_work(shapes, quadratic), pass_work(_shapes(lengths, [longest], plan.packing), quadratic)
     each = step_seconds + LOOP_SECONDS
     budget = dry_run_extra_seconds(longest_seconds[1] / long * float(work.sum()) * scale + each * steps)
     pass_time, once = _fit_train_time(passes, parts, work, (float(long), *longest_seconds), budget)
@@ -365,8 +366,10 @@ def _work_of_generic_text(quadratic: float) -> float:
     return float(pass_work(np.array([[1, GENERIC_TOKENS]]), quadratic)[0])
 
 
-def _shapes(lengths: np.ndarray, parts: Iterable[Positions]) -> np.ndarray:
-    return np.array([(len(part), lengths[list(part)].max()) for part in parts], np.int64).reshape(-1, 2)
+def _shapes(lengths: np.ndarray, parts: Iterable[Positions], packing: bool = False) -> np.ndarray:
+    of_parts = [lengths[list(part)].tolist() for part in parts]
+    rows = [len(fill_blocks(part) if packing else part) for part in of_parts]
+    return np.array([*zip(rows, map(max, of_parts), strict=True)], np.int64).reshape(-1, 2)
 
 
 def _attention_work_ratio(model: PreTrainedModel) -> float:

@@ -26,7 +26,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.probe import Probe
-from fulltune.tasks import Row, Target, Task, task_named
+from fulltune.tasks import Row, Target, Task, causal_lm, task_named
 from fulltune.tasks.labels import class_weights
 from fulltune.train import checkpoints
 from fulltune.train.journal import PROBING
@@ -86,7 +86,9 @@ class Objective:
         return class_weights(self.recipe, self.summary)
 
     def collate(self, features: list[Row]) -> dict[str, torch.Tensor]:
-        """Collate rows into `input_ids[rows, tokens]`, `labels` and the task's other inputs."""
+        """Collate train rows into `input_ids[rows or blocks, tokens]`, `labels` and the task's other inputs."""
+        if self.plan.packing:
+            return causal_lm.collate_packed(features, self.pad_token_id)
         return model_batch(self.model, self.task, features, self.pad_token_id)
 
     def loss(
