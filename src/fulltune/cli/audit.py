@@ -163,7 +163,7 @@ def _raise_if_no_remedies(audit: Audit, accepted_checks: Sequence[str]) -> None:
 
 def write_conversations(target: Path, overrides: Sequence[str], output: Path, has_other_options: bool) -> None:
     """Write the train files' rows of a recipe, run or data file as chat messages, and show three before and after."""
-    from fulltune.data.convert import convert_rows
+    from fulltune.data.convert import convert_row, find_roles
     from fulltune.data.remote.fetch import fetch_sources
     from fulltune.data.sources import find_source_files
     from fulltune.system.run_folder import explain_os_errors, load_run_recipe
@@ -179,10 +179,13 @@ def write_conversations(target: Path, overrides: Sequence[str], output: Path, ha
     with stages.progress_display(details=False) as display, TemporaryDirectory() as new_run:
         remote = fetch_sources(recipe, target if target.is_dir() else Path(new_run), display)
     files = find_source_files(recipe, remote)["train"]
+    roles = find_roles(recipe, files)
     with explain_os_errors(output), replace_atomically(output) as part, part.open("w", encoding="utf-8") as stream:
-        for place, before, after in convert_rows(files, recipe):
-            if isinstance(after, str):
-                refused.append(f"{place}: {after}")
+        for place, before in files.rows():
+            try:
+                after = convert_row(before, roles)
+            except DataError as error:
+                refused.append(f"{place}: {error}")
                 continue
             stream.write(json.dumps(after, ensure_ascii=False, default=to_json_value) + "\n")
             if (written := written + 1) <= 3:

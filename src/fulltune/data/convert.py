@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -9,7 +9,6 @@ from fulltune.data.readers.read import DataFiles
 from fulltune.data.sources import columns_for_roles
 from fulltune.errors import DataError
 from fulltune.inference.store import to_json_value
-from fulltune.recipe.data import DataBlock
 from fulltune.recipe.fields import Recipe
 from fulltune.tasks import Row, Target, causal_lm
 from fulltune.tasks.chat import SHAREGPT_ROLES, clean_messages
@@ -19,38 +18,32 @@ Messages = list[dict[str, Any]]
 _KNOWN = ("system", "developer", "user", "assistant", "tool")
 _ROLES = {**SHAREGPT_ROLES, "function": "tool", "bot": "assistant", "model": "assistant", "prompter": "user"}
 _KEYS = {"from": "role", "value": "content"}
+_COPIED = ("group", "time", "slice_by")
+_SPEAKERS = {"messages": "", "prompt": "user"} | dict.fromkeys(("completion", "chosen", "rejected"), "assistant")
 
 
-def convert_rows(files: DataFiles, recipe: Recipe) -> Iterator[tuple[str, Row, Row | str]]:
-    """Yield each row's location, the row, and its conversations or why it has none."""
-    head = [row for _, row in islice(files.rows([]), 1000)]
-    roles = find_roles(recipe.data, tuple(dict.fromkeys(chain.from_iterable(head))), head[:100], files.where)
-    copied = [name for name in (recipe.data.group, recipe.data.time, recipe.evaluate.slice_by) if name]
-    for place, row in files.rows():
-        try:
-            yield place, row, {name: row.get(name) for name in copied} | convert_row(row, roles)
-        except DataError as error:
-            yield place, row, str(error)
-
-
-def find_roles(block: DataBlock, columns: Sequence[str], sample: Sequence[Row], file: str) -> dict[str, str]:
-    """Map roles to columns for conversations, pairs or preferences; raise `DataError` if none fit."""
-    columns, roles = columns_for_roles(block, columns), ("system", "tools", "prompt", "chosen", "rejected")
-    names = [find_column(one, getattr(block, one, None), columns, file, USUAL_NAMES.get(one, (one,))) for one in roles]
-    named = {role: name for role, name in zip(roles, names, strict=True) if name}
-    if "chosen" in named and "rejected" in named and block.messages is block.completion is block.text is None:
-        return named
-    usual = causal_lm.find_columns(columns, sample, block, file)
-    if "text" in usual:
-        raise DataError(f"{file}: '{usual['text']}' holds text without roles; set data.messages or data.prompt")
-    return {role: named[role] for role in ("system", "tools") if role in named} | usual
+def find_roles(recipe: Recipe, files: DataFiles) -> dict[str, str]:
+    """Map roles to columns for conversations, pairs or preferences, and for splits. Raises `DataError` if none fit."""
+    block, sample = recipe.data, [row for _, row in islice(files.rows([]), 1000)]
+    every, usual = tuple(dict.fromkeys(chain.from_iterable(sample))), ("system", "tools")
+    columns, copied = columns_for_roles(block, every), (block.group, block.time, recipe.evaluate.slice_by)
+    wanted = {role: USUAL_NAMES.get(role, (role,)) for role in (*usual, "prompt", "chosen", "rejected")}
+    named = {role: find_column(role, getattr(block, role, None), columns, files.where, wanted[role]) for role in wanted}
+    if not (named["chosen"] and named["rejected"] and block.messages is block.completion is block.text is None):
+        named = {role: named[role] for role in usual}
+        named |= causal_lm.find_columns(columns, sample[:100], block, files.where)
+    if "text" in named:
+        raise DataError(f"{files.where}: '{named['text']}' holds text without roles; set data.messages or data.prompt")
+    for role, name in zip(_COPIED, copied, strict=True):
+        named[role] = name and find_column(role, name, every, files.where)
+    return {role: name for role, name in named.items() if name}
 
 
 def convert_row(row: Row, roles: Mapping[str, str]) -> dict[str, Any]:
     """Return `messages`, or `prompt`, `chosen` and `rejected`. Raises `DataError` if they would be read differently."""
     if reason := why_unreadable(row, roles):
         raise DataError(reason)
-    turns = {role: _read_turns(row, roles, role) for role in roles if role not in ("system", "tools", "input")}
+    turns = {role: _read_turns(row, roles, role) for role in roles if role in _SPEAKERS}
     parts = _split_preference(**turns) if "chosen" in turns else {"messages": [*chain(*turns.values())]}
     start, system = next(iter(parts.values())), as_text(row.get(roles.get("system", "")))
     if system.strip() and start[:1] != (opening := [{"role": "system", "content": system}]):
@@ -61,7 +54,8 @@ def convert_row(row: Row, roles: Mapping[str, str]) -> dict[str, Any]:
         if clean_messages(json.loads(json.dumps(whole, default=to_json_value))) != whole:
             raise DataError("a message holds a value that JSON cannot represent")
     tools = parse_cell(row.get(roles.get("tools", "")))
-    return parts | ({"tools": tools} if tools else {})
+    copied = {roles[role]: row.get(roles[role]) for role in _COPIED if role in roles}
+    return copied | parts | ({"tools": tools} if tools else {})
 
 
 def _read_turns(row: Row, roles: Mapping[str, str], role: str) -> Messages:
@@ -71,9 +65,8 @@ def _read_turns(row: Row, roles: Mapping[str, str], role: str) -> Messages:
     if role != "messages" and not (is_list and any({"role", "from"} & one.keys() for one in cell)):
         if refused := why_cell_blank(row, target := Target("prompt_completion", roles), role):
             raise DataError(refused.reason)
-        if role == "prompt":
-            return [{"role": "user", "content": causal_lm.prompt_text(row, target)}]
-        return [{"role": "assistant", "content": as_text(row[roles[role]])}]
+        text = causal_lm.prompt_text(row, target) if role == "prompt" else as_text(row[roles[role]])
+        return [{"role": _SPEAKERS[role], "content": text}]
     turns = Messages()
     for message in cell if is_list else clean_messages(cell):
         spelled = {_KEYS.get(name, name): value for name, value in message.items() if value is not None}

@@ -68,6 +68,8 @@ def test_columns_of_the_recipe_win_and_columns_that_split_are_copied() -> None:
     row = {"prompt": "other", "chosen": "A", "rejected": "B", "q": "Q?", "who": 7}
     settings = ", prompt: q, completion: chosen, group: who"
     assert _convert(row, settings=settings)[0] == [{"who": 7, "messages": [Q, A]}]
+    Path("out.jsonl").unlink()
+    assert "did you mean 'who'" in _convert(row, settings=settings + "m", code=4)[1]
 
 
 def test_three_rows_are_shown_masked_and_refused_rows_are_listed() -> None:
