@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A process for each core; tests of one file stay together, which share what they train, until a process is free.
+WORKERS := -n auto --dist worksteal
 
 .PHONY: quickstart chat-example test test-fast test-plain test-long test-zero gpu-paths gpu-day release lint types docs dist clean
 
@@ -27,14 +29,17 @@ $(VENV)/dev: $(VENV)/quickstart
 
 # Kubeflow's and SkyPilot's own parsers, which want other versions of packages than fulltune does.
 $(VENV)/launchers/ready: $(VENV)/quickstart
-	$(PYTHON) -m venv --upgrade-deps $(VENV)/launchers
-	$(VENV)/launchers/bin/pip install --quiet 'kubeflow-trainer-api>=2.3' 'skypilot>=0.14'
+	$(PYTHON) -m venv --without-pip $(VENV)/launchers
+	$(BIN)/pip --python $(VENV)/launchers/bin/python install --quiet 'kubeflow-trainer-api>=2.3' 'skypilot>=0.14'
 	touch $@
 
 # DeepSpeed and Liger, each with what the other tests are to run without: Triton, which only its interpreter runs here.
-$(VENV)/zero/ready: $(VENV)/quickstart
-	$(PYTHON) -m venv --upgrade-deps $(VENV)/zero
-	$(VENV)/zero/bin/pip install --quiet --editable '.[quickstart,lightning,deepspeed,liger,dev]'
+# All else is that of $(VENV), which it reads.
+$(VENV)/zero/ready: $(VENV)/dev
+	$(PYTHON) -m venv --without-pip $(VENV)/zero
+	$(BIN)/python -c "from sysconfig import get_path; print(f'import site; site.addsitedir({get_path(\"purelib\")!r})')" \
+		> "$$($(VENV)/zero/bin/python -c 'from sysconfig import get_path; print(get_path("purelib"))')/beside.pth"
+	$(BIN)/pip --python $(VENV)/zero/bin/python install --quiet --editable '.[deepspeed,liger]'
 	touch $@
 
 quickstart: $(VENV)/quickstart
@@ -45,25 +50,25 @@ chat-example: $(VENV)/chat
 
 # Everything but what is long by nature: minutes on two slow cores.
 test: $(VENV)/dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto -m "not long"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(WORKERS) -m "not long"
 
 # For those who change a line: about a minute, without what trains or traces for seconds.
 test-fast: $(VENV)/dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto -m "not long and not slow" tests/unit tests/contract
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(WORKERS) -m "not long and not slow" tests/unit tests/contract
 
 # The tests that compute, once more, with the plainest kernels of a CPU: what rests on last digits fails here.
 test-plain: $(VENV)/dev
-	ATEN_CPU_CAPABILITY=default HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto -m "not long" tests/train tests/invariant
+	ATEN_CPU_CAPABILITY=default HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(WORKERS) -m "not long" tests/train tests/invariant
 
 # Real processes that are killed, limits of memory, large cases, ZeRO. CI runs it as well.
 test-long: $(VENV)/dev $(VENV)/launchers/ready $(VENV)/zero/ready
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto -m "long and not zero"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(WORKERS) -m "long and not zero"
 	$(MAKE) test-zero
 
 # ZeRO, Lightning with DeepSpeed, Liger's kernels. The first one compiles DeepSpeed's parts for the CPU.
 test-zero: $(VENV)/zero/ready
 	PATH="$$PATH:$(CURDIR)/$(VENV)/zero/bin" HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 \
-		$(VENV)/zero/bin/python -m pytest -n auto -m zero tests/invariant tests/train
+		$(VENV)/zero/bin/python -m pytest $(WORKERS) -m zero tests/invariant tests/train
 
 # Is every place that touches a GPU executed by a test, on a stand-in, and is it noticed when it breaks? SEED draws 10.
 gpu-paths: $(VENV)/dev

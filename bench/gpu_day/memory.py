@@ -16,6 +16,8 @@ from bench.gpu_day.parts import GIB, Wanted, obstacle
 from bench.random_models import TIED, Cell, model_parts, sized, write_recipe
 from bench.runs import fresh
 
+from fulltune.system.hardware import num_cores
+
 CELL_SECONDS = 75
 """Seconds that a cell may take; none starts with less left of the part."""
 STAND_IN_SECONDS = 140
@@ -47,10 +49,7 @@ GRID = (
     sized("llama 400 M, bf16 weights", *MIDDLE, (2, 1024), config=TIED, heads=15, optim="adamw_bf16", **NARROW),
     sized("llama 1.1 B, bf16, 8-bit moments, recomputed", *BILLION, (2, 1024), **HALF, **TIGHT),
 )  # fmt: skip
-TINY = (
-    sized("tiny bert, fp32", "bert", (64, 2, 2000), (4, 64)),
-    sized("tiny llama, bf16, 8-bit moments, recomputed", "llama", (64, 2, 2000), (2, 64), **HALF, **TIGHT),
-)
+TINY = (sized("tiny llama, bf16, 8-bit moments, recomputed", "llama", (64, 2, 2000), (2, 64), **HALF, **TIGHT),)
 
 SMALLEST = sized("smallest", "llama", (64, 2, 2000), (2, 64), **HALF)
 
@@ -200,17 +199,22 @@ LARGE = (
 
 
 def large(here: Here, folder: Path, rows: Rows) -> None:
-    """Plan each shape and way for a card of 24 GB and its host, and measure those that fit here."""
+    """Plan each shape and way for a card of 24 GB and its host, and measure those that fit here.
+
+    Without a card, the two smallest shapes are planned.
+    """
     fresh(folder)
     host = round(here.host_bytes / 1e9) if here.cards else STAND_IN_HOST
     hardware = f"{CARD}, {host}GB host"
-    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
-        surveys = list(pool.map(_survey, SHAPES, [folder] * len(SHAPES), [hardware] * len(SHAPES)))
+    planned = SHAPES if here.cards else SHAPES[:2]
+    with ProcessPoolExecutor(min(len(planned), num_cores()), mp_context=multiprocessing.get_context("spawn")) as pool:
+        surveys = list(pool.map(_survey, planned, [folder] * len(planned), [hardware] * len(planned)))
     plans = {
-        (shape.name, way.name): survey[way.name] for shape, survey in zip(SHAPES, surveys, strict=True) for way in WAYS
+        (shape.name, way.name): survey[way.name] for shape, survey in zip(planned, surveys, strict=True) for way in WAYS
     }
-    shapes, ways = {shape.name: shape for shape in SHAPES}, {way.name: way for way in WAYS}
-    for shape, way in (*MEASURED, *(pair for pair in plans if pair not in MEASURED)):
+    shapes, ways = {shape.name: shape for shape in planned}, {way.name: way for way in WAYS}
+    measured_first = [pair for pair in MEASURED if pair in plans]
+    for shape, way in (*measured_first, *(pair for pair in plans if pair not in MEASURED)):
         _add_large(here, shapes[shape], ways[way], plans[shape, way], folder, rows)
     for way in (WAYS[1], WAYS[3]) if not here.cards else ():
         if "placement" in way.settings and "deepspeed" not in here.packages:

@@ -22,6 +22,7 @@ from fulltune.plan.memory import CUDA_CONTEXT_BYTES
 PLACES = (("single", 1), ("ddp", 2), ("fsdp2", 2), ("zero2", 2), ("zero3", 2))
 LARGE = sized("llama 150 M", "llama", (576, 30, 49152), (4, 512), config=TIED, heads=9)
 TINY = sized("tiny llama", "llama", (64, 2, 2000), (2, 32))
+STAND_INS = PLACES[::2]
 FIGURES = ("planned_bytes", "highest_bytes", "planned_error", "largest_loss_error", "tokens_per_second")
 BOUND = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.05}
 """Largest relative difference of a loss; DeepSpeed also keeps its weights in 16 bits."""
@@ -37,7 +38,7 @@ def two(here: Here, folder: Path, rows: Rows) -> None:
     rows.add("all-reduce of two processes", {"all_reduce": text if here.cards else None}, passed, result)
     precision = half_precision(here) if here.cards else "fp32"
     cell, alone = replace(LARGE if here.cards else TINY, precision=precision), {}
-    for placement, processes_here in PLACES:
+    for placement, processes_here in PLACES if here.cards else STAND_INS:
         case = f"{cell.name}, {precision}, {placement} x {processes_here}"
         if placement in ZERO and "deepspeed" not in here.packages:
             rows.add(case, dict.fromkeys(FIGURES), None, "deepspeed is not installed")

@@ -740,7 +740,7 @@ def test_sigterm_before_the_training_ends_a_command_wherever_it_is(tmp_path: Pat
 @pytest.mark.long
 def test_interrupt_while_training_is_resumable(case: Case) -> None:
     case.write(tiny.topic_rows(64))
-    train = {"max_steps": 150, "eval_strategy": "steps", "eval_steps": 75, "logging_steps": 1}
+    train = {"max_steps": 60, "eval_strategy": "steps", "eval_steps": 30, "logging_steps": 1}
     command = [sys.executable, "-m", "fulltune.cli.app", "train", str(case.recipe(train=train))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -764,7 +764,7 @@ def test_interrupt_while_training_is_resumable(case: Case) -> None:
     assert again.returncode == 0, again.stderr
     assert "continuing from the checkpoint of step" in again.stderr
     assert len(list(case.folder.glob("runs/recipe-*"))) == 1
-    assert again.stdout.startswith("150 steps")
+    assert again.stdout.startswith("60 steps")
 
 
 IN_A_TERMINAL = (

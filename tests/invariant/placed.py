@@ -6,6 +6,7 @@ processes are those of the command. Tests and `bench/placements.py` use it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import random
 import signal
@@ -315,18 +316,21 @@ NINE = replace(FAMILIES["decoder"], blocks={**ANSWERS, "evaluate": CHOOSING, "da
 
 
 def assert_same_answers(folder: Path, place: str, gather_once: bool = False) -> None:
-    """Generate answers in batches of two in one process and in a placement, and compare them and the choice."""
+    """Generate answers in batches of two in one process, once in a folder, and in a placement, and compare them and
+    the choice."""
     few: dict[str, Any] = {"max_steps": 12, "eval_steps": 4, "dropout": False}
     chosen, written = [], []
-    for name in ("single", place):
-        where = folder / name
-        train(where, NINE, Place(name), until="plan", **few)
-        path = where / "run" / "plan" / "full.json"
-        plan = Plan.load(path)
-        assert plan.answers is not None
-        answers = plan.answers.model_copy(update={"batch_size": 2, "gather_once": gather_once and name == place})
-        plan.model_copy(update={"answers": answers}).save(path)
-        train(where, NINE, Place(name), **few)
+    for name, at_once in (("single", False), (place, gather_once)):
+        where = folder / f"{name}-{at_once}"
+        if not where.exists():
+            with runs.in_this_process() if name == "single" else contextlib.nullcontext():
+                train(where, NINE, Place(name), until="plan", **few)
+                path = where / "run" / "plan" / "full.json"
+                plan = Plan.load(path)
+                assert plan.answers is not None
+                answers = plan.answers.model_copy(update={"batch_size": 2, "gather_once": at_once})
+                plan.model_copy(update={"answers": answers}).save(path)
+                train(where, NINE, Place(name), **few)
         found = read(where)
         chosen.append((found.outcome.best_step, found.outcome.weights_reason, found.outcome.best_metric))
         written.append(

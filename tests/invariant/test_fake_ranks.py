@@ -15,11 +15,11 @@ pytestmark = pytest.mark.slow
 MOST_OFF, MOST_BELOW = 0.05, 0.02
 SIZE = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 704}
 LLAMA = Cell("llama", SIZE | {"num_key_value_heads": 2, "vocab_size": 4000}, rows=2, length=128)
-TIED = Cell("qwen2", LLAMA.config | {"num_hidden_layers": 8, "tie_word_embeddings": True}, ranks=8, rows=4, length=256)
-BERT = Cell("bert", SIZE | {"num_hidden_layers": 6, "intermediate_size": 1024, "vocab_size": 8000}, ranks=8, rows=4)
+TIED = Cell("qwen2", LLAMA.config | {"num_hidden_layers": 4, "tie_word_embeddings": True}, ranks=8, rows=4, length=256)
+BERT = Cell("bert", SIZE | {"num_hidden_layers": 4, "intermediate_size": 1024, "vocab_size": 8000}, ranks=8, rows=4)
 T5_SIZE = {
     "d_model": 256,
-    "num_layers": 4,
+    "num_layers": 3,
     "num_heads": 4,
     "d_ff": 1024,
     "vocab_size": 4000,
@@ -33,12 +33,12 @@ SHORT = {
 SMOLLM2 = Cell(
     "llama",
     {
-        **{"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3},
+        **{"hidden_size": 576, "num_hidden_layers": 12, "num_attention_heads": 9, "num_key_value_heads": 3},
         **{"intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True},
     },
 )
 LONG = {
-    "135M, 64": replace(SMOLLM2, ranks=64),
+    "width of 135M, 64": replace(SMOLLM2, ranks=64),
     "not shared out": replace(TIED, ranks=1, shared=False),
     "tied, 64": replace(TIED, ranks=64, recomputed=True, weights_dtype="bf16"),
     "tied, whole logits": replace(TIED, chunked=False),

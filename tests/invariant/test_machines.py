@@ -43,17 +43,6 @@ def reasons(job: Job) -> list[tuple[str, str]]:
     return [(one.status, one.reason) for one in outcomes]
 
 
-def test_two_machines_train_what_one_process_does(one: Curve, tmp_path: Path) -> None:
-    with two_machines(tmp_path, ENCODER, Place("fsdp2:2"), max_steps=STEPS) as job:
-        assert_whole(job, one)
-    used = Environment.load(tmp_path / "run" / "environment.json")
-    assert [name.partition(" (")[0] for name in used.machines] == ["machine 0", "machine 1"]
-    (attempt,) = (tmp_path / "run" / "attempts").iterdir()
-    assert (attempt / "log-machine1.txt").exists()
-    for machine in (0, 1):
-        assert list(attempt.glob(f"ranks/machine-{machine}/*/attempt_0/0/stderr.log"))
-
-
 def test_run_goes_on_when_an_agent_or_a_machine_is_lost(one: Curve, tmp_path: Path) -> None:
     draw = random.Random(0)
     with two_machines(tmp_path, ENCODER, DDP, max_steps=STEPS) as job:
@@ -70,7 +59,8 @@ def test_run_goes_on_when_an_agent_or_a_machine_is_lost(one: Curve, tmp_path: Pa
 
 
 def test_stopped_on_one_machine_all_save_and_the_same_commands_go_on(one: Curve, tmp_path: Path) -> None:
-    with two_machines(tmp_path, ENCODER, DDP, max_steps=STEPS) as job:
+    """To the end of what one process does."""
+    with two_machines(tmp_path, ENCODER, Place("fsdp2:2"), max_steps=STEPS) as job:
         job.at_step(6)
         job.ask_to_stop(1)
         assert job.wait_for() == [75, 75], f"{job.said(0)}\n{job.said(1)}"
@@ -80,6 +70,12 @@ def test_stopped_on_one_machine_all_save_and_the_same_commands_go_on(one: Curve,
         assert_whole(job, one)
     assert sorted(job.steps()) == list(range(1, STEPS + 1)), "no step was done twice"
     assert f"step {done}" in job.said(0)
+    used = Environment.load(tmp_path / "run" / "environment.json")
+    assert [name.partition(" (")[0] for name in used.machines] == ["machine 0", "machine 1"]
+    for attempt in (tmp_path / "run" / "attempts").iterdir():
+        assert (attempt / "log-machine1.txt").exists()
+        for machine in (0, 1):
+            assert list(attempt.glob(f"ranks/machine-{machine}/*/attempt_0/0/stderr.log"))
 
 
 def test_machines_that_differ_are_refused_on_all_before_step_1(tmp_path: Path) -> None:

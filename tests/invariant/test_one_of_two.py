@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fulltune import pipeline
 from fulltune.records.events import JournalEntry
 from fulltune.records.training import Outcome
 from fulltune.system.hardware import num_cores
@@ -25,7 +24,7 @@ pytestmark = [
 ]
 TRAIN: dict[str, Any] = {
     **{"max_steps": 12, "global_batch_size": 8, "micro_batch_size": 4, "logging_steps": 1, "warmup_steps": 0},
-    **{"save_steps": 2, "num_processes": 2},
+    "save_steps": 2,
 }
 FAULT = '''
 """In process 1, once: memory runs out in the third step of the training."""
@@ -74,33 +73,24 @@ if os.environ.get("RANK") == "1":
 '''
 
 
-def train(folder: Path, recipe: Path, **variables: str) -> None:
-    command = [sys.executable, "-m", "fulltune.cli.app", "train", str(recipe), "--run-folder", str(folder / "run")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def journal(folder: Path) -> list[JournalEntry]:
     lines = [line for one in (folder / "run").glob("attempts/*/journal.jsonl") for line in one.read_text().splitlines()]
     return [JournalEntry.model_validate_json(line) for line in lines]
 
 
-def test_memory_that_runs_out_in_one_process_halves_the_micro_batch_of_both(tmp_path: Path) -> None:
-    model = tiny.save_model(tmp_path / "model", "bert", **NO_DROPOUT)
-    data = tiny.write_csv(tmp_path / "rows.csv", tiny.topic_rows(50))
-    recipe = tiny.write_recipe(
-        tmp_path / "r.yaml", model, data, train={**TRAIN, "placement": "fsdp2"}, method={"kind": "full", **RANDOM}
-    )
-    (tmp_path / "whole").mkdir()
-    train(tmp_path / "whole", recipe)
+def test_memory_that_runs_out_in_one_process_halves_the_micro_batch_of_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows = tiny.save_model(tmp_path / "model", "bert", **NO_DROPOUT), tiny.topic_rows(50)
+    blocks: dict[str, Any] = {"method": {"kind": "full", **RANDOM}}
+    runs.run(tmp_path / "whole", model, rows, train=TRAIN, **blocks)
     broken, fault = tmp_path / "broken", tmp_path / "fault"
-    broken.mkdir()
     fault.mkdir()
     (fault / "sitecustomize.py").write_text(FAULT.format(mark=str(tmp_path / "done")), encoding="utf-8")
-    paths = os.pathsep.join(filter(None, [str(fault), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("PYTHONPATH", str(fault), prepend=os.pathsep)
 
-    train(broken, recipe, PYTHONPATH=paths)
+    train = {**TRAIN, "num_processes": 2, "placement": "fsdp2"}
+    pipeline.run(runs.job(broken, model, rows, train=train, **blocks), "train")
 
     assert (tmp_path / "done").exists()
     outcomes = [Outcome.load(one) for one in sorted((broken / "run").glob("attempts/*/outcome.json"))]

@@ -4,6 +4,7 @@ from one to the other."""
 from __future__ import annotations
 
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ STOP = 6
 
 
 def in_one_process(folder: Path, family: placed.Family, **changes: Any) -> Curve:
-    """A run without a process of its own."""
-    with runs.in_this_process():
-        placed.train(folder, family, SINGLE, **changes)
+    """A run without a process of its own; the same one when asked again."""
+    if not (folder / "run").exists():
+        with runs.in_this_process():
+            placed.train(folder, family, SINGLE, **changes)
     return placed.read(folder)
 
 
@@ -49,8 +51,24 @@ def shared(folder: Path) -> Curve:
     return placed.read(folder / "shared")
 
 
-def assert_near(reference: Curve, found: Curve, after: int = 0) -> None:
-    differences = placed.differences(reference, found, after)
+@pytest.fixture(scope="module")
+def stopped(folder: Path) -> int:
+    """The step at which a run in `folder / "run"` was stopped, which `folder / "stopped"` keeps."""
+    step = placed.stop_at(folder / "run", FAMILIES["encoder"], SHARED, STOP, **FEW)
+    (folder / "run").rename(folder / "stopped")
+    return step
+
+
+def continued(folder: Path, stopped: int, place: Place) -> Curve:
+    """The stopped run, which goes on where it was begun."""
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    shutil.copytree(folder / "stopped", folder / "run")
+    assert placed.continued_from(folder / "run", FAMILIES["encoder"], place, **FEW) == stopped
+    return placed.read(folder / "run")
+
+
+def assert_near(reference: Curve, found: Curve) -> None:
+    differences = placed.differences(reference, found)
     print(differences)
     assert differences.loss <= 1e-5
     assert differences.score <= 1e-4
@@ -75,13 +93,11 @@ def test_its_model_is_a_plain_one(one: Curve, shared: Curve, folder: Path) -> No
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
 
 
-def test_stopped_and_continued_it_is_the_same_bit_by_bit(shared: Curve, folder: Path) -> None:
-    step = placed.stop_at(folder / "stopped", FAMILIES["encoder"], SHARED, STOP, **FEW)
-    assert STOP <= step < 16
+def test_stopped_and_continued_it_is_the_same_bit_by_bit(shared: Curve, stopped: int, folder: Path) -> None:
+    assert STOP <= stopped < 16
 
-    assert placed.continued_from(folder / "stopped", FAMILIES["encoder"], SHARED, **FEW) == step
+    found = continued(folder, stopped, SHARED)
 
-    found = placed.read(folder / "stopped")
     assert found.steps == list(range(1, 17))
     assert placed.differences(shared, found).none
     assert found.outcome.parameter_changes == shared.outcome.parameter_changes
@@ -117,15 +133,10 @@ def test_method_that_trains_little_is_that_of_one_process(tmp_path: Path) -> Non
     assert shared == pytest.approx(one, abs=1e-5)
 
 
-@pytest.mark.parametrize("path", ["fsdp2:2 -> single", "fsdp2:2 -> fsdp2:4"])
-def test_run_goes_on_elsewhere(path: str, one: Curve, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["single", "fsdp2:4"])
+def test_run_goes_on_elsewhere(place: str, one: Curve, stopped: int, folder: Path) -> None:
     """Also with more processes than there are cores."""
-    first, second = (Place(name) for name in path.split(" -> "))
-    step = placed.stop_at(tmp_path / "run", FAMILIES["encoder"], first, STOP, **FEW)
-
-    assert placed.continued_from(tmp_path / "run", FAMILIES["encoder"], second, **FEW) == step
-
-    assert_near(one, placed.read(tmp_path / "run"))
+    assert_near(one, continued(folder, stopped, Place(place)))
 
 
 def test_process_that_is_killed_before_and_after_a_checkpoint_changes_nothing(tmp_path: Path) -> None:
@@ -168,7 +179,7 @@ def test_frozen_parts_are_the_same_in_several_processes(place: str, folder: Path
     encoder = FAMILIES["encoder"]
     method = {**encoder.blocks["method"], "name": "full", "freeze": ["embeddings", "layer.0"]}
     family = replace(encoder, blocks={**encoder.blocks, "method": method})
-    one = in_one_process(folder / f"{place}-one", family, **FEW)
+    one = in_one_process(folder / "frozen-one", family, **FEW)
     placed.train(folder / place, family, Place(place), **FEW)
     several = placed.read(folder / place)
     assert_near(one, several)
@@ -177,4 +188,4 @@ def test_frozen_parts_are_the_same_in_several_processes(place: str, folder: Path
 
 @pytest.mark.parametrize(("place", "gather_once"), [("ddp:2", False), ("fsdp2:2", True), ("fsdp2:2", False)])
 def test_answers_and_the_choice_are_those_of_one_process(place: str, gather_once: bool, folder: Path) -> None:
-    placed.assert_same_answers(folder / f"{place[:4]}-answers-{gather_once}", place, gather_once)
+    placed.assert_same_answers(folder / "answers", place, gather_once)

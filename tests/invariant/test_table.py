@@ -6,13 +6,13 @@ whole. `pytest tests/invariant/test_table.py -rP` prints the figures.
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fulltune import pipeline
 from fulltune.records.data import DataSummary
 from fulltune.system.hardware import num_cores
 from tests import tiny
@@ -37,21 +37,14 @@ CELLS: dict[str, dict[str, Any]] = {
 
 
 def trained(folder: Path, family: str, train: dict[str, Any], method: str = "full") -> Path:
-    """A run of this family in `folder`: in this process, or through the command line when there are two."""
+    """A run of this family in `folder`: in this process, unless there are two."""
     kind, changes, rows, given = CASES[FAMILIES[family]]
     rate = {"kind": method, "learning_rate": 3e-3 if method == "full" else 3e-2}
     blocks = {**given, "method": {**given.get("method", {}), **rate}}
     model = tiny.save_model(folder / "model", kind, **changes)
     train = {**TRAIN, **train}
-    if train.get("num_processes", 1) == 1:
-        runs.run(folder, model, rows(), train=train, **blocks)
-        return folder
-    data = tiny.write_jsonl(folder / "rows.jsonl", rows())
-    recipe = tiny.write_recipe(folder / "recipe.yaml", model, data, train=train, **blocks)
-    command = [sys.executable, "-m", "fulltune.cli.app", "train", str(recipe), "--run-folder", str(folder / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    logs = "".join(path.read_text(encoding="utf-8") for path in (folder / "run").glob("attempts/*/log.txt"))
-    assert done.returncode == 0, done.stderr + logs
+    with contextlib.nullcontext() if "num_processes" in train else runs.in_this_process():
+        pipeline.run(runs.job(folder, model, rows(), train=train, **blocks), "train")
     return folder
 
 

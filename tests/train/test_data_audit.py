@@ -15,6 +15,7 @@ from fulltune.files import SEAL
 from fulltune.records.audit import Audit, Proofs
 from tests import tiny
 from tests.contract.command import fulltune
+from tests.train import runs
 
 
 def noisy_rows(count: int, wrong: int) -> list[dict[str, str]]:
@@ -122,7 +123,8 @@ def test_proof_by_too_few_eval_rows_is_refused_before_the_audit(tiny_encoder: Pa
 def test_trainings_compare_each_step_and_further_seeds_take_only_further_runs(audited: Path) -> None:
     recipe, run = str(audited / "recipe.yaml"), audited / "run"
     asked = ["data", recipe, "--run-folder", str(run), "--check", "label error", "--trainings"]
-    result = fulltune(*asked, "2")
+    with runs.in_this_process():
+        result = fulltune(*asked, "2")
     assert result.code == 0, result.err
     assert "training 6 of 6: label error" in " ".join(result.err.split())
     proofs = Proofs.load(run / "data" / "trained_proofs.json")
@@ -133,7 +135,8 @@ def test_trainings_compare_each_step_and_further_seeds_take_only_further_runs(au
     kept = {path: path.stat().st_mtime_ns for path in (run / "cleaning").glob("*.npz")}
     assert len(kept) == 6
     assert not [path for path in (run / "cleaning").glob("*-[01]") if path.is_dir()]
-    result = fulltune(*asked, "3")
+    with runs.in_this_process():
+        result = fulltune(*asked, "3")
     assert result.code == 0, result.err
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert len(list((run / "cleaning").glob("*.npz"))) == 9
