@@ -329,7 +329,7 @@ def _fingerprint_inputs(stage: Stage, files: Mapping[SourceName, DataFiles], for
     block, limits, slice_by = stage.recipe.data, stage.limits, stage.recipe.evaluate.slice_by
     parts = (
         *(FORMAT, version("tokenizers"), stage.recipe.task, codec_for_encoding(block.encoding), hash_files(files)),
-        block.model_dump(mode="json", exclude={"train", "eval", "test", "contamination", "patch", "encoding"}),
+        block.model_dump(mode="json", exclude={"train", "eval", "test", "contamination", "patch", "encoding", "where"}),
         *(slice_by, bool(block.eval), bool(block.test), [file.weight for file in block.mixed_files]),
         block.patch and hashlib.sha256(Path(block.patch).read_bytes()).hexdigest(),
         hash_files({"contamination": DataFiles(forbidden, "")}),

@@ -18,6 +18,7 @@ from fulltune.errors import DataError, SetupError
 from fulltune.recipe.address import is_fetched
 from fulltune.recipe.data import DataBlock, MixedFile, codec_for_encoding
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.selection import Selection
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import RemoteSource
 from fulltune.system.memory import call_own
@@ -75,6 +76,8 @@ def find_source_files(recipe: Recipe, remote: Mapping[str, RemoteSource]) -> dic
                 image_column=block.image,
                 notes=dict.fromkeys(note for path in addresses if path in remote for note in remote[path].notes),
             )
+            if block.where and not is_mixed(name):
+                files[name] = _only_matching(files[name], block.where)
         except DataError as error:
             problems += error.problems
     try:
@@ -87,6 +90,13 @@ def find_source_files(recipe: Recipe, remote: Mapping[str, RemoteSource]) -> dic
                 pass
         raise DataError(problems)
     return files
+
+
+def _only_matching(files: DataFiles, where: str) -> DataFiles:
+    if files.image_folder is not None:
+        raise DataError(f"{files.where}: data.where: a folder of images has no columns; remove data.where")
+    selections = {file: files.selections.get(file, Selection()).narrowed(where) for file in files.files}
+    return replace(files, selections=selections)
 
 
 def file_problems(recipe: Recipe, preprocess: Preprocess | None) -> list[str]:

@@ -10,6 +10,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 from pydantic import Field, ValidationError
 
 from fulltune.recipe.model import Block
+from fulltune.recipe.selection import Where
 from fulltune.text import did_you_mean
 
 HUB = "hf"
@@ -40,7 +41,7 @@ class HubDataset(Block):
     """Branch, tag or commit. Its commit is recorded, and a resumed run reads the same commit."""
     columns: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Columns to read. Default: all."""
-    where: str | None = Field(default=None, min_length=1)
+    where: Where | None = None
     """Condition on the rows to read, as in `data.where`."""
     weight: float | None = Field(default=None, gt=0, lt=1)
     """Share of each epoch's rows (only in `data.train`), as for a file that is mixed in."""

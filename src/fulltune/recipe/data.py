@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 from fulltune.recipe.address import HubDataset, expand_hub_form
 from fulltune.recipe.functions import FunctionName
 from fulltune.recipe.model import Block, raise_for_problems
+from fulltune.recipe.selection import Where
 
 TextRows = Literal["auto", "line", "paragraph", "section"]
 Packing = Annotated[Literal["auto"] | bool | None, BeforeValidator(lambda value: None if value == "auto" else value)]
@@ -174,6 +175,10 @@ class DataBlock(Block):
     written for other rows is refused."""
     preprocess: FunctionName | None = None
     """Your own function, as `module:function`, that gets each row as a dictionary and returns the changed row."""
+    where: Where | None = None
+    """Condition that train, eval and test rows must fulfil, such as `lang == 'de' and year >= 2020`. Columns, in
+    backticks if their names are not identifiers, are compared by `==`, `!=`, `<`, `in ('a', 'b')` or `is None`, joined
+    by `and`, `or` and `not`. As in SQL, only `is None` is true of a missing value. Mixed-in rows are not tested."""
     max_rows: int | None = Field(default=None, ge=10)
     """Maximum number of rows from each file, for a quick try. Rows are sampled with `split_seed` and include up to
     three of each label."""

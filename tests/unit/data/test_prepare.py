@@ -21,7 +21,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import Remedy, RowDecision
 from fulltune.tasks import Target, question_answering, task_named
 from tests import tiny
-from tests.unit.data.stage import prepare
+from tests.unit.data.stage import of_splits, prepare
 
 
 def test_prepare_duplicates_stay_on_one_side(tmp_path: Path, encoder_tokenizer: Any) -> None:
@@ -295,3 +295,22 @@ def test_only_last_answers_are_trained_and_thinking_is_reported(tmp_path: Path) 
     assert every.notes.count(state) == last.notes.count(state) == 1
     with pytest.raises(DataError, match=r"data\.train_on: last needs chat messages, and these rows have none"):
         prepare(tmp_path / "pairs", tiny.pair_rows(), tokenizer, "causal-lm", train_on="last")
+
+
+def test_condition_leaves_out_rows_of_train_eval_and_test_but_not_of_mixed_files(
+    tmp_path: Path, encoder_tokenizer: Any
+) -> None:
+    rows = [{"text": f"rain {number}", "label": "ab"[number % 2], "year": number} for number in range(100)]
+    mixed = [{**row, "text": f"snow {row['year']}"} for row in rows[70:]]
+    summary = prepare(tmp_path, rows, encoder_tokenizer, mixed=mixed, eval=rows[50:], where="year < 60")
+    splits = of_splits(tmp_path)
+    assert {row["year"] for row in splits["train"]} | {row["year"] for row in splits["test"]} == {*range(60)}
+    assert [row["year"] for row in splits["eval"]] == [*range(50, 60)]
+    assert [source.counts.rows for source in summary.mixed] == [30]
+    assert {"where: 60 of 100 rows of train.jsonl match", "where: 10 of 50 rows of eval-file.jsonl match"} <= {
+        *summary.notes
+    }
+    other = prepare(tmp_path, rows, encoder_tokenizer, mixed=mixed, eval=rows[50:], where="year < 61")
+    assert other.fingerprint != summary.fingerprint
+    with pytest.raises(DataError, match=r"train.jsonl: none of its rows match where: year < 0; change the condition"):
+        prepare(tmp_path, rows, encoder_tokenizer, where="year < 0")

@@ -7,26 +7,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import DataError
+from fulltune.recipe.selection import Selection
 from fulltune.tasks.columns import BadCell
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
+SUFFIXES = (".parquet", ".arrow", ".feather")
 _ROWS_AT_ONCE = 1000
 _BYTES_AT_ONCE = 64 * 2**20
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
-def read_columnar_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield `(row number, row)`, numbered from 1. Raises `DataError` for a damaged file or repeated columns.
+def read_columnar_rows(file: Path, selection: Selection) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield `(row number, row)`, numbered from 1. Raises `DataError` for a damaged file, repeated or missing columns.
 
-    Values without a Python equivalent become a `BadCell`, and class numbers of `datasets` become names.
+    Values without a Python equivalent become a `BadCell`, and class numbers of `datasets` become names. Columns and
+    parquet row groups that the selection does not need are not read.
     """
     import pyarrow as pa
 
     number = 1
     try:
-        for batch in _read_record_batches(file):
+        for number, batch in _read_record_batches(file, selection):
             titles, classes = batch.schema.names, read_class_names(batch.schema.metadata)
             if repeated := [title for title, count in Counter(titles).items() if count > 1]:
                 raise DataError(
@@ -37,7 +41,8 @@ def read_columnar_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 part = batch.slice(start, at_once)
                 columns = [_column_to_python(part.column(title), classes.get(title)) for title in titles]
                 for cells in zip(*columns, strict=True):
-                    yield number, dict(zip(titles, cells, strict=True))
+                    if selection.rows is None or number - 1 in selection.rows:
+                        yield number, dict(zip(titles, cells, strict=True))
                     number += 1
     except (PermissionError, FileNotFoundError):
         raise
@@ -49,19 +54,42 @@ def read_columnar_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         ) from None
 
 
-def _read_record_batches(file: Path) -> Iterator[pa.RecordBatch]:
-    """Read a parquet, Arrow or Feather file in batches of limited size."""
+def _read_record_batches(file: Path, selection: Selection) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Read a parquet, Arrow or Feather file in batches of limited size, each with the number of its first row."""
     import pyarrow as pa
     from pyarrow import parquet
 
+    number, names = 1, [*selection.needed] if selection.columns else None
     if file.suffix.lower() == ".parquet":
         with parquet.ParquetFile(file) as parts:
-            groups = map(parts.metadata.row_group, range(parts.metadata.num_row_groups))
-            size = sum(group.total_byte_size for group in groups)
-            yield from parts.iter_batches(_rows_at_once(parts.metadata.num_rows, size))
+            groups = [*map(parts.metadata.row_group, range(parts.metadata.num_row_groups))]
+            at_once = _rows_at_once(parts.metadata.num_rows, sum(group.total_byte_size for group in groups))
+            selection.refuse_missing(file, parts.schema_arrow.names)
+            for place, group in enumerate(groups):
+                if selection.rows is not None and number > selection.rows.stop:
+                    return
+                first, number = number, number + group.num_rows
+                if selection.condition.may_hold(_column_bounds(group, parts.schema_arrow, selection.condition.columns)):
+                    for batch in parts.iter_batches(at_once, [place], names):
+                        yield first, batch
+                        first += len(batch)
         return
     with pa.memory_map(str(file)) as stream:
-        yield from _read_arrow_batches(stream)
+        for batch in _read_arrow_batches(stream):
+            selection.refuse_missing(file, batch.schema.names)
+            yield number, batch.select(names or batch.schema.names)
+            number += len(batch)
+
+
+def _column_bounds(group: pq.RowGroupMetaData, schema: pa.Schema, names: Sequence[str]) -> dict[str, object]:
+    """Return the minimum and maximum of columns whose cells are read as the numbers and texts that a file has."""
+    from pyarrow import types
+
+    kinds = (types.is_integer, types.is_floating, types.is_string)
+    plain = {column.name for column in schema if any(is_kind(column.type) for is_kind in kinds)}
+    plain = plain.intersection(names).difference(read_class_names(schema.metadata))
+    columns = ((one.path_in_schema, one.statistics) for one in map(group.column, range(group.num_columns)))
+    return {name: (one.min, one.max) for name, one in columns if name in plain and one is not None and one.has_min_max}
 
 
 def _rows_at_once(num_rows: int, num_bytes: int) -> int:

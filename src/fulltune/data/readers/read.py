@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fulltune.data.readers.text_files import SEPARATED
 from fulltune.errors import DataError
 from fulltune.recipe.address import is_address
 from fulltune.recipe.data import UTF_8, TextRows
+from fulltune.recipe.selection import Selection
 from fulltune.tasks import Row
 from fulltune.tasks.columns import USUAL_NAMES, BadCell
 from fulltune.text import counted
@@ -49,6 +51,8 @@ class DataFiles:
     columns: tuple[str, ...] | None = None
     """Column names of tables without a header line."""
     encoding: str = UTF_8
+    selections: Mapping[Path, Selection] = field(default_factory=dict)
+    """What is read of each file, by default everything."""
     notes: dict[str, None] = field(default_factory=dict, compare=False)
 
     def rows(self, problems: list[str] | None = None) -> Iterator[LocatedRow]:
@@ -59,20 +63,37 @@ class DataFiles:
                 image = str(path) if name == path.name else BadCell("a file name that is not UTF-8; rename it", name)
                 yield f"{path.parent.name}/{name}", {"image": image, "label": path.parent.name}
             return
-        names = Counter(file.name for file in self.files)
+        names, matching = Counter(file.name for file in self.files), list[int]()
         for file in self.files:
             name = file.name if names[file.name] == 1 else str(file)
-            broken, is_empty = list[str](), True
+            broken, columns, num_read, num_kept = list[str](), dict[str, object](), 0, 0
+            selection, is_columnar = self.selections.get(file, Selection()), file.suffix.lower() in columnar.SUFFIXES
+            parsed = self._parse(file, selection)
+            if selection.rows is not None and not is_columnar:
+                parsed = islice(parsed, selection.rows.start, selection.rows.stop)
             try:
                 with convert_os_errors(file):
-                    for line, row in self._parse(file):
-                        is_empty = False
+                    for line, row in parsed:
+                        num_read += 1
                         if isinstance(row, str):
                             broken.append(f"{file}:{line}: {row}")
-                        else:
-                            yield f"{name}:{line}", self._resolve_paths_and_bytes(row, file.parent)
-                if is_empty:
+                            continue
+                        row = self._resolve_paths_and_bytes(row, file.parent)
+                        columns.update(row)
+                        if (selected := selection.select(row)) is not None:
+                            num_kept += 1
+                            yield f"{name}:{line}", selected
+                    if file.suffix.lower() == ".parquet":  # some rows were not read
+                        num_read = self.num_rows(file) if selection.rows is None else len(selection.rows)
+                if not num_read and selection.rows is None:
                     broken = [f"{file}: no rows; add rows, or choose another file"]
+                elif columns and not is_columnar:
+                    selection.refuse_missing(file, columns)
+                if (where := selection.condition.text) and num_read and not broken:
+                    matching.append(num_kept)
+                    self.notes[f"where: {num_kept:,} of {counted(num_read, 'row')} of {name} match"] = None
+                    if len(matching) == len(self.files) and not any(matching):
+                        broken = [f"{self.where}: none of its rows match where: {where}; change the condition"]
             except UnicodeError:
                 broken = [f"{file}:{_describe_encoding_error(file, self.encoding)}"]
             except DataError as error:
@@ -84,12 +105,18 @@ class DataFiles:
             elif broken:
                 raise DataError(broken)
 
-    def _parse(self, file: Path) -> Iterator[tuple[int, text_files.RowOrProblem]]:
+    def num_rows(self, file: Path) -> int:
+        from pyarrow import parquet
+
+        is_parquet = file.suffix.lower() == ".parquet"
+        return parquet.read_metadata(file).num_rows if is_parquet else sum(1 for _ in self._parse(file, Selection()))
+
+    def _parse(self, file: Path, selection: Selection) -> Iterator[tuple[int, text_files.RowOrProblem]]:
         """Yield a file's line numbers with rows or error messages."""
         suffix = file.suffix.lower()
         _refuse_non_data_file(file)
-        if suffix in (".parquet", ".arrow", ".feather"):
-            yield from columnar.read_columnar_rows(file)
+        if suffix in columnar.SUFFIXES:
+            yield from columnar.read_columnar_rows(file, selection)
             return
         if b"\0" not in "a".encode(self.encoding):
             with file.open("rb") as stream:
@@ -172,6 +199,7 @@ def hash_files(sources: Mapping[str, DataFiles]) -> str:
         digest.update(f"{name}:{len(source.files)}".encode())
         for file in source.files:
             digest.update(os.fsencode(file.name))
+            digest.update(repr(source.selections[file]).encode() if file in source.selections else b"")
             if source.image_folder is not None:
                 status = file.stat() if file.exists() else file.lstat()  # broken links are reported later
                 digest.update(os.fsencode(os.path.realpath(file)))

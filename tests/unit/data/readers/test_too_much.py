@@ -17,6 +17,7 @@ import pytest
 from fulltune.data.readers import columnar, read
 from fulltune.data.readers.files import list_images
 from fulltune.errors import DataError
+from fulltune.recipe.selection import Selection
 from fulltune.tasks import padding
 from fulltune.tasks.padding import cut_long_text
 from tests import tiny
@@ -99,7 +100,7 @@ def test_compressed_arrow_is_read_batch_by_batch(tmp_path: Path, kind: str) -> N
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     with pa.OSFile(str(path), "wb") as file, new(file, table.schema, options=options) as writer:
         writer.write_table(table, max_chunksize=700)
-    assert [row["text"] for _, row in columnar.read_columnar_rows(path)] == table["text"].to_pylist()
+    assert [row["text"] for _, row in columnar.read_columnar_rows(path, Selection())] == table["text"].to_pylist()
 
 
 # ---- rows and texts --------------------------------------------------------------------------------------------
