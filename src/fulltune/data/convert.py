@@ -12,7 +12,7 @@ from fulltune.inference.store import to_json_value
 from fulltune.recipe.fields import Recipe
 from fulltune.tasks import Row, Target, causal_lm
 from fulltune.tasks.chat import SHAREGPT_ROLES, clean_messages
-from fulltune.tasks.columns import USUAL_NAMES, as_text, find_column, parse_cell, why_cell_blank, why_unreadable
+from fulltune.tasks.columns import USUAL_NAMES, as_text, find_column, parse_cell, why_unreadable
 
 Messages = list[dict[str, Any]]
 _KNOWN = ("system", "developer", "user", "assistant", "tool")
@@ -63,7 +63,8 @@ def _read_turns(row: Row, roles: Mapping[str, str], role: str) -> Messages:
     cell = parse_cell(row.get(roles[role]))
     is_list = isinstance(cell, (list, tuple)) and all(isinstance(one, Mapping) for one in cell)
     if role != "messages" and not (is_list and any({"role", "from"} & one.keys() for one in cell)):
-        if refused := why_cell_blank(row, target := Target("prompt_completion", roles), role):
+        target = Target("prompt_completion", {name: roles[name] for name in (role, "input") if name in roles})
+        if refused := causal_lm.why_unusable(row, target):
             raise DataError(refused.reason)
         text = causal_lm.prompt_text(row, target) if role == "prompt" else as_text(row[roles[role]])
         return [{"role": _SPEAKERS[role], "content": text}]

@@ -91,6 +91,7 @@ def test_three_rows_are_shown_masked_and_refused_rows_are_listed() -> None:
         {"prompt": "Q?", "chosen": "A", "rejected": "A"},
         {"prompt": "other", "chosen": [Q, A], "rejected": [Q, B]},
         {"chosen": "Q? A", "rejected": "Q? B"},
+        {"instruction": "Q?", "input": ["1"], "output": "A"},
     ],
 )
 def test_nothing_is_written_if_no_row_can_be_converted(row: dict[str, Any]) -> None:

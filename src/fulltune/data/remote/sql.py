@@ -26,7 +26,7 @@ def list_files(address: str, revision: str | None) -> Listing:
 
 
 def download(address: str, listing: Listing, file: RemoteFile, target: Path, report: OnBytes) -> None:
-    """Write the rows as JSON lines, dates in ISO format, and decimal numbers as text with all digits."""
+    """Write the rows as JSON lines, with dates (ISO) and decimal numbers (all digits) as text."""
     with _select(address) as (execute, statement, _), target.open("w", encoding="utf-8") as stream:
         rows = execute(statement)
         names = list(rows.keys() if hasattr(rows, "keys") else (column[0] for column in rows.description))
@@ -36,10 +36,7 @@ def download(address: str, listing: Listing, file: RemoteFile, target: Path, rep
             cells = dict(zip(names, row, strict=True))
             if wrong := [name for name, cell in cells.items() if isinstance(cell, (bytes, memoryview))]:
                 raise DataError(f"{address}: column '{wrong[0]}' holds bytes, expected text; select other columns")
-            line = json.dumps(
-                cells, ensure_ascii=False, default=lambda cell: getattr(cell, "isoformat", cell.__str__)()
-            )
-            report(stream.write(f"{line}\n"))
+            report(stream.write(json.dumps(cells, ensure_ascii=False, default=str) + "\n"))
 
 
 @contextmanager
@@ -60,7 +57,7 @@ def _select(address: str) -> Iterator[tuple[Any, str, str]]:
             if table:
                 by = ", ".join([*map(quoted, order), *keys[table]])
                 query = f"SELECT * FROM {quoted(table)}" + (f" ORDER BY {by}" if by else "")
-            yield execute, query, table or "query"
+            yield execute, query, re.sub(r"\W", "-", table) or "query"
     except ModuleNotFoundError as error:
         raise SetupError(
             f"{address}: needs the package '{error.name}'; pip install 'fulltune[sql]', and the database's driver"
@@ -68,7 +65,8 @@ def _select(address: str) -> Iterator[tuple[Any, str, str]]:
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in ("sqlite3", "sqlalchemy"):
             raise
-        raise DataError(f"{address}: {getattr(error, 'orig', None) or error}") from None
+        problem = str(getattr(error, "orig", None) or error).partition("\n")[0]
+        raise DataError(f"{address}: {problem}") from None
 
 
 @contextmanager
@@ -85,9 +83,10 @@ def _connect(url: str) -> Iterator[tuple[Any, Any, dict[str, list[str]]]]:
         return
     import sqlalchemy
 
-    engine = sqlalchemy.create_engine(url, execution_options={"stream_results": True, "no_parameters": True})
+    engine = sqlalchemy.create_engine(url)
     quoted = engine.dialect.identifier_preparer.quote
     with engine.connect() as connection:
         keys = sqlalchemy.inspect(connection).get_multi_pk_constraint(kind=sqlalchemy.engine.ObjectKind.ANY)
         by_table = {str(name): [*map(quoted, key["constrained_columns"])] for (_, name), key in keys.items()}
+        connection.execution_options(stream_results=True, no_parameters=True)
         yield connection.exec_driver_sql, quoted, by_table
