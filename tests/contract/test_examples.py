@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import runpy
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,10 @@ def _stand_ins(folder: Path) -> None:
     scene = "First Keeper:\n" + "the rain falls over the town in the cold morning\n" * 75
     plays = "\n".join(f"{scene}number {number}\n" for number in range(30))
     (folder / "shakespeare" / "input.txt").write_text(plays, encoding="utf-8")
+    with contextlib.closing(sqlite3.connect(folder / "tickets.db")) as database, database:
+        database.execute("CREATE TABLE tickets (id INTEGER PRIMARY KEY, text, label)")
+        values = [(row["text"], row["label"]) for row in tiny.topic_rows(60)]
+        database.executemany("INSERT INTO tickets (text, label) VALUES (?, ?)", [*values, ("buy this", "spam")])
     (folder / "wnut17").mkdir()
     sentences = "".join(f"the\tO\n{place}\tB-location\nshines\tO\n\n" for place in tiny.PLACES * 4)
     for name in ("wnut17train.conll", "emerging.dev.conll", "emerging.test.annotated"):
