@@ -6,7 +6,7 @@ import ast
 import operator
 import re
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -19,6 +19,7 @@ from fulltune.text import did_you_mean, first_few
 
 _ALLOWED = "compare columns with texts or numbers (== != < <= > >=, in (...), is None), and join by and, or, not"
 _SIGNS = {"Eq": operator.eq, "Lt": operator.lt, "LtE": operator.le, "Gt": operator.gt, "GtE": operator.ge}
+_NUMBER = (int, float, Decimal)
 _TEXT_OR_NAME = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|`[^`]+`""")
 _SLICE = re.compile(r"\[(-?\d+%?)?:(-?\d+%?)?\]")
 
@@ -33,7 +34,7 @@ class Condition:
 
     text: str
     columns: tuple[str, ...]
-    tree: Tree
+    tree: Tree = field(repr=False)
     """`(And, tree, ...)`, `(Or, tree, ...)`, `(Not, tree)` or `(sign, column, constant)`, with names of `ast`."""
 
     def holds(self, row: Cells) -> bool:
@@ -78,7 +79,8 @@ def parse_condition(text: str) -> Condition:
                 if not isinstance(left, ast.Name) or not cells:
                     raise unfit(right if isinstance(left, ast.Name) else left)
                 columns[column := plain[left.col_offset : left.end_col_offset].strip("`")] = None
-                tree = ("Or", *(leaf(kind.replace("In", "Eq"), column, cell) for cell in cells))
+                leaves = [leaf(kind.replace("In", "Eq"), column, cell) for cell in cells]
+                tree = ("Or", *leaves) if leaves[1:] else leaves[0]
                 return ("Not", tree) if "Not" in name else tree
             case ast.Compare(left, [sign, *signs], [middle, *rest]):
                 return ("And", tree_of(ast.Compare(left, [sign], [middle])), tree_of(ast.Compare(middle, signs, rest)))
@@ -127,8 +129,8 @@ def _compare_bounds(sign: str, bounds: tuple[Cell, Cell] | None, constant: Cell)
 
 
 def _are_alike(cell: object, constant: object) -> bool:
-    kinds = (str, (int, float, Decimal))
-    return any(isinstance(cell, kind) and isinstance(constant, kind) for kind in kinds) and cell == cell  # not NaN
+    are_numbers = isinstance(cell, _NUMBER) and isinstance(constant, _NUMBER) and cell == cell  # not NaN
+    return are_numbers or (isinstance(cell, str) and isinstance(constant, str))
 
 
 def _as_number(value: object) -> object:
@@ -153,8 +155,9 @@ class Selection:
         return tuple(dict.fromkeys((*self.columns, *self.condition.columns)))
 
     def narrowed(self, where: str) -> Selection:
-        earlier = self.condition.text
-        return replace(self, condition=parse_condition(f"({earlier}) and ({where})" if earlier else where))
+        old, new = self.condition, parse_condition(where)
+        both = Condition(f"({old.text}) and ({new.text})", old.columns + new.columns, ("And", old.tree, new.tree))
+        return replace(self, condition=both if old.text else new)
 
     def select(self, row: Cells) -> Cells | None:
         """Return the columns to read, or None if the row does not fulfil the condition."""
@@ -166,10 +169,9 @@ class Selection:
         """Raise `DataError` for columns that are not `present` in the file."""
         if missing := [name for name in self.needed if name not in present]:
             names = f"columns in the file: {first_few([*present], 12)}"
-            needed = ((one, "columns" if one in self.columns else "where") for one in missing)
-            raise DataError(
-                [f"{file}: no column '{one}' ({by}); {did_you_mean(one, present) or names}" for one, by in needed]
-            )
+            roles = [f"'{one}' ({'columns' if one in self.columns else 'where'})" for one in missing]
+            hints = [did_you_mean(one, present) or names for one in missing]
+            raise DataError([f"{file}: no column {one}; {hint}" for one, hint in zip(roles, hints, strict=True)])
 
 
 def slice_of_files(files: Iterable[Path], text: str, num_rows: Callable[[Path], int]) -> dict[Path, range]:

@@ -77,6 +77,12 @@ def test_columns_and_slice_are_read_before_the_condition(tmp_path: Path, kind: s
     assert list(files.notes) == [f"where: 2 of 4 rows of a.{kind} match"]
 
 
+def test_two_conditions_must_both_hold(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv")
+    both = Selection().narrowed("year < 2003 or year > 2038 # outer").narrowed("lang == 'de'")
+    assert numbers(replace(locate_data_files([str(path)]), selections={path: both}).rows()) == [1, 2]
+
+
 def test_row_groups_that_cannot_match_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.parquet", row_group_size=7)
     other = write(tmp_path / "b.parquet", row_group_size=7, write_statistics=False)
