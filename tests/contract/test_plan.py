@@ -16,7 +16,6 @@ from unittest import mock
 import pytest
 from rich.console import Console
 
-from fulltune.cli import plan as cli_plan
 from fulltune.cli.show import plan as display_plan
 from fulltune.footprint.trace import PlannedModel
 from fulltune.recipe.file import load_recipe
@@ -69,16 +68,15 @@ def shown(result: Result, width: int = 80) -> str:
 
 
 @pytest.mark.slow
-def test_plan_ends_with_commands_that_can_be_copied() -> None:
+def test_plan_ends_with_a_command_that_can_be_copied() -> None:
     result = seven_b("--for", "1x MI325X", "--set", "train.max_grad_norm=0.5", "--json")
     assert result.code == 0, result.err
     survey = json.loads(result.out)["survey"]
-    words = shlex.split(survey["comparison"])
-    assert words[:3] == ["fulltune", "compare", str(SEVEN_B)]
-    assert [one.kind for one in load_recipe(SEVEN_B, words[4::2]).methods] == ["full", "lora"]
+    words = shlex.split(survey["command"])
+    assert words[:3] == ["fulltune", "run", str(SEVEN_B)]
+    assert load_recipe(SEVEN_B, words[4::2]).train.max_grad_norm == 0.5
     page = shown(result)
     lines = page.replace(" \\\n  ", " ").splitlines()
-    assert survey["comparison"] in lines
     assert survey["command"] in lines
 
 
@@ -174,7 +172,7 @@ def test_plan_of_a_run_folder_for_other_hardware(recipe: Path, tmp_path: Path) -
     assert result.code == 0, result.err
     assert "2x L4, 96GB host" in result.out
     survey = Survey.load(tmp_path / "run" / "plan" / "survey.json")
-    assert (survey.command, survey.comparison) == ("", ""), "its recipe lies elsewhere"
+    assert survey.command == "", "its recipe lies elsewhere"
 
 
 @pytest.mark.parametrize(
@@ -211,33 +209,3 @@ def test_config_alone_is_not_enough_to_train(tmp_path: Path) -> None:
         f"model: {EXAMPLES / 'llama-2-7b'}: no weights (*.safetensors) next to config.json; "
         "only 'fulltune plan --for' works without",
     ]
-
-
-@pytest.mark.parametrize(
-    ("lines", "settings", "comparison"),
-    [
-        ("", {}, "fulltune compare r.yaml --set 'methods=[full, lora]'"),
-        ("method: full\n", {}, ""),
-        ("methods: [full, adapter]\n", {}, "fulltune compare r.yaml"),
-        ("", {"train.placement": "zero2"}, ""),
-        (
-            "",
-            {"train.placement": "auto"},
-            "fulltune compare r.yaml --set train.placement=auto --set 'methods=[full, lora]'",
-        ),
-        ("train: {placement: zero3}\n", {}, ""),
-    ],
-)
-def test_plan_says_how_to_compare_what_it_planned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str, settings: dict[str, Any], comparison: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("r.yaml").write_text(f"model: m\ntask: causal-lm\ndata: {{train: a.txt}}\n{lines}", encoding="utf-8")
-    survey = Survey(
-        hardware="x", num_devices=1, num_parameters=1, model_type="x", train_rows=1, eval_rows=1, length_percentiles={},
-        max_length=1, fits=True, placements=(), host_free_bytes=1, device_free_bytes=1, settings=settings,
-    )  # fmt: skip
-
-    found = cli_plan._add_commands(survey, Path("r.yaml"), [], load_recipe(Path("r.yaml")))
-
-    assert found.comparison == comparison

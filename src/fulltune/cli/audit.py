@@ -63,7 +63,7 @@ def run_audit(recipe: Recipe, folder: Path, request: AuditRequest) -> None:
     """Run the data stage and the audit, and write the data page."""
     from fulltune.cleaning import check_proofs_possible, prove_by_classifiers, prove_by_training
     from fulltune.pipeline import Run, add_highest_losses, audit_rows
-    from fulltune.report import write_data_page
+    from fulltune.report.run.data_page import write_data_page
     from fulltune.system import run_folder
 
     summary = stages.run_until(recipe, folder, "data", details=False).summary

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 import typer
 from rich.markup import escape
 
-from fulltune import report
 from fulltune.cli.stages import err, open_run_folder, out, print_json, progress_display
 from fulltune.errors import RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.report.comparison import content
-from fulltune.report.comparison.many_tasks import build_tasks_section, combine_tasks
+from fulltune.report.comparison.many_tasks import build_tasks_section, combine_tasks, write_tasks_report
 from fulltune.report.format import pages
 from fulltune.report.format.blocks import Element, Headline, Section
 from fulltune.system import run_folder
@@ -71,7 +70,7 @@ def _compare_recipes(
             _print_results(content.build_comparison_terminal_report(comparisons[name]), cards)
     together = combine_tasks(comparisons)
     with run_folder.explain_os_errors(parent):
-        files = report.write_tasks_report(parent, together)
+        files = write_tasks_report(parent, together)
     if as_json:
         typer.echo(together.model_dump_json(indent=2))
     else:

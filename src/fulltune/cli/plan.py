@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Callable
 from functools import cache
@@ -11,7 +10,7 @@ from fulltune.errors import RecipeError
 from fulltune.footprint import records
 from fulltune.plan import device_and_precision, gpus, time, workload
 from fulltune.plan.gpus import Fleet
-from fulltune.plan.settings import PLACEMENT, with_settings
+from fulltune.plan.settings import with_settings
 from fulltune.plan.survey import survey_placements
 from fulltune.plan.time import DevicePrice
 from fulltune.recipe.fields import Recipe
@@ -79,7 +78,7 @@ def plan_without_data(
     survey, plan = _make_survey_and_plan(
         recipe, _make_assumed_summary(recipe, rows, tokens), checked, None, Path(recipe.output), config_only=True
     )
-    return _add_commands(survey, target, overrides, recipe), plan
+    return _add_command(survey, target, overrides), plan
 
 
 def plan_with_data(
@@ -92,29 +91,17 @@ def plan_with_data(
 ) -> tuple[Survey, Plan | None]:
     """Make a survey and a plan (None if nothing fits) from prepared rows, and save the survey."""
     survey, planned = _make_survey_and_plan(recipe, DataSummary.of_run(folder), fleet_and_price, local_plan, folder)
-    survey = survey if target.is_dir() else _add_commands(survey, target, overrides, recipe)
+    survey = survey if target.is_dir() else _add_command(survey, target, overrides)
     survey.save(folder / "plan" / SURVEY)
     return survey, planned
 
 
-def _add_commands(survey: Survey, target: Path, overrides: list[str], recipe: Recipe) -> Survey:
-    """Return the survey with the commands that run the plan and, where possible, compare methods."""
-
-    def command(verb: str, overrides: list[str]) -> str:
-        return shlex.join(["fulltune", verb, str(target), *(word for one in overrides for word in ("--set", one))])
-
-    planned = [f"{name}={to_yaml(value)}" for name, value in survey.settings.items()]
+def _add_command(survey: Survey, target: Path, overrides: list[str]) -> Survey:
+    """Return the survey with the command that runs the plan."""
+    settings = [*overrides, *(f"{name}={to_yaml(value)}" for name, value in survey.settings.items())]
+    run = shlex.join(["fulltune", "run", str(target), *(word for one in settings for word in ("--set", one))])
     on_each = " --machine-rank RANK --rendezvous HOST" if survey.num_machines > 1 else ""
-    run = command("run", [*overrides, *planned]) + on_each
-    # No comparison inside an engine (other methods run there but are not planned), without full (no reference), on
-    # several machines (each method trains on one), or for a recipe with a block `method` (it excludes `methods`).
-    in_engine = recipe.train.zero_enabled_by or str(survey.settings.get(PLACEMENT)).startswith("zero")
-    has_block = re.search(r"^method\s*:", target.read_text(encoding="utf-8"), re.MULTILINE) is not None
-    comparison = ""
-    if survey.full_fits and not (in_engine or on_each or has_block):
-        plain = overrides if recipe.methods else [one for one in overrides if not one.startswith("method")]
-        comparison = command("compare", [*plain, *planned, *([] if recipe.methods else ["methods=[full, lora]"])])
-    return survey.model_copy(update={"command": run, "comparison": comparison})
+    return survey.model_copy(update={"command": run + on_each})
 
 
 def _make_survey_and_plan(

@@ -23,7 +23,6 @@ from fulltune.text import listed
 _CORES_FOR_EACH_PROCESS = 4
 _SKY_NAMES = {
     "H100-80GB": "H100",
-    "H100-PCIe": "H100-PCIe",
     "A100-40GB": "A100",
     "A100-PCIe-80GB": "A100-80GB",
     "A100-PCIe-40GB": "A100",

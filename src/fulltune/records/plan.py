@@ -297,6 +297,4 @@ class Survey(Record):
     ways_out: tuple[Alternative, ...] = ()
     advice: tuple[Advice, ...] = ()
     command: str = ""
-    comparison: str = ""
-    """Command that starts a comparison to verify the advice."""
     notes: tuple[str, ...] = ()

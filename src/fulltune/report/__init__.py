@@ -6,28 +6,16 @@ from fulltune.errors import SetupError
 from fulltune.records.export import Verification
 from fulltune.records.scores import Scores
 from fulltune.report.comparison.content import build_comparison_report, build_cost_plots, format_verdict
-from fulltune.report.comparison.many_tasks import write_tasks_report
 from fulltune.report.format.blocks import Element, Headline, Section
 from fulltune.report.format.pages import write_pages
 from fulltune.report.format.plots import write_cost_picture
 from fulltune.report.format.words import write_sanitized
 from fulltune.report.run import content
 from fulltune.report.run.content import build_run_report
-from fulltune.report.run.data_page import write_data_page
 from fulltune.report.run.folds import build_folds_report
 from fulltune.report.run.model_card import build_exported_card, build_model_card
 from fulltune.report.run.read import read_run
 from fulltune.system.run_folder import COMPARISONS, FOLDS, load_comparison
-
-__all__ = [
-    "build_run_terminal_report",
-    "write_comparison_report",
-    "write_data_page",
-    "write_exported_card",
-    "write_model_card",
-    "write_run_report",
-    "write_tasks_report",
-]
 
 
 def write_run_report(folder: Path) -> Path:

@@ -261,7 +261,6 @@ class CheckResult(Record):
     ran: str
     status: Literal["pass", "fail", "not here"]
     result: str
-    seconds: float
 
 
 class Page(Record):
@@ -291,7 +290,6 @@ def run_checks(listener: Callable[[str], None] = lambda line: None) -> Page:
 
 def _run_check(name: str, label: str, function: Callable[[str], CheckOutcome], device: str) -> CheckResult:
     """Run a check; if it raises an error, return a failed result."""
-    started = time.monotonic()
     status: Literal["pass", "fail", "not here"]
     try:
         passed, text = function("cpu" if device == "cpu" else "cuda")  # ROCm calls itself cuda in torch
@@ -300,21 +298,16 @@ def _run_check(name: str, label: str, function: Callable[[str], CheckOutcome], d
         status, text = "not here", mask_names(str(reason))
     except Exception as error:  # any failure is a result that the user wants to see
         status, text = "fail", mask_names(f"{type(error).__name__}: {error}")
-    seconds = round(time.monotonic() - started, 1)
-    return CheckResult(device=device, check=name, ran=label, status=status, result=text, seconds=seconds)
+    return CheckResult(device=device, check=name, ran=label, status=status, result=text)
 
 
 def report_section_of_page(page: Page) -> Section:
-    rows = tuple(
-        (check.ran, check.device, check.status.replace("fail", "FAIL"), check.result, f"{check.seconds:.1f}")
-        for check in page.findings
-    )
-    header = ("check", "device", "status", "result", "seconds")
+    rows = tuple((one.ran, one.device, one.status.replace("fail", "FAIL"), one.result) for one in page.findings)
     passed, failed, absent = (
         sum(one.status == status for one in page.findings) for status in ("pass", "fail", "not here")
     )
     verdict = Paragraph(f"{passed} passed, {failed} failed, {absent} not here; {page.seconds:.0f} seconds")
-    blocks = (Facts(tuple(page.environment.items())), Table("", header, rows, frozenset({4})), verdict)
+    blocks = (Facts(tuple(page.environment.items())), Table("", ("check", "device", "status", "result"), rows), verdict)
     return Section("selfcheck", f"fulltune selfcheck, {page.date}", blocks)
 
 

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fulltune import report
 from fulltune.errors import RecipeError
 from fulltune.records.comparison import ManyTasks
-from fulltune.report.comparison.many_tasks import build_tasks_section, combine_tasks
+from fulltune.report.comparison.many_tasks import build_tasks_section, combine_tasks, write_tasks_report
 from fulltune.report.format import pages
 from tests import comparisons
 
@@ -62,7 +61,7 @@ def test_no_method_in_common_is_refused() -> None:
 
 
 def test_files_and_terminal_say_the_same_in_80_columns(tmp_path: Path) -> None:
-    page, record = report.write_tasks_report(tmp_path, together())
+    page, record = write_tasks_report(tmp_path, together())
     assert ManyTasks.load(record) == together()
     text = page.read_text(encoding="utf-8")
     said = "Stored: weights on disk, with a shared pretrained model counted once"

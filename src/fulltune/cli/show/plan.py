@@ -173,10 +173,7 @@ def _build_next_commands(survey: Survey, plan: Plan | None) -> list[Element]:
     if plan is None:
         return [Paragraph("nothing fits yet; choose one of the alternatives first")]
     blocks: list[Element] = []
-    if survey.comparison:
-        blocks.append(Paragraph("to decide on your own rows: a fair comparison of methods, each at its best rate"))
-        blocks.append(Code(survey.comparison, "sh"))
-    elif survey.full_fits:
+    if survey.full_fits:
         where = "with methods: [full, lora] in the recipe instead of method, on one machine, without ZeRO"
         blocks.append(Paragraph(f"to decide on your own rows: fulltune compare, {where}"))
     if survey.command:

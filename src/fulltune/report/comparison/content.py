@@ -283,8 +283,7 @@ def list_comparison_facts(comparison: Comparison) -> list[NameAndValue]:
     times = "once" if len(openings) == 1 else f"{len(openings)} times"
     mixed = f" and {comparison.mixed_rows:,} mixed in per epoch" if comparison.mixed_rows else ""
     opened = f"{times}: " + "; ".join(opening.time for opening in openings)
-    write, seeds = MetricFormatter.of(comparison.decision), counted(expected.num_seeds, "seed")
-    detectable = f"forecast before the start, with {seeds}: {describe_detectable(expected, write)}"
+    write = MetricFormatter.of(comparison.decision)
     spread = [f"{method} {write.amount(sd)}" for method, sd in comparison.decision.seed_sds.items()]
     lines = [
         (
@@ -294,7 +293,6 @@ def list_comparison_facts(comparison: Comparison) -> list[NameAndValue]:
         ),
         ("test rows used for a verdict", opened if openings else "not recorded"),
         ("took", f"{took}; {comparison.device}, {cores}"),
-        ("detectable", detectable if expected.detectable else ""),
         ("standard deviation between seeds", ", ".join(spread)),
         ("design" if expected.budget_seconds is None else "budget", "; ".join(expected.notes)),
         ("drift", f"{comparison.drift_unit} relative to the pretrained model, on {comparison.generic_text}"),

@@ -46,8 +46,7 @@ def build_forgetting_section(view: RunView) -> Section | None:
 
 
 def describe_drift(points: Sequence[Point], errors: Mapping[int, float], saved_step: int | None, in_nats: bool) -> str:
-    """Describe the drift at `saved_step` (by default the last) and when half of it was reached. `errors` holds standard
-    errors by step."""
+    """Describe the drift at `saved_step` (by default the last). `errors` holds standard errors by step."""
     finite = [(step, value) for step, value in points if math.isfinite(value)]
     if not finite:
         return "The drift on generic text is unknown, because none of its values is finite."
@@ -60,12 +59,10 @@ def describe_drift(points: Sequence[Point], errors: Mapping[int, float], saved_s
         return f"There is no measurable drift on generic text at step {step:,} ({size})."
     if value < 0:
         return f"Generic text became more likely by step {step:,}: {size}."
-    half = next(at for at, so_far in finite if so_far >= value / 2)
-    when = f", and half of this by step {half:,}" if half < step else ""
     if in_nats:
         share = format_percent(-math.expm1(-value))
-        return f"A token of generic text became {share} less likely by step {step:,} ({size}){when}."
-    return f"The hidden states of generic text changed by {size} by step {step:,}{when}."
+        return f"A token of generic text became {share} less likely by step {step:,} ({size})."
+    return f"The hidden states of generic text changed by {size} by step {step:,}."
 
 
 def describe_budget_result(result: BudgetResult) -> str:

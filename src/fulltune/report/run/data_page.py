@@ -35,11 +35,9 @@ _MARGIN = 0.01
 def write_data_page(folder: Path) -> Path:
     """Write `data.md` and `data.html` for an audited run, and return the path of `data.html`."""
     view, audit = read_run(folder), Audit.load(folder / "data" / AUDIT)
-    rows, dropped = sum(audit.rows.values()), sum(view.summary.dropped.values()) if view.summary else 0
-    figures = [("rows checked", f"{rows:,}"), ("dropped while reading", f"{dropped:,}")]
-    if audit.labels is not None:
-        figures.append(("labels suspected", f"{audit.labels.suspects:,}"))
-    headline = Headline("better", "Nothing found", f"None of the {counted(len(audit.clean), 'check')} found anything.")
+    rows = sum(audit.rows.values())
+    nothing = f"None of the {counted(len(audit.clean), 'check')} found anything in {counted(rows, 'row')}."
+    headline = Headline("better", "Nothing found", nothing)
     if audit.checks:
         most = ", ".join(f"{count:,} × {check}" for check, count in list(audit.checks.items())[:4])
         more = f" and {counted(len(audit.checks) - 4, 'more check')}" if len(audit.checks) > 4 else ""
@@ -54,7 +52,7 @@ def write_data_page(folder: Path) -> Path:
         *(_build_check_section(audit, check) for check in audit.checks),
     ]
     sections += [*filter(None, [build_data_section(view)]), _build_next_steps_section(view, audit)]
-    report = Report(view.name, f"The data · {view.task}", headline, tuple(figures), tuple(sections))
+    report = Report(view.name, f"The data · {view.task}", headline, (), tuple(sections))
     return write_pages(folder / "data", report)
 
 
