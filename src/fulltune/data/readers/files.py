@@ -45,8 +45,7 @@ def _missing_file_error(path: Path) -> str:
     parent = path.parent
     if len(path.parts) == 2 and not path.suffix and not parent.exists():
         return (
-            f"{path}: no such file; data sets are not loaded from the Hub by name, so run 'hf download {path} "
-            f"--repo-type dataset --local-dir {path.name}' and use the path of the downloaded file"
+            f"{path}: no such file; for a data set on the Hub, write {{hub: {path}}}, or give the path of a data file"
         )
     names = [file.name for file in parent.iterdir() if file.suffix in SUFFIXES] if parent.is_dir() else []
     near = near_names(path.name, names, cutoff=0.5) or sorted(names)[:4]

@@ -101,9 +101,11 @@ def fetch(
 
 
 def _store_of(address: str) -> ModuleType:
-    from fulltune.data.remote import local, sql
+    from fulltune.data.remote import hub, local, sql
 
     match scheme_of(address):
+        case "hf":
+            return hub
         case scheme if scheme in DATABASES:
             return sql
         case _:
