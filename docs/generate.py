@@ -149,7 +149,7 @@ def _type(annotation: Any) -> tuple[str, bool]:
         kinds = [_type(part)[0] for part in inner if part is not types.NoneType]
         return " or ".join(kinds), types.NoneType in inner
     if origin is typing.Literal:
-        return " | ".join(f"`{value}`" for value in inner), False
+        return " | ".join(f"`{str(value).lower() if isinstance(value, bool) else value}`" for value in inner), False
     if origin is typing.Annotated:
         return _type(inner[0])
     if origin is tuple:

@@ -19,16 +19,19 @@ _VOCABULARY = 1000
 
 
 def fill_blocks(lengths: Sequence[int]) -> list[list[int]]:
-    """Return the numbers of the rows in each block, first-fit decreasing. No block is longer than the longest row."""
-    blocks, room = list[list[int]](), list[int]()
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        at = next((at for at, free in enumerate(room) if free >= lengths[row]), len(blocks))
-        if at == len(blocks):
-            blocks.append([])
-            room.append(max(lengths))
-        blocks[at].append(row)
-        room[at] -= lengths[row]
-    return blocks
+    """Return the numbers of the rows in each block, with little padding and no more attention than single rows have."""
+    longest, order = max(lengths), sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    best, area = [[row] for row in order], len(lengths) * longest
+    for count in range(min(len(lengths), sum(lengths) // longest + 2), 0, -1):
+        blocks, filled = [list[int]() for _ in range(count)], [0] * count
+        for row in order:  # each into the emptiest block
+            at = filled.index(min(filled))
+            blocks[at].append(row)
+            filled[at] += lengths[row]
+        width = max(filled)
+        if count * width < area and count * width**2 <= len(lengths) * longest**2:
+            best, area = blocks, count * width
+    return best
 
 
 def join_texts(texts: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:

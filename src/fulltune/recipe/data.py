@@ -12,7 +12,9 @@ from fulltune.recipe.model import Block, raise_for_problems
 from fulltune.recipe.selection import Where
 
 TextRows = Literal["auto", "line", "paragraph", "section"]
-Packing = Annotated[Literal["auto"] | bool | None, BeforeValidator(lambda value: None if value == "auto" else value)]
+Packing = Annotated[
+    Literal["auto", True, False] | None, BeforeValidator(lambda value: None if value == "auto" else value)
+]
 UTF_8 = "utf-8-sig"
 
 

@@ -367,9 +367,11 @@ def _work_of_generic_text(quadratic: float) -> float:
 
 
 def _shapes(lengths: np.ndarray, parts: Iterable[Positions], packing: bool = False) -> np.ndarray:
-    of_parts = [lengths[list(part)].tolist() for part in parts]
-    rows = [len(fill_blocks(part) if packing else part) for part in of_parts]
-    return np.array([*zip(rows, map(max, of_parts), strict=True)], np.int64).reshape(-1, 2)
+    shapes = []
+    for part in (lengths[list(part)] for part in parts):
+        blocks = fill_blocks(part.tolist()) if packing else [[row] for row in range(len(part))]
+        shapes.append((len(blocks), max(part[block].sum() for block in blocks)))
+    return np.array(shapes, np.int64).reshape(-1, 2)
 
 
 def _attention_work_ratio(model: PreTrainedModel) -> float:
