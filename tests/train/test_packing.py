@@ -74,7 +74,7 @@ def test_model_that_does_not_keep_texts_apart_is_not_packed_and_the_note_says_wh
     (note,) = (note for note in summary.notes if "packing" in note)
     assert note.startswith("packing is off because ")
     assert "'opt' model" in note
-    assert "position_ids" not in Rows(tmp_path / "run" / "data" / "train").features
+    assert "position_ids" not in Rows(tmp_path / "run" / "data" / "train")[0]
 
 
 def test_packing_asked_for_where_it_cannot_be_had_is_refused(opt: Path, tmp_path: Path) -> None:

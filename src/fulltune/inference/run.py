@@ -201,11 +201,8 @@ def regression_head_in_float32(model: PreTrainedModel, target: Target) -> Iterat
         yield
         return
     # Before the hook with which an engine frees the weights.
-    hook = layer.register_forward_hook(_recompute_in_float32, prepend=True)
-    try:
+    with layer.register_forward_hook(_recompute_in_float32, prepend=True):
         yield
-    finally:
-        hook.remove()
 
 
 def _recompute_in_float32(layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
@@ -357,9 +354,6 @@ def _run_and_capture_body(model: nn.Module, unwrapped_model: Any, body: nn.Modul
     if type(unwrapped_model).__name__.endswith("MultipleChoice"):
         inputs = {name: tensor.unsqueeze(1) for name, tensor in inputs.items()}
     outputs: list[Any] = []
-    hook = body.register_forward_hook(lambda _, __, output: outputs.append(output))
-    try:
+    with body.register_forward_hook(lambda _, __, output: outputs.append(output)):
         model(**inputs)
-    finally:
-        hook.remove()
     return outputs[0]

@@ -53,9 +53,9 @@ class SelectiveHead:
                 outputs.logits = _chunked_logits(self.model, self.head, states.pop(), outputs.logits)
 
         with contextlib.ExitStack() as hooks:
-            hooks.callback(self.head.register_forward_pre_hook(select_hidden).remove)
+            hooks.enter_context(self.head.register_forward_pre_hook(select_hidden))
             if chunked:
-                hooks.callback(self.model.register_forward_hook(replace_logits).remove)
+                hooks.enter_context(self.model.register_forward_hook(replace_logits))
             yield
 
 
@@ -167,12 +167,8 @@ def _why_not_chunked(selective: SelectiveHead, inputs: Mapping[str, Tensor], lab
         probes.append(torch.linspace(-100, 100, logits.numel()).to(logits).view(logits.shape))
         return probes[-1]
 
-    handle = head.register_forward_hook(spread)
-    try:
-        with torch.no_grad(), selective.computing_only(labels):
-            logits = selective.model(**inputs).logits
-    finally:
-        handle.remove()
+    with head.register_forward_hook(spread), torch.no_grad(), selective.computing_only(labels):
+        logits = selective.model(**inputs).logits
     bias = _bias_after_head(selective.model)
     if len(probes) != 1:
         return f"the model calls its head {len(probes)} times"

@@ -98,10 +98,6 @@ class Rows(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    @property
-    def features(self) -> tuple[str, ...]:
-        return tuple(self._batches[0].schema.names)
-
     def __getitem__(self, key: Any) -> Any:
         """Return a row as a dictionary, a list of rows for a slice, or a feature of all rows (array or list) for a
         name."""

@@ -159,8 +159,7 @@ def add_peft_modules(
         else:
             kinds = {kind.value: kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
             config = PEFT_TYPE_TO_CONFIG_MAPPING[kinds[method.type.upper()]](**shared, **method.config)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about transposed matrices and others, which it corrects itself
+        with warnings.catch_warnings(action="ignore"):  # about transposed matrices and others, which it corrects itself
             return get_peft_model(model, config)
     # PEFT raises any of these for configs and models that it does not support.
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:

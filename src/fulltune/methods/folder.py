@@ -34,8 +34,7 @@ def save_method_folder(applied: AppliedMethod, folder: Path, task: TaskName, bas
     model = applied.model
     if applied.peft_model is not None:
         applied.peft_model.peft_config["default"].base_model_name_or_path = base_name
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it did not check the vocabulary on the Hub
+        with warnings.catch_warnings(action="ignore"):  # that it did not check the vocabulary on the Hub
             # Without sharded frozen weights, which PEFT would gather from all ranks.
             state = {
                 name: tensor.detach()

@@ -112,10 +112,6 @@ class ImageRows(Sequence[dict[str, Any]]):
     def __init__(self, rows: Any, reader: ImageReader) -> None:
         self.rows, self.reader = rows, reader
 
-    @property
-    def features(self) -> tuple[str, ...]:
-        return tuple(self.rows.features)
-
     def __len__(self) -> int:
         return len(self.rows)
 

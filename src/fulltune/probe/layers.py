@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -87,12 +88,10 @@ def run_and_read_hidden(
         if name == "last":
             last_outputs.append(output.float())
 
-    hooks = [module.register_forward_hook(partial(record, name)) for name, module in modules.items()]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(partial(record, name)))
         outputs = model(**batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
     if len(recorded["body"]) != 1:
         raise NoProbe(f"{type(model).__name__} does not run its body exactly once")
     [hidden] = recorded["body"]

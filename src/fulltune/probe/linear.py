@@ -77,8 +77,7 @@ def fit_at_strengths(
     if solver_bytes(items.kind, count, items.num_outputs, width) > MOST_SOLVER_BYTES:
         raise NoProbe(f"{items.num_outputs:,} classes with {width:,} features each are too many to fit")
     shift, scale = shift_and_scale(items.features, has_bias and items.kind not in ("choice", "span"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the solver may stop early, but held-out rows judge the result
+    with warnings.catch_warnings(action="ignore"):  # the solver may stop early, but held-out rows judge the result
         features = ((items.features - shift) * scale).astype(np.float32)
         for strength, classifier in _fit_by_form(items, features, has_bias, strengths):
             weight = classifier.weight * scale

@@ -283,8 +283,7 @@ def _correlation(name: str, true: np.ndarray, predicted: np.ndarray) -> float:
     """Compute scipy's rank correlation `name`, or 0 if it is undefined."""
     from scipy import stats
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about a constant prediction
+    with warnings.catch_warnings(action="ignore"):  # about a constant prediction
         correlation = float(getattr(stats, name)(true, predicted).statistic)
     return correlation if math.isfinite(correlation) else 0.0
 

@@ -29,7 +29,7 @@ from fulltune.tasks import (
     Tokenizer,
     classes,
 )
-from fulltune.tasks.classes import f1, flat, macro_f1_of_present_classes, over_all, ratio, share, stack_arrays
+from fulltune.tasks.classes import flat, macro_f1_of_present_classes, over_all, ratio, stack_arrays
 from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.columns import is_blank, normalised
 from fulltune.tasks.labels import parse_list
@@ -357,9 +357,7 @@ def metrics_from_sums(target: Target, metric: str) -> dict[str, tuple[RowTerms, 
     """Map each metric (ignoring `metric`) to two functions: one computes its row terms, the other its value from their
     sums."""
     return {
-        "f1": (_entity_counts, f1),
-        "precision": (_entity_counts, lambda sums: share(sums[..., 0], sums[..., 1])),
-        "recall": (_entity_counts, lambda sums: share(sums[..., 0], sums[..., 2])),
+        **{name: (_entity_counts, value) for name, value in classes.OF_ONE.items()},
         "f1_macro": (
             lambda predictions: flat(np.asarray(predictions["entities"], np.float64)),
             macro_f1_of_present_classes,

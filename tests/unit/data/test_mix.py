@@ -122,7 +122,7 @@ def test_questions_about_a_scored_passage_are_left_out_with_all_their_windows(
     assert len(left) > len({row["question"] for row in left}) == 30 - len(lost)
     # What only answers need is kept for the test rows alone.
     folders = [tmp_path / "data" / name for name in ("train", MIXED, "test")]
-    train, mixed, test = (Rows(folder).features for folder in folders)
+    train, mixed, test = (tuple(Rows(folder)[0]) for folder in folders)
     assert train == mixed != test
     assert summary.mixed[0].counts.rows == len(left)
 
@@ -161,7 +161,7 @@ def test_causal_lm_source_may_have_another_form(tmp_path: Path, decoder_tokenize
     assert summary.form.kind == kinds.pop(kind)
     assert [one.kind for one in summary.mixed] == list(kinds.values())
     rows = Rows(tmp_path / "data" / "train", tmp_path / "data" / MIXED)
-    assert rows.features == ("input_ids", "labels", "length")
+    assert tuple(rows[0]) == ("input_ids", "labels", "length")
     assert len(rows) == summary.splits["train"].rows + sum(one.counts.rows for one in summary.mixed)
     batch = task_named("causal-lm").collate([rows[0], rows[-1], rows[len(rows) // 2]], 0)
     assert set(batch) == {"input_ids", "labels", "attention_mask"}
@@ -187,7 +187,7 @@ def test_raw_text_beside_raw_text_is_packed_on_its_own(tmp_path: Path, decoder_t
     summary = prepare(tmp_path, decoder_tokenizer, "causal-lm", TEXTS * 2, (others, 0.2), packs=True)
     assert summary.packed
     rows = Rows(tmp_path / "data" / "train", tmp_path / "data" / MIXED)
-    assert "position_ids" in rows.features
+    assert "position_ids" in rows[0]
     assert summary.mixed[0].counts.rows < 50
     assert all(row["text"].startswith("other") for row in read_original_rows(tmp_path / "data" / MIXED))
 

@@ -191,7 +191,7 @@ def test_answers_are_found_in_all_windows_of_a_long_passage(tmp_path: Path, enco
         row["fulltune:place"]: row["answers"] for row in rows
     }
     # Training reads no places of characters.
-    assert set(Rows(folder).features) - set(Rows(tmp_path / "data" / "train").features) == {
+    assert set(Rows(folder)[0]) - set(Rows(tmp_path / "data" / "train")[0]) == {
         question_answering.STARTS,
         question_answering.ENDS,
     }

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +13,11 @@ import transformers
 from accelerate import Accelerator
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 from transformers.trainer_utils import TrainOutput
 
 from fulltune.errors import Spiked
 from fulltune.inference.selective_head import attention_precision
-from fulltune.models import sharding
+from fulltune.models import evaluation_mode, sharding
 from fulltune.stats.curves import LOSS_WINDOW
 from fulltune.tasks.padding import IGNORED, LENGTHS, TRAINED
 from fulltune.train.loop import step_guard
@@ -222,26 +223,19 @@ def _first_non_finite_module(model: nn.Module, batch: Mapping[str, object]) -> s
     """Run the batch and return "name (class)" of the first module whose output is not finite, or None."""
     names: list[str] = []
 
-    def add_hook(name: str, module: nn.Module) -> RemovableHandle:
-
-        def record_if_non_finite(_: nn.Module, __: object, output: object) -> None:
-            # Masks contain infinities on purpose, but no module outputs only a mask.
-            tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-            if not names and any(leaf.is_floating_point() and not bool(leaf.isfinite().all()) for leaf in tensors):
-                names.append(f"{name or 'the model'} ({type(module).__name__})")
-
-        return module.register_forward_hook(record_if_non_finite)
+    def record_if_non_finite(name: str, module: nn.Module, _: object, output: object) -> None:
+        # Masks contain infinities on purpose, but no module outputs only a mask.
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        if not names and any(leaf.is_floating_point() and not bool(leaf.isfinite().all()) for leaf in tensors):
+            names.append(f"{name or 'the model'} ({type(module).__name__})")
 
     device = next(model.parameters()).device
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     inputs = {name: tensor.to(device) for name, tensor in tensors.items() if name not in ("labels", LENGTHS, TRAINED)}
-    hooks = [add_hook(name, module) for name, module in model.named_modules()]
-    model.eval()  # without dropout, so that no random number is drawn
-    try:
-        with torch.no_grad(), attention_precision(model, device.type):
+    with contextlib.ExitStack() as hooks:
+        for name, module in model.named_modules():
+            hooks.enter_context(module.register_forward_hook(partial(record_if_non_finite, name)))
+        # Without dropout, so that no random number is drawn.
+        with evaluation_mode(model), torch.no_grad(), attention_precision(model, device.type):
             model(**inputs)
-    finally:
-        model.train()
-        for hook in hooks:
-            hook.remove()
     return names[0] if names else None

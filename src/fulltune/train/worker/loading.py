@@ -164,13 +164,10 @@ def _returns_layer_output(
 ) -> bool:
     """Return whether the model outputs this layer's values unchanged."""
     layer_outputs = list[torch.Tensor]()
-    hook = layer.register_forward_hook(lambda _, inputs, output: layer_outputs.append(output))
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    try:
-        with evaluation_mode(model), torch.no_grad(), autocast(model, precision):
-            logits = model(**inputs).logits
-    finally:
-        hook.remove()
+    hook = layer.register_forward_hook(lambda _, inputs, output: layer_outputs.append(output))
+    with hook, evaluation_mode(model), torch.no_grad(), autocast(model, precision):
+        logits = model(**inputs).logits
     return len(layer_outputs) == 1 and bool(torch.isin(logits.float(), layer_outputs[0].float()).all())
 
 

@@ -10,6 +10,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop, InterruptedRun, Spiked
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Listener
@@ -127,12 +129,8 @@ def _exit_with_parent(parent_pid: int) -> None:
     started_by = os.getppid()
 
     def exit_when_orphaned() -> None:
-        while os.getppid() == started_by:
+        while os.getppid() == started_by and psutil.pid_exists(parent_pid):
             time.sleep(0.5)
-            try:
-                os.kill(parent_pid, 0)
-            except ProcessLookupError:
-                break
         os._exit(1)
 
     threading.Thread(target=exit_when_orphaned, daemon=True).start()

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -115,19 +116,9 @@ def initial_weights_file(folder: Path, prefix: str) -> Path:
     """Return this process's file for `InitialWeights`, and delete the files of killed processes."""
     for left in folder.glob(f"{prefix}*.safetensors"):
         process = left.stem.removeprefix(prefix)
-        if process.isdigit() and not _is_process_running(int(process)):
+        if process.isdigit() and not psutil.pid_exists(int(process)):
             left.unlink(missing_ok=True)
     return folder / f"{prefix}{os.getpid()}.safetensors"
-
-
-def _is_process_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
 
 
 def copy_gathered(model: PreTrainedModel) -> PreTrainedModel:
