@@ -17,7 +17,7 @@ from fulltune.inference import selective_head
 from fulltune.inference.run import Batching, run_rows
 from fulltune.models import chunked_loss
 from fulltune.models.chunked_loss import ChunkedLogits
-from fulltune.tasks import Target, causal_lm, seq2seq
+from fulltune.tasks import LossSettings, Target, causal_lm, seq2seq
 from tests import tiny
 from tests.train import runs
 from tests.train.test_selective_head import NO_DROPOUT, batch, model_of
@@ -158,7 +158,7 @@ def gradients(model: Any, inputs: dict[str, torch.Tensor], head: Any, task: Any,
     assert isinstance(logits, ChunkedLogits) == chunked
     if head is not None and not chunked:
         assert logits.shape[:-1] == (task.count_items(inputs["labels"]),)
-    loss = task.loss(logits, inputs["labels"], TARGET, 0.1) / 3
+    loss = task.loss(logits, inputs["labels"], TARGET, LossSettings(0.1)) / 3
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

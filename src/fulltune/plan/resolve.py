@@ -273,10 +273,10 @@ def choose_warmup_steps(recipe: Recipe, shapes: Shapes, total_steps: int, reason
 
 def memory_caveats(footprint: Footprint, compiled: bool = False) -> list[Setting]:
     """Return plan entries that explain why the memory estimate may be inexact."""
-    rows = [("memory.inputs", "assumed", footprint.assumed)] if footprint.assumed else []
+    rows = []
     if footprint.rough:
         why = f"this model cannot be traced ({footprint.rough}), so the plan uses a rule of thumb until the dry run"
-        rows.insert(0, ("memory", "rough", why))
+        rows.append(("memory", "rough", why))
     if compiled:
         why = "the plan ignores compiled blocks and the compiler's host memory; the dry run measures both"
         rows.append(("memory.torch_compile", "not counted", why))

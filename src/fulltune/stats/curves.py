@@ -48,14 +48,16 @@ _MIN_AT_END = 4
 def check_divergence(
     losses: Sequence[float], learning_rate: float, untrained_loss: float | None = None
 ) -> GuardDecision:
-    """Decide to stop if the loss fell and rose again, or stays high. `untrained_loss` is from before step 1."""
-    decision = check_fell_and_rose(losses, learning_rate, untrained_loss)
-    return decision if decision.action == "stop" else check_stays_high(losses, learning_rate, untrained_loss)
+    """Decide to stop if the loss fell and rose again, or if the median of the last 20 losses is over 3 times the start
+    loss (the first or, if larger, `untrained_loss` from before step 1), and each of them over 1.5 times."""
+    decision = _check_fell_and_rose(losses, learning_rate, untrained_loss)
+    begin, last = _start_loss(losses, untrained_loss), losses[-2 * LOSS_WINDOW :]
+    if decision.action == "stop" or len(losses) <= 2 * LOSS_WINDOW or not _is_far_above(begin, last):
+        return decision
+    return GuardDecision("stop", _divergence_message(begin, last, learning_rate), len(losses) - 2 * LOSS_WINDOW)
 
 
-def check_fell_and_rose(
-    losses: Sequence[float], learning_rate: float, untrained_loss: float | None = None
-) -> GuardDecision:
+def _check_fell_and_rose(losses: Sequence[float], learning_rate: float, untrained_loss: float | None) -> GuardDecision:
     """Decide to stop if the loss fell clearly, but rose again to its initial values and to `untrained_loss`."""
     first, now = statistics.fmean(losses[:LOSS_WINDOW] or [0.0]), statistics.median(losses[-2 * LOSS_WINDOW :] or [0.0])
     if len(losses) < 4 * LOSS_WINDOW or first <= 0 or now < max(first, untrained_loss or 0.0):
@@ -72,17 +74,6 @@ def check_fell_and_rose(
         f"values is {now:.3g}. {_cause(learning_rate, 'third')}",
         place + LOSS_WINDOW,
     )
-
-
-def check_stays_high(
-    losses: Sequence[float], learning_rate: float, untrained_loss: float | None = None
-) -> GuardDecision:
-    """Decide to stop if the median of the last 20 losses is over 3 times the start loss (the first or, if larger,
-    `untrained_loss`), and each of them is over 1.5 times the start loss."""
-    begin, last = _start_loss(losses, untrained_loss), losses[-2 * LOSS_WINDOW :]
-    if len(losses) <= 2 * LOSS_WINDOW or not _is_far_above(begin, last):
-        return GO_ON
-    return GuardDecision("stop", _divergence_message(begin, last, learning_rate), len(losses) - 2 * LOSS_WINDOW)
 
 
 def judge_final_loss(

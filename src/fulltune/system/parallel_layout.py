@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -94,13 +93,6 @@ def zero_settings(recipe: Recipe) -> dict[str, Any]:
         complete.setdefault(kind, {}).setdefault("enabled", AUTO)
     complete.setdefault("steps_per_print", 10**9)  # progress is in metrics.jsonl
     return complete
-
-
-def missing_package_problems(recipe: Recipe) -> list[str]:
-    """Return a list with one problem if DeepSpeed is needed but not installed, else an empty list."""
-    if not recipe.train.zero_enabled_by or importlib.util.find_spec(PACKAGE) is not None:
-        return []
-    return [f"{recipe.train.zero_enabled_by}: needs DeepSpeed; {INSTALL}"]
 
 
 def resolve_settings(recipe: Recipe, plan: Plan) -> dict[str, Any]:

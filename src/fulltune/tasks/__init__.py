@@ -121,6 +121,17 @@ class Example:
 RowExamples = list[list[Example]]
 
 
+@dataclass(frozen=True)
+class LossSettings:
+    """Settings of the training loss. Evaluations use `PLAIN_LOSS`."""
+
+    smoothing: float = 0.0
+    class_weights: Sequence[float] | None = None
+
+
+PLAIN_LOSS = LossSettings()
+
+
 class Task(Protocol):
     """Functions of a task module. A new task is a module `fulltune/tasks/<name>.py` and an entry in
     `fulltune/recipe/tasks.toml`."""
@@ -169,14 +180,7 @@ class Task(Protocol):
         """Pad a batch on the right: int64 `input_ids[batch, tokens]`, `attention_mask[batch, tokens]` and `labels`.
         Omit features that the model does not read."""
 
-    def loss(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        target: Target,
-        smoothing: float = 0.0,
-        class_weights: Sequence[float] | None = None,
-    ) -> Tensor:
+    def loss(self, logits: Tensor, labels: Tensor, target: Target, settings: LossSettings = PLAIN_LOSS) -> Tensor:
         """Sum the losses of a batch's rows or trained tokens; the caller divides by `count_items`.
 
         Args:

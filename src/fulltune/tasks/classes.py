@@ -12,7 +12,9 @@ import numpy as np
 from fulltune.records.data import DataSummary
 from fulltune.records.scores import Answer
 from fulltune.tasks import (
+    PLAIN_LOSS,
     FromSums,
+    LossSettings,
     Predictions,
     Row,
     RowAnswer,
@@ -174,24 +176,12 @@ def label_as_text(value: Any, target: Target) -> str:
     return ", ".join(name for name, present in zip(target.labels, value, strict=True) if present >= 0.5) or "(none)"
 
 
-def loss(
-    logits: Tensor,
-    labels: Tensor,
-    target: Target,
-    smoothing: float = 0.0,
-    class_weights: Sequence[float] | None = None,
-) -> Tensor:
+def loss(logits: Tensor, labels: Tensor, target: Target, settings: LossSettings = PLAIN_LOSS) -> Tensor:
     """Return the sum of `row_losses`."""
-    return row_losses(logits, labels, target, smoothing, class_weights).sum()
+    return row_losses(logits, labels, target, settings).sum()
 
 
-def row_losses(
-    logits: Tensor,
-    labels: Tensor,
-    target: Target,
-    smoothing: float = 0.0,
-    class_weights: Sequence[float] | None = None,
-) -> Tensor:
+def row_losses(logits: Tensor, labels: Tensor, target: Target, settings: LossSettings = PLAIN_LOSS) -> Tensor:
     """Compute each row's loss [batch]: cross entropy, binary cross entropy averaged over labels, or squared error
     (relative to the train rows' variance, if known).
 
@@ -201,16 +191,16 @@ def row_losses(
     import torch.nn.functional as F
 
     logits = logits.float()
-    weights = None if class_weights is None else logits.new_tensor(list(class_weights))
+    weights = None if settings.class_weights is None else logits.new_tensor(list(settings.class_weights))
     if target.form.is_number:
         shift, factor = target.logit_scale
         expected = ((labels.double() - shift) / factor).float()  # in logit units: in fp32, 1e8 and 1e8 + 1 are equal
         unit = target.scale[1] if target.scale else 1.0
         return ((logits.squeeze(-1) - expected) * (factor / unit)).square()
     if target.form.several_labels:
-        soft = labels * (1 - smoothing) + smoothing / 2
+        soft = labels * (1 - settings.smoothing) + settings.smoothing / 2
         return F.binary_cross_entropy_with_logits(logits, soft, pos_weight=weights, reduction="none").mean(dim=-1)
-    return F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing, reduction="none")
+    return F.cross_entropy(logits, labels, weight=weights, label_smoothing=settings.smoothing, reduction="none")
 
 
 def count_items(labels: Tensor) -> int:
@@ -249,8 +239,7 @@ def label_metrics(
     [rows]. Without `scores` [rows], rows are ranked by `predicted`."""
     form = target.form
     if form.is_number:
-        both = true.astype(np.float64), predicted.astype(np.float64)
-        return {name: metric(*both) for name, metric in NUMBER_METRICS.items()}
+        return _number_metrics(true.astype(np.float64), predicted.astype(np.float64))
     if form.several_labels:
         counts = numbers((true * predicted).sum(axis=0), predicted.sum(axis=0), true.sum(axis=0))
         return {
@@ -271,29 +260,17 @@ def label_metrics(
     return values | ranking_metrics(true == place, predicted == place if scores is None else scores)
 
 
-def _r2(true: np.ndarray, predicted: np.ndarray) -> float:
-    """Compute R² as scikit-learn does. For constant targets, return 1 if all predictions are exact, else 0."""
-    if len(true) < 2:
-        return math.nan
-    error, spread = ((true - predicted) ** 2).sum(), ((true - true.mean()) ** 2).sum()
-    return float(1 - error / spread) if spread > 0 else float(error == 0)
-
-
-def _correlation(name: str, true: np.ndarray, predicted: np.ndarray) -> float:
-    """Compute scipy's rank correlation `name`, or 0 if it is undefined."""
+def _number_metrics(true: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """Compute the metrics of scikit-learn and scipy for float64 arrays. An undefined rank correlation is 0."""
     from scipy import stats
+    from sklearn.metrics import r2_score
 
-    with warnings.catch_warnings(action="ignore"):  # about a constant prediction
-        correlation = float(getattr(stats, name)(true, predicted).statistic)
-    return correlation if math.isfinite(correlation) else 0.0
-
-
-NUMBER_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "r2": _r2,
-    "spearman": partial(_correlation, "spearmanr"),
-    "kendall": partial(_correlation, "kendalltau"),
-    "rmse": lambda true, predicted: math.sqrt(((true - predicted) ** 2).mean()),
-}
+    with warnings.catch_warnings(action="ignore"):  # about a constant prediction or a single row
+        r2 = float(r2_score(true, predicted))
+        spearman, kendall = (float(rank(true, predicted).statistic) for rank in (stats.spearmanr, stats.kendalltau))
+    ranks = {"spearman": spearman, "kendall": kendall}
+    rmse = math.sqrt(((true - predicted) ** 2).mean())
+    return {"r2": r2, **{name: value if math.isfinite(value) else 0.0 for name, value in ranks.items()}, "rmse": rmse}
 
 
 def predict_labels(logits: np.ndarray, target: Target) -> np.ndarray:

@@ -15,8 +15,10 @@ from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import DataSummary, Preview
 from fulltune.tasks import (
+    PLAIN_LOSS,
     Example,
     FromSums,
+    LossSettings,
     Predictions,
     Refused,
     Row,
@@ -263,20 +265,14 @@ def position_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.float().masked_fill(~is_token.unsqueeze(-1), -math.inf).log_softmax(dim=1)
 
 
-def loss(
-    logits: Tensor,
-    labels: Tensor,
-    target: Target,
-    smoothing: float = 0.0,
-    class_weights: Sequence[float] | None = None,
-) -> Tensor:
+def loss(logits: Tensor, labels: Tensor, target: Target, settings: LossSettings = PLAIN_LOSS) -> Tensor:
     """Sum the windows' losses, each the mean cross entropy of the answer's first and last token."""
     chances = position_log_probabilities(logits, labels)
     plain = -_answer_log_probabilities(chances, labels).mean(dim=-1)
-    if not smoothing:
+    if not settings.smoothing:
         return plain.sum()
     everywhere = -chances.masked_fill(chances.isinf(), 0.0).sum(dim=1).mean(dim=-1) / labels[:, TOKENS]
-    return ((1 - smoothing) * plain + smoothing * everywhere).sum()
+    return ((1 - settings.smoothing) * plain + settings.smoothing * everywhere).sum()
 
 
 def _answer_log_probabilities(chances: Tensor, labels: Tensor) -> Tensor:

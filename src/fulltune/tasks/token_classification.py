@@ -15,8 +15,10 @@ from fulltune.records.data import DataSummary, Preview
 from fulltune.records.scores import Answer
 from fulltune.tasks import (
     PLACE,
+    PLAIN_LOSS,
     Example,
     FromSums,
+    LossSettings,
     Predictions,
     Refused,
     Row,
@@ -236,16 +238,10 @@ def words_with_token(features: RowFeatures) -> np.ndarray:
     return np.asarray(features[WORD_IDS])[np.asarray(features["labels"]) != IGNORED]
 
 
-def loss(
-    logits: Tensor,
-    labels: Tensor,
-    target: Target,
-    smoothing: float = 0.0,
-    class_weights: Sequence[float] | None = None,
-) -> Tensor:
+def loss(logits: Tensor, labels: Tensor, target: Target, settings: LossSettings = PLAIN_LOSS) -> Tensor:
     """Sum the cross entropy at each word's first token."""
     # PyTorch's loss of label -100 is 0; selecting the other tokens would make the host wait for the device.
-    return classes.row_losses(logits.flatten(0, 1), labels.flatten(), target, smoothing, class_weights).sum()
+    return classes.row_losses(logits.flatten(0, 1), labels.flatten(), target, settings).sum()
 
 
 def count_items(labels: Tensor) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fulltune.recipe.tasks import OF_ANSWERS
-from fulltune.tasks import FromSums, Predictions, RowFeatures, RowTerms, Target, Tensor
+from fulltune.tasks import PLAIN_LOSS, FromSums, LossSettings, Predictions, RowFeatures, RowTerms, Target, Tensor
 from fulltune.tasks.classes import ROWS, over_all, ratio, stack_arrays
 from fulltune.tasks.columns import normalised
 from fulltune.tasks.padding import IGNORED
@@ -26,12 +26,7 @@ TargetIds = Callable[[Tensor], Tensor]
 
 
 def loss(
-    target_ids: TargetIds,
-    logits: Logits,
-    labels: Tensor,
-    target: Target,
-    smoothing: float = 0.0,
-    class_weights: Sequence[float] | None = None,
+    target_ids: TargetIds, logits: Logits, labels: Tensor, target: Target, settings: LossSettings = PLAIN_LOSS
 ) -> Tensor:
     """Sum the trained tokens' cross entropy. `target_ids` maps `labels` to the tokens to predict."""
     import torch.nn.functional as F
@@ -43,8 +38,8 @@ def loss(
         is_trained = tokens != IGNORED
         logits, labels = _select_logits(logits, is_trained), tokens[is_trained]
     if isinstance(logits, ChunkedLogits):
-        return logits.loss(labels, smoothing)
-    return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, reduction="sum")
+        return logits.loss(labels, settings.smoothing)
+    return F.cross_entropy(logits.float(), labels, label_smoothing=settings.smoothing, reduction="sum")
 
 
 def count_items(target_ids: TargetIds, labels: Tensor) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fulltune.tasks import Target, token_classification
+from fulltune.tasks import LossSettings, Target, token_classification
 from fulltune.tasks.classes import chance_loss, row_losses
 from tests.unit.tasks.test_settings import summary
 
@@ -20,7 +20,7 @@ def test_chance_is_the_loss_of_logits_that_are_all_the_same(kind: Any, weights: 
     data = summary({"a": 90, "b": 9, "c": 1}, problem_type=kind)
     classes = np.repeat([0, 1, 2], [90, 9, 1])
     labels = torch.tensor(classes if kind == "single_label" else np.eye(3, dtype=np.float32)[classes])
-    losses = row_losses(torch.zeros(100, 3), labels, Target(kind, {}, data.labels), 0.0, weights)
+    losses = row_losses(torch.zeros(100, 3), labels, Target(kind, {}, data.labels), LossSettings(0.0, weights))
     assert chance_loss(data, weights) == pytest.approx(float(losses.mean()), rel=1e-4)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fulltune.tasks import Target, causal_lm, classes, text_classification
+from fulltune.tasks import LossSettings, Target, causal_lm, classes, text_classification
 from fulltune.tasks.columns import find_column
 
 SINGLE = Target("single_label", {}, ("a", "b", "c"))
@@ -26,7 +26,7 @@ def logits() -> torch.Tensor:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_loss_single_label_is_cross_entropy(logits: torch.Tensor, smoothing: float) -> None:
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
-    found = text_classification.loss(logits, labels, SINGLE, smoothing)
+    found = text_classification.loss(logits, labels, SINGLE, LossSettings(smoothing))
     assert torch.isclose(found / 6, torch.nn.CrossEntropyLoss(label_smoothing=smoothing)(logits, labels))
     assert text_classification.count_items(labels) == 6
 
@@ -35,7 +35,7 @@ def test_loss_single_label_with_class_weights_scales_each_row(logits: torch.Tens
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     weights = torch.tensor([1.0, 2.0, 0.5])
     expected = (F.cross_entropy(logits, labels, reduction="none") * weights[labels]).sum()
-    found = text_classification.loss(logits, labels, SINGLE, class_weights=[1.0, 2.0, 0.5])
+    found = text_classification.loss(logits, labels, SINGLE, LossSettings(class_weights=[1.0, 2.0, 0.5]))
     assert torch.isclose(found, expected)
 
 
@@ -43,7 +43,7 @@ def test_loss_single_label_with_class_weights_scales_each_row(logits: torch.Tens
 def test_loss_multi_label_is_binary_cross_entropy(logits: torch.Tensor, smoothing: float) -> None:
     labels = torch.tensor([[1.0, 0, 0], [0, 1, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0], [1, 0, 1]])
     soft = labels * (1 - smoothing) + 0.5 * smoothing
-    found = text_classification.loss(logits, labels, MULTI, smoothing)
+    found = text_classification.loss(logits, labels, MULTI, LossSettings(smoothing))
     assert torch.isclose(found / 6, torch.nn.BCEWithLogitsLoss()(logits, soft))
 
 
@@ -75,7 +75,7 @@ def test_loss_of_numbers_is_in_units_of_their_spread_whatever_the_logits_are_in(
 def test_loss_of_tokens_is_shifted_and_masked(smoothing: float) -> None:
     logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([[-100, -100, 3, 4, -100], [-100, 1, 2, 3, 4]])
-    found = causal_lm.loss(logits, labels, CHAT, smoothing)
+    found = causal_lm.loss(logits, labels, CHAT, LossSettings(smoothing))
     expected = torch.nn.CrossEntropyLoss(ignore_index=-100, label_smoothing=smoothing)(
         logits[:, :-1].reshape(-1, 7), labels[:, 1:].reshape(-1)
     )

@@ -12,7 +12,7 @@ import torch
 from fulltune.errors import DataError
 from fulltune.evaluate import spans
 from fulltune.recipe.data import DataBlock
-from fulltune.tasks import Target, question_answering
+from fulltune.tasks import LossSettings, Target, question_answering
 from fulltune.tasks.question_answering import parse_answers
 from tests import tiny
 
@@ -179,7 +179,7 @@ def test_loss_is_the_mean_of_two_cross_entropies_without_padding(
             float(sum(entropy(window[:tokens, side], torch.tensor(place)) for side, place in enumerate((start, end))))
             / 2
         )
-    found = question_answering.loss(logits, labels, TARGET, smoothing)
+    found = question_answering.loss(logits, labels, TARGET, LossSettings(smoothing))
     assert float(found) == pytest.approx(expected, rel=1e-5)
     assert question_answering.count_items(labels) == 2
 

@@ -15,7 +15,7 @@ from seqeval.metrics.sequence_labeling import get_entities
 
 from fulltune.errors import DataError, SetupError
 from fulltune.recipe.data import DataBlock
-from fulltune.tasks import Target
+from fulltune.tasks import LossSettings, Target
 from fulltune.tasks import token_classification as task
 from tests import tiny
 
@@ -247,7 +247,7 @@ def random_batch(rows: int, words: int, seed: int) -> tuple[torch.Tensor, torch.
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0, 0.5, 3.0, 1.0]])
 def test_loss_is_the_sum_over_labelled_words(smoothing: float, weights: list[float] | None) -> None:
     logits, labels = random_batch(3, 7, seed=0)
-    found = task.loss(logits, labels, TARGET, smoothing, weights)
+    found = task.loss(logits, labels, TARGET, LossSettings(smoothing, weights))
     expected = torch.nn.CrossEntropyLoss(
         weight=None if weights is None else torch.tensor(weights), label_smoothing=smoothing, reduction="sum"
     )(logits.reshape(-1, 5), labels.reshape(-1))

@@ -57,7 +57,9 @@ def _missing_package_messages(recipe: Recipe) -> list[str]:
     if of_kernel and not any(map(importlib.util.find_spec, of_kernel)):
         names = " or ".join(name.replace("_", "-") for name in of_kernel)
         problems.append(f"model.attn_implementation: '{kernel}' needs a missing package: {names}")
-    return [*problems, *parallel_layout.missing_package_problems(recipe)]
+    if recipe.train.zero_enabled_by and importlib.util.find_spec(parallel_layout.PACKAGE) is None:
+        problems.append(f"{recipe.train.zero_enabled_by}: needs DeepSpeed; {parallel_layout.INSTALL}")
+    return problems
 
 
 def package_for_optimizer(optim: str) -> tuple[str, str]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate, pairwise
@@ -26,7 +26,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.probe import Probe
-from fulltune.tasks import Row, Target, Task, causal_lm, task_named
+from fulltune.tasks import LossSettings, Row, Target, Task, causal_lm, task_named
 from fulltune.tasks.labels import class_weights
 from fulltune.train import checkpoints
 from fulltune.train.journal import PROBING
@@ -82,8 +82,8 @@ class Objective:
     target: Target
 
     @cached_property
-    def _class_weights(self) -> Sequence[float] | None:
-        return class_weights(self.recipe, self.summary)
+    def _loss_settings(self) -> LossSettings:
+        return LossSettings(self.recipe.train.label_smoothing_factor, class_weights(self.recipe, self.summary))
 
     def collate(self, features: list[Row]) -> dict[str, torch.Tensor]:
         """Collate train rows into `input_ids[rows or blocks, tokens]`, `labels` and the task's other inputs."""
@@ -96,8 +96,7 @@ class Objective:
     ) -> torch.Tensor:
         """Sum the loss over logits[rows, ..., classes or vocabulary] and labels[rows] or [rows, tokens], and divide by
         `num_items_in_batch` if set."""
-        smoothing = self.recipe.train.label_smoothing_factor
-        summed = self.task.loss(extract_logits(outputs), labels, self.target, smoothing, self._class_weights)
+        summed = self.task.loss(extract_logits(outputs), labels, self.target, self._loss_settings)
         return summed / (num_items_in_batch if num_items_in_batch is not None else 1)
 
 
