@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
 
 from fulltune.errors import SetupError
-from fulltune.records.data import DataSummary
 from fulltune.system import hardware, memory
 from fulltune.system.memory import Meter, is_out_of_memory, run_with_smaller_batches
 from fulltune.train.usage import memory_limit
-from fulltune.train.worker import attempt
-from fulltune.train.worker import main as worker
 from tests.gpu_paths.cards import GIB, Cards
 
 books = pytest.mark.stand_in(
@@ -108,27 +101,6 @@ def test_smaller_batch_begins_with_what_the_larger_one_left_given_back(two_h100s
             raise
 
     assert run_with_smaller_batches("scoring", 8, leaves) == (2, 0)
-
-
-@pytest.mark.stand_in("the attempt itself left out", card="that the allocator does as its variables say")
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_attempt_on_a_card_writes_down_how_its_allocator_was_set(
-    device: str, two_h100s: Cards, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lines = list[tuple[str, str]]()
-    monkeypatch.setattr(attempt, "train_attempt", lambda *given: {})
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    for name in memory.ALLOCATOR_NAMES[1:]:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(DataSummary, "of_run", lambda folder: None)
-    request: Any = SimpleNamespace(
-        plan=SimpleNamespace(memory_limit_bytes=None, device=device), run_folder="run", recipe=None
-    )
-    hooks: Any = SimpleNamespace(with_named=lambda recipe: None)
-    journal: Any = SimpleNamespace(path=None, write=lambda *line: lines.append(line))
-    with contextlib.ExitStack() as until_the_end:
-        worker._train_with_limit(request, hooks, journal, None, None, until_the_end)  # type: ignore[arg-type]  # not reached
-    assert lines == ([("allocator", "PYTORCH_ALLOC_CONF=expandable_segments:True")] if device == "cuda" else [])
 
 
 @pytest.mark.stand_in("torch.OutOfMemoryError raised by hand", card="that the driver raises it")

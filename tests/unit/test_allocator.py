@@ -26,9 +26,3 @@ def test_segments_grow_unless_the_user_or_the_system_says_otherwise(
     given: dict[str, str], machine: tuple[str, str], found: dict[str, str]
 ) -> None:
     assert memory.allocator_variables(given, *machine) == found
-
-
-def test_what_torch_reads_is_said_in_words() -> None:
-    assert memory.describe_allocator({"HOME": "/"}) == "torch's default"
-    said = "PYTORCH_ALLOC_CONF=expandable_segments:True, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
-    assert memory.describe_allocator(BOTH) == said

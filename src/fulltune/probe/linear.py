@@ -190,9 +190,8 @@ def _fit_ridge(
     """Yield (strength, ridge regression) pairs."""
     from sklearn.linear_model import Ridge
 
-    middle = (
-        numbers.mean(dtype=np.float64) if has_bias else 0.0
-    )  # in float64, as scikit-learn casts numbers to the features' type
+    # In float64, as scikit-learn casts numbers to the features' type.
+    middle = numbers.mean(dtype=np.float64) if has_bias else 0.0
     for strength in strengths:
         model = Ridge(alpha=len(features) * RIDGE / strength, fit_intercept=has_bias)
         model.fit(features, numbers - middle)

@@ -215,7 +215,3 @@ def allocator_variables(variables: Mapping[str, str], system: str, release: str)
         return {}
     # torch 2.9 reads only the second name, later versions the first.
     return dict.fromkeys(ALLOCATOR_NAMES[:2], EXPANDABLE)
-
-
-def describe_allocator(variables: Mapping[str, str]) -> str:
-    return ", ".join(f"{name}={variables[name]}" for name in ALLOCATOR_NAMES if name in variables) or "torch's default"

@@ -58,10 +58,7 @@ def pad_right(values: Sequence[Sequence[int] | np.ndarray], fill: int) -> Tensor
 
 def object_array(values: Sequence[object]) -> np.ndarray:
     """Make an object array [rows], even from equally long lists, which numpy would make two-dimensional."""
-    array = np.empty(len(values), dtype=object)
-    for position, value in enumerate(values):
-        array[position] = value
-    return array
+    return np.fromiter(values, dtype=object, count=len(values))
 
 
 def trained_positions(target_ids: Tensor) -> Tensor:

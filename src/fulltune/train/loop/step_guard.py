@@ -44,9 +44,8 @@ class StepHistory:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> StepHistory:
-        saved: dict[str, Any] = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-        saved |= {name: tuple(value) for name, value in saved.items() if isinstance(value, list)}
-        return cls(**saved)
+        saved = {field.name: values[field.name] for field in fields(cls)}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
 
 
 @dataclass(frozen=True)

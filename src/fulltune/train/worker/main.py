@@ -16,7 +16,7 @@ from fulltune.errors import Diverged, DoesNotFitError, FulltuneError, GuardStop,
 from fulltune.records.data import DataSummary
 from fulltune.records.events import Listener
 from fulltune.records.training import Outcome, OutcomeStatus
-from fulltune.system import memory, signals
+from fulltune.system import signals
 from fulltune.system.hardware import is_disk_full
 from fulltune.system.memory import is_out_of_memory, process_peak_bytes
 from fulltune.train import checkpoints
@@ -100,8 +100,6 @@ def _train_with_limit(
 
     cleanup.enter_context(signals.temporary_handlers(ask_to_stop))
     limit, device = request.plan.memory_limit_bytes, request.plan.device
-    if device == "cuda":
-        journal.write("allocator", memory.describe_allocator(os.environ))
     with memory_limit(limit, device, lambda line: journal.write("warning", line)):
         recorder = Recorder(request.folder / "metrics.jsonl" if journal.path is not None else None, listener)
         summary = DataSummary.of_run(Path(request.run_folder))
