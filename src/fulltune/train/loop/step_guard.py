@@ -44,8 +44,8 @@ class StepHistory:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> StepHistory:
-        saved = {field.name: values[field.name] for field in fields(cls)}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+        saved: dict[str, Any] = {field.name: values[field.name] for field in fields(cls)}
+        return cls(**saved | {name: tuple(value) for name, value in saved.items() if isinstance(value, list)})
 
 
 @dataclass(frozen=True)
