@@ -5,13 +5,9 @@ from __future__ import annotations
 import importlib.resources
 import importlib.util
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+from fulltune import pipeline
+from fulltune.errors import FulltuneError, InterruptedRun
+from fulltune.records.events import Listener
 from fulltune.records.training import Outcome
 from fulltune.system.hardware import num_cores
 from tests import tiny
@@ -54,54 +53,35 @@ WIDE = {"hidden_size": 320, "num_hidden_layers": 1}
 """Matrices of more than 100,000 values: DeepSpeed's stage 3 leaves smaller ones whole in each process."""
 
 
-def offloaded(folder: Path, model: Path) -> Path:
-    """A recipe with DeepSpeed's own settings."""
-    data = tiny.write_jsonl(folder / "rows.jsonl", tiny.topic_rows(50))
-    (folder / "zero.json").write_text(json.dumps(OFFLOADED), encoding="utf-8")
-    train = {**TRAIN, "num_processes": 2, "extra": {"deepspeed": "zero.json"}}
-    return tiny.write_recipe(folder / "recipe.yaml", model, data, train=train, **PLAIN)
-
-
-def start(folder: Path, recipe: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "fulltune.cli.app", "train", str(recipe), "--run-folder", str(folder / "run")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-
-
-def finish(folder: Path, running: subprocess.Popen[str]) -> str:
-    """Wait for the command; its output and the workers' logs."""
-    out, _ = running.communicate(timeout=600)
-    return out + "".join(path.read_text(encoding="utf-8") for path in (folder / "run").glob("attempts/*/log.txt"))
+def train(folder: Path, model: Path, listener: Listener | None = None, **settings: Any) -> None:
+    """A run in processes of its own; called again, it goes on."""
+    options = {} if listener is None else {"listener": listener}
+    blocks = {**PLAIN, "train": {**TRAIN, "num_processes": 2, **settings}}
+    pipeline.run(runs.job(folder, model, tiny.topic_rows(50), options=options, **blocks), "train")
 
 
 def steps_of(folder: Path) -> list[int]:
     return [event["step"] for event in runs.events(folder, "train")]
 
 
-def stop(folder: Path, recipe: Path) -> None:
-    """Train until step 6 or a little more is saved."""
-    running = start(folder, recipe)
-    deadline = time.monotonic() + 600
-    while time.monotonic() < deadline and running.poll() is None and max(steps_of(folder), default=0) < 6:
-        time.sleep(0.05)
-    running.send_signal(signal.SIGTERM)
-    log = finish(folder, running)
-    assert running.returncode == 75, log
+def stop(folder: Path, model: Path, **settings: Any) -> int:
+    """Train until step 6 or a little more is saved, and return the step."""
+    with pytest.raises(InterruptedRun):
+        train(folder, model, runs.at_step(6, lambda: signal.raise_signal(signal.SIGTERM)), **settings)
+    assert 6 <= max(steps_of(folder)) < 18
+    return max(steps_of(folder))
 
 
 def test_offloaded_run_that_is_stopped_and_continued_gives_the_curve_of_one_process(tmp_path: Path) -> None:
     model = tiny.save_model(tmp_path / "model", "bert", **NO_DROPOUT)
     runs.run(tmp_path / "one", model, tiny.topic_rows(50), train=TRAIN, **PLAIN)
     folder = tmp_path / "two"
-    recipe = offloaded(folder, model)
+    folder.mkdir()
+    (folder / "zero.json").write_text(json.dumps(OFFLOADED), encoding="utf-8")
 
-    stop(folder, recipe)
-    stopped = max(steps_of(folder))
-    assert 6 <= stopped < 18
-    again = start(folder, recipe)
-    log = finish(folder, again)
+    stop(folder, model, extra={"deepspeed": "zero.json"})
+    train(folder, model, extra={"deepspeed": "zero.json"})
 
-    assert again.returncode == 0, log
     assert steps_of(folder) == list(range(1, 19))
     assert losses(folder) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     scores = [[event["metrics"] for event in runs.events(where, "eval")] for where in (tmp_path / "one", folder)]
@@ -209,22 +189,12 @@ def test_method_that_trains_little_is_that_of_one_process(tmp_path: Path) -> Non
         )
 
 
-def placed_in(folder: Path, alone: Path, placement: str, processes: int) -> Path:
-    train = {**TRAIN, "placement": placement, "num_processes": processes}
-    data = tiny.write_jsonl(alone / "placed.jsonl", tiny.topic_rows(50))
-    return tiny.write_recipe(folder / "recipe.yaml", alone / "model", data, train=train, **PLAIN)
-
-
 def test_run_goes_on_as_it_was_begun_and_is_refused_elsewhere(tmp_path: Path, alone: Path) -> None:
-    stop(tmp_path, placed_in(tmp_path, alone, "zero2", 2))
-    running = start(tmp_path, placed_in(tmp_path, alone, "zero3", 2))
-    log = finish(tmp_path, running)
-    assert running.returncode == 2, log
-    assert "but is resumed with" in log
-    running = start(tmp_path, placed_in(tmp_path, alone, "zero2", 2))
-    log = finish(tmp_path, running)
+    stop(tmp_path, alone / "model", placement="zero2")
+    with pytest.raises(FulltuneError, match="but is resumed with"):
+        train(tmp_path, alone / "model", placement="zero3")
+    train(tmp_path, alone / "model", placement="zero2")
 
-    assert running.returncode == 0, log
     assert steps_of(tmp_path) == list(range(1, 19))
     assert losses(tmp_path) == pytest.approx(losses(alone), abs=1e-5)
     expected, found = runs.final_weights(alone), runs.final_weights(tmp_path)
@@ -237,6 +207,11 @@ def test_example_runs_from_rows_to_report(tmp_path: Path) -> None:
     placed.run_example("zero3-offload", tmp_path)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("answers")
+
+
 @pytest.mark.parametrize("gather_once", [True, False])
-def test_answers_and_the_choice_are_those_of_one_process(gather_once: bool, tmp_path: Path) -> None:
-    placed.assert_same_answers(tmp_path, "zero3:2", gather_once)
+def test_answers_and_the_choice_are_those_of_one_process(gather_once: bool, folder: Path) -> None:
+    placed.assert_same_answers(folder / "answers", "zero3:2", gather_once)
