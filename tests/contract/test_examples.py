@@ -9,6 +9,8 @@ import runpy
 import sqlite3
 from pathlib import Path
 
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 
 from fulltune.recipe.file import load_recipe
@@ -17,13 +19,14 @@ from fulltune.records.scores import Scores
 from tests import tiny
 from tests.contract.command import fulltune
 from tests.hub import serve_hub
+from tests.s3 import serve_s3
 from tests.train import runs
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = sorted(EXAMPLES.glob("*.yaml"))
-ELSEWHERE = ("ddp", "fsdp2", "zero2", "zero3", "zero3-offload", "plan-7b", "plan-70b", "compare-banking77", "hub")
+ELSEWHERE = ("ddp", "fsdp2", "zero2", "zero3", "zero3-offload", "plan-7b", "plan-70b", "compare-banking77", "hub", "s3")
 """With tests of their own: several processes (test_placements.py), three of them with DeepSpeed (test_zero.py), two
-without weights (test_plan.py), one compares, one reads rows from a Hub."""
+without weights (test_plan.py), one compares, two read rows from a Hub and a bucket."""
 ONE_PROCESS = [path for path in RECIPES if path.stem not in ELSEWHERE]
 OWN_ROWS = {
     "chat": ("chat", 40, ()),
@@ -164,6 +167,27 @@ def test_example_runs_end_to_end(path: Path, tmp_path: Path, models: dict[str, P
     scores = [Scores.load(file) for file in (tmp_path / "run" / "scores").glob("*.json")]
     assert {score.kind for score in scores} >= {"trained"}
     assert len(scores) > 1
+
+
+@pytest.mark.slow
+def test_example_of_a_bucket_is_prepared_and_planned(tmp_path: Path, models: dict[str, Path]) -> None:
+    _stand_ins(tmp_path / "bench")
+    with serve_s3("my-bucket") as client, runs.without_tracing():
+        for name in ("train", "test"):
+            table = pyarrow.csv.read_csv(tmp_path / "bench" / "banking77" / f"{name}.csv")
+            pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+            client.upload_file(str(tmp_path / f"{name}.parquet"), "my-bucket", f"banking77/{name}.parquet")
+        model = f"model={models['text-classification']}"
+        run = tmp_path / "run"
+        result = fulltune("plan", EXAMPLES / "s3.yaml", "--run-folder", run, "--set", model)
+    assert result.code == 0, result.err
+    assert {
+        split: summary.rows for split, summary in DataSummary.load(run / "data" / "summary.json").splits.items()
+    } == {
+        "train": 54,
+        "eval": 6,
+        "test": 60,
+    }
 
 
 @pytest.mark.slow

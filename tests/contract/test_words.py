@@ -77,5 +77,5 @@ def test_prose_stays_short() -> None:
     assert sum(len(text.split()) for tree in trees for text in docstrings(tree)) <= 1.62 * statements
     assert sum(isinstance(node, ast.Name) and node.id == "Any" for tree in trees for node in ast.walk(tree)) <= 500
     assert len(pages) <= 14
-    assert sum(map(written, pages)) <= 27_200
+    assert sum(map(written, pages)) <= 27_300
     assert written(ROOT / "README.md") <= 1_000

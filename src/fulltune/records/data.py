@@ -82,7 +82,8 @@ class RemoteSource(Record):
 
     @property
     def is_complete(self) -> bool:
-        return bool(self.files) and all(Path(file).exists() for file in self.files)
+        files = [Path(file) for file in self.files if Path(file).exists()]
+        return 0 < len(files) == len(self.files) and sum(file.stat().st_size for file in files) == self.size
 
 
 SOURCES = "sources.json"

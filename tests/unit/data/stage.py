@@ -15,7 +15,7 @@ from tests import tiny
 
 def prepare(
     folder: Path,
-    rows: list[dict[str, Any]] | Path,
+    rows: list[dict[str, Any]] | Path | str,
     tokenizer: Any,
     task: str = "text-classification",
     mixed: list[dict[str, Any]] | None = None,
@@ -26,7 +26,7 @@ def prepare(
     for name in ("eval", "test"):
         if isinstance(given := settings.get(name), list):
             settings[name] = str(tiny.write_jsonl(folder / f"{name}-file.jsonl", given))
-    train: Any = str(rows if isinstance(rows, Path) else tiny.write_jsonl(folder / "train.jsonl", rows))
+    train: Any = str(rows if isinstance(rows, (Path, str)) else tiny.write_jsonl(folder / "train.jsonl", rows))
     if mixed:
         train = [train, {"path": str(tiny.write_jsonl(folder / "mixed.jsonl", mixed)), "weight": 0.2}]
     blocks = {"data": {"train": train, **settings}, "preserve": {"probe": probe and str(probe)}}

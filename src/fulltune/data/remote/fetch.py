@@ -9,21 +9,21 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
 from fulltune.data.remote import unpack
 from fulltune.data.remote.listing import Listing, OnBytes, RemoteFile, revision_of
-from fulltune.errors import DataError, DoesNotFitError, FulltuneError
-from fulltune.recipe.address import DATABASES, HUB, PACKED, is_fetched, scheme_of
+from fulltune.errors import DataError, DoesNotFitError, FulltuneError, SetupError
+from fulltune.recipe.address import BUCKETS, DATABASES, HUB, PACKED, WEB, is_fetched, scheme_of
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import SOURCES, RemoteSource, RemoteSources
 from fulltune.records.events import Listener, Message, RowsRead
 from fulltune.system.hardware import disk_free_bytes
 from fulltune.text import counted, format_bytes
 
-_COMPLETE = "source.json"
+_COMPLETE = "copied"  # no data file's name
 _MARGIN_BYTES = 2**26
 _REPORT_SECONDS = 0.5
 
@@ -58,6 +58,8 @@ def fetch_sources(recipe: Recipe, run_folder: Path, listener: Listener) -> dict[
             record(fetch(address, listener, sources.get(address), record))
         except DataError as error:
             problems += error.problems
+        except OSError as error:
+            problems.append(f"{address}: cannot be copied ({error}); make room there, or set FULLTUNE_CACHE")
     if problems:
         raise DataError(problems)
     return {address: sources[address] for address in addresses}
@@ -89,23 +91,27 @@ def fetch(
             return earlier
         if listing.revision != pinned:
             listing = store.list_files(address, pinned)
+    changed = f"{address}: has changed since this run began, and the local copy is gone; start a new run (--fresh)"
+    if pinned and listing.revision not in ("", pinned):
+        raise DataError(changed)
     if listing.revision:
         record(RemoteSource(address=address, revision=listing.revision))
     copied = _copy(address, store, listing, listener)
     if pinned and copied.revision != pinned:
-        raise DataError(
-            f"{address}: its content has changed since this run began, and the local copy is gone; start a new run "
-            "(--fresh)"
-        )
+        raise DataError(changed)
     return copied
 
 
 def _store_of(address: str) -> ModuleType:
-    from fulltune.data.remote import hub, local, sql
+    from fulltune.data.remote import buckets, hub, local, sql, web
 
     match scheme_of(address):
         case "hf":
             return hub
+        case scheme if scheme in WEB:
+            return web
+        case scheme if scheme in BUCKETS:
+            return buckets
         case scheme if scheme in DATABASES:
             return sql
         case _:
@@ -119,18 +125,16 @@ def _find_copy_offline(address: str) -> RemoteSource | None:
     if not HF_HUB_OFFLINE or scheme_of(address) != HUB:
         return None
     files = sorted(cache_folder().glob(f"{_slug(address)}-*/{_COMPLETE}"), key=lambda file: -file.stat().st_mtime)
-    copies = (RemoteSource.load(file) for file in files)
-    return next((one for one in copies if one.address == address and one.is_complete), None)
+    copies = (_complete_copy(file.parent) for file in files)
+    return next((one for one in copies if one and one.address == address), None)
 
 
 def _copy(address: str, store: ModuleType, listing: Listing, listener: Listener) -> RemoteSource:
     """Copy the files into the cache, or return the copy that is there; a stopped copy goes on where it ended."""
     base = cache_folder() / f"{_slug(address)}-{_digest(address, listing.revision)}"
     with _locked(base):
-        if listing.revision and (base / _COMPLETE).exists():
-            if (source := RemoteSource.load(base / _COMPLETE)).is_complete:
-                return source
-            shutil.rmtree(base)
+        if listing.revision and (there := _complete_copy(base)):
+            return there
         part = base.with_name(f"{base.name}.part")
         if not listing.revision:  # what is there may be of another version
             shutil.rmtree(part, ignore_errors=True)
@@ -143,6 +147,8 @@ def _copy(address: str, store: ModuleType, listing: Listing, listener: Listener)
         report, files = _progress(address, listing, listener), list[Path]()
         for file in listing.files:
             target = part / file.name
+            if Path(file.name).is_absolute() or ".." in Path(file.name).parts:
+                raise DataError(f"{address}: the file '{file.name}' would lie outside {part}; expected another name")
             target.parent.mkdir(parents=True, exist_ok=True)
             store.download(address, listing, file, target, report)
             files += unpack.unpacked(target, part) if target.name.lower().endswith(PACKED) else [target]
@@ -156,9 +162,17 @@ def _copy(address: str, store: ModuleType, listing: Listing, listener: Listener)
             notes=listing.notes,
         )
         source.save(part / _COMPLETE)
-        shutil.rmtree(whole, ignore_errors=True)
-        part.rename(whole)
+        if not _complete_copy(whole):  # which another process may be reading
+            shutil.rmtree(whole, ignore_errors=True)
+            part.rename(whole)
+        shutil.rmtree(part, ignore_errors=True)
     return source
+
+
+def _complete_copy(base: Path) -> RemoteSource | None:
+    with suppress(SetupError, OSError):  # a damaged record is made again
+        return source if (source := RemoteSource.load(base / _COMPLETE)).is_complete else None
+    return None
 
 
 def _refuse_full_disk(address: str, listing: Listing, part: Path) -> None:

@@ -18,6 +18,8 @@ class RemoteFile:
     """Size in bytes, or None if the store does not say."""
     version: str
     """ETag or another text that changes with the content, or "" if the store has none."""
+    key: str = ""
+    """Where the store finds the file, if its name does not say it."""
 
 
 @dataclass(frozen=True)
