@@ -332,7 +332,7 @@ def collate(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Ten
 
 
 def collate_packed(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Tensor]:
-    """Collate rows into as few blocks as fit, without attention between rows."""
+    """Collate rows into blocks with little padding, without attention between rows."""
     blocks = fill_blocks([len(row["input_ids"]) for row in features])
     return collate([join_texts([features[row] for row in block]) for block in blocks], pad_token_id)
 
