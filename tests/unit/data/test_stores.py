@@ -343,6 +343,13 @@ def test_full_disk_is_refused_with_the_number(site: Site, monkeypatch: pytest.Mo
         copy(f"{site.address}/a.zip")
 
 
+def test_cache_that_cannot_be_written_is_refused(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FULLTUNE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DataError, match=r"Not a directory.*; make room on the disk, or set FULLTUNE_CACHE"):
+        stage.prepare(tmp_path, f"{site.address}/rows.jsonl", None)
+
+
 def test_damaged_copy_is_made_again(site: Site) -> None:
     first = copy(f"{site.address}/rows.jsonl")
     record = Path(first.files[0]).parent / fetch._COMPLETE

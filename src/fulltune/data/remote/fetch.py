@@ -59,7 +59,7 @@ def fetch_sources(recipe: Recipe, run_folder: Path, listener: Listener) -> dict[
         except DataError as error:
             problems += error.problems
         except OSError as error:
-            problems.append(f"{address}: cannot be copied ({error}); make room there, or set FULLTUNE_CACHE")
+            problems.append(f"{address}: cannot be copied ({error}); make room on the disk, or set FULLTUNE_CACHE")
     if problems:
         raise DataError(problems)
     return {address: sources[address] for address in addresses}
