@@ -124,9 +124,15 @@ def serve_hub(cache: Path) -> Iterator[Hub]:
     url = f"http://127.0.0.1:{server.server_port}"
     handler.hub = hub = Hub(url)  # type: ignore[attr-defined]
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-    places = {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}"}
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
     try:
-        with mock.patch.multiple(constants, HF_HUB_OFFLINE=False, HF_HUB_CACHE=str(cache), **places):
+        with mock.patch.multiple(
+            constants,
+            ENDPOINT=url,
+            HUGGINGFACE_CO_URL_TEMPLATE=template,
+            HF_HUB_CACHE=str(cache),
+            HF_HUB_OFFLINE=False,
+        ):
             yield hub
     finally:
         server.shutdown()

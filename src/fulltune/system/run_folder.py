@@ -23,7 +23,7 @@ from fulltune.files import write_json, write_text
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.functions import IMPORTED, import_functions
 from fulltune.records.comparison import Comparison
-from fulltune.records.data import DataSummary
+from fulltune.records.data import SOURCES, DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.run import Environment
 from fulltune.records.scores import Scores
@@ -198,7 +198,8 @@ def _claim_folder(folder: Path, recipe: Recipe, recipe_text: str, fingerprint: s
         return True
     if folder.is_file():
         raise SetupError(f"{folder}: is a file, expected a folder for the run")
-    if folder.exists() and any(folder.iterdir()):
+    # What a start that failed has read of other places stays the same when it is repeated.
+    if folder.exists() and any(file.name != SOURCES for file in folder.iterdir()):
         raise SetupError(f"{folder}: is neither empty nor a run folder; choose another folder")
     with explain_os_errors(folder):
         try:

@@ -292,3 +292,18 @@ def test_init_writes_the_splits_that_have_labels(hub: Hub, tmp_path: Path, monke
     assert "no such file" in fulltune("init", "o/d", "--force").err
     result = fulltune("init", f"hf://datasets/o/d@{hub.refs['o/d']['refs/heads/main']}/train*", "--force")
     assert "train*" in str(load_recipe(Path("recipe.yaml")).data.train), result.err
+
+
+def test_a_recipe_with_a_mistake_can_be_corrected_in_the_same_run_folder(
+    hub: Hub, tmp_path: Path, tiny_encoder: Path
+) -> None:
+    hub.push("o/d", {"train.jsonl": jsonl(30), "test.jsonl": jsonl(10, 30)})
+    data = {"train": {"hub": "o/d"}, "test": {"hub": "o/d", "split": "tset"}}
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", tiny_encoder, "x", data=data)
+    command = ("data", recipe, "--run-folder", tmp_path / "run")
+    result = fulltune(*command)
+    assert result.code == 4
+    assert result.problems[-1].endswith("has no split 'tset'; set split: to one of test, train")
+    result = fulltune(*command, "--set", "data.test=o/d")
+    assert result.code == 4
+    assert result.problems[-1].endswith("for a data set on the Hub, write {hub: o/d}, or give the path of a file")

@@ -43,10 +43,9 @@ def _missing_file_error(path: Path) -> str:
     if path.is_symlink():
         return f"{path}: is a broken link, expected a file; repair it, or use the path of the file itself"
     parent = path.parent
-    if len(path.parts) == 2 and not path.suffix and not parent.exists():
-        return (
-            f"{path}: no such file; for a data set on the Hub, write {{hub: {path}}}, or give the path of a data file"
-        )
+    if not path.suffix and not parent.exists():
+        name = "/".join(path.parts[-2:])
+        return f"{path}: no such file; for a data set on the Hub, write {{hub: {name}}}, or give the path of a file"
     names = [file.name for file in parent.iterdir() if file.suffix in SUFFIXES] if parent.is_dir() else []
     near = near_names(path.name, names, cutoff=0.5) or sorted(names)[:4]
     hint = f" (in that folder: {', '.join(map(printable, near))})" if near else ""

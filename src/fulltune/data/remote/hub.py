@@ -41,8 +41,8 @@ def find_splits(address: str) -> tuple[dict[SplitName, str | Mapping[str, str]],
     config = named.get("config") or (usual if usual in configs else configs[0])
     splits = [split for other, split in listings if other == _choose(address, "config", config, usual, configs)]
     by_word = group_files_by_split([*map(Path, splits)])
-    by_word = {"train": by_word.pop(None, [])} | by_word
-    words = {word: min(map(str, paths), key=len) for word, paths in by_word.items() if paths}
+    by_word.setdefault("train", by_word.get(None, []))
+    words = {word: min(map(str, paths), key=len) for word, paths in by_word.items() if word and paths}
     if "train" not in words:
         raise DataError(f"{address}: no split to train on; write a recipe with one of {', '.join(splits)}")
     place = {"hub": name, "revision": revision or "", "config": config if len(configs) > 1 else ""}
