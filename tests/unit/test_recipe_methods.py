@@ -112,10 +112,7 @@ KINDS = "'full', 'head', 'lora', 'adapter', 'prompt', 'peft'"
         ),
         (
             {"methods": ["full", {"kind": "lroa", "rank": 0}]},
-            [
-                f"methods.1.kind: expected {KINDS}, 'base', found 'lroa'; did you mean 'lora'?",
-                "methods.1.rank: expected greater than or equal to 1, found 0",
-            ],
+            [f"methods.1.kind: expected {KINDS}, 'base', found 'lroa'; did you mean 'lora'?"],
         ),
         ({"rank": 8}, ["rank: unknown setting; did you mean 'method.rank'?"]),
         (

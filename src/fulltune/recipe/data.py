@@ -16,7 +16,7 @@ Packing = Annotated[
     Literal["auto", True, False] | None, BeforeValidator(lambda value: None if value == "auto" else value)
 ]
 UTF_8 = "utf-8-sig"
-
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".conll", ".iob", ".bio")
 
 _MAX_WEIGHT_SUM = 0.999
 """Maximum sum of the weights: 999 mixed-in rows per row of the task."""

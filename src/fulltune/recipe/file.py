@@ -5,8 +5,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import reduce
-from operator import getitem
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from fulltune.errors import RecipeError
 from fulltune.recipe import rules as recipe_rules
+from fulltune.recipe.data import SUFFIXES
 from fulltune.recipe.fields import Recipe, resolve_paths
 from fulltune.recipe.methods import ComparedMethod
 from fulltune.recipe.model import NAME, Block, PlainSettings
@@ -47,7 +46,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     try:
         with path.open(encoding="utf-8") as file:
-            if path.suffix.lower() in _DATA_SUFFIXES:
+            if path.suffix.lower() in SUFFIXES and path.suffix.lower() != ".json":  # a recipe may be JSON
                 raise RecipeError(
                     f"{path}: expected a recipe, found a data file; write a recipe with 'fulltune init {path}'"
                 )
@@ -114,15 +113,12 @@ def check_recipe(values: PlainSettings, path: Path, lines: Lines | None = None) 
         except ValidationError as error:
             texts = [text for field_error in error.errors() for text in _describe_error(field_error, values)]
             problems += [text for text in _without_removed(texts, removed) if text not in problems]
-            others = [field_error for field_error in error.errors() if not _correct_kind(field_error, remaining)]
             names = [
                 (name, field_error["type"])
-                for field_error in others
+                for field_error in error.errors()
                 for name in _remove_settings(field_error, remaining)
             ]
-            if len(others) < error.error_count():
-                removed.add("kind")
-            elif not names:  # a setting is missing
+            if not names:  # a setting is missing
                 break
             removed |= {name for name, kind in names if kind != "extra_forbidden"}
     if recipe is not None:
@@ -141,19 +137,6 @@ def _with_location(problem: str, path: Path, lines: Lines) -> str:
 
 def _without_removed(problems: Iterable[str], removed: set[str]) -> list[str]:
     return [problem for problem in problems if not removed & {*re.findall(r"\w+\b(?!\.\w)", problem)}]
-
-
-def _correct_kind(field_error: FieldError, values: PlainSettings) -> bool:
-    """Correct a misspelt method kind in `values`, so that its other settings can be checked. Return whether it was
-    corrected."""
-    if field_error["type"] != "union_tag_invalid":
-        return False
-    near = near_names(field_error["ctx"]["tag"], _quoted_names(field_error["ctx"]["expected_tags"]))
-    if near:
-        *blocks, last = _location_in_file(field_error)
-        block = reduce(getitem, blocks, values)
-        block[last] = {**block[last], "kind": near[0]} if isinstance(block[last], dict) else near[0]
-    return bool(near)
 
 
 def _remove_settings(field_error: FieldError, values: PlainSettings) -> Iterable[str]:
@@ -213,19 +196,6 @@ def _describe_error(field_error: FieldError, values: PlainSettings) -> Iterable[
             yield f"{name}: expected {expected}, found {shown}{instead}"
 
 
-_DATA_SUFFIXES = (
-    ".csv",
-    ".tsv",
-    ".jsonl",
-    ".ndjson",
-    ".parquet",
-    ".arrow",
-    ".feather",
-    ".conll",
-    ".iob",
-    ".bio",
-    ".txt",
-)
 _TYPE_NAMES = {"integer": "whole number", "string": "text"}
 _MAX_LISTED_NAMES = 12
 

@@ -192,13 +192,6 @@ def _extra_problems(recipe: Recipe) -> list[str]:
             problems.append(
                 f"{dotted_name}: transformers.TrainingArguments has no such field{f'; {hint}' if hint else ''}"
             )
-        elif name == "accelerator_config" and isinstance(value, dict):
-            fields = _annotated_fields("trainer_pt_utils.py", "AcceleratorConfig")
-            problems += [
-                f"{dotted_name}.{key}: there is no such field; {did_you_mean(str(key), fields) or ', '.join(fields)}"
-                for key in value
-                if key not in fields
-            ]
         elif value is not None:
             try:
                 _type_adapter(arguments[name]).validate_python(value)
@@ -324,14 +317,11 @@ def replacement_hint(name: object) -> str | None:
     return replacement_hints().get(str(name).lower().replace("-", "_"))
 
 
+@cache
 def training_arguments() -> Mapping[str, str]:
     """Map fields of `transformers.TrainingArguments` to their annotations as written."""
-    return _annotated_fields("training_args.py", "TrainingArguments")
-
-
-@cache
-def _annotated_fields(file: str, name: str) -> Mapping[str, str]:
-    fields = [line for line in _find_definition(file, name).body if isinstance(line, ast.AnnAssign)]
+    body = _find_definition("training_args.py", "TrainingArguments").body
+    fields = [line for line in body if isinstance(line, ast.AnnAssign)]
     return {ast.unparse(line.target): ast.unparse(line.annotation) for line in fields}
 
 

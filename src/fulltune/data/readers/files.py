@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fulltune.errors import DataError
+from fulltune.recipe.data import SUFFIXES as SUFFIXES
 from fulltune.records.data import SplitName
 from fulltune.text import near_names
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".conll", ".iob", ".bio")
 ONLY_BY_NAME = (".txt", ".annotated", ".iob2")
 """Suffixes of files that are read only if the recipe names them."""
 _KINDS = ", ".join(SUFFIXES)
