@@ -98,49 +98,23 @@ def can_pack(recipe: Recipe, target: Target, limits: Limits, mixed: Collection[T
     return False, [f"packing is off because {obstacle}"]
 
 
-OPEN_BLOCKS = 64
-_BLOCKS_PER_BATCH = 256
-
-
-TokenizedText = tuple[np.ndarray, np.ndarray, str]
+TEXTS_PACKED_TOGETHER = 1_000
 
 
 def pack_texts(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[pa.RecordBatch]:
     """Pack whole tokenised texts into rows of at most `max_length` tokens; yield batches of rows."""
-    blocks = _group_texts_by_best_fit(parts, max_length)
-    while full := list(islice(blocks, _BLOCKS_PER_BATCH)):
-        rows = [model_packing.join_texts([{"input_ids": ids, "labels": of} for ids, of, _ in block]) for block in full]
+    texts = _iterate_tokenized_texts(parts)
+    while several := list(islice(texts, TEXTS_PACKED_TOGETHER)):
+        blocks = model_packing.fill_blocks([len(features["input_ids"]) for features, _ in several], max_length)
+        rows = [model_packing.join_texts([several[place][0] for place in block]) for block in blocks]
         lengths = [row | {LENGTH: len(row["input_ids"])} for row in rows]
-        yield make_record_batch(lengths, [block[0][2] for block in full])
+        yield make_record_batch(lengths, [several[block[0]][1] for block in blocks])
 
 
-def _group_texts_by_best_fit(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[list[TokenizedText]]:
-    """Yield the texts of each packed row. Each text goes into the fullest row with room for it."""
-    opened, room = list[list[TokenizedText]](), list[int]()
-    for text in _iterate_tokenized_texts(parts):
-        at = min((at for at, free in enumerate(room) if free >= len(text[0])), key=room.__getitem__, default=None)
-        if at is None:
-            if len(opened) == OPEN_BLOCKS:
-                fullest = room.index(min(room))
-                del room[fullest]
-                yield opened.pop(fullest)
-            at = len(opened)
-            opened.append([])
-            room.append(max_length)
-        opened[at].append(text)
-        room[at] -= len(text[0])
-        if not room[at]:
-            del room[at]
-            yield opened.pop(at)
-    yield from opened
-
-
-def _iterate_tokenized_texts(parts: Iterable[pa.RecordBatch]) -> Iterator[TokenizedText]:
-    """Yield each text's input ids, labels, and source row as JSON."""
+def _iterate_tokenized_texts(parts: Iterable[pa.RecordBatch]) -> Iterator[tuple[dict[str, np.ndarray], str]]:
+    """Yield each text's input ids and labels, and its source row as JSON."""
     for part in parts:
-        ids, labels = (part.column(name) for name in ("input_ids", "labels"))
-        ends = ids.offsets.to_numpy()
-        flat_ids, flat_labels = ids.values.to_numpy(), labels.values.to_numpy()
+        ends, columns = part.column("input_ids").offsets.to_numpy(), ("input_ids", "labels")
+        flat = {name: part.column(name).values.to_numpy() for name in columns}
         for position, words in enumerate(part.column(ROW_JSON).to_pylist()):
-            place = slice(ends[position], ends[position + 1])
-            yield flat_ids[place], flat_labels[place], words
+            yield {name: flat[name][ends[position] : ends[position + 1]] for name in columns}, words

@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SUMMARY = "summary.json"
-FORMAT = 9
+FORMAT = 10
 MAX_CACHED = 5
 _ABANDONED_SECONDS = 24 * 3600
 _PROGRESS_SECONDS = 0.2

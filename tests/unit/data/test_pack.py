@@ -79,13 +79,13 @@ def test_pack_blocks_are_nearly_full(longest: int, tmp_path: Path) -> None:
 
 def test_pack_words_are_the_first_texts(tmp_path: Path) -> None:
     packed([60, 100, 40, 30], tmp_path)
-    # The blocks in the order in which they are full; the 30 stay alone.
+    # The longest texts first; the 30 stay alone.
     assert [row["fulltune:place"] for row in read_original_rows(tmp_path)] == ["a.txt:1", "a.txt:0", "a.txt:3"]
 
 
-def test_pack_holds_few_blocks_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is bounded however many texts there are: a full set of open blocks gives up its fullest one."""
-    monkeypatch.setattr(packing, "_BLOCKS_PER_BATCH", 1)
+def test_pack_holds_few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is bounded however many texts there are."""
+    monkeypatch.setattr(packing, "TEXTS_PACKED_TOGETHER", 64)
     taken = 0
 
     def counted() -> Iterator[Any]:
@@ -95,5 +95,5 @@ def test_pack_holds_few_blocks_open(monkeypatch: pytest.MonkeyPatch) -> None:
             yield part
 
     first = next(pack_texts(counted(), LIMIT))
-    assert taken == packing.OPEN_BLOCKS + 1
-    assert first.column("length").to_pylist() == [60]
+    assert taken == 64
+    assert first.column("length").to_pylist() == [60] * 64
