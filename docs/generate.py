@@ -109,7 +109,7 @@ def _block(name: str, block: type[Block]) -> Iterable[str]:
     yield f"{_words(block.__doc__)}\n"
     for inner, field in block.model_fields.items():
         yield _entry(f"{name}.{inner}", field)
-        for entry in _blocks_in(field.annotation):
+        for entry in dict.fromkeys(_blocks_in(field.annotation)):
             yield from (_entry(f"{name}.{inner}[].{own}", setting) for own, setting in entry.model_fields.items())
     yield ""
 

@@ -80,7 +80,7 @@ def test_weight_is_part_of_what_shapes_a_run(tmp_path: Path) -> None:
         (
             "[a, {pth: b, weights: 0.3}]",
             [
-                "data.train.1.path: missing; expected: File or folder, as for `data.train`",
+                "data.train.1.path: missing; expected: File, folder or address, as for `data.train`",
                 "data.train.1.weight: missing; expected: Share of each epoch's rows that come from this file, such "
                 "as 0.05",
                 "data.train.1.pth: unknown setting; did you mean 'path'?",

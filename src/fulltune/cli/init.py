@@ -27,7 +27,7 @@ from fulltune.data.remote.hub import find_splits
 from fulltune.data.sources import SourceRows, find_target_and_count_rows, list_unused_columns
 from fulltune.errors import DataError, SetupError
 from fulltune.files import write_text
-from fulltune.recipe.address import HUB, HUB_NAME, address_problem, expand_hub_form, is_address, scheme_of
+from fulltune.recipe.address import HUB, HUB_NAME, address_problem, expand_short_form, is_address, scheme_of
 from fulltune.recipe.data import UTF_8, DataBlock, codec_for_encoding
 from fulltune.recipe.tasks import FACTS, READ_BY, TaskName
 from fulltune.records.data import SplitName
@@ -296,7 +296,7 @@ def write_recipe(
         raise SetupError(f"{recipe_file}: already exists; replace it with --force, or give another name with --output")
     sources, unused = _find_remote_splits(str(data_path))
     with Display(err) as listener:
-        copies = {split: fetch(expand_hub_form(one), listener).files for split, one in sources.items()}
+        copies = {split: fetch(expand_short_form(one), listener).files for split, one in sources.items()}
     paths, files = tuple(map(Path, copies.pop("train", ()))), {split: Path(one[0]) for split, one in copies.items()}
     if not sources:
         paths, files, unused = assign_files_to_splits(Path(data_path))

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -105,10 +105,23 @@ def pack_texts(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[pa.
     """Pack whole tokenised texts into rows of at most `max_length` tokens; yield batches of rows."""
     texts = _iterate_tokenized_texts(parts)
     while several := list(islice(texts, TEXTS_PACKED_TOGETHER)):
-        blocks = model_packing.fill_blocks([len(features["input_ids"]) for features, _ in several], max_length)
+        blocks = _fill_rows([len(features["input_ids"]) for features, _ in several], max_length)
         rows = [model_packing.join_texts([several[place][0] for place in block]) for block in blocks]
         lengths = [row | {LENGTH: len(row["input_ids"])} for row in rows]
         yield make_record_batch(lengths, [several[block[0]][1] for block in blocks])
+
+
+def _fill_rows(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    """Return the numbers of the texts in each packed row, first-fit decreasing."""
+    rows, room = list[list[int]](), list[int]()
+    for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
+        at = next((at for at, free in enumerate(room) if free >= lengths[text]), len(rows))
+        if at == len(rows):
+            rows.append([])
+            room.append(max_length)
+        rows[at].append(text)
+        room[at] -= lengths[text]
+    return rows
 
 
 def _iterate_tokenized_texts(parts: Iterable[pa.RecordBatch]) -> Iterator[tuple[dict[str, np.ndarray], str]]:

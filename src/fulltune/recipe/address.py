@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from fulltune.recipe.model import Block
 from fulltune.recipe.selection import Where
-from fulltune.text import did_you_mean
 
 HUB = "hf"
 WEB = ("https", "http")
@@ -32,7 +31,7 @@ class HubDataset(Block):
     """A data set on the Hub."""
 
     hub: str = Field(pattern=rf"^{HUB_NAME}$")
-    """Name on the Hub, such as `mteb/banking77`."""
+    """OWNER/NAME on the Hub, such as `mteb/banking77`."""
     config: str | None = Field(default=None, min_length=1)
     """Configuration (subset). Default: the only one, or `default`."""
     split: str | None = Field(default=None, min_length=1)
@@ -55,26 +54,13 @@ class HubDataset(Block):
         return f"{HUB}://datasets/{self.hub}{at}" + (f"?{query}" if query else "")
 
 
-def expand_hub_form(value: Any) -> Any:
-    """Return the address of a `{hub: ...}` mapping, or `{path: address, weight: ...}` with a weight; leave other values
-    unchanged. Raises `ValueError`."""
-    if not isinstance(value, Mapping) or "hub" not in value:
-        return value
-    try:
+def expand_short_form(value: Any) -> Any:
+    """Return the address of a `{hub: ...}` mapping, the path of a `{path: ...}` mapping, or both with a weight as
+    `{path: ..., weight: ...}`; leave other values unchanged. Raises `ValidationError`."""
+    if isinstance(value, Mapping) and "hub" in value:
         named = HubDataset.model_validate(value)
-    except ValidationError as error:
-        raise ValueError("\n".join(_explain(one) for one in error.errors())) from None
-    return named.address if named.weight is None else {"path": named.address, "weight": named.weight}
-
-
-def _explain(error: Mapping[str, Any]) -> str:
-    name, names = str(error["loc"][0]), [*HubDataset.model_fields]
-    if error["type"] == "extra_forbidden":
-        return f"{name}: unknown setting; {did_you_mean(name, names) or 'expected one of ' + ', '.join(names)}"
-    if name == "hub":
-        return f"expected OWNER/NAME on the Hub, such as mteb/banking77, found {error['input']!r}"
-    expected = error["msg"].lower()
-    return f"{name}: expected {expected.removeprefix('input should be ')}, found {error['input']!r}"
+        value = {"path": named.address} | ({} if named.weight is None else {"weight": named.weight})
+    return value["path"] if isinstance(value, Mapping) and value.keys() == {"path"} else value
 
 
 # ---- addresses -------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from fulltune.recipe.address import HubDataset, expand_hub_form
+from fulltune.recipe.address import HubDataset, expand_short_form
 from fulltune.recipe.functions import FunctionName
 from fulltune.recipe.model import Block, raise_for_problems
 from fulltune.recipe.selection import Where
@@ -46,12 +46,13 @@ class MixedFile(Block):
 _TrainEntry = Annotated[
     Annotated[str, Tag("one path")] | Annotated[MixedFile, Tag("mixed file")],
     Discriminator(lambda value: "mixed file" if isinstance(value, (dict, MixedFile)) else "one path"),
+    BeforeValidator(expand_short_form, json_schema_input_type=str | MixedFile | HubDataset),
 ]
 _Train = Annotated[
-    Annotated[str, Tag("one path")] | Annotated[tuple[_TrainEntry, ...], Tag("several paths")],
-    Discriminator(lambda value: "several paths" if isinstance(value, (list, tuple)) else "one path"),
+    Annotated[_TrainEntry, Tag("one entry")] | Annotated[tuple[_TrainEntry, ...], Tag("several entries")],
+    Discriminator(lambda value: "several entries" if isinstance(value, (list, tuple)) else "one entry"),
 ]
-_HeldOut = Annotated[str | None, BeforeValidator(expand_hub_form, json_schema_input_type=str | HubDataset | None)]
+_HeldOut = Annotated[str | None, BeforeValidator(expand_short_form, json_schema_input_type=str | HubDataset | None)]
 
 
 class DataBlock(Block):
@@ -185,16 +186,6 @@ class DataBlock(Block):
     """Maximum number of rows from each file, for a quick try. Rows are sampled with `split_seed` and include up to
     three of each label."""
 
-    @field_validator("train", mode="before")
-    @classmethod
-    def _expand_short_forms(cls, value: object) -> object:
-        """Return the value of `train`, in which `X` replaces each `{path: X}` without a weight."""
-        entries = [value] if isinstance(value, dict) else value
-        if not isinstance(entries, (list, tuple)):
-            return entries
-        entries = [expand_hub_form(one) for one in entries]
-        return [one["path"] if isinstance(one, dict) and one.keys() == {"path"} else one for one in entries]
-
     @field_validator("encoding")
     @classmethod
     def _encoding_must_be_known(cls, encoding: str) -> str:
@@ -203,7 +194,7 @@ class DataBlock(Block):
 
     @property
     def entries(self) -> tuple[str | MixedFile, ...]:
-        return (self.train,) if isinstance(self.train, str) else self.train
+        return self.train if isinstance(self.train, tuple) else (self.train,)
 
     @property
     def task_files(self) -> tuple[str, ...]:

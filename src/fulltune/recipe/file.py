@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from fulltune.errors import RecipeError
 from fulltune.recipe import rules as recipe_rules
+from fulltune.recipe.address import HubDataset
 from fulltune.recipe.data import SUFFIXES
 from fulltune.recipe.fields import Recipe, resolve_paths
 from fulltune.recipe.methods import ComparedMethod
@@ -114,13 +115,14 @@ def check_recipe(values: PlainSettings, path: Path, lines: Lines | None = None) 
             texts = [text for field_error in error.errors() for text in _describe_error(field_error, values)]
             problems += [text for text in _without_removed(texts, removed) if text not in problems]
             names = [
-                (name, field_error["type"])
+                (name, field_error)
                 for field_error in error.errors()
                 for name in _remove_settings(field_error, remaining)
             ]
             if not names:  # a setting is missing
                 break
-            removed |= {name for name, kind in names if kind != "extra_forbidden"}
+            # An unknown setting can be left out without effect, but not the setting around it.
+            removed |= {name for name, one in names if (one["type"], *one["loc"][-1:]) != ("extra_forbidden", name)}
     if recipe is not None:
         problems += _without_removed(recipe_rules.problems_of(recipe), removed)
         if not problems:
@@ -183,6 +185,8 @@ def _describe_error(field_error: FieldError, values: PlainSettings) -> Iterable[
         case "string_pattern_mismatch" if field_error["ctx"]["pattern"] == NAME:
             allowed = "letters, digits, '.', '_' and '-', with a letter or a digit first"
             yield f"{name}: expected {allowed}, found {value!r}"
+        case "string_pattern_mismatch":
+            yield f"{name}: {_describe_setting(location, values)}, found {value!r}"
         case "too_short" | "string_too_short":
             yield f"{name}: is empty; {_describe_setting(location, values)}"
         case "model_type" | "dict_type":
@@ -270,6 +274,8 @@ def _fields_at(location: Sequence[str | int], values: Any = None) -> dict[str, F
             values = values[part]
         except (KeyError, IndexError, TypeError):
             values = None
+    if isinstance(values, dict) and "hub" in values:
+        blocks = [HubDataset]
     kind = str(values.get("kind", "full") if isinstance(values, dict) else values)
     if location and location[0] in ("method", "methods") and kind in _METHOD_BLOCKS:
         blocks = [_METHOD_BLOCKS[kind]]

@@ -9,7 +9,7 @@ def recipe_schema() -> PlainSettings:
     """Return the JSON schema of a recipe file, including short forms such as `method: lora`."""
     schema = Recipe.model_json_schema()
     blocks, settings = schema["$defs"], schema["properties"]
-    data, train = blocks["DataBlock"]["properties"], blocks["TrainBlock"]["properties"]
+    train = blocks["TrainBlock"]["properties"]
     settings["task"]["enum"] = list(FACTS)
     settings["model"]["anyOf"] = [{"type": "string"}, {"$ref": settings["model"].pop("$ref")}]
     train["report_to"]["anyOf"] = [{"type": "string"}, {"type": train["report_to"].pop("type")}]
@@ -19,9 +19,6 @@ def recipe_schema() -> PlainSettings:
     settings["methods"]["items"]["anyOf"][1]["required"] = blocks["FullMethod"].pop("required")
     blocks["FullMethod"]["properties"]["train"]["$ref"] = settings["train"]["$ref"]
     blocks["MixedFile"]["required"].remove("weight")
-    data["train"]["oneOf"].append({"$ref": "#/$defs/MixedFile"})
-    for entry in (data["train"], *(one["items"] for one in data["train"]["oneOf"] if "items" in one)):
-        entry["oneOf"].append({"$ref": "#/$defs/HubDataset"})
     for setting in settings.values():
         if isinstance(setting.get("default"), dict):
             del setting["default"]  # an editor would insert all of its settings
