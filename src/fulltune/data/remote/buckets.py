@@ -56,7 +56,7 @@ def download(address: str, listing: Listing, file: RemoteFile, target: Path, rep
 
 
 def _open(address: str) -> tuple[FileSystem, str]:
-    scheme, bucket, path, query = re.fullmatch(r"(\w+)://([^/?]*)/?([^?]*)\??(.*)", address).groups()
+    scheme, bucket, path, query = re.findall(r"^(\w+)://([^/?]*)/?([^?]*)\??(.*)$", address)[0]
     system, root = FileSystem.from_uri(f"{scheme.lower()}://{bucket}/?{query}")
     return system, f"{root.rstrip('/')}/{path}".rstrip("/")
 
