@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ class Site:
     requests: list[tuple[str, str]] = field(default_factory=list)
     """Method and range of each request."""
     logins: list[str | None] = field(default_factory=list)
+    pause: float = 0.0
+    """Seconds between 16 KiB of content."""
 
 
 @contextmanager
@@ -65,7 +68,10 @@ def serve() -> Iterator[Site]:
                 if value:
                     self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(whole[start:stop][: fault.cut])
+            content = whole[start:stop][: fault.cut]
+            for at in range(0, len(content), 2**14):
+                self.wfile.write(content[at : at + 2**14])
+                time.sleep(site.pause)
             fault.then()
 
         def do_HEAD(self) -> None:
