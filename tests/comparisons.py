@@ -219,8 +219,6 @@ def _difference(method: Method, full: Method, sign: int) -> Difference:
             "high": apart + 0.005,
             "adjusted_low": apart - 0.0061,
             "adjusted_high": apart + 0.0061,
-            "adjusted_p": 0.2,
-            "adjusted_equivalence_p": 0.02,
             "equivalent": abs(apart) < 0.004,
             "not_worse": apart < 0.004,
             "full_better": apart > 0.01,

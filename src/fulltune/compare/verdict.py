@@ -124,8 +124,6 @@ def _test_difference(
         high=high,
         adjusted_low=adjusted_low,
         adjusted_high=adjusted_high,
-        adjusted_p=adjusted_p,
-        adjusted_equivalence_p=equivalence_p,
         equivalent=is_tested and equivalence_p <= alpha,
         not_worse=is_tested and 1 - difference.below(margin) <= level / 2,
         full_better=certain and difference.estimate >= margin and adjusted_low > 0,

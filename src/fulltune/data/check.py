@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Literal
 
 import numpy as np
@@ -153,19 +153,16 @@ def _note_values_in_two_splits(
     ]
 
 
-def note_text_flaws(sources: Iterable[EncodedSource]) -> list[str]:
-    """Return a note on how many rows have each text flaw, or an empty list."""
-    counts = sum((source.tally.of("flaw") for source in sources), Counter[str]())
-    shown = ", ".join(f"{check} in {counted(count, 'row')}" for check, count in counts.most_common())
-    return [f"suspicious texts: {shown}; 'fulltune data' lists them"] if counts else []
-
-
-def note_thinking_parts(sources: Iterable[EncodedSource]) -> list[str]:
-    """Return a note on how many rows' answers have thinking parts that are trained or not, or an empty list."""
-    counts = sum((source.tally.of("thinking") for source in sources), Counter[str]())
-    shown = ", ".join(f"{what} in {counted(count, 'row')}" for what, count in counts.most_common())
-    remedy = "; to train these, set data.chat_template" if any("dropped" in what for what in counts) else ""
-    return [f"thinking parts of answers: {shown}{remedy}"] if counts else []
+def notes_on_texts(sources: Collection[EncodedSource]) -> Iterator[str]:
+    """Yield notes on how many rows have text flaws, and thinking parts of answers that are trained or not."""
+    for kind, title in (("flaw", "suspicious texts"), ("thinking", "thinking parts of answers")):
+        counts = sum((source.tally.of(kind) for source in sources), Counter[str]())
+        shown = ", ".join(f"{what} in {counted(count, 'row')}" for what, count in counts.most_common())
+        remedy = "; 'fulltune data' lists them" if kind == "flaw" else ""
+        if any("dropped" in what for what in counts):
+            remedy = "; to train these, set data.chat_template"
+        if counts:
+            yield f"{title}: {shown}{remedy}"
 
 
 def num_shared(split: Split, other: Split, attribute: Literal["groups", "group_values"] = "groups") -> int:

@@ -21,9 +21,8 @@ from fulltune.data.check import (
     note_forbidden_texts,
     note_rarely_tested_classes,
     note_split_problems,
-    note_text_flaws,
-    note_thinking_parts,
     notes_on_splitting,
+    notes_on_texts,
     num_shared,
     refuse_labels_not_in_train,
     refuse_secrets_in_names,
@@ -189,7 +188,7 @@ def _prepare_uncached(
     remarks += [*chain(*(source.notes for source in sources.values())), *notes_on_splitting(recipe, splits)]
     remarks += note_split_problems(splits, target, block.near_duplicates < 1)
     remarks += [f"columns not used: {shown(unused)}"] if unused else []
-    remarks += note_text_flaws(encoded.values()) + note_thinking_parts(encoded.values())
+    remarks += notes_on_texts(encoded.values())
     remarks += note_on_patch(block.patch, (source.patched for source in sources.values()))
 
     late = rows_in_no_split(splits)

@@ -100,16 +100,14 @@ def address_problem(address: str) -> str | None:
     scheme, url = scheme_of(address), urlsplit(address)
     if scheme not in (HUB, *WEB, *BUCKETS, *DATABASES):
         return f"unknown kind of address '{scheme}://'; expected one of {_SCHEMES}, or a path"
+    secrets = [f"'{name}='" for name, _ in parse_qsl(url.query) if scheme != HUB and _SECRET.search(name)]
     if "@" in url.netloc and scheme not in BUCKETS[2:] and (":" in url.netloc.partition("@")[0] or scheme in WEB):
+        secrets.append("a user name or password")
+    if secrets:
         return (
-            f"the address at {url.hostname} contains a user name or password, which would be written into records; "
-            "remove it, and log in where the store expects it (~/.netrc, AWS_ACCESS_KEY_ID, ~/.pgpass, ~/.my.cnf ...)"
-        )
-    secret = next((name for name, _ in parse_qsl(url.query) if scheme != HUB and _SECRET.search(name)), None)
-    if secret:
-        return (
-            f"the address at {url.hostname or scheme} contains '{secret}=', which would be written into records; "
-            "remove it, and log in where the store expects it, or download the file"
+            f"the address at {url.hostname or scheme} contains {secrets[0]}, which would be written into records; "
+            "remove it, and log in where the store expects it (~/.netrc, AWS_ACCESS_KEY_ID, ~/.pgpass, ~/.my.cnf ...), "
+            "or download the file"
         )
     if scheme != HUB:
         return None

@@ -62,8 +62,6 @@ class Form:
     """True if the target is a number, which the model learns in units of its standard deviation."""
     is_calibrated: bool = False
     """True if each row has one right label, so that a temperature can calibrate its probability."""
-    has_classes: bool = False
-    """True if the target is one or more classes, so that a linear probe can find label errors."""
     one_label: bool = False
     several_labels: bool = False
     tags_words: bool = False

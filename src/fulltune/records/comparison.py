@@ -146,9 +146,6 @@ class Difference(Record):
     adjusted_low: float
     adjusted_high: float
     """Upper end of the interval, adjusted for comparing several methods (Holm) and for earlier looks."""
-    adjusted_p: float
-    adjusted_equivalence_p: float
-    """Larger p-value of the two one-sided tests against the margin."""
     equivalent: bool
     """True if the difference is shown to lie within the margin."""
     not_worse: bool

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from fulltune.audit.texts import content, private
@@ -16,8 +17,8 @@ _CHECKS: Mapping[str, Callable[[str], Flaw | None]] = {
     "placeholder": content.check_placeholders,
     "chat tokens": content.check_chat_tokens,
     "repetition": content.check_repetition,
-    "secret": private.check_secret,
-    "personal data": private.check_personal_data,
+    "secret": partial(private.check_known_forms, "secret", RE["maybe_secret"]),
+    "personal data": partial(private.check_known_forms, "personal data", RE["maybe_personal"]),
     "phone number": private.check_phone_number,
     "refusal": content.check_refusal,
 }

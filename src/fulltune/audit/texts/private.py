@@ -10,16 +10,10 @@ from fulltune.audit.texts.flaw import PATTERNS, RE, Flaw, redact_hits, to_regex
 _Hit = tuple[int, int, str, str]
 
 
-def check_secret(text: str) -> Flaw | None:
-    """Detect passwords, and keys or tokens in published formats."""
-    return redact_hits("secret", text, _find_hits("secret", text)) if RE["maybe_secret"].search(text) else None
-
-
-def check_personal_data(text: str) -> Flaw | None:
-    """Detect personal data other than phone numbers, except examples and test numbers."""
-    return (
-        redact_hits("personal data", text, _find_hits("personal", text)) if RE["maybe_personal"].search(text) else None
-    )
+def check_known_forms(check: str, hint: re.Pattern[str], text: str) -> Flaw | None:
+    """Detect passwords, keys and tokens in published formats (`secret`), or `personal data` other than phone numbers,
+    except examples and test numbers."""
+    return redact_hits(check, text, _find_hits(check.split()[0], text)) if hint.search(text) else None
 
 
 def _find_hits(kind: str, text: str) -> Iterator[_Hit]:

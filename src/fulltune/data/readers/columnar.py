@@ -23,8 +23,8 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 def read_columnar_rows(file: Path, selection: Selection) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield `(row number, row)`, numbered from 1. Raises `DataError` for a damaged file, repeated or missing columns.
 
-    Values without a Python equivalent become a `BadCell`, and class numbers of `datasets` become names. Columns and
-    parquet row groups that the selection does not need are not read.
+    Values without a Python equivalent become a `BadCell`, and class numbers of `datasets` become names. Columns, and
+    row groups of whole parquet files, that the selection does not need are not read.
     """
     import pyarrow as pa
 
@@ -41,8 +41,7 @@ def read_columnar_rows(file: Path, selection: Selection) -> Iterator[tuple[int, 
                 part = batch.slice(start, at_once)
                 columns = [_column_to_python(part.column(title), classes.get(title)) for title in titles]
                 for cells in zip(*columns, strict=True):
-                    if selection.rows is None or number - 1 in selection.rows:
-                        yield number, dict(zip(titles, cells, strict=True))
+                    yield number, dict(zip(titles, cells, strict=True))
                     number += 1
     except (PermissionError, FileNotFoundError):
         raise
@@ -66,10 +65,9 @@ def _read_record_batches(file: Path, selection: Selection) -> Iterator[tuple[int
             at_once = _rows_at_once(parts.metadata.num_rows, sum(group.total_byte_size for group in groups))
             selection.refuse_missing(file, parts.schema_arrow.names)
             for place, group in enumerate(groups):
-                if selection.rows is not None and number > selection.rows.stop:
-                    return
                 first, number = number, number + group.num_rows
-                if selection.condition.may_hold(_column_bounds(group, parts.schema_arrow, selection.condition.columns)):
+                bounds = _column_bounds(group, parts.schema_arrow, selection.condition.columns)
+                if selection.rows is not None or selection.condition.may_hold(bounds):
                     for batch in parts.iter_batches(at_once, [place], names):
                         yield first, batch
                         first += len(batch)

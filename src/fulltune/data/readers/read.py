@@ -69,7 +69,7 @@ class DataFiles:
             broken, columns, num_read, num_kept = list[str](), dict[str, object](), 0, 0
             selection, is_columnar = self.selections.get(file, Selection()), file.suffix.lower() in columnar.SUFFIXES
             parsed = self._parse(file, selection)
-            if selection.rows is not None and not is_columnar:
+            if selection.rows is not None:
                 parsed = islice(parsed, selection.rows.start, selection.rows.stop)
             try:
                 with convert_os_errors(file):
@@ -83,8 +83,8 @@ class DataFiles:
                         if (selected := selection.select(row)) is not None:
                             num_kept += 1
                             yield f"{name}:{line}", selected
-                    if file.suffix.lower() == ".parquet":  # some rows were not read
-                        num_read = self.num_rows(file) if selection.rows is None else len(selection.rows)
+                    if file.suffix.lower() == ".parquet" and selection.rows is None:  # some rows were not read
+                        num_read = self.num_rows(file)
                 if not num_read and selection.rows is None:
                     broken = [f"{file}: no rows; add rows, or choose another file"]
                 elif columns and not is_columnar:
