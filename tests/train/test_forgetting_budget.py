@@ -202,7 +202,7 @@ def test_run_with_a_budget_ends_within_it(held: Path, tiny_encoder: Path, tmp_pa
     found = preserved(held)
     assert drift > found.limit  # what the budget forbids
     assert found.passed
-    assert found.is_feasible
+    assert not found.choice.is_start
     assert free.outcome is not None
     report = (held / "run" / "report.md").read_text(encoding="utf-8")
     assert "Forgetting (budget 0.3%): PASS" in report
@@ -273,7 +273,7 @@ def test_budget_that_nothing_can_be_learned_within_is_infeasible(tiny_encoder: P
     with few:
         runs.run(tmp_path, tiny_encoder, ROWS, until="report", preserve=preserve, **BLOCKS)
     found = preserved(tmp_path)
-    assert not found.is_feasible
+    assert found.choice.is_start
     assert (found.sealed, found.opening_times) == (None, ())
     assert found.choice.share == 0
     report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")

@@ -25,7 +25,7 @@ from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import RemoteSource
 from fulltune.system.memory import call_own
 from fulltune.tasks import PLACE, Row, Target, Task, task_named
-from fulltune.tasks.columns import USUAL_NAMES, in_batches, is_whole, shown, similar_column, why_unreadable
+from fulltune.tasks.columns import USUAL_NAMES, is_whole, shown, similar_column, why_unreadable
 from fulltune.tasks.question_answering import IMPOSSIBLE
 from fulltune.text import did_you_mean
 
@@ -268,18 +268,11 @@ def columns_for_roles(block: DataBlock, columns: Iterable[str]) -> tuple[str, ..
 
 def _read_first_rows(source: SourceRows) -> tuple[tuple[str, ...], list[Row]]:
     """Return the columns of the first thousand rows, and up to a hundred readable rows."""
-    columns: dict[str, None] = {}
-
-    def readable_rows() -> Iterator[Row]:
-        for _, row in islice(source.rows([]), _HEAD):
-            columns.update(dict.fromkeys(row))
-            if is_whole(row):
-                yield row
-
-    rest = in_batches(readable_rows(), _SAMPLE)
-    head = next(rest, [])
-    for _ in rest:  # for their columns
-        pass
+    columns, head = dict[str, None](), list[Row]()
+    for _, row in islice(source.rows([]), _HEAD):
+        columns.update(dict.fromkeys(row))
+        if len(head) < _SAMPLE and is_whole(row):
+            head.append(row)
     return tuple(columns), head
 
 

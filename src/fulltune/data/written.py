@@ -187,16 +187,15 @@ def write_mixed_in_rows(
         return ()
     task, summaries, ends = task_named(job.task), list[MixedSummary](), [0]
     files, num_train_rows = mixed_names(recipe), len(Rows(folder / "train"))
-    drawn = rows_per_epoch(num_train_rows, [file.weight for file in files.values()])
+    drawn = dict(zip(files, rows_per_epoch(num_train_rows, [one.weight for one in files.values()]), strict=True))
     none = [
         f"data.train: {file.path}: a weight of {file.weight:g} with {counted(num_train_rows, 'train row')} selects no "
         "row; raise the weight, or remove the file"
-        for file, number in zip(files.values(), drawn, strict=True)
-        if not number
+        for name, file in files.items()
+        if not drawn[name]
     ]
     if none:
         raise DataError(none)
-    drawn_by_name = dict(zip(files, drawn, strict=True))
 
     def batches_of_all_sources() -> Iterator[pa.RecordBatch]:
         for split in mixed.values():
@@ -214,7 +213,7 @@ def write_mixed_in_rows(
             MixedSummary(
                 where=source.where,
                 weight=files[name].weight,
-                rows_per_epoch=drawn_by_name[name],
+                rows_per_epoch=drawn[name],
                 kind=source.target.form.kind,
                 counts=summarise_split(split, lengths[start:end], source.num_read - split.num_rows),
                 previews=make_previews(folder / MIXED, task, source.target, job.tokenizer, range(start, end), 1),

@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from fulltune.recipe.address import HubDataset, expand_short_form
 from fulltune.recipe.functions import FunctionName
@@ -73,7 +73,7 @@ class DataBlock(Block):
     columns: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Names of the columns of csv and tsv files without a header line, such as `[text, label]`. Default: the names in
     the first line."""
-    encoding: str = "utf-8"
+    encoding: Annotated[str, AfterValidator(lambda name: codec_for_encoding(name) and name)] = "utf-8"
     """Character encoding of all text files, such as `utf-8`, `cp1252` (Excel's csv in Western Europe), `latin-1`,
     `utf-16` or `shift_jis`."""
     text: str | None = None
@@ -185,12 +185,6 @@ class DataBlock(Block):
     max_rows: int | None = Field(default=None, ge=10)
     """Maximum number of rows from each file, for a quick try. Rows are sampled with `split_seed` and include up to
     three of each label."""
-
-    @field_validator("encoding")
-    @classmethod
-    def _encoding_must_be_known(cls, encoding: str) -> str:
-        codec_for_encoding(encoding)
-        return encoding
 
     @property
     def entries(self) -> tuple[str | MixedFile, ...]:

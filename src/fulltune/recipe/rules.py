@@ -230,16 +230,12 @@ def as_training_arguments(extra: Mapping[str, Any]) -> dict[str, Any]:
 def _unknown_optimizers_and_trackers(recipe: Recipe) -> list[str]:
     """List error messages for optimizers and trackers that transformers lacks."""
     train = recipe.train
-    settings = {
-        ("optim", "optimizer"): [] if train.optim in (None, *OWN_OPTIMIZERS) else [train.optim],
-        ("report_to", "tracker"): [name for name in train.report_to if name not in NO_PACKAGES],
-    }
+    named = [] if train.optim in (None, *OWN_OPTIMIZERS) else [("optim", "optimizer", train.optim, optimizers())]
+    named += [("report_to", "tracker", name, trackers()) for name in train.report_to if name not in NO_PACKAGES]
     return [
         f"train.{setting}: transformers has no {what} '{name}'; "
         + (did_you_mean(name, possible) or f"expected one of {', '.join(possible)}")
-        for (setting, what), names in settings.items()
-        if names and (possible := optimizers() if what == "optimizer" else trackers())
-        for name in names
+        for setting, what, name, possible in named
         if name not in possible
     ]
 

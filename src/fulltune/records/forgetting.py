@@ -76,16 +76,11 @@ class BudgetResult(Record):
         """Why the chosen weights differ from the trained weights, or None if they do not."""
         if self.choice.share == 1:
             return None
-        if not self.is_feasible:
+        if self.choice.is_start:
             return (
                 "the pretrained model, because no better weights are within the budget for forgetting (preserve.budget)"
             )
         return f"interpolated to {self.choice.share:.0%} of the way from the pretrained weights, within preserve.budget"
-
-    @property
-    def is_feasible(self) -> bool:
-        """True if weights other than the pretrained ones were chosen."""
-        return not self.choice.is_start
 
     def metric_gain(self, point: InterpolationPoint) -> float:
         """Return how much better a point's metric is than the pretrained model's, or 0 if the difference is not

@@ -70,7 +70,7 @@ def describe_budget_result(result: BudgetResult) -> str:
     budget = format_percent(result.budget) if result.budget >= 0.001 else f"{100 * result.budget:.2g}%"
     sealed, trained, name = result.sealed, result.end, words.metric_name(result.metric)
     lead = f"Forgetting (budget {budget}): "
-    if sealed is None or not result.is_feasible:
+    if sealed is None or result.choice.is_start:
         start, end = (format_metric(result.metric, point.metric) for point in (result.start, trained))
         drift = words.format_drift(trained.drift.mean, result.is_language_model)
         why = f"the trained model drifts by {drift}, and no point within the budget beats the pretrained model"
