@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -41,9 +42,13 @@ class _MethodSettings(Block):
             raise ValueError(f"name: '{self.name}' is reserved for a file of the run folder; choose another name")
         return self
 
+    NAME_PARTS: ClassVar[Mapping[str, str]] = {}
+    """Formats of settings in the method's name, such as `r{}` for the rank, unless they are defaults."""
+
     def name_parts(self) -> tuple[str, ...]:
         """Return non-default settings for the method's name, such as `r64`."""
-        return ()
+        changed = self.model_dump(exclude_defaults=True)
+        return tuple(form.format(changed[name]) for name, form in self.NAME_PARTS.items() if name in changed)
 
     @property
     def trains_all(self) -> bool:
@@ -146,17 +151,13 @@ class LoraMethod(_TrainedMethod):
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Matrices to update, given by the ends of their names, such as `[q_proj, v_proj]`. `all-linear` means all matrices
     except the head's. Updating only the attention is known to be worse."""
+    NAME_PARTS: ClassVar = {"rank": "r{}", "alpha": "a{:g}", "dropout": "d{:g}", "rslora": "rs"}
 
     def name_parts(self) -> tuple[str, ...]:
         """Return non-default settings for the method's name, such as `r64`."""
         names = () if self.target_modules == "all-linear" else self.target_modules
-        return (
-            *((f"r{self.rank}",) if self.rank != 16 else ()),
-            *((f"a{self.alpha:g}",) if self.alpha not in (None, 2 * self.rank) else ()),
-            *((f"d{self.dropout:g}",) if self.dropout else ()),
-            *(("rs",) if self.rslora else ()),
-            *(name.replace(".", "_") for name in names),
-        )
+        parts = [part for part in super().name_parts() if part != f"a{2 * self.rank}"]  # the default of alpha
+        return (*parts, *(name.replace(".", "_") for name in names))
 
     @model_validator(mode="after")
     def _raise_if_no_target_modules(self) -> LoraMethod:
@@ -175,13 +176,7 @@ class AdapterMethod(_TrainedMethod):
     """Hidden size divided by the size of the bottleneck."""
     non_linearity: Literal["relu", "gelu"] = "gelu"
     """Activation function of the bottleneck."""
-
-    def name_parts(self) -> tuple[str, ...]:
-        """Return non-default settings for the method's name, such as `f8`."""
-        return (
-            *((f"f{self.reduction_factor}",) if self.reduction_factor != 16 else ()),
-            *((self.non_linearity,) if self.non_linearity != "gelu" else ()),
-        )
+    NAME_PARTS: ClassVar = {"reduction_factor": "f{}", "non_linearity": "{}"}
 
 
 class PromptMethod(_TrainedMethod):
@@ -194,13 +189,7 @@ class PromptMethod(_TrainedMethod):
     init: Literal["vocabulary", "random"] = "vocabulary"
     """Initial values of the virtual tokens. `vocabulary` copies the vectors of random tokens, and `random` draws
     numbers of similar size."""
-
-    def name_parts(self) -> tuple[str, ...]:
-        """Return non-default settings for the method's name, such as `50`."""
-        return (
-            *((str(self.num_virtual_tokens),) if self.num_virtual_tokens != 20 else ()),
-            *((self.init,) if self.init != "vocabulary" else ()),
-        )
+    NAME_PARTS: ClassVar = {"num_virtual_tokens": "{}", "init": "{}"}
 
 
 class PeftMethod(_TrainedMethod):
