@@ -151,6 +151,15 @@ def test_configuration_is_the_usual_one_or_must_be_named(hub: Hub) -> None:
             list_files(address, None)
 
 
+def test_numbers_are_names_as_well(hub: Hub) -> None:
+    configs = [{"config_name": 3, "data_files": [{"split": 2020, "path": "a.csv"}]}]
+    infos = {"config_name": 3, "splits": [{"name": 2020, "num_examples": 7}]}
+    hub.push("o/d", {"a.csv": "", "README.md": readme({"configs": configs, "dataset_info": infos})})
+    assert list_files("hf://datasets/o/d?config=3&split=2020", None).rows == 7
+    with pytest.raises(DataError, match="has no config '4'; set config: to one of 3"):
+        list_files("hf://datasets/o/d?config=4", None)
+
+
 def test_conversion_of_the_hub_is_offered_for_files_that_need_a_program(hub: Hub) -> None:
     hub.push("o/d", {"d.py": "", "train.csv": "", "a.tar": ""})
     with pytest.raises(DataError, match=r"without a program; its files: d\.py, train\.csv, a\.tar;") as raised:
@@ -198,6 +207,9 @@ def test_other_mistakes_say_what_there_is(hub: Hub) -> None:
     }.items():
         with pytest.raises(DataError, match=said):
             list_files(address, None)
+    hub.failures["/refs"] = (500, "")
+    with pytest.raises(DataError, match=r"cannot be reached \(500\)"):
+        list_files("hf://datasets/o/d@cleand", None)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         nowhere = mock.patch.object(constants, "ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")

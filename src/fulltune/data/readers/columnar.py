@@ -75,7 +75,8 @@ def _read_record_batches(file: Path, selection: Selection) -> Iterator[tuple[int
     with pa.memory_map(str(file)) as stream:
         for batch in _read_arrow_batches(stream):
             selection.refuse_missing(file, batch.schema.names)
-            yield number, batch.select(names or batch.schema.names)
+            places = [place for place, name in enumerate(batch.schema.names) if names is None or name in names]
+            yield number, batch.select(places)  # by number, as names may be repeated
             number += len(batch)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from posixpath import normpath
@@ -54,18 +55,11 @@ def find_splits(address: str) -> tuple[dict[SplitName, str | Mapping[str, str]],
 
 def download(address: str, listing: Listing, file: RemoteFile, target: Path, report: OnBytes) -> None:
     from huggingface_hub import HfApi
-    from tqdm import tqdm
-
-    class Bytes(tqdm):  # type: ignore[type-arg]
-        def __init__(self, **_: object) -> None:
-            super().__init__(disable=True)
-
-        def update(self, n: float | None = 1) -> None:
-            report(int(n or 0))
 
     name, commit = hub_place(address)[0], listing.revision
     with _explained(name):
-        copy = HfApi().hf_hub_download(name, file.name, repo_type="dataset", revision=commit, tqdm_class=Bytes)
+        copy = HfApi().hf_hub_download(name, file.name, repo_type="dataset", revision=commit)
+    report(file.size or 0)
     target.unlink(missing_ok=True)
     target.symlink_to(copy)
 
@@ -81,7 +75,7 @@ def _list_splits(address: str, revision: str | None) -> tuple[dict[tuple[str, st
         card = {"configs": [{"data_files": pattern}]} if pattern else card
         splits, infos = _find_splits(name, files, card), card.get("dataset_info") or []
         rows = {
-            (info.get("config_name", "default"), split["name"]): split["num_examples"]
+            (str(info.get("config_name", "default")), str(split["name"])): split["num_examples"]
             for info in ([infos] if isinstance(infos, dict) else infos)
             for split in info.get("splits", ())
         }
@@ -104,7 +98,7 @@ def _find_splits(name: str, files: Iterable[str], card: PlainSettings) -> dict[t
         by_split = patterns if isinstance(patterns, dict) else {"train": patterns or ()}
         named = {split: _matching(pattern, files, folder) for split, pattern in by_split.items()}
         named = named if patterns else _split_by_names(_matching(folder, files))
-        splits |= {(config.get("config_name", "default"), split): names for split, names in named.items()}
+        splits |= {(str(config.get("config_name", "default")), str(split)): names for split, names in named.items()}
     if not card.get("configs"):
         places = [match.groups() for match in map(_CONVERTED.fullmatch, readable) if match]
         for place, file in zip(places, readable, strict=False) if len(places) == len(readable) else ():
@@ -116,12 +110,20 @@ def _find_splits(name: str, files: Iterable[str], card: PlainSettings) -> dict[t
 
 def _matching(patterns: str | Iterable[str], files: Iterable[str], folder: str = ".") -> list[str]:
     """Return the data files that match patterns, or lie in folders that do."""
-    from fsspec.utils import glob_translate
-
-    paths = [normpath(f"{folder}/{one}") for one in ([patterns] if isinstance(patterns, str) else patterns)]
-    wanted = re.compile("|".join(glob_translate(form) for path in paths for form in (path, normpath(f"{path}/**"))))
+    wanted = [Path(normpath(f"{folder}/{one}")) for one in ([patterns] if isinstance(patterns, str) else patterns)]
     data = [file for file in map(Path, sorted(files)) if has_data_suffix(file) or file.suffix.lower() in PACKED]
-    return [str(file) for file in data if wanted.match(str(file)) and file.name not in _DESCRIPTIONS]
+    return [
+        str(file)
+        for file in data
+        if file.name not in _DESCRIPTIONS and any(_fits(file.parts, one.parts) for one in wanted)
+    ]
+
+
+def _fits(path: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Return whether a path's folders and name match a pattern's, or lie in a folder that does."""
+    if pattern[:1] == ("**",):
+        return any(_fits(path[start:], pattern[1:]) for start in range(len(path) + 1))
+    return not pattern or (path != () and fnmatchcase(path[0], pattern[0]) and _fits(path[1:], pattern[1:]))
 
 
 def _split_by_names(files: Iterable[str]) -> dict[str, list[str]]:
@@ -172,7 +174,8 @@ def _explained(name: str, revision: str | None = None) -> Iterator[None]:
         yield
         return
     except errors.RevisionNotFoundError:
-        refs = HfApi().list_repo_refs(name, repo_type="dataset")
+        with _explained(name):
+            refs = HfApi().list_repo_refs(name, repo_type="dataset")
         near = _nearest(str(revision), [one.name for one in (*refs.branches, *refs.tags)])
         problem = f"has no revision '{revision}'; use a commit, or one of {near}"
     except (errors.HTTPError, ConnectionError, errors.LocalEntryNotFoundError, *_MALFORMED) as raised:  # type: ignore
