@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -17,6 +18,7 @@ from fulltune.inference.store import CLUSTERS
 from fulltune.methods.folder import read_notes
 from fulltune.pipeline import Run, Until
 from fulltune.plan.settings import with_settings
+from fulltune.records.data import SOURCES
 from fulltune.records.events import Listener, Message, only_steps_and_warnings
 from fulltune.records.scores import Scores
 from fulltune.report.format.words import format_estimate, metric_name
@@ -56,6 +58,8 @@ def _open_fold(job: Run, number: int) -> Run:
     recipe, folder = with_settings(job.recipe, {"data.fold": number}), job.folder / "folds" / str(number)
     text = (job.folder / "recipe.yaml").read_text(encoding="utf-8") + f"\n# --set data.fold={number}\n"
     run_folder.find_or_make_folder(recipe, text, "", folder, False, job.hooks.digest())
+    if (sources := job.folder / SOURCES).exists():  # all folds are of one revision
+        shutil.copy2(sources, folder)
     listener = job.listener if number == 1 else only_steps_and_warnings(job.listener)
     return replace(job, recipe=recipe, folder=folder, listener=listener, began=None)
 
