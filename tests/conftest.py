@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 import signal
 
@@ -42,8 +43,10 @@ def _libraries_are_no_garbage() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FULLTUNE_CACHE", str(tmp_path / "cache"))
+def _own_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Copies of data are no other test's. Not by `monkeypatch`, which would then be undone after all other fixtures."""
+    digest = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:16]
+    os.environ["FULLTUNE_CACHE"] = str(tmp_path_factory.getbasetemp() / f"cache-{digest}")
 
 
 @pytest.fixture(scope="session")

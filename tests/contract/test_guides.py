@@ -34,6 +34,7 @@ from fulltune.recipe.model import ModelBlock
 from fulltune.recipe.tasks import FACTS
 from tests import tiny
 from tests.contract import command
+from tests.hub import serve_hub
 from tests.train.runs import in_this_process, without_tracing
 
 pytestmark = pytest.mark.slow
@@ -42,7 +43,7 @@ ROOT = Path(__file__).parents[2]
 INDEX = ROOT / "docs" / "how-do-i.md"
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in [*GUIDES, INDEX])
-OTHERS = ("hf", "tensorboard", "docker", "pip", "curl", "llama-cli", "ollama")
+OTHERS = ("tensorboard", "docker", "pip", "curl", "llama-cli", "ollama")
 """Programs that are not fulltune's."""
 RUN_HERE = ("init", "data", "plan", "report", "predict", "evaluate", "push")
 """Commands that a tiny model answers in a moment."""
@@ -158,14 +159,23 @@ def place(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     tiny.write_csv(folder / "new.csv", [{"text": row["text"]} for row in rows[:4]])
     tiny.write_csv(folder / "e2e.csv", [{"mr": row["text"], "ref": row["label"]} for row in rows])
     tiny.write_csv(folder / "test.csv", [{"text": f"{row['text']}, too", "label": row["label"]} for row in rows[:12]])
-    (folder / "imdb" / "plain_text").mkdir(parents=True)
+    tiny.write_jsonl(folder / "rows.jsonl", [{"prompt": row["text"], "completion": row["label"]} for row in rows[:4]])
     table = pa.table({"text": [row["text"] for row in rows], "label": [number % 2 for number in range(len(rows))]})
-    parquet.write_table(table, folder / "imdb" / "plain_text" / "train-00000-of-00001.parquet")
+    parquet.write_table(table, folder / "train.parquet")
+    reviews = (folder / "train.parquet").read_bytes()
     data, steps = {"columns": ["text", "label"]}, {"max_steps": 2}
     [own] = [yaml.safe_load(one) for one in blocks("yaml") if "f1_spam" in one]
     tiny.write_recipe(folder / "recipe.yaml", tiny_encoder, "train.tsv", data=data, train=steps, **own)
     (folder / "my_metrics.py").write_text(script("f1_spam"), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch, in_this_process(), without_tracing():
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        in_this_process(),
+        without_tracing(),
+        serve_hub(tmp_path_factory.mktemp("hub")) as hub,
+    ):
+        hub.push(
+            "stanfordnlp/imdb", {f"plain_text/{split}-00000-of-00001.parquet": reviews for split in ("train", "test")}
+        )
         patch.chdir(folder)
         (folder / "RUN").symlink_to(fulltune.run("recipe.yaml").folder)
         yield folder
