@@ -49,7 +49,11 @@ class HubDataset(Block):
     def address(self) -> str:
         at = f"@{quote(self.revision, safe='')}" if self.revision else ""
         settings = {name: getattr(self, name) for name in _SETTINGS if getattr(self, name)}
-        settings |= {"columns": ",".join(quote(name) for name in self.columns)} if self.columns else {}
+        settings |= (
+            {"columns": ",".join(name.replace("%", "%25").replace(",", "%2C") for name in self.columns)}
+            if self.columns
+            else {}
+        )
         query = urlencode(settings, safe=_READABLE, quote_via=quote)
         return f"{HUB}://datasets/{self.hub}{at}" + (f"?{query}" if query else "")
 

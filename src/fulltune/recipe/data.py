@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
@@ -52,7 +52,15 @@ _Train = Annotated[
     Annotated[_TrainEntry, Tag("one entry")] | Annotated[tuple[_TrainEntry, ...], Tag("several entries")],
     Discriminator(lambda value: "several entries" if isinstance(value, (list, tuple)) else "one entry"),
 ]
-_HeldOut = Annotated[str | None, BeforeValidator(expand_short_form, json_schema_input_type=str | HubDataset | None)]
+
+
+def _expand_held_out(value: object) -> object:
+    if isinstance(expanded := expand_short_form(value), Mapping) and "weight" in expanded:
+        raise ValueError("expected rows without a weight, which only data.train has; remove it")
+    return expanded
+
+
+_HeldOut = Annotated[str | None, BeforeValidator(_expand_held_out, json_schema_input_type=str | HubDataset | None)]
 
 
 class DataBlock(Block):
@@ -137,7 +145,8 @@ class DataBlock(Block):
     """Pack several short rows into one sequence, without attention between them (causal-lm). `auto`: for raw text, on
     if a check shows that the model keeps texts separate; for chats and pairs, off unless `fulltune plan --measure`
     finds it faster. Raw text fills sequences of `max_length` tokens; chats and pairs are packed within each micro
-    batch, so that a step has the same rows and the same loss as without packing."""
+    batch, so that a step has the same rows and the same loss as without (if `train.group_by_length`, which packing
+    turns off by default, is the same)."""
     stride: int | None = Field(default=None, ge=0)
     """Number of tokens by which windows of a long context overlap (question-answering). Default: a third of a
     window."""

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import unquote
 
 from pydantic import Field
 
-from fulltune.recipe.address import is_address
+from fulltune.recipe.address import HUB, hub_place, is_address, scheme_of
 from fulltune.recipe.tasks import FORMS, Form, ProblemType
 from fulltune.records.base import Record
 
@@ -77,8 +78,12 @@ class RemoteSource(Record):
     @property
     def origin(self) -> str:
         """Address and revision in words."""
-        address = self.address if is_address(self.address) else Path(self.address).name
+        address = unquote(self.address) if is_address(self.address) else Path(self.address).name
         return f"{address}, revision {self.revision}"
+
+    @property
+    def hub_name(self) -> str | None:
+        return hub_place(self.address)[0] if scheme_of(self.address) == HUB else None
 
     @property
     def is_complete(self) -> bool:

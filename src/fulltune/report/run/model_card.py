@@ -81,10 +81,11 @@ def _build_front_matter(view: RunView, scores: Scores | None) -> str:
 
     facts = FACTS.get(view.task)
     tested = _without_folders(view.summary.sources.get("test", "-") if view.summary else "-").removeprefix("file ")
+    on_hub = list(dict.fromkeys(source.hub_name for source in view.remote if source.hub_name))
     results = [
         EvalResult(
             task_type=facts.hub,
-            dataset_type=re.sub(r"[^\w.-]+", "-", tested).strip("-"),
+            dataset_type=on_hub[0] if len(on_hub) == 1 else re.sub(r"[^\w.-]+", "-", tested).strip("-"),
             dataset_name=tested,
             dataset_split="test",
             metric_type=name,
@@ -102,6 +103,7 @@ def _build_front_matter(view: RunView, scores: Scores | None) -> str:
         library_name="transformers",
         pipeline_tag=facts.hub if facts else None,
         tags=["fulltune"],
+        datasets=on_hub or None,
         model_name=words.one_line(view.name) if results else None,
         eval_results=results or None,
     )
