@@ -17,7 +17,7 @@ from fulltune.data.readers.files import refuse_held_out_files
 from fulltune.data.readers.read import DataFiles, LocatedRow, locate_data_files
 from fulltune.data.readers.text_files import SEPARATED
 from fulltune.errors import DataError, SetupError
-from fulltune.recipe.address import hub_settings, is_fetched
+from fulltune.recipe.address import HUB, hub_place, hub_settings, is_fetched, scheme_of
 from fulltune.recipe.data import DataBlock, MixedFile, codec_for_encoding
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.selection import Selection, slice_of_files
@@ -68,7 +68,9 @@ def find_source_files(recipe: Recipe, remote: Mapping[str, RemoteSource]) -> dic
         source_paths = [file for path in addresses for file in (remote[path].files if path in remote else (path,))]
         try:
             if name not in ("eval", "test"):
-                refuse_held_out_files(source_paths)
+                # What a split of the Hub holds is its author's word.
+                unsure = [path for path in addresses if scheme_of(path) != HUB or hub_place(path)[2]]
+                refuse_held_out_files(unsure, {path: remote[path].files for path in unsure if path in remote})
             # A mixed-in file may have another format than the task's, with its own column names.
             is_other = is_mixed(name) and not source_paths[0].lower().endswith(tuple(SEPARATED))
             files[name] = replace(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import socket
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,38 @@ def test_a_part_of_the_rows_and_columns_is_read(hub: Hub, tmp_path: Path) -> Non
     recipe = load_recipe(tiny.write_recipe(tmp_path / "recipe.yaml", "m", "x", data={"train": source}))
     with pytest.raises(DataError, match=r"hf://datasets/o/d\?split=train\[5\].*: expected a slice such as"):
         find_source_files(recipe, fetch_sources(recipe, tmp_path / "other", lambda event: None))
+
+
+@pytest.mark.parametrize(
+    ("data", "held_out"),
+    [
+        ({"train": "hf://datasets/o/d/data"}, "test.jsonl"),
+        ({"train": "hf://datasets/o/d/data/*.jsonl"}, "test.jsonl"),
+        ({"train": "hf://datasets/o/d/parts/**"}, "test"),
+        ({"train": "rows.zip"}, "test.csv"),
+        ({"train": {"hub": "o/d", "config": "mixed"}}, ""),
+        ({"train": "hf://datasets/o/d/data/test.jsonl"}, ""),
+        ({"train": {"hub": "o/d", "config": "own", "split": "test"}}, ""),
+    ],
+)
+def test_held_out_files_of_an_address_are_not_trained_on(
+    hub: Hub, tmp_path: Path, data: dict[str, Any], held_out: str
+) -> None:
+    parts = {"data/train.jsonl": jsonl(9), "data/test.jsonl": jsonl(9)}
+    parts |= {f"parts/{split}/{part}.jsonl": jsonl(9) for split in ("train", "test") for part in (0, 1)}
+    own = [{"split": split, "path": f"parts/{split}/*"} for split in ("train", "test")]
+    configs = [{"config_name": "mixed", "data_files": "data/*"}, {"config_name": "own", "data_files": own}]
+    hub.push("o/d", {**parts, "README.md": readme({"configs": configs})})
+    with zipfile.ZipFile(tmp_path / "rows.zip", "w") as archive:
+        archive.writestr("train.csv", "text,label\na,b\n")
+        archive.writestr("test.csv", "text,label\na,b\n")
+    recipe = load_recipe(tiny.write_recipe(tmp_path / "recipe.yaml", "m", "x", data=data))
+    copies = fetch_sources(recipe, tmp_path / "run", lambda event: None)
+    if not held_out:
+        assert find_source_files(recipe, copies)["train"].files
+        return
+    with pytest.raises(DataError, match=f"is used for training but contains {held_out}, whose names suggest held-out"):
+        find_source_files(recipe, copies)
 
 
 def test_init_writes_the_splits_that_have_labels(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,7 +247,6 @@ def test_files_of_a_bucket_are_copied(s3: Any, address: str, names: list[str]) -
         ("s3://rows/few/a-3.jsonl", "no such data file, but a-1.jsonl, a 2.jsonl"),
         ("s3://rows/none/a.csv", "Path does not exist 'rows/none/'\\); check bucket, region"),
         ("s3://none/a.csv", r"cannot be copied \(NO_SUCH_BUCKET.*check bucket, region"),
-        ("s3://rows/split", r"holds several splits \(test.csv, train.csv\); name one"),
         ("s3://rows/few?colour=red", "Unexpected query parameter in S3 URI: 'colour'"),
     ],
 )

@@ -273,17 +273,20 @@ def find_held_out_files_beside(train: Path) -> dict[SplitName, list[Path]]:
     return splits
 
 
-def refuse_held_out_files(paths: Sequence[str]) -> None:
-    """Raise `DataError` if a training folder contains files whose names suggest eval or test."""
+def refuse_held_out_files(paths: Sequence[str], copies: Mapping[str, Sequence[str]]) -> None:
+    """Raise `DataError` if a training folder, or the copies of an address, have names that suggest eval or test."""
     problems = []
-    for folder in map(Path, paths):
+    for path in paths:
+        folder, files = Path(path), [*map(Path, copies.get(path, ()))]
         with convert_os_errors(folder):
             splits = group_folders_by_split(folder)
+            for inside in (files, [*{file.parent: None for file in files}]):
+                splits |= groups if len(groups := group_files_by_split(inside)) > 1 else {}
             if not splits and folder.is_dir() and not is_image_folder(folder):
                 splits = group_files_by_split(list_data_files(folder))
         if held_out := [file.name for split in ("eval", "test") for file in splits.get(split, ())]:
             problems.append(
-                f"{folder}: is used for training but contains {', '.join(held_out)}, whose names suggest held-out "
+                f"{path}: is used for training but contains {', '.join(held_out)}, whose names suggest held-out "
                 "rows; set data.train to the other files, and data.eval or data.test to these files"
             )
     if problems:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pyarrow.fs import FileSelector, FileSystem
 
-from fulltune.data.readers.files import SUFFIXES, group_files_by_split
+from fulltune.data.readers.files import SUFFIXES
 from fulltune.data.remote.listing import Listing, OnBytes, RemoteFile, revision_of
 from fulltune.errors import DataError
 from fulltune.recipe.address import PACKED
@@ -36,8 +36,6 @@ def list_files(address: str, revision: str | None) -> Listing:
     if not chosen:
         near = first_few(near_names(pattern, listed) or [*listed]) or "nothing"
         raise DataError(f"{address}: no such data file, but {near}; check the address")
-    if len(splits := group_files_by_split([Path(one.path) for one in chosen])) > 1 and splits.keys() & {"eval", "test"}:
-        raise DataError(f"{address}: holds several splits ({first_few(names)}); name one: .../train*.parquet")
     files = tuple(RemoteFile(one.base_name, one.size, str(one.mtime_ns), one.path) for one in chosen)
     return Listing(files, revision_of(files))
 
