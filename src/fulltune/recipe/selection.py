@@ -7,8 +7,8 @@ import operator
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
-from datetime import date
-from decimal import Decimal
+from datetime import date, datetime
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,7 +38,8 @@ class Condition:
     """`(And, tree, ...)`, `(Or, tree, ...)`, `(Not, tree)` or `(sign, column, constant)`, with names of `ast`."""
 
     def holds(self, row: Cells) -> bool:
-        """Return whether a row fulfils the condition. As in SQL, only `is None` holds for a missing value."""
+        """Return whether a row fulfils the condition. As in SQL, only `is None` holds for a missing value, which in csv
+        is an empty text. Raises `DataError` if a date is compared with another text."""
         return _evaluate(self.tree, row, _compare_cell) is True
 
     def may_hold(self, bounds: Cells) -> bool:
@@ -62,7 +63,7 @@ def parse_condition(text: str) -> Condition:
             raise unfit(node) from None
         if not (value is None if sign == "Is" else isinstance(value, (str, int, float))):
             raise unfit(node)
-        return sign, column, value
+        return (sign, column, value) if (sign, value) != ("Eq", "") else ("Is", column, None)
 
     def tree_of(node: ast.expr) -> Tree:
         match node:
@@ -111,11 +112,17 @@ def _evaluate(tree: Tree, values: Cells, compare: Callable[..., bool | None]) ->
 
 
 def _compare_cell(sign: str, cell: Cell, constant: Cell) -> bool | None:
+    cell = None if cell == "" else cell
     if sign == "Is":
         return cell is None
     if isinstance(cell, date) and isinstance(constant, str):
-        cell, constant = str(cell), constant.replace("T", " ")
-    elif isinstance(cell, str) != isinstance(constant, str):  # in csv, numbers are texts
+        time = cell if isinstance(cell, datetime) else datetime.combine(cell, datetime.min.time())
+        try:
+            other = datetime.fromisoformat(constant)
+            return bool(_SIGNS[sign](time, other if other.tzinfo else other.replace(tzinfo=time.tzinfo)))
+        except (ValueError, TypeError):
+            raise DataError(f"where: '{constant}' cannot be compared with {cell}; write it like {cell}") from None
+    if isinstance(cell, Decimal) or isinstance(cell, str) != isinstance(constant, str):  # in csv, numbers are texts
         cell, constant = _as_number(cell), _as_number(constant)
     return bool(_SIGNS[sign](cell, constant)) if _are_alike(cell, constant) else None
 
@@ -134,12 +141,13 @@ def _are_alike(cell: object, constant: object) -> bool:
 
 
 def _as_number(value: object) -> object:
-    """Return the number or truth value that a text says, and anything else unchanged."""
-    text = value.strip().lower() if isinstance(value, str) else ""
+    """Return the number or truth value that a value says, without rounding; None for NaN and for others."""
+    text = str(value).strip().lower()
     try:
-        return text == "true" if text in ("true", "false") else int(text) if text.isdecimal() else float(text)
-    except ValueError:
-        return value
+        number = text == "true" if text in ("true", "false") else Decimal(text)
+        return number if number == number else None
+    except InvalidOperation:
+        return None
 
 
 @dataclass(frozen=True)

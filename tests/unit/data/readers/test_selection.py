@@ -6,6 +6,7 @@ import datetime
 import json
 from collections.abc import Iterable
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,38 @@ def test_missing_values_and_unlike_cells_fulfil_no_comparison() -> None:
     assert holding("x is not None and (x > 2 or x is None)") == [0, 4]
     day = {"day": datetime.datetime(2024, 5, 1, 12), "flag": "true"}
     assert parse_condition("'2024-05-01T11:00' < day < '2024-05-02' and flag == True").holds(day)
+
+
+NOON = datetime.datetime(2020, 1, 1, 12)
+
+
+@pytest.mark.parametrize(
+    ("where", "cells"),
+    [
+        ("x == '2020-01-01'", [datetime.datetime(2020, 1, 1), datetime.date(2020, 1, 1)]),
+        ("x != '2020-01-01T12:00:00'", [datetime.date(2020, 1, 1), NOON.replace(tzinfo=datetime.UTC, hour=11)]),
+        ("x == '2020-01-01T13:00:00+01:00'", [NOON.replace(tzinfo=datetime.UTC)]),
+        ("x == 0.1", [Decimal("0.1"), "0.10", 0.1]),
+        ("x == '0.1'", [Decimal("0.10"), 0.1]),
+        ("x > 9007199254740992", ["9007199254740993", Decimal("9007199254740993")]),
+        ("x < -9007199254740992", ["-9007199254740993", "-inf"]),
+        ("x is None or x == ''", [None, ""]),
+        ("not (x is None or x < 1)", ["1", True, "true"]),
+        ("x != '' and x != 'a' and x > 'a'", ["b", "nan"]),
+        ("x is None and not x < 3", []),
+    ],
+)
+def test_cells_of_every_type_are_compared_exactly(where: str, cells: list[Any]) -> None:
+    assert all(parse_condition(where).holds({"x": cell}) for cell in cells)
+    others = [Decimal("sNaN"), Decimal("nan"), [1], "" if "" not in cells else "no"]
+    assert not any(parse_condition(where).holds({"x": cell}) for cell in others)
+
+
+def test_texts_that_are_no_dates_are_not_compared_with_dates(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", [{"text": "row 0", "day": NOON}])
+    for text in ("2020-1-2", "2020-01-01T12:00Z"):
+        with pytest.raises(DataError, match=f"where: '{text}' cannot be compared with 2020-01-01 12:00:00; write it"):
+            list(selected(path, f"day < '{text}'").rows())
 
 
 @pytest.mark.parametrize(
