@@ -13,7 +13,15 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 from fulltune.data.remote.listing import Listing, OnBytes, RemoteFile
 from fulltune.errors import DataError, SetupError
+from fulltune.recipe.address import SQLITE, scheme_of
 from fulltune.text import did_you_mean, first_few
+
+_LIBRARIES = ("sqlite3", "sqlalchemy")
+_LITERAL_OR_COMMENT = re.compile(r"""'[^']*'|"[^"]*"|`[^`]*`|--[^\n]*|/\*.*?\*/""", re.DOTALL)
+_KEYS = """
+SELECT name, CASE WHEN type = 'table' AND upper(sql) NOT LIKE '%WITHOUT ROWID%' THEN 'rowid' ELSE (
+    SELECT group_concat('`' || replace(name, '`', '``') || '`') FROM pragma_table_info(tables.name) WHERE pk) END
+FROM sqlite_master AS tables WHERE type IN ('table', 'view')"""
 
 
 def list_files(address: str, revision: str | None) -> Listing:
@@ -46,7 +54,8 @@ def _select(address: str) -> Iterator[tuple[Any, str, str]]:
     rest, _, query = rest.partition("query=")  # always last, because it may contain any character
     settings, query = dict(parse_qsl(rest)), query if " " in query else unquote(query)
     table, order = settings.pop("table", ""), [*filter(None, settings.pop("order_by", "").split(","))]
-    is_select = re.match(r"\s*(select|with)\b", query, re.IGNORECASE) and ";" not in query.rstrip("; \n")
+    plain = _LITERAL_OR_COMMENT.sub(" ", query).strip("; \n")
+    is_select = re.match(r"(select|with)\b", plain, re.IGNORECASE) and ";" not in plain
     if bool(table) == bool(query) or (query and (order or not is_select)):
         raise DataError(f"{address}: expected ?table=NAME, ?table=NAME&order_by=COLUMN, or ?query= and one SELECT")
     try:
@@ -63,7 +72,7 @@ def _select(address: str) -> Iterator[tuple[Any, str, str]]:
             f"{address}: needs the package '{error.name}'; pip install 'fulltune[sql]', and the database's driver"
         ) from None
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in ("sqlite3", "sqlalchemy"):
+        if not isinstance(error, ValueError) and type(error).__module__.partition(".")[0] not in _LIBRARIES:
             raise
         problem = str(getattr(error, "orig", None) or error).partition("\n")[0]
         raise DataError(f"{address}: {problem}") from None
@@ -72,20 +81,20 @@ def _select(address: str) -> Iterator[tuple[Any, str, str]]:
 @contextmanager
 def _connect(url: str) -> Iterator[tuple[Any, Any, dict[str, list[str]]]]:
     """Yield functions that execute a statement and quote a name, and the key that orders each table."""
-    if url.startswith("sqlite:///"):
-        if not Path(file := url.removeprefix("sqlite:///")).is_file():
+    if scheme_of(url) == SQLITE:
+        if not Path(file := url.partition(":///")[2]).is_file():
             raise DataError(f"{file}: no such file, expected an SQLite database")
-        has_rowid = "type = 'table' AND upper(sql) NOT LIKE '%WITHOUT ROWID%'"
         with closing(sqlite3.connect(f"file:{quote(file)}?mode=ro", uri=True)) as database:
-            tables = database.execute(f"SELECT name, {has_rowid} FROM sqlite_master WHERE type IN ('table', 'view')")
+            keys = {name: [key] if key else [] for name, key in database.execute(_KEYS)}
             # In double quotes, an unknown column would be a text.
-            yield database.execute, "`{}`".format, {name: ["rowid"] if is_plain else [] for name, is_plain in tables}
+            yield database.execute, lambda name: "`{}`".format(name.replace("`", "``")), keys
         return
     import sqlalchemy
 
     engine = sqlalchemy.create_engine(url)
     quoted = engine.dialect.identifier_preparer.quote
-    with engine.connect() as connection:
+    # Without it, PostgreSQL would only roll back what `WITH d AS (DELETE ...)` writes.
+    with engine.connect().execution_options(postgresql_readonly=True) as connection:
         keys = sqlalchemy.inspect(connection).get_multi_pk_constraint(kind=sqlalchemy.engine.ObjectKind.ANY)
         by_table = {str(name): [*map(quoted, key["constrained_columns"])] for (_, name), key in keys.items()}
         connection.execution_options(stream_results=True, no_parameters=True)
