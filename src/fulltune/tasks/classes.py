@@ -261,10 +261,13 @@ def label_metrics(
 
 
 def _number_metrics(true: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    """Compute the metrics of scikit-learn and scipy for float64 arrays. An undefined rank correlation is 0."""
+    """Compute the metrics of scikit-learn and scipy for float64 arrays, or NaN if a prediction is not finite. An
+    undefined rank correlation is 0."""
     from scipy import stats
     from sklearn.metrics import r2_score
 
+    if not np.isfinite(predicted).all():
+        return dict.fromkeys(("r2", "spearman", "kendall", "rmse"), math.nan)
     with warnings.catch_warnings(action="ignore"):  # about a constant prediction or a single row
         r2 = float(r2_score(true, predicted))
         spearman, kendall = (float(rank(true, predicted).statistic) for rank in (stats.spearmanr, stats.kendalltau))

@@ -102,6 +102,13 @@ def test_numbers_have_the_values_of_scikit_learn_and_scipy(rows: int) -> None:
         assert label_metrics(true, predicted, target("regression")) == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("lost", [np.nan, np.inf, -np.inf])
+def test_numbers_are_nan_if_a_prediction_is_not_finite(lost: float) -> None:
+    found = label_metrics(np.arange(4.0), np.array([0.0, 1.0, lost, 3.0]), target("regression"))
+    assert list(found) == ["r2", "spearman", "kendall", "rmse"]
+    assert np.isnan(list(found.values())).all()
+
+
 def test_numbers_without_spread_explain_nothing() -> None:
     same, other = np.ones(4), np.arange(4.0)
     assert label_metrics(same, same, target("regression"))["r2"] == 1
