@@ -133,5 +133,6 @@ def test_measured_plan_packs_where_that_is_clearly_faster(
     plan = Plan.load(tmp_path / "run" / "plan" / "full.json")
     assert (plan.packing, plan.group_by_length) == (taken, not taken)
     (reason,) = (setting.reason for setting in plan.settings if setting.name == "data.packing")
-    words = "measured: the fastest of " if taken else "one sequence per row; fulltune plan --measure tries packing"
+    words = "measured: the fastest of " if taken else "one sequence per row; measured with packing: "
     assert reason.startswith(words)
+    assert taken or " tokens/s, but " in reason

@@ -139,6 +139,11 @@ def choose_fastest_plan(trial: PlannedTrial, summary: DataSummary, available_byt
     ran = sum(not row.problem for row in rows)
     peak = f"{format_bytes(best.peak_memory_bytes)} of {format_bytes(available_bytes)}"
     why = f"measured: the fastest of {ran} that fit, {best.tokens_per_second:,.0f} tokens/s, {peak}"
+    packed = next((row for row in rows if row.kind == "packing"), best)
+    if packed is not best and not best.changes.get("packing"):
+        lost = packed.problem or f"{packed.tokens_per_second:,.0f} tokens/s, but {best.tokens_per_second:,.0f} without"
+        lost = f"one sequence per row; measured with packing: {lost}"
+        plan = plan.model_copy(update={"settings": settings_with_reasons(plan, {"packing": False}, lambda old: lost)})
     settings = settings_with_reasons(plan, best.changes, lambda old: old.reason if old.name in _DERIVED else why)
     changed = plan.model_copy(update={**best.changes, "settings": settings})
     time = None
