@@ -28,6 +28,8 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mamba": ("MambaConfig", {"state_size": 8}),
 }
+_FULL, _HALF = torch.float32, torch.bfloat16
+DEEP = [("qwen3", 0.15, 24, _FULL), ("qwen3", 0.15, 24, _HALF), ("lfm2", 0.02, 2, _FULL), ("lfm2", 0.15, 8, _HALF)]
 
 
 def make_config(kind: str, tokenizer: Any) -> Any:
@@ -64,7 +66,7 @@ def make_model(kind: str, tokenizer: Any) -> Any:
 
 def pack(model: Any) -> dict[str, torch.Tensor]:
     """The check's rows as training packs them."""
-    return causal_lm.collate_packed(packing.rows_for_check(model), 0)
+    return causal_lm.collate_packed(packing.rows_for_check(model, joined=False), 0)
 
 
 def answered_rows() -> list[dict[str, np.ndarray]]:
@@ -101,12 +103,25 @@ def test_packed_rows_have_the_loss_and_gradients_of_single_rows(kind: str, decod
 @pytest.mark.parametrize("kind", KINDS)
 def test_leak_is_found_if_the_cache_is_on_or_a_mask_is_passed(kind: str, decoder_tokenizer: Any) -> None:
     model = make_model(kind, decoder_tokenizer).train()
-    assert packing.find_packing_leak(model, kind, pack(model)) is None
+    assert packing.find_packing_leak(model, pack(model)) is None
     assert model.training
     masked = pack(model) | {"attention_mask": torch.ones_like(pack(model)["input_ids"])}
-    assert "does not keep" in (packing.find_packing_leak(model, kind, masked) or "")
+    assert "does not keep" in (packing.find_packing_leak(model, masked) or "")
     model.config.use_cache = True
-    assert "does not keep" in (packing.find_packing_leak(model, kind, pack(model)) or "")
+    assert "does not keep" in (packing.find_packing_leak(model, pack(model)) or "")
+
+
+@pytest.mark.parametrize(("kind", "std", "layers", "dtype"), DEEP)
+def test_leak_is_told_from_rounding_whatever_the_size_of_weights_and_their_type(
+    kind: str, std: float, layers: int, dtype: torch.dtype, decoder_tokenizer: Any
+) -> None:
+    config = make_config(kind, decoder_tokenizer)
+    config.initializer_range, config.num_hidden_layers = std, layers
+    config.layer_types = ["full_attention", "conv" if kind == "lfm2" else "full_attention"] * (layers // 2)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype)
+    model.config.use_cache = False
+    assert (packing.find_packing_leak(model, pack(model)) is None) == (kind == "qwen3")
 
 
 @pytest.mark.parametrize(
@@ -143,3 +158,15 @@ def test_model_that_cannot_be_made_is_an_obstacle(decoder_tokenizer: Any) -> Non
     reason = packing.why_not_packable(tiny.config("llama", decoder_tokenizer), "no_such_attention")
     assert reason is not None
     assert reason.startswith("a small copy of the 'llama' model cannot be created (")
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "error"),
+    [
+        ("rwkv", {"attention_hidden_size": 32, "num_hidden_layers": 2}, "ZeroDivisionError: "),
+        ("zamba2", {"num_hidden_layers": 3, "layers_block_type": ["mamba", "mamba", "hybrid"]}, "KeyError: "),
+    ],
+)
+def test_model_whose_copy_fails_in_its_own_way_is_an_obstacle(kind: str, values: dict[str, Any], error: str) -> None:
+    config = transformers.AutoConfig.for_model(kind, hidden_size=32, vocab_size=200, **values)
+    assert error in (packing.why_not_packable(config) or "")

@@ -113,15 +113,12 @@ def pack_texts(parts: Iterable[pa.RecordBatch], max_length: int) -> Iterator[pa.
 
 def _fill_rows(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     """Return the numbers of the texts in each packed row, first-fit decreasing."""
-    rows, room = list[list[int]](), list[int]()
+    rows, room = [list[int]() for _ in lengths], [max_length] * len(lengths)
     for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
-        at = next((at for at, free in enumerate(room) if free >= lengths[text]), len(rows))
-        if at == len(rows):
-            rows.append([])
-            room.append(max_length)
+        at = next(at for at, free in enumerate(room) if free >= lengths[text])
         rows[at].append(text)
         room[at] -= lengths[text]
-    return rows
+    return [row for row in rows if row]
 
 
 def _iterate_tokenized_texts(parts: Iterable[pa.RecordBatch]) -> Iterator[tuple[dict[str, np.ndarray], str]]:

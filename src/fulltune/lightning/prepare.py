@@ -19,7 +19,7 @@ from fulltune.inference import selective_head
 from fulltune.inference.run import model_batch, positions_by_length
 from fulltune.inference.store import Rows
 from fulltune.lightning.module import PREFIX, FineTuningData, FineTuningModule
-from fulltune.models.packing import find_packing_leak
+from fulltune.models.packing import find_packing_leak, rows_for_check
 from fulltune.pipeline import Run
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
@@ -221,7 +221,7 @@ def _load_objective_and_rows(
         model.activation_checkpointing_enable()
     if summary.packed or plan.packing:
         model.config.use_cache = False  # as the Trainer does; with a cache packed texts would attend to each other
-        if leak := find_packing_leak(model, model.config.model_type):
+        if leak := find_packing_leak(model, objective.collate(rows_for_check(model, joined=summary.packed))):
             raise RecipeError(f"data.packing: {leak}; set it to false")
     rows, eval_rows = loading.rows_with_mixed(data, summary, tokenizer), loading.task_rows(data, tokenizer)[1]
     two_rows = model_batch(model, task, [rows[i] for i in positions_by_length(rows)[-2:]], tokenizer.pad_token_id)

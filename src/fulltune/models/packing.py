@@ -12,10 +12,12 @@ from fulltune.models import evaluation_mode
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-_ROUNDINGS = 4
+_ROUNDINGS, _LEAST = 4, 1e-5
+"""A leak exceeds this many times the rounding in texts that nothing precedes, by this share of the largest logit."""
 _TEXTS = (20, 12, 8)
 """Lengths of the check's texts: the first fills one block, the others a second one."""
 _VOCABULARY = 1000
+_FAILURES = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, ImportError)
 
 
 def fill_blocks(lengths: Sequence[int]) -> list[list[int]]:
@@ -69,34 +71,35 @@ def why_not_packable(config: PretrainedConfig, attn_implementation: str | None =
         torch.manual_seed(0)
         try:
             model = transformers.AutoModelForCausalLM.from_config(small, dtype=torch.float32, **keywords)
-        except (ValueError, TypeError, RuntimeError, IndexError, ImportError) as error:
-            why = " ".join(str(error).split())
-            return f"a small copy of the '{config.model_type}' model cannot be created ({why})"
+        except _FAILURES as error:
+            return f"a small copy of the '{config.model_type}' model cannot be created ({_told(error)})"
     model.config.get_text_config().use_cache = False
-    return find_packing_leak(model, config.model_type, tolerance=1e-5)  # one layer: less rounding, and small leaks
+    blocks = rows_for_check(model, joined=True)
+    batch = {name: torch.from_numpy(np.stack([block[name] for block in blocks])).long() for name in blocks[0]}
+    return find_packing_leak(model, batch)
 
 
-def rows_for_check(model: PreTrainedModel) -> list[dict[str, np.ndarray]]:
-    """Return tokenised rows with which `find_packing_leak` can check a batch, as a collator takes them."""
+def _told(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def rows_for_check(model: PreTrainedModel, *, joined: bool) -> list[dict[str, np.ndarray]]:
+    """Return tokenised rows, or two blocks of rows if `joined`, of which a collator makes `find_packing_leak`'s
+    batch."""
     vocabulary = min(model.config.get_text_config().vocab_size, _VOCABULARY)
     ids = np.arange(3, 3 + sum(_TEXTS)) % vocabulary
-    return [{"input_ids": text, "labels": text} for text in np.split(ids, np.cumsum(_TEXTS[:-1]))]
+    rows = [{"input_ids": text, "labels": text} for text in np.split(ids, np.cumsum(_TEXTS[:-1]))]
+    return [join_texts(rows[:1]), join_texts(rows[1:])] if joined else rows
 
 
-def find_packing_leak(
-    model: PreTrainedModel, model_type: str, batch: Mapping[str, Any] | None = None, tolerance: float = 1e-4
-) -> str | None:
+def find_packing_leak(model: PreTrainedModel, batch: Mapping[str, Any]) -> str | None:
     """Return an error message if packed texts attend to each other, else None. `batch` has `rows_for_check` as
     training packs them; the model is called with it as in training."""
     import torch
 
-    if batch is None:
-        first, *others = rows_for_check(model)
-        blocks = [join_texts([first]), join_texts(others)]
-        batch = {name: torch.from_numpy(np.stack([block[name] for block in blocks])).long() for name in blocks[0]}
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
     ids, positions = inputs["input_ids"], inputs["position_ids"]
-    difference, largest = 0.0, 0.0
+    rounding, difference, largest, named = 0.0, 0.0, 0.0, f"a '{model.config.model_type}' model"
     try:
         with evaluation_mode(model), torch.no_grad():
             together = model(**inputs).logits.float()
@@ -104,10 +107,11 @@ def find_packing_leak(
                 starts = (positions[row] == 0).nonzero()[:, 0].tolist()
                 for text in map(slice, starts, [*starts[1:], None]):
                     alone = model(input_ids=ids[row : row + 1, text], use_cache=False).logits[0].float()
-                    difference = max(difference, float((together[row, text] - alone).abs().max()))
+                    apart = float((together[row, text] - alone).abs().max())
+                    rounding, difference = max(rounding, apart * (not text.start)), max(difference, apart)
                     largest = max(largest, float(alone.abs().max()))
-    except (ValueError, TypeError, RuntimeError) as error:
-        return f"a '{model_type}' model fails with position ids ({' '.join(str(error).split())})"
-    if difference > max(tolerance, _ROUNDINGS * torch.finfo(model.dtype).eps) * max(1.0, largest):
-        return f"a '{model_type}' model does not keep packed texts separate (its logits differ by {difference:.2g})"
+    except _FAILURES as error:
+        return f"{named} fails with position ids ({_told(error)})"
+    if difference > _ROUNDINGS * rounding + max(_LEAST, torch.finfo(model.dtype).eps) * largest:
+        return f"{named} does not keep packed texts separate (its logits differ by {difference:.2g})"
     return None

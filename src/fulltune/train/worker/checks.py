@@ -17,7 +17,7 @@ from fulltune.inference.store import Rows
 from fulltune.models.base import Base
 from fulltune.models.dropout import STEPS, SixteenBitDropout, drop_threshold
 from fulltune.models.new_tokens import Pieces
-from fulltune.models.packing import find_packing_leak, join_texts, rows_for_check
+from fulltune.models.packing import find_packing_leak, rows_for_check
 from fulltune.recipe.tasks import TaskName
 from fulltune.records.events import ChecksDone
 from fulltune.records.plan import Plan
@@ -29,7 +29,7 @@ from fulltune.text import counted
 from fulltune.train.loop.callbacks import Recorder
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer
-from fulltune.train.worker.dry_run import collate_on_device, dry_run_check
+from fulltune.train.worker.dry_run import collate_on_device, dry_run_check, worst_micro_batch
 from fulltune.train.worker.loading import LoadedModel, ScaledHead
 
 _ISOLATED = "packed texts are isolated"
@@ -137,9 +137,7 @@ def _check_packed_texts_isolated(trainer: FullTrainer, model: PreTrainedModel, *
     if trainer.is_deepspeed_enabled:
         result = "checked on a small copy of the model, because ZeRO shards the weights"
         return Check(name=_ISOLATED, result=result, passed=True)
-    rows = rows_for_check(model)
-    batch = collate_on_device(trainer, [join_texts(rows[:1]), join_texts(rows[1:])] if is_raw_text else rows)
-    problem = find_packing_leak(model, model.config.model_type, batch)
+    problem = find_packing_leak(model, collate_on_device(trainer, rows_for_check(model, joined=is_raw_text)))
     return Check(name=_ISOLATED, result=problem or "yes", passed=problem is None)
 
 
@@ -195,7 +193,7 @@ def stop_generation_at(model: PreTrainedModel, ends: set[int]) -> None:
 def dry_run_in_engine(trainer: FullTrainer, rows: Rows, plan: Plan) -> Check:
     """Run one forward and backward pass on the longest rows in DeepSpeed's engine, with the loss multiplied by 0."""
     engine: Any = trainer.model_wrapped
-    batch = collate_on_device(trainer, [rows[i] for i in positions_by_length(rows)[: plan.micro_batch_size]])
+    batch = collate_on_device(trainer, [rows[i] for i in worst_micro_batch(rows, plan)])
     started = time.monotonic()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         engine.train()

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from fulltune import files
 from fulltune.errors import SetupError
-from fulltune.inference.run import RowSubset, batches, positions_by_length, positions_longest_first
+from fulltune.inference.run import RowSubset, batches, positions_by_length, positions_longest_first, row_lengths
 from fulltune.models import sharding
 from fulltune.models.packing import fill_blocks
 from fulltune.plan.time import GENERIC_TOKENS, count_interval_steps, dry_run_extra_seconds
@@ -49,7 +49,7 @@ def dry_run(
     """Run two steps and an evaluation on the longest rows, time some passes, restore everything and return the checks.
     Stores the loss and the forecast (None after a non-finite loss) in `inputs.usage`."""
     began, plan, rows = time.monotonic(), inputs.plan, trainer.train_rows
-    longest = positions_by_length(rows)[: plan.micro_batch_size]
+    longest = worst_micro_batch(rows, plan)
     forecast: TimeNeed | None = None
     unreached: tuple[str, ...] = ()
     with _temporary_training_state(trainer, plan) as (model, optimizer):
@@ -80,6 +80,15 @@ def dry_run(
         return [check]
     result = f"all but {len(unreached)}, such as {unreached[0]}" if unreached else "all"
     return [check, Check(name="trained tensors with a gradient", result=result, passed=not unreached)]
+
+
+def worst_micro_batch(rows: Sequence[Row], plan: Plan) -> list[int]:
+    """Return the longest rows; if they are packed, one is shorter, as only unequal rows get a mask, which costs
+    memory."""
+    order, lengths = positions_by_length(rows), row_lengths(rows)
+    *first, last = order[: plan.micro_batch_size]
+    shorter = (row for row in order[len(first) :] if lengths[row] < lengths[order[0]])
+    return [*first, next(shorter, last) if plan.packing and first else last]
 
 
 @contextlib.contextmanager

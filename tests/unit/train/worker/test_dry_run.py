@@ -22,6 +22,7 @@ from fulltune.train.worker.dry_run import (
     forecast_from_passes,
     pass_work,
     restored_buffers,
+    worst_micro_batch,
 )
 from tests import plans
 
@@ -92,6 +93,23 @@ def test_passes_are_those_that_training_will_take(num_processes: int, grouped: b
     assert sampler.epoch == 1
     # Steps 5 to 8 go over the end of the first epoch of 6 steps.
     assert list(sampler.forward_passes(4, 8)) == list(sampler.forward_passes(0, 18))[4:8]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "packed", "expected"),
+    [
+        ([9, 5, 9, 9, 7], True, [0, 2, 4]),
+        ([9, 5, 9, 9, 7], False, [0, 2, 3]),
+        ([9, 5, 8, 7, 7], True, [0, 2, 3]),
+        ([9, 9, 9], True, [0, 1, 2]),
+    ],
+)
+def test_longest_packed_rows_are_unequal_as_only_then_they_get_a_mask(
+    lengths: list[int], packed: bool, expected: list[int]
+) -> None:
+    plan: Any = SimpleNamespace(micro_batch_size=3, packing=packed)
+    rows = [{"input_ids": [0] * length} for length in lengths]
+    assert worst_micro_batch(rows, plan) == expected
 
 
 # ---- a dry run whose first passes were cold: a script of seconds in place of a machine ----------------------------
