@@ -18,11 +18,12 @@ from fulltune.audit.texts import masked_cells, masked_text
 from fulltune.audit.texts.flaw import ABOUT
 from fulltune.cli import stages
 from fulltune.cli.stages import out
-from fulltune.data.patch import Decisions, load_patch, save_patch
+from fulltune.data.patch import Decisions, PatchedRows, load_patch, save_patch
 from fulltune.data.readers.files import has_data_suffix
 from fulltune.errors import DataError, RecipeError, SetupError
 from fulltune.files import replace_atomically
 from fulltune.inference.store import to_json_value
+from fulltune.recipe.address import is_fetched
 from fulltune.recipe.fields import Recipe, resolve_paths
 from fulltune.recipe.file import check_recipe, load_recipe
 from fulltune.records.audit import AUDIT, HIGH_LOSS, Audit, Remedy, RowDecision, RowIssue, load_proofs
@@ -165,10 +166,11 @@ def write_conversations(target: Path, overrides: Sequence[str], output: Path, ha
     """Write the train files' rows of a recipe, run or data file as chat messages, and show three before and after."""
     from fulltune.data.convert import convert_row, find_roles
     from fulltune.data.remote.fetch import fetch_sources
-    from fulltune.data.sources import find_source_files
+    from fulltune.data.sources import find_source_files, read_source_rows
     from fulltune.system.run_folder import explain_os_errors, load_run_recipe
+    from fulltune.train.hooks import Hooks
 
-    is_file, written, refused = has_data_suffix(target), 0, list[str]()
+    is_file, written, refused = has_data_suffix(target) or is_fetched(target.name), 0, list[str]()
     if has_other_options or (overrides and is_file):
         raise RecipeError("--convert: only writes rows; remove the other options (for a recipe, --set can stay)")
     if output.suffix != ".jsonl" or output.exists() or not output.parent.is_dir():
@@ -179,9 +181,11 @@ def write_conversations(target: Path, overrides: Sequence[str], output: Path, ha
     with stages.progress_display(details=False) as display, TemporaryDirectory() as new_run:
         remote = fetch_sources(recipe, target if target.is_dir() else Path(new_run), display)
     files = find_source_files(recipe, remote)["train"]
-    roles = find_roles(recipe, files)
+    patched = PatchedRows(load_patch(Path(recipe.data.patch)), "train") if recipe.data.patch else None
+    source = read_source_rows(recipe, files, Hooks().with_named(recipe).preprocess, patched)
+    roles = find_roles(recipe, source)
     with explain_os_errors(output), replace_atomically(output) as part, part.open("w", encoding="utf-8") as stream:
-        for place, before in files.rows():
+        for place, before in source.rows(None):
             try:
                 after = convert_row(before, roles)
             except DataError as error:
@@ -191,9 +195,8 @@ def write_conversations(target: Path, overrides: Sequence[str], output: Path, ha
             if (written := written + 1) <= 3:
                 _print_rows(place, before, after)
         if not written:
-            raise DataError([*refused[:5], f"{files.where}: no row can be converted; name other columns or a file"])
-    more = [f"... and {len(refused) - 20:,} more"] if len(refused) > 20 else []
-    for line in [*refused[:20], *more, f"{output}: {counted(written, 'row')} written, {len(refused):,} refused"]:
+            raise DataError([*refused[:5], f"{source.where}: no row can be converted; name other columns or a file"])
+    for line in [*refused[:5], f"{output}: {counted(written, 'row')} written, {len(refused):,} refused"]:
         out.print(escape(masked_text(line)), soft_wrap=True)
 
 

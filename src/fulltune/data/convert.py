@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
-from fulltune.data.readers.read import DataFiles
-from fulltune.data.sources import columns_for_roles
+from fulltune.data.sources import SourceRows, columns_for_roles
 from fulltune.errors import DataError
 from fulltune.inference.store import to_json_value
 from fulltune.recipe.fields import Recipe
@@ -22,10 +21,10 @@ _COPIED = ("group", "time", "slice_by")
 _SPEAKERS = {"messages": "", "prompt": "user"} | dict.fromkeys(("completion", "chosen", "rejected"), "assistant")
 
 
-def find_roles(recipe: Recipe, files: DataFiles) -> dict[str, str]:
+def find_roles(recipe: Recipe, files: SourceRows) -> dict[str, str]:
     """Map roles to columns for conversations, pairs or preferences, and for splits. Raises `DataError` if none fit."""
     block, sample = recipe.data, [row for _, row in islice(files.rows([]), 1000)]
-    every, usual = tuple(dict.fromkeys(chain.from_iterable(sample))), ("system", "tools")
+    every, usual = tuple(dict.fromkeys(chain.from_iterable(sample))), ("system", "tools", "history")
     columns, copied = columns_for_roles(block, every), (block.group, block.time, recipe.evaluate.slice_by)
     wanted = {role: USUAL_NAMES.get(role, (role,)) for role in (*usual, "prompt", "chosen", "rejected")}
     named = {role: find_column(role, getattr(block, role, None), columns, files.where, wanted[role]) for role in wanted}
@@ -44,9 +43,13 @@ def convert_row(row: Row, roles: Mapping[str, str]) -> dict[str, Any]:
     if reason := why_unreadable(row, roles):
         raise DataError(reason)
     turns = {role: _read_turns(row, roles, role) for role in roles if role in _SPEAKERS}
+    if "prompt" in turns:
+        turns["prompt"][:0] = _read_history(row, roles)
     parts = _split_preference(**turns) if "chosen" in turns else {"messages": [*chain(*turns.values())]}
     start, system = next(iter(parts.values())), as_text(row.get(roles.get("system", "")))
     if system.strip() and start[:1] != (opening := [{"role": "system", "content": system}]):
+        if any(message["role"] == "system" for message in start):
+            raise DataError(f"column '{roles['system']}' and the messages hold different system messages")
         start[:0] = opening
     for whole in [start + parts[name] for name in ("chosen", "rejected") if name in parts] or [start]:
         if refused := causal_lm.why_unusable({"messages": whole}, Target("chat", {"messages": "messages"})):
@@ -76,6 +79,18 @@ def _read_turns(row: Row, roles: Mapping[str, str], role: str) -> Messages:
             raise DataError(f"found {str(message)[:60]}, expected text with a role of {', '.join(_KNOWN)}")
         turns += clean_messages([{**spelled, "role": speaker}])
     return [{"role": turn["role"], **turn} for turn in turns]
+
+
+def _read_history(row: Row, roles: Mapping[str, str]) -> Messages:
+    """Return the turns before an Alpaca row's instruction: pairs of a question and its answer."""
+    cell, turns = parse_cell(row.get(roles.get("history", ""))) or (), Messages()
+    for pair in cell if isinstance(cell, (list, tuple)) else [cell]:
+        match pair:
+            case [str(question), str(answer)]:
+                turns += {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+            case _:
+                raise DataError(f"'{roles['history']}' holds {str(pair)[:60]}, expected pairs of question and answer")
+    return turns
 
 
 def _split_preference(chosen: Messages, rejected: Messages, prompt: Sequence[Any] = ()) -> dict[str, Messages]:

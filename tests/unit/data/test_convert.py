@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fulltune.data.patch import save_patch
+from fulltune.inference.store import row_id
+from fulltune.records.audit import Remedy, RowDecision
 from fulltune.tasks.chat import clean_messages
 from tests.contract.command import fulltune
 
@@ -43,6 +47,8 @@ def _convert(*rows: dict[str, Any], settings: str | None = None, code: int = 0) 
         ({"instruction": "Q?", "input": "", "output": "A", "text": "all of it"}, [Q, A]),
         ({"instruction": "Q?", "input": "1", "output": "[1]"}, [Q | {"content": "Q?\n\n1"}, A | {"content": "[1]"}]),
         ({"prompt": [S, Q], "completion": [A]}, [S, Q, A]),
+        ({"instruction": "Q?", "output": "A", "history": [["Q?", "B"], ["Q?", "A"]]}, [Q, B, Q, A, Q, A]),
+        ({"instruction": "Q?", "output": "A", "history": [], "system": "Be kind"}, [S, Q, A]),
     ],
 )
 def test_conversations_and_pairs_become_messages(row: dict[str, Any], messages: list[Any]) -> None:
@@ -79,7 +85,7 @@ def test_three_rows_are_shown_masked_and_refused_rows_are_listed() -> None:
     assert written == good
     assert "gmail" not in told
     assert [told.count(f"+ rows.jsonl:{n} messages") for n in (1, 2, 3, 4)] == [2, 2, 2, 0]
-    assert [f"rows.jsonl:{5 + n}: " in told for n in range(len(bad))] == [True] * len(bad)
+    assert [f"rows.jsonl:{5 + n}: " in told for n in range(len(bad))] == [True] * 5 + [False]
     assert "4 rows written, 6 refused" in told
     assert max(len(line) for line in told.splitlines() if line.startswith(("+", "-"))) <= 80
 
@@ -92,11 +98,33 @@ def test_three_rows_are_shown_masked_and_refused_rows_are_listed() -> None:
         {"prompt": "other", "chosen": [Q, A], "rejected": [Q, B]},
         {"chosen": "Q? A", "rejected": "Q? B"},
         {"instruction": "Q?", "input": ["1"], "output": "A"},
+        {"instruction": "Q?", "output": "A", "history": [{"user": "Q?", "assistant": "B"}]},
+        {"instruction": "Q?", "output": "A", "history": 5},
+        {"instruction": "Q?", "output": "A", "history": ["QA"]},
+        {"messages": [S, Q, A], "system": "Be rude"},
+        {"messages": [Q, A, S, Q, A], "system": "Be rude"},
     ],
 )
 def test_nothing_is_written_if_no_row_can_be_converted(row: dict[str, Any]) -> None:
     _convert(row, code=4)
     assert [*Path.cwd().glob("out*")] == []
+
+
+def test_rows_are_sampled_patched_and_preprocessed_as_for_training() -> None:
+    rows = [{"prompt": "Q?", "completion": text} for text in ("A", "A", "B")]
+    Path("convert_own.py").write_text("def doubled(row):\n    return row | {'completion': 2 * row['completion']}\n")
+    decision = RowDecision(row=row_id(rows[0]), remedy=Remedy(action="drop"))
+    save_patch(Path("patch.jsonl"), [decision])
+    settings = ", preprocess: 'convert_own:doubled', patch: patch.jsonl"
+    assert [row["messages"][1]["content"] for row in _convert(*rows, settings=settings)[0]] == ["AA", "BB"]
+    Path("out.jsonl").unlink()
+    assert len(_convert(*rows * 9, settings=", max_rows: 10")[0]) == 10
+
+
+def test_packed_file_is_converted() -> None:
+    Path("rows.jsonl.gz").write_bytes(gzip.compress(json.dumps({"messages": [Q, A]}).encode()))
+    result = fulltune("data", "rows.jsonl.gz", "--convert", "out.jsonl")
+    assert (result.code, Path("out.jsonl").read_text().count("\n")) == (0, 1), result.err
 
 
 def test_existing_file_is_kept_and_other_options_are_refused() -> None:
