@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -107,6 +110,25 @@ def test_held_out_file_with_a_header_beside_train_without_one_is_not_used(tmp_pa
     _written(tmp_path / "test.tsv", "index\tsentence\n0\ta film that is long\n1\ta film of some length\n")
     _, files = write_recipe(data, recipe, None, False)
     assert files[2] == ("test.tsv: has a header line, or its columns differ from the train file's",)
+
+
+def test_packed_files_and_databases_keep_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [(f"review {number}", "bad" if number % 2 else "good") for number in range(40)]
+    Path("a.csv.gz").write_bytes(gzip.compress(("text,label\n" + "\n".join(map(",".join, rows))).encode()))
+    with closing(sqlite3.connect("a.db")) as database, database:
+        database.execute("CREATE TABLE t (text TEXT, label TEXT)")
+        database.executemany("INSERT INTO t VALUES (?, ?)", rows)
+    Path("sub").mkdir()
+    for data, written in {
+        "a.csv.gz": str(tmp_path / "a.csv.gz"),
+        "sqlite:///a.db?table=t": f"sqlite:///{tmp_path}/a.db?table=t",
+    }.items():
+        inferred, _ = write_recipe(data, Path("sub/r.yaml"), None, True)
+        assert (inferred.num_rows, inferred.task) == (40, "text-classification")
+        assert load_recipe(Path("sub/r.yaml")).data.train == (written,)
+    write_recipe("a.csv.gz", Path("r.yaml"), None, True)
+    assert "train: a.csv.gz\n" in Path("r.yaml").read_text()
 
 
 def test_columns_of_a_table_without_header_can_be_named(tmp_path: Path) -> None:

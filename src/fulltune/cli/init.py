@@ -27,7 +27,7 @@ from fulltune.data.remote.hub import find_splits
 from fulltune.data.sources import SourceRows, find_target_and_count_rows, list_unused_columns
 from fulltune.errors import DataError, SetupError
 from fulltune.files import write_text
-from fulltune.recipe.address import HUB, HUB_NAME, address_problem, expand_short_form, is_address, scheme_of
+from fulltune.recipe.address import HUB, HUB_NAME, address_problem, expand_short_form, is_address, is_fetched, scheme_of
 from fulltune.recipe.data import UTF_8, DataBlock, codec_for_encoding
 from fulltune.recipe.tasks import FACTS, READ_BY, TaskName
 from fulltune.records.data import SplitName
@@ -165,15 +165,17 @@ def _column_mismatch(file: Path, inferred: Inferred, encoding: str) -> str | Non
 
 
 def _find_remote_splits(data: str) -> tuple[dict[SplitName, str | Mapping[str, str]], tuple[str, ...]]:
-    """Return what to write for each split of an address, and what is not used, or ({}, ()) for a local path."""
+    """Return what to write for each split of an address or packed file, and what is not used, or ({}, ())."""
     path = Path(data)
     is_name = re.fullmatch(HUB_NAME, data) and "/" in data and path.suffix not in SUFFIXES and not path.parent.exists()
+    data = re.sub(r"(?i)^(sqlite[^:/]*:///)([^?]+)", lambda at: f"{at[1]}{Path(at[2]).absolute()}", data)
     address = f"{HUB}://datasets/{data}" if is_name else data
     if problem := is_address(address) and address_problem(address):
         raise SetupError(problem)
-    return (
-        find_splits(address) if scheme_of(address) == HUB else ({"train": address} if is_address(address) else {}, ())
-    )
+    if scheme_of(address) == HUB:
+        return find_splits(address)
+    place = address if is_address(address) else str(path.resolve())
+    return ({"train": place} if is_fetched(place) else {}), ()
 
 
 # ---- what they hold --------------------------------------------------------------------------------------------
@@ -366,9 +368,11 @@ def _target_in_words(target: Target) -> str:
 
 def _yaml_source(file: Path | str | Mapping[str, str], recipe_file: Path) -> str:
     """Return a file or address as YAML, relative if it lies in the recipe's folder, so that both can move together."""
-    if not isinstance(file, Path):
-        return _yaml_scalar(file) if isinstance(file, str) else to_yaml({one: _yaml_scalar(file[one]) for one in file})
-    whole, folder = file.resolve(), recipe_file.parent.resolve()
+    if isinstance(file, Mapping):
+        return to_yaml({name: _yaml_scalar(text) for name, text in file.items()})
+    if isinstance(file, str) and is_address(file):
+        return _yaml_scalar(file)
+    whole, folder = Path(file).resolve(), recipe_file.parent.resolve()
     is_beside = whole.is_relative_to(folder) and not whole.relative_to(folder).as_posix().startswith(("~", "package:"))
     return _yaml_scalar(str(whole.relative_to(folder) if is_beside else whole))
 
