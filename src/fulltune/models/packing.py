@@ -72,20 +72,16 @@ def why_not_packable(config: PretrainedConfig, attn_implementation: str | None =
         try:
             model = transformers.AutoModelForCausalLM.from_config(small, dtype=torch.float32, **keywords)
         except _FAILURES as error:
-            return f"a small copy of the '{config.model_type}' model cannot be created ({_told(error)})"
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            return f"a small copy of the '{config.model_type}' model cannot be created ({why})"
     model.config.get_text_config().use_cache = False
     blocks = rows_for_check(model, joined=True)
     batch = {name: torch.from_numpy(np.stack([block[name] for block in blocks])).long() for name in blocks[0]}
     return find_packing_leak(model, batch)
 
 
-def _told(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
 def rows_for_check(model: PreTrainedModel, *, joined: bool) -> list[dict[str, np.ndarray]]:
-    """Return tokenised rows, or two blocks of rows if `joined`, of which a collator makes `find_packing_leak`'s
-    batch."""
+    """Return tokenised rows, or two blocks of them if `joined`, as a collator takes them for `find_packing_leak`."""
     vocabulary = min(model.config.get_text_config().vocab_size, _VOCABULARY)
     ids = np.arange(3, 3 + sum(_TEXTS)) % vocabulary
     rows = [{"input_ids": text, "labels": text} for text in np.split(ids, np.cumsum(_TEXTS[:-1]))]
@@ -111,7 +107,7 @@ def find_packing_leak(model: PreTrainedModel, batch: Mapping[str, Any]) -> str |
                     rounding, difference = max(rounding, apart * (not text.start)), max(difference, apart)
                     largest = max(largest, float(alone.abs().max()))
     except _FAILURES as error:
-        return f"{named} fails with position ids ({_told(error)})"
+        return f"{named} fails with position ids ({' '.join(f'{type(error).__name__}: {error}'.split())})"
     if difference > _ROUNDINGS * rounding + max(_LEAST, torch.finfo(model.dtype).eps) * largest:
         return f"{named} does not keep packed texts separate (its logits differ by {difference:.2g})"
     return None

@@ -53,12 +53,8 @@ class GpuModel:
         return 60.0 if "desktop" in self.flags else 200.0
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 GPUS = tuple(
-    GpuModel(*map(_as_tuple, row))
+    GpuModel(*(tuple(value) if isinstance(value, list) else value for value in row))
     for row in tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))["gpus"]
 )
 

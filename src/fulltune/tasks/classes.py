@@ -261,8 +261,7 @@ def label_metrics(
 
 
 def _number_metrics(true: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    """Compute the metrics of scikit-learn and scipy for float64 arrays, or NaN if a prediction is not finite. An
-    undefined rank correlation is 0."""
+    """Compute scikit-learn's and scipy's metrics: NaN if a prediction is not finite, 0 without a rank correlation."""
     from scipy import stats
     from sklearn.metrics import r2_score
 

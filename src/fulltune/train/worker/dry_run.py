@@ -83,8 +83,7 @@ def dry_run(
 
 
 def worst_micro_batch(rows: Sequence[Row], plan: Plan) -> list[int]:
-    """Return the longest rows; if they are packed, one is shorter, as only unequal rows get a mask, which costs
-    memory."""
+    """Return the longest rows; with packing one is shorter, as only unequal rows get a mask, which costs memory."""
     order, lengths = positions_by_length(rows), row_lengths(rows)
     *first, last = order[: plan.micro_batch_size]
     shorter = (row for row in order[len(first) :] if lengths[row] < lengths[order[0]])
