@@ -71,20 +71,15 @@ def parse_condition(text: str) -> Condition:
                 return (type(op).__name__, *map(tree_of, parts))
             case ast.UnaryOp(ast.Not(), part):
                 return ("Not", tree_of(part))
-            case ast.Compare(left, [sign], [right]):
+            case ast.Compare(ast.Name() as left, [sign], [right]):
                 name = type(sign).__name__
-                kind = name.replace("Not", "")
-                if isinstance(right, ast.Name):
-                    left, right, kind = right, left, kind.translate(str.maketrans("LG", "GL"))
-                cells = [right] if kind != "In" else getattr(right, "elts", None)
-                if not isinstance(left, ast.Name) or not cells:
-                    raise unfit(right if isinstance(left, ast.Name) else left)
+                cells = getattr(right, "elts", ()) if "In" in name else [right]
                 columns[column := plain[left.col_offset : left.end_col_offset].strip("`")] = None
-                leaves = [leaf(kind.replace("In", "Eq"), column, cell) for cell in cells]
+                leaves = [leaf(name.replace("Not", "").replace("In", "Eq"), column, cell) for cell in cells]
+                if not leaves:
+                    raise unfit(right)
                 tree = ("Or", *leaves) if leaves[1:] else leaves[0]
                 return ("Not", tree) if "Not" in name else tree
-            case ast.Compare(left, [sign, *signs], [middle, *rest]):
-                return ("And", tree_of(ast.Compare(left, [sign], [middle])), tree_of(ast.Compare(middle, signs, rest)))
         raise unfit(node)
 
     try:
