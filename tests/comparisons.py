@@ -215,8 +215,6 @@ def _difference(method: Method, full: Method, sign: int) -> Difference:
             "cheaper": True,
             "num_seeds": method.seeds,
             "estimate": apart,
-            "low": apart - 0.005,
-            "high": apart + 0.005,
             "adjusted_low": apart - 0.0061,
             "adjusted_high": apart + 0.0061,
             "equivalent": abs(apart) < 0.004,

@@ -72,12 +72,8 @@ class RowReader:
 
     def items(self, split: SplitName) -> tuple[Items, np.ndarray]:
         """Return a split's (or a sample's) features and labels, and the rows' positions. Raises `NoProbe`."""
-        if split not in self._read:
-            self._read[split] = self._read_items(split)
-        return self._read[split]
-
-    def _read_items(self, split: SplitName) -> tuple[Items, np.ndarray]:
-        """Read the rows for `items`, which caches the result."""
+        if split in self._read:
+            return self._read[split]
         try:
             rows = with_decoded_images(Rows(self.folder / split), self.base.processor)
             config = self.extractor.model.config.get_text_config()
@@ -91,7 +87,8 @@ class RowReader:
         if features.mean is None:
             raise NoProbe("this model returns fewer hidden states than tokens")
         positions = np.array(sample.positions if isinstance(sample, RowSubset) else range(len(rows)))
-        return self.extractor.items(features.mean, features), positions
+        self._read[split] = self.extractor.items(features.mean, features), positions
+        return self._read[split]
 
 
 # ---- labels that are probably wrong --------------------------------------------------------------------------------

@@ -49,9 +49,9 @@ class AuditedRows:
     folder: Path
     task: Task
     target: Target
-    own_files: frozenset[str]
-    packed: Recipe | None
-    """Recipe with which packed rows are reread from their files, or None without packing."""
+    recipe: Recipe
+    packed: bool
+    """Whether the train rows are packed, and thus reread from their files."""
 
     @property
     def has_texts(self) -> bool:
@@ -59,8 +59,8 @@ class AuditedRows:
 
     def read(self, split: SplitName) -> Iterator[Row]:
         """Yield each row of a split once."""
-        if self.packed is not None and split == "train":
-            yield from self._reread_packed_rows(self.packed)
+        if self.packed and split == "train":
+            yield from self._reread_packed_rows()
             return
         for _, examples in groupby(read_original_rows(self.folder / split), key=itemgetter(PLACE)):
             yield next(examples)
@@ -69,12 +69,12 @@ class AuditedRows:
         for split in SPLITS:
             yield from ((split, row) for row in self.read(split))
 
-    def _reread_packed_rows(self, recipe: Recipe) -> Iterator[Row]:
+    def _reread_packed_rows(self) -> Iterator[Row]:
         """Read train rows from their files, because packing loses their columns."""
-        block, files = recipe.data, find_source_files(recipe, load_sources(self.folder.parent))["train"]
+        block, files = self.recipe.data, find_source_files(self.recipe, load_sources(self.folder.parent))["train"]
         patched = PatchedRows(load_patch(Path(block.patch)), "train") if block.patch else None
         held_out = {row[PLACE] for split in ("eval", "test") if not getattr(block, split) for row in self.read(split)}
-        for place, row in read_source_rows(recipe, files, None, patched).rows(None):
+        for place, row in read_source_rows(self.recipe, files, None, patched).rows(None):
             if place not in held_out and self.task.why_unusable(row, self.target) is None:
                 yield {**row, PLACE: place}
 
@@ -85,7 +85,7 @@ class AuditedRows:
 
     def source_of(self, split: SplitName) -> str:
         """Return the split whose data file holds a split's rows."""
-        return split if split in self.own_files else "train"
+        return split if getattr(self.recipe.data, split) else "train"
 
     def issue(
         self, check: str, item: tuple[SplitName, Row], reason: str, remedy: Remedy | None = None, score: float = 0.0

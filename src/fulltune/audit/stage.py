@@ -18,7 +18,6 @@ from fulltune.audit.rows import (
     DUPLICATE,
     LEAK,
     NEAR_LEAK,
-    SPLITS,
     AuditedRows,
     RowScan,
     find_foreign_language_rows,
@@ -60,8 +59,7 @@ def audit_rows(reader: RowReader, uses_model: bool) -> Audit:
     if (earlier := _load_complete_audit(folder, summary, wanted)) is not None:
         return earlier
     start = time.monotonic()
-    own = frozenset(split for split in SPLITS if getattr(recipe.data, split))
-    rows = AuditedRows(folder, task_named(recipe.task), Target.of(summary), own, recipe if summary.packed else None)
+    rows = AuditedRows(folder, task_named(recipe.task), Target.of(summary), recipe, summary.packed)
     scan = scan_rows(rows, sum(split.rows for split in summary.splits.values()), reader.listener)
     issues = [*scan.issues, *find_repeated_rows(rows, scan), *find_misspelt_classes(rows, scan)]
     issues += find_foreign_language_rows(rows, scan)
@@ -209,8 +207,7 @@ def write_losses(
     losses_of_split: Mapping[SplitName, tuple[np.ndarray, Sequence[str | None]]],
 ) -> Audit:
     """Write `losses.jsonl` from loss sums and items [examples, 2] and answers; add the highest to the audit."""
-    own = frozenset(split for split in SPLITS if getattr(recipe.data, split))
-    rows = AuditedRows(folder, task_named(recipe.task), Target.of(summary), own, packed=None)
+    rows = AuditedRows(folder, task_named(recipe.task), Target.of(summary), recipe, packed=False)
     decided = load_patch(Path(recipe.data.patch)) if recipe.data.patch else {}
     issues = [issue for issue in load_issues(folder) if issue.check != HIGH_LOSS]
     of_split = {split: _row_losses(folder / split, *of_examples) for split, of_examples in losses_of_split.items()}

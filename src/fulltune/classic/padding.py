@@ -22,17 +22,13 @@ class PaddingCollator:
     classifies by the last token that is not padding."""
 
     def __init__(self, pad: int) -> None:
-        self._pad, self._has_warned = pad, False
+        self._pad = pad
 
     def __call__(self, features: Sequence[object]) -> dict[str, torch.Tensor]:
         """Pad rows of different lengths, and return a batch of tensors."""
         rows = [dict(row if isinstance(row, Mapping) else vars(row)) for row in features]
         if _have_unequal_lengths(rows, "input_ids"):
-            if not self._has_warned:
-                issue_notice(
-                    f"no tokenizer or collator pads rows to one length, so token {self._pad} is used to pad them"
-                )
-            self._has_warned = True
+            issue_notice(f"no tokenizer or collator pads rows to one length, so token {self._pad} is used to pad them")
             rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows]
         fills = {"input_ids": self._pad, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
         for name in [name for name in fills if _have_unequal_lengths(rows, name)]:

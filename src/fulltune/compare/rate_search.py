@@ -122,15 +122,7 @@ def _forecast_search(context: Context) -> Expectation:
         f"rate search: {counted(cost.num_rates, 'short trial')} of {share:.0%} of the steps, then {_RUNS}; about "
         f"{format_seconds(round(seconds))}" + (f" (budget: {typed_seconds(limit)})" if limit else "")
     )
-    return Expectation(
-        methods=(method,),
-        num_seeds=1,
-        most_seeds=1,
-        num_search_trials=cost.num_rates,
-        seconds=seconds,
-        search_share=share,
-        budget_seconds=limit,
-    )
+    return Expectation(methods=(method,), num_seeds=1, most_seeds=1, search_share=share)
 
 
 def _with_searched_rate(recipe: Recipe, searched: Searched) -> Recipe:

@@ -108,7 +108,6 @@ def _test_difference(
     margin, alpha, span = terms.margin, terms.alpha * method.alpha_share, terms.measure.span
     bounds = None if span is None else (-span, span)
     (adjusted_p, level), (equivalence_p, equal_level) = ((p, of_test * method.alpha_share) for p, of_test in p_values)
-    low, high = _clip(difference.interval(1 - terms.confidence), bounds)
     adjusted_low, adjusted_high = _clip(difference.interval(level), bounds)
     is_tested = difference.seeds_known
     certain = is_tested and adjusted_p <= alpha
@@ -120,8 +119,6 @@ def _test_difference(
         cheaper=method.cost < full.cost,
         num_seeds=len(method.trials),
         estimate=difference.estimate,
-        low=low,
-        high=high,
         adjusted_low=adjusted_low,
         adjusted_high=adjusted_high,
         equivalent=is_tested and equivalence_p <= alpha,

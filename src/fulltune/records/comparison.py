@@ -140,9 +140,6 @@ class Difference(Record):
     cheaper: bool
     num_seeds: int
     estimate: float
-    low: float
-    high: float
-    """Upper end of the interval for this difference alone, at `Decision.confidence`."""
     adjusted_low: float
     adjusted_high: float
     """Upper end of the interval, adjusted for comparing several methods (Holm) and for earlier looks."""

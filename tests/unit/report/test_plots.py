@@ -123,6 +123,6 @@ def test_cost_picture_is_a_png_of_all_plots(tmp_path: Path, number: int) -> None
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_any_number_of_series_has_a_look_each(count: int) -> None:
     series = [PointSeries(f"kind {place}", ((1.0, 0.5), (2.0, math.nan)), filled=place == 1) for place in range(count)]
-    drawn = plots.draw_points("by rate", series, "accuracy", plots.LEARNING_RATE, 1.0, "dashed: chosen").svg
+    drawn = plots.draw_points("by rate", series, "accuracy", "drift", 1.0, "dashed: chosen").svg
     named = {text.text for text in texts(drawn)}
     assert {one.name for one in series} <= named

@@ -121,7 +121,7 @@ def test_reports_classification_run_has_every_part(classification: Path) -> None
             "nearest centroid (frozen)", "92.1% [90.5%, 93.7%]", "saved: step 200 with 90.7%", "Worst mistakes", "7.12",
             "1.31", "0.0412", "0.0123", "split off from train.csv", "also in test", "2 texts occur with two labels",
             ">99.9%", "embeddings.position_embeddings.weight", "loss at step 0 is near chance", "gradient norm 31.2",
-            "86.6 MiB", "the processor is fast at bf16", "transformers 5.24.0", "2 min 1 s",
+            "the processor is fast at bf16", "transformers 5.24.0", "2 min 1 s",
             'fulltune predict banking-1 "a text"', 'from_pretrained("banking-1/models/full")',
             "AutoModelForSequenceClassification",
         ):  # fmt: skip

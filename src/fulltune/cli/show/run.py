@@ -30,7 +30,7 @@ from fulltune.records.scores import Answer
 from fulltune.report.comparison.content import build_expectation_section
 from fulltune.report.format import pages
 from fulltune.report.format.words import MetricFormatter, one_line, text_or_empty
-from fulltune.report.run.about_data import build_data_terminal_report, describe_mixed_sources
+from fulltune.report.run.about_data import build_data_terminal_report
 from fulltune.report.run.about_forgetting import describe_budget_result
 from fulltune.report.run.about_training import build_check_table
 from fulltune.text import first_few, format_bytes, format_metric, format_seconds
@@ -54,7 +54,6 @@ class Display:
         self.task = self.progress.add_task("starting", total=None, facts="")
         self.metric, self.last_metric, self.last_line = "", "", 0.0
         self.rows_of, self.rows_began = "", 0.0
-        self.summary: DataSummary | None = None
         self.sample: Answer | None = None
 
     def __enter__(self) -> Display:
@@ -151,7 +150,6 @@ class Display:
             self.sample = None
 
     def _show_data(self, summary: DataSummary, is_reused: bool) -> None:
-        self.summary = summary
         if self.details and is_reused:
             rows = ", ".join(f"{split.rows:,} {name}" for name, split in summary.splits.items())
             self.console.print(f"[dim]rows unchanged: {rows}[/dim]")
@@ -169,8 +167,6 @@ class Display:
             )
             if plan.busy:
                 self.console.print(f"[yellow]{escape(plan.busy)}[/yellow]")
-            for line in describe_mixed_sources(self.summary, plan.num_train_epochs) if self.summary else ():
-                self.console.print(f"mixed in: {escape(line)}")
 
     def _show_forecast(self, event: Forecast) -> None:
         memory = f" and about {format_bytes(event.peak_memory_bytes)} of memory" if event.peak_memory_bytes else ""

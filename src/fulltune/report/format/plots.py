@@ -36,7 +36,6 @@ _MOST_DOTS = 20
 _DECADES_FOR_LOG = 2.0
 _LONGEST_NAME = 22
 _PICTURE_DPI = 160
-LEARNING_RATE = "learning rate"
 _LIMIT: dict[str, Any] = {"color": AMBER, "linewidth": 1.25, "dashes": (4, 3)}
 
 
@@ -225,11 +224,6 @@ def draw_points(
                 axes.plot(*zip(*finite_points, strict=True), marker=marker, linewidth=0, label=each.name, **look)
         axes.axvline(marked_x, **_LIMIT)
         axes.set_xlabel(x_label)
-        if x_label == LEARNING_RATE:
-            rates = sorted({rate for each in series for rate, _ in each.points})
-            axes.set_xscale("log")
-            axes.set_xticks(rates, [f"{rate:.1g}" for rate in rates])
-            axes.set_xticks([], minor=True)
         _style_axes(axes, metric, "y")
         _add_legend_below(figure, axes)
         return _to_svg_figure(figure, title, description)

@@ -158,8 +158,6 @@ def training_facts(view: RunView, outcome: Outcome) -> list[NameAndValue]:
     if changes:
         values = f"{changes.num_values_changed:,} of {changes.num_values_with_gradient:,} that received a gradient"
         facts.append(("parameter values changed", f"{format_share(changes.share)} ({values})"))
-        tensors = f"{changes.num_tensors_changed:,} of {changes.num_tensors_with_gradient:,}"
-        facts.append(("parameter tensors changed", tensors))
     return facts
 
 
@@ -226,29 +224,11 @@ _TIME = "training time (with evaluations and checkpoints)"
 
 
 def build_resources_section(view: RunView) -> Section | None:
-    """Build the section that compares plan and measurements, or None without a plan."""
-    if view.plan is None:
+    """Build the section that compares the last attempt's memory, time and disk with the plan, or None if either is
+    missing."""
+    plan, outcome = view.plan, view.outcome
+    if plan is None or outcome is None:
         return None
-    return unless_empty(
-        "Plan and actual", [*_build_planned_memory_blocks(view.plan), *_compare_with_plan(view, view.plan)]
-    )
-
-
-def _build_planned_memory_blocks(plan: Plan) -> list[Element]:
-    need, sent = plan.memory, words.describe_traffic(plan)
-    if need is None:
-        return []
-    row: TableRow = tuple(format_bytes(size) for size in (*need.kinds.values(), need.phases["step"]))
-    caption = f"Planned memory at the peak of a step with micro batch size {plan.micro_batch_size}"
-    table = Table(caption, (*need.kinds, "total"), (row,), frozenset(range(len(row))))
-    return [table, Paragraph(f"{sent[0].upper()}{sent[1:]}. This traffic is computed.")] if sent else [table]
-
-
-def _compare_with_plan(view: RunView, plan: Plan) -> list[Element]:
-    """Compare the last attempt's memory, time and disk with the plan. Return an empty list without an outcome."""
-    outcome = view.outcome
-    if outcome is None:
-        return []
     attempt, rows = view.attempts[-1], list[TableRow]()
     phases = {event.name: event.seconds for event in attempt.events if isinstance(event, PhaseBegan)}
     time = None if any(entry.event == "resume" for entry in attempt.journal) else plan.time
@@ -270,7 +250,7 @@ def _compare_with_plan(view: RunView, plan: Plan) -> list[Element]:
     if outcome.status != "done" or outcome.steps != plan.total_steps:
         done = f"{outcome.steps:,} of {plan.total_steps:,} steps"
         blocks.append(Paragraph(f"The attempt ended after {done}; planned times are for all steps."))
-    return blocks
+    return Section("plan-and-actual", "Plan and actual", tuple(blocks))
 
 
 def _build_plan_error_row(

@@ -10,7 +10,6 @@ from fulltune.report.format.blocks import (
     Bullets,
     Code,
     Element,
-    Figures,
     Folded,
     Headline,
     NameAndValue,
@@ -21,7 +20,6 @@ from fulltune.report.format.blocks import (
     TableRow,
     unless_empty,
 )
-from fulltune.report.format.plots import LEARNING_RATE, PointSeries, draw_points
 from fulltune.report.run import about_answers, about_data, about_forgetting, about_scores, about_training
 from fulltune.report.run.about_data import choose_row_form
 from fulltune.report.run.model_card import build_loading_blocks
@@ -145,10 +143,10 @@ def build_search_section(view: RunView) -> Section | None:
     late = " The budget ended the search early: 'fulltune run' with a larger --budget and --fresh tries more rates."
     took = f"The search took {format_seconds(searched.seconds)}, {times:.1f} times as long as the chosen run,"
     cost = f"{took} and used {searched.eval_rows:,} eval rows.{late if rate.time_was_up else ''}"
-    return Section("search", "Search", (Paragraph(choice), *_build_rate_plot_and_table(searched), Paragraph(cost)))
+    return Section("search", "Search", (Paragraph(choice), _build_rate_table(searched), Paragraph(cost)))
 
 
-def _build_rate_plot_and_table(searched: Searched) -> list[Element]:
+def _build_rate_table(searched: Searched) -> Table:
     name, search = words.metric_name(searched.metric_name), searched.rate
     short, whole = search.tried, search.whole
 
@@ -167,10 +165,4 @@ def _build_rate_plot_and_table(searched: Searched) -> list[Element]:
         for rate in sorted({*short, *whole})
     )
     header = ("learning rate", f"short run ({search.share:.0%} of the steps)", "whole run", "")
-    table = Table(f"Scores ({name}) on the eval rows by learning rate", header, rows, frozenset({0, 1, 2}))
-    series = [
-        PointSeries("short runs", tuple(short.items())),
-        PointSeries("whole runs", tuple(whole.items()), filled=True),
-    ]
-    title, caption = f"{name} on the eval rows by learning rate", "see the table; the dashed line is the chosen rate."
-    return [Figures((draw_points(title, series, searched.metric_name, LEARNING_RATE, search.chosen, caption),)), table]
+    return Table(f"Scores ({name}) on the eval rows by learning rate", header, rows, frozenset({0, 1, 2}))
