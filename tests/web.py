@@ -23,7 +23,7 @@ class Fault:
     cut: int | None = None
     """Closes the connection after so many bytes."""
     then: Callable[[], Any] = lambda: None
-    """Is called after the answer."""
+    """Is called before the content is sent."""
 
 
 @dataclass
@@ -69,11 +69,11 @@ def serve() -> Iterator[Site]:
                     self.send_header(name, value)
             self.end_headers()
             content = whole[start:stop][: fault.cut]
+            fault.then()
             for at in range(0, len(content), 2**14):
                 self.wfile.write(content[at : at + 2**14])
                 if site.pause:  # tests replace `sleep`
                     time.sleep(site.pause)
-            fault.then()
 
         def do_HEAD(self) -> None:
             self.send_error(site.always.status if site.always else 405)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
@@ -21,7 +22,7 @@ PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 """Suffixes of files that are unpacked."""
 HUB_NAME = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
 _SETTINGS = ("config", "split", "columns", "where")
-_SECRET = re.compile(r"token|signature|secret|password|passwd|credential|api.?key|^sig$|^key$", re.IGNORECASE)
+_SECRET = re.compile(r"token|signature|secret|passw|pwd|credential|(api|access).?key|^sig$|^key$|^auth$", re.IGNORECASE)
 _READABLE = "[]()<>:,=!/'\"` "
 """Characters that need no escape in an address's settings."""
 _SCHEMES = "hf, s3, gs, abfs, https, sqlite, postgresql, mysql"
@@ -82,7 +83,7 @@ def is_address(path: str) -> bool:
 
 def is_fetched(path: str) -> bool:
     """Return whether the rows are read from a local copy: of an address, or of a packed file's contents."""
-    return is_address(path) or path.lower().endswith(PACKED)
+    return is_address(path) or (path.lower().endswith(PACKED) and not Path(path).is_dir())
 
 
 def hub_settings(address: str) -> dict[str, str]:
@@ -101,10 +102,14 @@ def hub_place(address: str) -> tuple[str, str | None, str]:
 
 def address_problem(address: str) -> str | None:
     """Return why data cannot be read from an address, without its secrets, or None."""
-    scheme, url = scheme_of(address), urlsplit(address)
-    if scheme not in (HUB, *WEB, *BUCKETS, *DATABASES):
-        return f"unknown kind of address '{scheme}://'; expected one of {_SCHEMES}, or a path"
-    secrets = [f"'{name}='" for name, _ in parse_qsl(url.query) if scheme != HUB and _SECRET.search(name)]
+    scheme, kind = scheme_of(address), address.partition("://")[0].lower()
+    if kind not in (HUB, *WEB, *BUCKETS) and scheme not in DATABASES:
+        return f"unknown kind of address '{kind}://'; expected one of {_SCHEMES}, or a path"
+    try:
+        url = urlsplit(address)
+    except ValueError:
+        return f"the host of the {kind}:// address is not valid; expected {kind}://HOST/FILE: correct it"
+    secrets = [f"'{name}='" for name, text in parse_qsl(url.query) if _SECRET.search(text if "odbc" in name else name)]
     if "@" in url.netloc and scheme not in BUCKETS[2:] and (":" in url.netloc.partition("@")[0] or scheme in WEB):
         secrets.append("a user name or password")
     if secrets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import socket
@@ -13,7 +14,7 @@ from unittest import mock
 
 import pyarrow as pa
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from pyarrow import parquet
 
 from fulltune.data.remote.fetch import fetch, fetch_sources
@@ -65,6 +66,11 @@ SPLITS = {
         {"a/train/x.jsonl.gz": "", "a/test/x.jsonl.gz": ""},
         {"train": ["a/train/x.jsonl.gz"], "test": ["a/test/x.jsonl.gz"]},
     ),
+    "packed files": (
+        {"train-0-of-1.csv.zst": "", "test.csv.XZ": "", ".train.csv": "", "._a/train.csv": ""},
+        {"train": ["train-0-of-1.csv.zst"], "test": ["test.csv.XZ"]},
+    ),
+    "archives": ({"train.zip": "", "test.zip": "", "LICENSE": ""}, {"train": ["train.zip"], "test": ["test.zip"]}),
     "no split words": ({"b.csv": "", "a.csv": "", "a.json": ""}, {"train": ["a.csv", "b.csv"]}),
     "one pattern": (
         {"a.csv": "", "b.csv": "", "c/a.csv": "", "README.md": readme({"configs": [{"data_files": "*.csv"}]})},
@@ -250,6 +256,37 @@ def test_copies_are_made_once_and_found_again_offline(
     with OFFLINE:
         assert fetch("hf://datasets/o/d", said.append) == again
     assert capsys.readouterr().err == ""
+
+
+def test_packed_files_never_replace_others(hub: Hub) -> None:
+    with zipfile.ZipFile(stream := io.BytesIO(), "w") as archive:
+        archive.writestr("x.jsonl", jsonl(2))
+    zipped, plain = stream.getvalue(), jsonl(3)
+    files: dict[str, bytes | str]
+    files = {"a/x.jsonl": plain, "a/x.jsonl.gz": gzip.compress(jsonl(4).encode()), "a.zip": zipped, "b/a.zip": zipped}
+    hub.push("o/d", files)
+    rows = sorted(Path(file).read_text().count("\n") for file in fetch("hf://datasets/o/d/**", print).files)
+    assert rows == [2, 2, 3, 4]
+    commit = hub.refs["o/d"]["refs/heads/main"]
+    assert Path(hf_hub_download("o/d", "a/x.jsonl", repo_type="dataset", revision=commit)).read_text() == plain
+
+
+def test_all_files_of_a_run_are_of_one_commit(hub: Hub, tmp_path: Path) -> None:
+    old = hub.push("o/d", {"train.jsonl": jsonl(2), "test.jsonl": jsonl(2, 2)})
+    data = {"train": "hf://datasets/o/d", "test": "hf://datasets/o/d@main/test.jsonl"}
+    recipe = load_recipe(tiny.write_recipe(tmp_path / "recipe.yaml", "m", "x", data=data))
+
+    def push(event: Event) -> None:
+        hub.push("o/d", {"train.jsonl": jsonl(2, 2), "test.jsonl": jsonl(2)})
+
+    sources = fetch_sources(recipe, tmp_path / "run", push)
+    assert [source.revision for source in sources.values()] == [old, old]
+    test = sources[data["test"]]
+    assert Path(test.files[0]).read_text() == jsonl(2, 2)
+    with OFFLINE:  # only what was copied at that commit
+        assert fetch_sources(recipe, tmp_path / "run", push) == sources
+        with pytest.raises(DataError, match="no copy is in the cache"):
+            fetch(test.address, push, test.model_copy(update={"files": (), "revision": "0" * 40}))
 
 
 def test_a_part_of_the_rows_and_columns_is_read(hub: Hub, tmp_path: Path) -> None:

@@ -8,23 +8,28 @@ import json
 import lzma
 import os
 import random
+import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from http.client import HTTPMessage
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from urllib.request import Request
 
 import pytest
 
 from fulltune.data.remote import buckets, fetch, unpack, web
 from fulltune.errors import DataError, DoesNotFitError
+from fulltune.recipe.address import address_problem, is_fetched
+from fulltune.recipe.fields import Recipe
 from fulltune.records.data import RemoteSource
 from tests import tiny
 from tests.s3 import serve_s3
@@ -84,6 +89,13 @@ def test_cut_connections_and_errors_of_the_server_are_overcome(site: Site, heade
     assert content(copy(f"{site.address}/long.jsonl")) == LONG
     has_version = headers.get("ETag") != "" or "Last-Modified" in headers
     assert site.requests[-1][1] == ("bytes=3000000-" if has_version else "")
+
+
+def test_cut_answer_is_noticed_even_if_the_listing_had_no_length(site: Site) -> None:
+    site.faults = [Fault(headers={"Accept-Ranges": "none", "Content-Length": ""}), Fault(cut=3_000_000)]
+    site.headers = {"ETag": ""}
+    assert content(copy(f"{site.address}/long.jsonl")) == LONG
+    assert len(site.requests) == 3
 
 
 def test_file_that_never_ends_whole_is_refused_and_goes_on_later(site: Site) -> None:
@@ -162,6 +174,8 @@ def test_server_that_asks_for_patience_gets_it_up_to_a_minute(site: Site, monkey
             "Redirection to url 'file:///etc/passwd' is not allowed",
         ),
         ("page", Fault(headers={"Content-Type": "text/html"}), r"unknown type \(text/html\); expected .csv, "),
+        ("rows.jsonl", Fault(302, {"Location": "http://[bad"}), r"leads to an address that is not valid \("),
+        ("rows.jsonl", Fault(302, {"Location": f"http://{'x' * 64}.org/a.csv"}), r"that is not valid \(.*too long"),
         ("rows.jsonl", Fault(500), "answers 500 Internal Server Error; try again later"),
     ],
 )
@@ -198,6 +212,9 @@ def test_login_of_netrc_is_sent_only_to_its_host(site: Site, tmp_path: Path, mon
     with pytest.raises(DataError, match=r"netrc: line \d: expected 'machine HOST") as refused:
         copy(f"{site.address}/rows.jsonl")
     assert "secret" not in str(refused.value)
+    (tmp_path / "netrc").write_bytes(b"machine 127.0.0.1 login \xe4 password \xff\xfe\n" * 2)
+    with pytest.raises(DataError, match=r"netrc: line \?: expected 'machine HOST"):
+        copy(f"{site.address}/rows.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -218,7 +235,10 @@ def test_name_of_the_copy_has_no_folders(site: Site, path: str, headers: dict[st
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[Any]:
-    keys = ("few/a-1.jsonl", "few/a 2.jsonl", "few/b.jsonl.gz", "few/_SUCCESS", "split/train.csv", "split/test.csv")
+    keys = (
+        *("few/a-1.jsonl", "few/a 2.jsonl", "few/b.jsonl.gz", "few/_SUCCESS", "split/train.csv", "split/test.csv"),
+        *("few/.a.jsonl", "few/._a-1.jsonl", "few/config.json", "few/dataset_info.json", "few/state.json"),
+    )
     with serve_s3("rows") as client:
         for key in keys:
             client.put_object(Bucket="rows", Key=key, Body=gzip.compress(ROWS) if key.endswith("gz") else ROWS)
@@ -230,6 +250,7 @@ def s3() -> Iterator[Any]:
     [
         ("s3://rows/few/a-1.jsonl", ["a-1.jsonl"]),
         ("s3://rows/few/a*.jsonl", ["a 2.jsonl", "a-1.jsonl"]),
+        ("s3://rows/few/*.json*", ["a 2.jsonl", "a-1.jsonl", "b.jsonl"]),
         ("s3://rows/few", ["a 2.jsonl", "a-1.jsonl", "b.jsonl"]),
         ("S3://rows/few/?region=us-east-1", ["a 2.jsonl", "a-1.jsonl", "b.jsonl"]),
         ("s3://rows/split/train*", ["train.csv"]),
@@ -277,6 +298,24 @@ def test_object_that_changes_half_way_is_refused_and_its_part_dropped(s3: Any, t
     assert not target.exists()
 
 
+def test_object_that_is_overwritten_within_a_second_is_copied_again(s3: Any) -> None:
+    for body in (b"1", b"2"):
+        s3.put_object(Bucket="rows", Key="twice/a.txt", Body=body)
+        assert content(copy("s3://rows/twice/a.txt")) == body
+
+
+def test_store_without_a_network_is_given_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    system = mock.Mock(**{"from_uri.return_value": (None, "rows")})
+    monkeypatch.setattr(buckets, "FileSystem", system)
+    for address in ("gs://rows/a.csv", "gs://rows/a.csv?retry_limit_seconds=90", "s3://rows/a.csv"):
+        buckets._open(address)
+    assert [call.args[0] for call in system.from_uri.call_args_list] == [
+        "gs://rows/?&retry_limit_seconds=20",
+        "gs://rows/?retry_limit_seconds=90",
+        "s3://rows/?",
+    ]
+
+
 # ---- packed files and the cache --------------------------------------------------------------------------------------
 
 
@@ -299,7 +338,10 @@ def zstd(data: bytes) -> bytes:
         ("rows.jsonl.gz", gzip.compress(ROWS) + gzip.compress(ROWS)),
         ("rows.jsonl.bz2", bz2.compress(ROWS * 2)),
         ("rows.jsonl.xz", lzma.compress(ROWS * 2)),
-        ("rows.zip", zipped(**{"a/1.jsonl": ROWS, "2.jsonl": ROWS, "__MACOSX/._1.jsonl": b"x", "LICENSE": b""})),
+        (
+            "rows.zip",
+            zipped(**{"b.csv/": b"", "a/1.jsonl": ROWS, "2.jsonl": ROWS, "__MACOSX/1.jsonl": b"x", "._1.jsonl": b"x"}),
+        ),
         ("rows.jsonl.zst", zstd(ROWS * 2)),
     ],
 )
@@ -314,6 +356,7 @@ def test_packed_files_are_unpacked(name: str, data: bytes, tmp_path: Path) -> No
         ("a.zip", zipped(**{"../out.csv": b"x"}), "'../out.csv' lies outside the archive"),
         ("a.zip", zipped(**{"//tmp/out.csv": b"x"}), "'//tmp/out.csv' lies outside the archive"),
         ("a.zip", zipped(LICENSE=b"x"), r"contains no data file \(LICENSE\)"),
+        ("a.zip", zipped(**{"a.csv": b"x", "./a.csv": b"y"}), r"contains 'a.csv' more than once"),
         ("a.zip", b"no archive", "cannot be unpacked"),
         ("a.csv.gz", gzip.compress(ROWS)[:-20], "cannot be unpacked"),
         ("a.csv.zst", zstd(ROWS)[:40], "cannot be unpacked"),
@@ -336,17 +379,64 @@ def test_full_disk_is_refused_with_the_number(site: Site, monkeypatch: pytest.Mo
     with pytest.raises(DoesNotFitError, match=r"needs [\d.]+ M.?B in .*, but only .* are free"):
         copy(f"{site.address}/long.jsonl")
     monkeypatch.setattr(fetch, "disk_free_bytes", lambda path: 2**40)
-    monkeypatch.setattr(unpack, "disk_free_bytes", lambda path: 10)
+    monkeypatch.setattr(unpack, "disk_free_bytes", lambda path: 2**25)
     site.files["/a.zip"] = zipped(**{"a.csv": ROWS})
-    with pytest.raises(DoesNotFitError, match=r"unpacks to .*, but only .* are free"):
+    with pytest.raises(
+        DoesNotFitError, match=r"No space left on device: 'a.zip'\); make room on the disk, or set FULLTUNE_CACHE"
+    ):
         copy(f"{site.address}/a.zip")
+    assert not list(fetch.cache_folder().rglob("*.csv"))
+
+
+def test_folder_may_be_named_as_an_archive(tmp_path: Path) -> None:
+    (tmp_path / "x.zip").mkdir()
+    assert not is_fetched(str(tmp_path / "x.zip"))
+    (tmp_path / "y.zip").touch()
+    assert is_fetched(str(tmp_path / "y.zip"))
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("https://[::1/x.csv", "the host of the https:// address is not valid; expected https://HOST/FILE"),
+        ("s3+x://rows/a.csv", "unknown kind of address 's3\\+x://'"),
+        ("mssql://host/db?odbc_connect=DRIVER=x;PWD=y&table=t", "'odbc_connect=', which would be written"),
+        ("postgresql://host/db?table=t&pwd=y", "contains 'pwd='"),
+        ("https://host/a.csv?auth=y", "contains 'auth='"),
+        ("s3://rows/a.csv?access_key=y", "contains 'access_key='"),
+    ],
+)
+def test_address_that_is_wrong_or_holds_a_secret_is_refused_in_the_recipe(address: str, message: str) -> None:
+    assert re.search(message, address_problem(address) or "")
 
 
 def test_cache_that_cannot_be_written_is_refused(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("FULLTUNE_CACHE", str(tmp_path / "file"))
     with pytest.raises(DataError, match=r"Not a directory.*; make room on the disk, or set FULLTUNE_CACHE"):
-        stage.prepare(tmp_path, f"{site.address}/rows.jsonl", None)
+        copy(f"{site.address}/rows.jsonl")
+
+
+def test_rows_without_a_version_are_read_again_until_the_run_is_planned(tmp_path: Path) -> None:
+    packed, database, run, said = tmp_path / "rows.txt.gz", tmp_path / "rows.db", tmp_path / "run", list[str]()
+    addresses = [f"sqlite:///{database}?query=SELECT text FROM rows ORDER BY text", str(packed)]
+    recipe = Recipe.model_validate({"model": "x", "task": "causal-lm", "data": {"train": addresses}})
+
+    def read_after_change(text: str) -> list[bool]:
+        packed.write_bytes(gzip.compress(text.encode()))
+        with closing(sqlite3.connect(database)) as connection, connection:
+            connection.execute("CREATE TABLE IF NOT EXISTS rows (text)")
+            connection.execute("INSERT INTO rows VALUES (?)", [text])
+        sources = fetch.fetch_sources(recipe, run, lambda event: said.append(getattr(event, "text", "")))
+        return [text.encode() in content(sources[address]) for address in addresses]
+
+    assert read_after_change("first") == read_after_change("second") == [True, True]
+    (run / "plan").mkdir()
+    (run / "plan" / "full.json").touch()
+    said.clear()
+    assert read_after_change("third") == [False, False]
+    assert "is not read again; this run goes on with" in said[0]
+    assert "is now at" in said[1]
 
 
 def test_damaged_copy_is_made_again(site: Site) -> None:

@@ -230,7 +230,8 @@ def _parse_split_from_name(file: Path) -> tuple[SplitName | None, tuple[str, ...
     A split word such as `dev` counts only as the last word, as one of two words (`dev_matched`), or joined to a word
     such as `set` (`testset_w_refs`).
     """
-    stem = re.sub(r"held[\W_]out", "heldout", _SHARD.sub("", file.stem.lower()))
+    inner = file.with_suffix("") if file.suffix.lower() in _PACKED else file
+    stem = re.sub(r"held[\W_]out", "heldout", _SHARD.sub("", inner.stem.lower()))
     parts = [part for part in re.split(r"[\W\d_]+", _LAST_TWO.sub(r"\1\2", stem)) if part and part != "v"]
     ends = parts if len(parts) == 2 else parts[-1:]
     splits = {_JOINED_WORDS.get(part) for part in parts} | {_SPLIT_WORDS.get(part) for part in ends}

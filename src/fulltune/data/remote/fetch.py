@@ -10,13 +10,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from errno import ENOSPC
 from pathlib import Path
 from types import ModuleType
 
 from fulltune.data.remote import unpack
 from fulltune.data.remote.listing import Listing, OnBytes, RemoteFile, revision_of
 from fulltune.errors import DataError, DoesNotFitError, FulltuneError, SetupError
-from fulltune.recipe.address import BUCKETS, DATABASES, HUB, PACKED, WEB, is_fetched, scheme_of
+from fulltune.recipe.address import BUCKETS, DATABASES, HUB, PACKED, WEB, hub_place, is_fetched, scheme_of
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import SOURCES, RemoteSource, RemoteSources
 from fulltune.records.events import Listener, Message, RowsRead
@@ -24,7 +25,6 @@ from fulltune.system.hardware import disk_free_bytes
 from fulltune.text import counted, format_bytes
 
 _COMPLETE = "copied"  # no data file's name
-_MARGIN_BYTES = 2**26
 _REPORT_SECONDS = 0.5
 
 
@@ -47,6 +47,8 @@ def fetch_sources(recipe: Recipe, run_folder: Path, listener: Listener) -> dict[
     if not addresses:
         return {}
     sources, problems = load_sources(run_folder), list[str]()
+    is_fold = run_folder.parent.name == "folds"  # and begins with the sources of all folds
+    is_planned = is_fold or any(run_folder.rglob("plan/*.json"))
     for address in addresses:
 
         def record(source: RemoteSource) -> None:
@@ -55,11 +57,11 @@ def fetch_sources(recipe: Recipe, run_folder: Path, listener: Listener) -> dict[
             RemoteSources(sources=tuple(sources[one] for one in addresses if one in sources)).save(run_folder / SOURCES)
 
         try:
-            record(fetch(address, listener, sources.get(address), record))
+            pins = {_place(one.address): one.revision for one in sources.values()}
+            begun = RemoteSource(address=address, revision=pins.get(_place(address), ""))
+            record(fetch(address, listener, sources.get(address, begun), record, is_planned))
         except DataError as error:
             problems += error.problems
-        except OSError as error:
-            problems.append(f"{address}: cannot be copied ({error}); make room on the disk, or set FULLTUNE_CACHE")
     if problems:
         raise DataError(problems)
     return {address: sources[address] for address in addresses}
@@ -70,24 +72,29 @@ def fetch(
     listener: Listener,
     earlier: RemoteSource | None = None,
     record: Callable[[RemoteSource], None] = lambda source: None,
+    is_planned: bool = True,
 ) -> RemoteSource:
     """Return the local copies of an address's files, of the revision of `earlier` if given. `record` is called with the
-    revision before files are read."""
+    revision before files are read. Unless a run is planned with them, rows without a revision are read again."""
     store, pinned = _store_of(address), earlier.revision if earlier else ""
     try:
         listing = store.list_files(address, None)
     except FulltuneError as error:
         # A copy that a run has begun with is as good as the original, which may be out of reach by now.
-        source = earlier if earlier and earlier.is_complete else _find_copy_offline(address)
+        source = earlier if earlier and earlier.is_complete else _find_copy_offline(address, pinned)
         if source is None:
             raise
         listener(Message(text=f"{address}: using the local copy of {source.revision[:12]} ({error.problems[0]})"))
         return source
+    if not is_planned and (store is unpack or not listing.revision):
+        earlier, pinned = None, ""
     if earlier and pinned:
-        if listing.revision and listing.revision != pinned:
+        if listing.revision not in ("", pinned):
             text = f"{address}: is now at {listing.revision[:12]}; this run goes on with {pinned[:12]}"
             listener(Message(text=text, level="warning"))
         if earlier.is_complete:
+            if not listing.revision:
+                listener(Message(text=f"{address}: is not read again; this run goes on with {pinned[:12]}"))
             return earlier
         if listing.revision != pinned:
             listing = store.list_files(address, pinned)
@@ -103,43 +110,43 @@ def fetch(
 
 
 def _store_of(address: str) -> ModuleType:
-    from fulltune.data.remote import buckets, hub, local, sql, web
+    from fulltune.data.remote import buckets, hub, sql, web
 
-    match scheme_of(address):
-        case "hf":
-            return hub
-        case scheme if scheme in WEB:
-            return web
-        case scheme if scheme in BUCKETS:
-            return buckets
-        case scheme if scheme in DATABASES:
-            return sql
-        case _:
-            return local
+    stores = {HUB: hub, **dict.fromkeys(WEB, web), **dict.fromkeys(BUCKETS, buckets), **dict.fromkeys(DATABASES, sql)}
+    return stores.get(scheme_of(address), unpack)
 
 
-def _find_copy_offline(address: str) -> RemoteSource | None:
+def _place(address: str) -> tuple[str, ...]:
+    """Return a data set and a revision on the Hub, which is the same commit for all files of a run, or the address."""
+    name, revision, _ = hub_place(address)
+    return (name, revision or "main") if scheme_of(address) == HUB else (address,)
+
+
+def _find_copy_offline(address: str, pinned: str) -> RemoteSource | None:
     """Return the newest complete copy if the Hub is switched off (`HF_HUB_OFFLINE`), else None."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    if not HF_HUB_OFFLINE or scheme_of(address) != HUB:
-        return None
-    files = sorted(cache_folder().glob(f"{_slug(address)}-*/{_COMPLETE}"), key=lambda file: -file.stat().st_mtime)
-    copies = (_complete_copy(file.parent) for file in files)
-    return next((one for one in copies if one and one.address == address), None)
+    is_off = HF_HUB_OFFLINE and scheme_of(address) == HUB
+    records = cache_folder().glob(f"{_slug(address)}-*/{_COMPLETE}") if is_off else ()
+    copies = (_complete_copy(record.parent) for record in sorted(records, key=os.path.getmtime, reverse=True))
+    return next((one for one in copies if one and one.address == address and pinned in ("", one.revision)), None)
 
 
 def _copy(address: str, store: ModuleType, listing: Listing, listener: Listener) -> RemoteSource:
     """Copy the files into the cache, or return the copy that is there; a stopped copy goes on where it ended."""
     base = cache_folder() / f"{_slug(address)}-{_digest(address, listing.revision)}"
-    with _locked(base):
-        if listing.revision and (there := _complete_copy(base)):
-            return there
+    with _locked(address, base):
+        if listing.revision and (whole_copy := _complete_copy(base)):
+            return whole_copy
         part = base.with_name(f"{base.name}.part")
         if not listing.revision:  # what is there may be of another version
             shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True, exist_ok=True)
-        _refuse_full_disk(address, listing, part)
+        there = sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
+        need, free = listing.size - there + unpack.MARGIN_BYTES, disk_free_bytes(part)
+        if need > free:
+            sizes = f"needs {format_bytes(need)} in {part}, but only {format_bytes(free)} are free"
+            raise OSError(ENOSPC, sizes)
         rows = f", {counted(listing.rows, 'row')}" if listing.rows is not None else ""
         size = f", {format_bytes(listing.size)}" if listing.size else ""
         at = f" at {listing.revision[:12]}" if listing.revision else ""
@@ -151,7 +158,7 @@ def _copy(address: str, store: ModuleType, listing: Listing, listener: Listener)
                 raise DataError(f"{address}: the file '{file.name}' would lie outside {part}; expected another name")
             target.parent.mkdir(parents=True, exist_ok=True)
             store.download(address, listing, file, target, report)
-            files += unpack.unpacked(target, part) if target.name.lower().endswith(PACKED) else [target]
+            files += unpack.unpacked(target) if target.name.lower().endswith(PACKED) else [target]
         revision = listing.revision or _hash_contents(files)
         whole = base if listing.revision else base.with_name(f"{_slug(address)}-{_digest(address, revision)}")
         source = RemoteSource(
@@ -173,16 +180,6 @@ def _complete_copy(base: Path) -> RemoteSource | None:
     with suppress(SetupError, OSError):  # a damaged record is made again
         return source if (source := RemoteSource.load(base / _COMPLETE)).is_complete else None
     return None
-
-
-def _refuse_full_disk(address: str, listing: Listing, part: Path) -> None:
-    there = sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
-    need, free = listing.size - there + _MARGIN_BYTES, disk_free_bytes(part)
-    if need > free:
-        raise DoesNotFitError(
-            f"{address}: needs {format_bytes(need)} in {cache_folder()}, but only {format_bytes(free)} are free; free "
-            "some space, or set FULLTUNE_CACHE to a folder on a larger disk"
-        )
 
 
 def _progress(address: str, listing: Listing, listener: Listener) -> OnBytes:
@@ -216,9 +213,14 @@ def _digest(address: str, revision: str) -> str:
 
 
 @contextmanager
-def _locked(base: Path) -> Iterator[None]:
-    """Let only one process at a time copy an address."""
-    base.parent.mkdir(parents=True, exist_ok=True)
-    with base.with_name(f"{base.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _locked(address: str, base: Path) -> Iterator[None]:
+    """Let only one process at a time copy an address, and say what to do about errors of the disk."""
+    try:
+        base.parent.mkdir(parents=True, exist_ok=True)
+        with base.with_name(f"{base.name}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        kind = DoesNotFitError if error.errno == ENOSPC else DataError
+        reason = re.sub(r"^\[Errno \d+\] ", "", str(error))
+        raise kind(f"{address}: cannot be copied ({reason}); make room on the disk, or set FULLTUNE_CACHE") from None

@@ -13,7 +13,7 @@ from posixpath import normpath
 import yaml
 
 from fulltune.data.readers.files import SUFFIXES, group_files_by_split, has_data_suffix
-from fulltune.data.remote.listing import Listing, OnBytes, RemoteFile
+from fulltune.data.remote.listing import Listing, OnBytes, RemoteFile, may_hold_rows
 from fulltune.errors import DataError
 from fulltune.recipe.address import PACKED, hub_place, hub_settings
 from fulltune.recipe.model import PlainSettings
@@ -21,8 +21,8 @@ from fulltune.records.data import SplitName
 from fulltune.text import first_few, near_names
 
 _CONVERTED = re.compile(r"([^/]+)/(?:partial-)?([^/]+)/\d{4}\.parquet")
+_STREAM = re.compile(r"\.(gz|bz2|xz|zst)$", re.IGNORECASE)
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError)
-_DESCRIPTIONS = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 def list_files(address: str, revision: str | None) -> Listing:
@@ -112,11 +112,8 @@ def _matching(patterns: str | Iterable[str], files: Iterable[str], folder: str =
     """Return the data files that match patterns, or lie in folders that do."""
     wanted = [Path(normpath(f"{folder}/{one}")) for one in ([patterns] if isinstance(patterns, str) else patterns)]
     data = [file for file in map(Path, sorted(files)) if has_data_suffix(file) or file.suffix.lower() in PACKED]
-    return [
-        str(file)
-        for file in data
-        if file.name not in _DESCRIPTIONS and any(_fits(file.parts, one.parts) for one in wanted)
-    ]
+    data = [file for file in data if may_hold_rows(str(file))]
+    return [str(file) for file in data if any(_fits(file.parts, one.parts) for one in wanted)]
 
 
 def _fits(path: Sequence[str], pattern: Sequence[str]) -> bool:
@@ -128,7 +125,8 @@ def _fits(path: Sequence[str], pattern: Sequence[str]) -> bool:
 
 def _split_by_names(files: Iterable[str]) -> dict[str, list[str]]:
     """Group the files of the most frequent type by split words in names of files and folders, as `datasets` does."""
-    kinds = {Path(file): kind for file in files if (kind := Path(file.removesuffix(".gz")).suffix.lower()) in SUFFIXES}
+    by_file = {Path(file): Path(_STREAM.sub("", file)).suffix.lower() for file in files}
+    kinds = {file: kind for file, kind in by_file.items() if kind in (*SUFFIXES, ".zip")}
     most = max(kinds.values(), key=[*kinds.values()].count, default="")
     splits: dict[str, list[str]] = {}
     for split, paths in group_files_by_split([file for file, kind in kinds.items() if kind == most]).items():

@@ -3,9 +3,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 OnBytes = Callable[[int], None]
 """Is called with the number of bytes that have arrived since the last call."""
+
+_DESCRIPTIONS = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 @dataclass(frozen=True)
@@ -43,3 +46,9 @@ def revision_of(files: Sequence[RemoteFile]) -> str:
     """Return a hash of the files' versions, or "" if one has none."""
     text = "\n".join(f"{file.name} {file.size} {file.version}" for file in files)
     return hashlib.sha256(text.encode()).hexdigest()[:16] if all(file.version for file in files) else ""
+
+
+def may_hold_rows(file: str) -> bool:
+    """Return whether a file is not hidden, and does not describe others."""
+    is_hidden = any(part.startswith((".", "__MACOSX")) for part in Path(file).parts)
+    return not is_hidden and Path(file).name not in _DESCRIPTIONS

@@ -54,8 +54,8 @@ def download(address: str, listing: Listing, file: RemoteFile, target: Path, rep
                     report(out.write(piece))
                     if out.tell() > (file.size or out.tell()):
                         raise DataError(f"{address}: sends more than the {file.size:,} bytes that it announced")
-                if out.tell() != (file.size or out.tell()):
-                    raise ConnectionError(f"ends after {out.tell():,} of {file.size:,} bytes")
+                if out.tell() != (size := file.size or out.tell() + (answer.length or 0)):
+                    raise ConnectionError(f"ends after {out.tell():,} of {size:,} bytes")
 
     _persist(address, ask)
 
@@ -75,6 +75,8 @@ def _persist(address: str, ask: Callable[[], _T]) -> _T:
                 raise DataError(f"{address}: {problem}; {advice}, or download the file") from None
         except (OSError, HTTPException) as error:
             problem = f"cannot be copied ({getattr(error, 'reason', error) or type(error).__name__})"
+        except ValueError as error:  # of the address, or of one that it redirects to
+            raise DataError(f"{address}: leads to an address that is not valid ({error}); correct it") from None
         if (wait := max(pause, int(asked) if asked.isdigit() else 0)) >= 60:
             break
         time.sleep(wait)
@@ -107,8 +109,9 @@ def _with_login(request: Request) -> Request:
     if logins.exists() and (request.type == "https" or host in ("localhost", "127.0.0.1")):
         try:
             login = netrc(str(logins)).hosts.get(host)
-        except NetrcParseError as error:  # whose text may contain a password
-            raise DataError(f"{logins}: line {error.lineno}: expected 'machine HOST login NAME password ...'") from None
+        except (NetrcParseError, UnicodeError) as error:  # whose text may contain a password
+            line = getattr(error, "lineno", "?")
+            raise DataError(f"{logins}: line {line}: expected 'machine HOST login NAME password ...'") from None
         if login:  # which is not sent to other hosts after a redirect
             encoded = b64encode(f"{login[0]}:{login[2]}".encode()).decode()
             request.add_unredirected_header("Authorization", f"Basic {encoded}")
@@ -121,8 +124,6 @@ class _Redirects(HTTPRedirectHandler):
     ) -> Request | None:
         if req.type == "https" and not newurl.startswith("https:"):
             there = newurl.partition("?")[0]  # what follows may be a secret
-            raise DataError(
-                f"{req.full_url} -> {there}: is redirected away from https; expected a file: check the address"
-            )
+            raise DataError(f"{req.full_url} -> {there}: is redirected away from https; check the address")
         redirected = super().redirect_request(req, fp, code, msg, headers, newurl)
         return redirected and _with_login(redirected)
