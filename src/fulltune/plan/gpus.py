@@ -54,7 +54,7 @@ class GpuModel:
 
 
 GPUS = tuple(
-    GpuModel(*(tuple(value) if isinstance(value, list) else value for value in row))
+    GpuModel(*list[Any](tuple(value) if isinstance(value, list) else value for value in row))
     for row in tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))["gpus"]
 )
 
