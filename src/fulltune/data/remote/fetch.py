@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from fulltune.data.remote import unpack
-from fulltune.data.remote.listing import Listing, OnBytes, RemoteFile, revision_of
+from fulltune.data.remote.listing import Listing, OnBytes
 from fulltune.errors import DataError, DoesNotFitError, FulltuneError, SetupError
 from fulltune.recipe.address import BUCKETS, DATABASES, HUB, PACKED, WEB, hub_place, is_fetched, scheme_of
 from fulltune.recipe.fields import Recipe
@@ -143,10 +143,8 @@ def _copy(address: str, store: ModuleType, listing: Listing, listener: Listener)
             shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True, exist_ok=True)
         there = sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
-        need, free = listing.size - there + unpack.MARGIN_BYTES, disk_free_bytes(part)
-        if need > free:
-            sizes = f"needs {format_bytes(need)} in {part}, but only {format_bytes(free)} are free"
-            raise OSError(ENOSPC, sizes)
+        if (need := listing.size - there + unpack.MARGIN_BYTES) > (free := disk_free_bytes(part)):
+            raise OSError(ENOSPC, f"needs {format_bytes(need)} in {part}, but only {format_bytes(free)} are free")
         rows = f", {counted(listing.rows, 'row')}" if listing.rows is not None else ""
         size = f", {format_bytes(listing.size)}" if listing.size else ""
         at = f" at {listing.revision[:12]}" if listing.revision else ""
@@ -160,7 +158,7 @@ def _copy(address: str, store: ModuleType, listing: Listing, listener: Listener)
             store.download(address, listing, file, target, report)
             files += unpack.unpacked(target) if target.name.lower().endswith(PACKED) else [target]
         revision = listing.revision or _hash_contents(files)
-        whole = base if listing.revision else base.with_name(f"{_slug(address)}-{_digest(address, revision)}")
+        whole = cache_folder() / f"{_slug(address)}-{_digest(address, revision)}"
         source = RemoteSource(
             address=address,
             revision=revision,
@@ -196,12 +194,11 @@ def _progress(address: str, listing: Listing, listener: Listener) -> OnBytes:
 
 
 def _hash_contents(files: Sequence[Path]) -> str:
-    versions = []
+    digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        versions.append(RemoteFile(file.name, file.stat().st_size, digest))
-    return revision_of(versions)
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def _slug(address: str) -> str:
