@@ -105,7 +105,7 @@ def _read_table(file: Path, model_notes: Row) -> PredictInput:
         columns |= dict.fromkeys(row)
     if problems:
         raise DataError(problems)
-    if missing := [column for column in predict.columns_read(model_notes) if column not in columns]:
+    if missing := [column for column in predict.columns_read(model_notes).values() if column not in columns]:
         raise DataError(
             f"{file}: no column '{missing[0]}', which the model reads (columns in the file: {shown(columns)})"
         )
@@ -126,7 +126,7 @@ def _missing_header(source: DataFiles, model_notes: Row) -> tuple[str, ...] | No
             first: list[str] = next(reader, [])
     except (OSError, ValueError, csv.Error):
         return None  # the reader will report what is wrong with the file
-    if set(predict.columns_read(model_notes)) <= set(first):
+    if set(predict.columns_read(model_notes).values()) <= set(first):
         return None
     learned = [column for role, column in model_notes["columns"].items() if role in predict.NOT_READ]
     read = tuple(name for name in names if name not in learned)

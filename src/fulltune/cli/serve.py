@@ -41,10 +41,9 @@ def serve(
     except OSError as error:
         why = str(error.strerror).partition(" (while")[0]
         raise SetupError(f"serve: cannot listen on {host}, port {port}: {why}; change --port or --host") from None
-    read = [(role, column) for role, column in notes["columns"].items() if role not in predict.NOT_READ]
     row = {
         column: ["..."] if role in ("tokens", "choices") else "BASE64" * (role == "image") or "..."
-        for role, column in read
+        for role, column in predict.columns_read(notes).items()
     }
     path, body = "/predict", dict[str, Any](rows=[row])
     if is_handed_over:

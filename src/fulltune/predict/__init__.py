@@ -248,7 +248,7 @@ def choose_model_folder(run: Path, method: str | None = None) -> tuple[Path, str
 def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row with the text in the column that the model reads, or raise `DataError` if the model reads several.
     `notes` come from the model folder."""
-    columns, read = notes["columns"], columns_read(notes)
+    columns, read = notes["columns"], columns_read(notes).values()
     if len(read) > 1:
         raise DataError(f"this model reads several columns; give a file with the columns {', '.join(read)}")
     role = next(role for role in ("messages", "tokens", "prompt", "source", "image", "text") if role in columns)
@@ -259,5 +259,5 @@ def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:
 NOT_READ = ("label", "completion", "tools", "tags", "target", "answers")
 
 
-def columns_read(notes: Mapping[str, Any]) -> list[str]:
-    return [column for role, column in notes["columns"].items() if role not in NOT_READ]
+def columns_read(notes: Mapping[str, Any]) -> dict[str, str]:
+    return {role: column for role, column in notes["columns"].items() if role not in NOT_READ}

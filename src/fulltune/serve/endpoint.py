@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 from starlette.requests import ClientDisconnect
 
-from fulltune.predict import NOT_READ, Predictor, columns_read, row_from_text
+from fulltune.predict import Predictor, columns_read, row_from_text
 from fulltune.system import signals
 from fulltune.tasks import Row
 
@@ -31,7 +31,7 @@ def make_request_model(notes: Mapping[str, Any]) -> type[BaseModel]:
     # Never a path: it would read the server's files.
     image: Any = Annotated[str, AfterValidator(lambda content: base64.b64decode(content, validate=True))]
     types = {"tokens": texts, "choices": texts, "image": image}
-    read = [(role, column) for role, column in notes["columns"].items() if role not in NOT_READ]
+    read = columns_read(notes).items()
     cells: Any = {f"cell{i}": (types.get(role, text), Field(alias=column)) for i, (role, column) in enumerate(read)}
     row: Any = create_model("RequestRow", **cells)
     rows: Any = (Annotated[list[row], Field(min_length=1, max_length=ROWS)], None)
@@ -89,7 +89,7 @@ class Endpoint:
         if any(task.done() for task in self.tasks):
             raise HTTPException(503, "the thread that answers has ended; start the server again")
         notes = self.predictor.notes
-        facts = {"task": notes["task"], "columns": columns_read(notes), "labels": notes["labels"]}
+        facts = {"task": notes["task"], "columns": [*columns_read(notes).values()], "labels": notes["labels"]}
         return JSONResponse({"status": "ok", "model": self.name, **facts, "fulltune": metadata.version("fulltune")})
 
     async def predict(self, request: Request) -> JSONResponse:

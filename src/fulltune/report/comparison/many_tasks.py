@@ -75,7 +75,7 @@ def write_tasks_report(folder: Path, record: ManyTasks) -> tuple[Path, ...]:
 def build_tasks_section(record: ManyTasks) -> Section:
     """Build the section that compares the methods' costs and scores over all tasks."""
     write = MetricFormatter("accuracy", _MARGIN)
-    totals, scores, tasks = list[TableRow](), list[TableRow](), list[TableRow]()
+    totals, scores = list[TableRow](), list[TableRow]()
     for method in record.methods:
         apart = "reference" if method.kind == "full" else NOTHING
         if method.behind:
@@ -87,16 +87,15 @@ def build_tasks_section(record: ManyTasks) -> Section:
         )
         totals.append((untrusted(method.method), *costs, apart))
     for task, decision in record.tasks.items():
-        name, metric = untrusted(task), MetricFormatter(decision.metric, _MARGIN)
-        tasks.append((name, untrusted(format_verdict(decision)), metric.name))
-        scores.append((name, *(metric.estimate(method.scores[task]) for method in record.methods)))
+        metric, verdict = MetricFormatter(decision.metric, _MARGIN), untrusted(format_verdict(decision))
+        estimates = (metric.estimate(method.scores[task]) for method in record.methods)
+        scores.append((untrusted(task), verdict, metric.name, *estimates))
     cost = ("method", "stored", "each additional task", "training", "full is better by [points], averaged over tasks")
     stored = "Totals over all tasks, by method. Stored: weights on disk, with a shared pretrained model counted once"
-    header = ("task", *(method.method for method in record.methods))
+    header = ("task", "verdict", "metric", *(method.method for method in record.methods))
     blocks: tuple[Element, ...] = (
         Paragraph(words.strip_folders(record.model)),
         Table(stored, cost, tuple(totals), frozenset(range(1, len(cost)))),
-        Table("Tasks", ("task", "verdict", "metric"), tuple(tasks)),
-        Table("Scores on each task's test rows", header, tuple(scores), frozenset(range(1, len(header)))),
+        Table("Verdict and scores on each task's test rows", header, tuple(scores), frozenset(range(3, len(header)))),
     )
     return Section("tasks", f"{counted(len(record.tasks), 'task')} with one pretrained model", blocks)
