@@ -67,8 +67,8 @@ def test_rows_come_in_the_order_of_the_column_the_key_or_the_query(database: Pat
     pairs, keyed = _read(f"{kind}{database}?table=pairs")
     assert [row["body"] for row in pairs] == ["a", "z"]
     assert source.notes == by_group[1].notes == keyed.notes == ()
-    for asked in ("table=a`b", "query=/* ; */ SELECT * FROM `a``b` WHERE body = 'x;y' -- ;\n;"):
-        assert _read(f"{kind}{database}?{asked}")[0] == [{"body": "x;y"}]
+    for statement in ("table=a`b", "query=/* ; */ SELECT * FROM `a``b` WHERE body = 'x;y' -- ;\n;"):
+        assert _read(f"{kind}{database}?{statement}")[0] == [{"body": "x;y"}]
 
 
 def test_revision_is_the_content(database: Path) -> None:

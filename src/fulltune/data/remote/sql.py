@@ -85,9 +85,9 @@ def _connect(url: str) -> Iterator[tuple[Any, Any, dict[str, list[str]]]]:
         if not Path(file := url.partition(":///")[2]).is_file():
             raise DataError(f"{file}: no such file, expected an SQLite database")
         with closing(sqlite3.connect(f"file:{quote(file)}?mode=ro", uri=True)) as database:
-            keys = {name: [key] if key else [] for name, key in database.execute(_KEYS)}
+            by_name = {name: [key] if key else [] for name, key in database.execute(_KEYS)}
             # In double quotes, an unknown column would be a text.
-            yield database.execute, lambda name: "`{}`".format(name.replace("`", "``")), keys
+            yield database.execute, lambda name: "`{}`".format(name.replace("`", "``")), by_name
         return
     import sqlalchemy
 
