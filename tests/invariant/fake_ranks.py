@@ -156,7 +156,7 @@ def tracked(cell: Cell) -> dict[str, int]:
         else:
             tracker.track_external(model, optimizer, *unvalued.values())
         # A chunked loss of a GPU's size: the tensors say that they are on a CPU.
-        on_gpu = mock.patch.multiple(chunked_loss, TOKENS_PER_CHUNK={}, _BLOCK_NUMBERS=2**62)
+        on_gpu = mock.patch.multiple(chunked_loss, TOKENS_PER_CHUNK={"cpu": 1024}, _BLOCK_NUMBERS=2**62)
         # DTensor tries each operation on whole tensors in a mode that the tracker leaves out, unless it finds ours:
         # then AdamW alone "holds" four whole models.
         apart = mock.patch.object(_sharding_prop, "detect_fake_mode", return_value=None)

@@ -26,9 +26,8 @@ def missing_compiler(device: str) -> str | None:
     return None if any(map(shutil.which, compilers)) else "C++ compiler (g++ or clang++)"
 
 
-def compile_blocks(model: nn.Module, device: str, *, backend: str = "inductor", dynamic: bool | None = None) -> int:
-    """Compile each repeated block for training, and return the number of blocks; raise `SetupError` if compiling is
-    impossible."""
+def compile_blocks(model: nn.Module, device: str, *, backend: str = "inductor", dynamic: bool | None = None) -> None:
+    """Compile each repeated block for training; raise `SetupError` if compiling is impossible."""
     import torch
 
     if missing := missing_compiler(device):
@@ -42,7 +41,6 @@ def compile_blocks(model: nn.Module, device: str, *, backend: str = "inductor", 
     torch._dynamo.config.recompile_limit = MAX_COMPILATIONS
     for block in blocks:
         block.forward = _compiled_in_training(block, torch.compile(block.forward, backend=backend, dynamic=dynamic))
-    return len(blocks)
 
 
 def _compiled_in_training(block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:

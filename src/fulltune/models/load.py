@@ -192,10 +192,8 @@ def head_origin_by_labels(checkpoint_labels: tuple[str, ...], task_labels: tuple
     """Return the origin of a head: labels keep the rows that have their names, unless generic names differ."""
     if len(checkpoint_labels) == len(task_labels) == 1:
         return HeadOrigin((0,), "")  # regression heads have one row
-    known, are_distinct = (
-        set(checkpoint_labels) & set(task_labels),
-        len(set(checkpoint_labels)) == len(checkpoint_labels),
-    )
+    known = set(checkpoint_labels) & set(task_labels)
+    are_distinct = len(set(checkpoint_labels)) == len(checkpoint_labels)
     are_generic = all(_GENERIC.fullmatch(name) for name in checkpoint_labels)
     if known and are_distinct and (not are_generic or known == {*checkpoint_labels, *task_labels}):
         rows = tuple(checkpoint_labels.index(name) if name in known else None for name in task_labels)

@@ -98,8 +98,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     from PIL import Image
 
     # Older versions of Pillow open 16-bit images in mode I.
-    has_16 = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    if has_16:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"its values have 32 bits (mode {image.mode}), so the values of black and white are unknown")

@@ -183,7 +183,7 @@ def with_time_estimate(plan: Plan, basis: Basis, summary: DataSummary, startup_s
     answering = (plan.answers and plan.answers.seconds) or 0.0
     need = TimeNeed(
         train_seconds=training,
-        eval_seconds=evaluations * work.forward_flops(_num_rows(summary, "eval")) / (flops * devices) + answering,
+        eval_seconds=evaluations * work.forward_flops(summary.splits["eval"].rows) / (flops * devices) + answering,
         answers_seconds=answering,
         save_seconds=(plan.num_saves or 0) * plan.disk.checkpoint_bytes / DISK_BYTES_PER_SECOND,
         tokens=round(plan.total_steps * tokens),
@@ -192,10 +192,6 @@ def with_time_estimate(plan: Plan, basis: Basis, summary: DataSummary, startup_s
         overhead_seconds=dict(_stage_seconds(plan, basis, summary, training, flops, startup_seconds)),
     )
     return plan.model_copy(update={"time": need, "busy": fleet.machine.busy_warning if plan.device == "cpu" else ""})
-
-
-def _num_rows(summary: DataSummary, split: str) -> int:
-    return summary.splits[split].rows if split in summary.splits else 0
 
 
 def _stage_seconds(
@@ -219,10 +215,11 @@ def _stage_seconds(
     passes = LONGEST_PASSES * (1 + work.backward + plan.activation_checkpointing)
     computing = passes * work.flops_of(tokens, plan.longest_tokens) / flops
     yield DRY_RUN, CHECKS_SECONDS + computing + time.dry_run_extra_seconds(train_seconds)
-    if not (test := _num_rows(summary, "test")):
+    if "test" not in summary.splits:
         return
+    test = summary.splits["test"].rows
     # A classifier's temperature is fitted on the eval rows.
-    scored = test + (_num_rows(summary, "eval") if summary.form.is_calibrated else 0)
+    scored = test + (summary.splits["eval"].rows if summary.form.is_calibrated else 0)
     answered = min(recipe.evaluate.generate_rows, test) if summary.form.writes_answers else 0
     most, batches = recipe.evaluate.max_new_tokens, -(-answered // plan.eval_batch_size)
     answers = batches * generation_seconds(basis, plan, plan.eval_batch_size, work.tokens_per_row, most, flops)

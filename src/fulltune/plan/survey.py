@@ -95,7 +95,7 @@ def _survey_without_plan(
         num_parameters=shapes.num_parameters,
         model_type=shapes.model_type,
         train_rows=summary.rows_per_epoch,
-        eval_rows=splits["eval"].rows if "eval" in splits else 0,
+        eval_rows=splits["eval"].rows,
         length_percentiles=splits["train"].length_percentiles,
         max_length=summary.max_length,
         fits=False,

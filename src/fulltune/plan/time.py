@@ -186,7 +186,7 @@ def linear_probe_cost(summary: DataSummary, hidden_size: int) -> tuple[int, int,
     rows = min(train.rows, probe.max_probe_rows(form.name, per_row, features))
     items = round(rows * per_row)
     outputs = form.num_outputs or len(summary.labels)
-    held_out = summary.splits["eval"].rows if "eval" in summary.splits else 0
+    held_out = summary.splits["eval"].rows
     rows += min(held_out, probe.MOST_HELD_OUT) if held_out >= probe.LEAST_HELD_OUT else 0
     num_bytes = round(PROBE_PARTS * 4 * (2 if form.tags_words else 3) * features * items)
     solver = probe.solver_bytes(form.name, items, outputs, hidden_size)

@@ -265,7 +265,7 @@ def _fit_head(
     tensors |= _layer_tensors(last_layer, last, has_bias)
     if (dense := options[name]) is not None:
         tensors |= _layer_tensors(str(dense_layer), dense, dense_has_bias)
-    return HeadStart.model_validate({"dense": name, "strength": strength, "loss": least}), tensors, start
+    return HeadStart.model_validate({"dense": name, "loss": least}), tensors, start
 
 
 def _layer_tensors(layer: str, values: LinearClassifier, has_bias: bool) -> HeadTensors:

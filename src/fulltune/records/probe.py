@@ -43,8 +43,6 @@ class HeadStart(Record):
     dense: Literal["loaded", "scaled", "mean"] | None
     """Dense layer before the last one: `loaded` from the checkpoint, a `scaled` identity, or a linear map to the `mean`
     over all tokens. None if there is no dense layer."""
-    strength: float
-    """One of `fulltune.probe.linear.STRENGTHS`. Larger values mean less regularisation."""
     loss: float
     """Held-out loss: cross entropy in nats, or for numbers the unexplained share of the variance."""
 

@@ -197,12 +197,8 @@ def own_member(recipe: Recipe, machine_address: MachineAddress, machine: Machine
 
 def _package_versions(recipe: Recipe) -> dict[str, str]:
     versions = {"Python": platform.python_version()}
-    for name in (
-        "fulltune",
-        *PACKAGES,
-        "peft",
-        *((parallel_layout.PACKAGE,) if recipe.train.zero_enabled_by else ()),
-    ):
+    engine = [parallel_layout.PACKAGE] if recipe.train.zero_enabled_by else []
+    for name in ("fulltune", *PACKAGES, "peft", *engine):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -32,13 +32,10 @@ def process_memory_limit() -> int | None:
 
 
 class Meter:
-    """Measures the growth of a process's or a GPU's memory after `begin`."""
+    """Measures the growth of a process's or a GPU's memory since its creation."""
 
     def __init__(self, device: str) -> None:
         self.on_gpu = device == "cuda"
-        self.begin()
-
-    def begin(self) -> None:
         self.reset_peak()
         self.base_bytes = self.bytes_in_use()
 
@@ -51,7 +48,7 @@ class Meter:
         return status_bytes("VmRSS") or process_peak_bytes()
 
     def peak_bytes(self) -> int:
-        """Return the highest number of bytes in use since `begin`."""
+        """Return the highest number of bytes in use since `reset_peak`."""
         if self.on_gpu:
             import torch
 

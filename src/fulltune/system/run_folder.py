@@ -296,19 +296,16 @@ def explain_os_errors(folder: Path) -> Iterator[None]:
             raise DoesNotFitError(
                 f"{folder}: the disk is full; free some space, then run the same command again"
             ) from None
-        if not isinstance(error, OSError):
-            raise
         refusals = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
-        if error.errno in refusals and not _concerns_folder(error, folder):
-            raise SetupError(
-                f"{error.filename}: cannot be opened ({str(error.strerror).lower()}), expected a file that you can "
-                "read; change the file's permissions, or use another file"
-            ) from None
-        if error.errno in refusals:
-            raise SetupError(
-                f"{folder}: cannot be written ({str(error.strerror).lower()}); choose another folder"
-            ) from None
-        raise
+        if not isinstance(error, OSError) or error.errno not in refusals:
+            raise
+        why = str(error.strerror).lower()
+        if _concerns_folder(error, folder):
+            raise SetupError(f"{folder}: cannot be written ({why}); choose another folder") from None
+        raise SetupError(
+            f"{error.filename}: cannot be opened ({why}), expected a file that you can read; change the file's "
+            "permissions, or use another file"
+        ) from None
 
 
 def _concerns_folder(error: OSError, folder: Path) -> bool:

@@ -17,7 +17,6 @@ from fulltune.models import sharding
 from fulltune.train.request import number_in
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 GUARD = "guard.json"
@@ -114,31 +113,24 @@ def save_trained_weights(model: PreTrainedModel, checkpoint: Path) -> None:
 
 def load_weights(model: PreTrainedModel, checkpoint: Path, trained_only: bool = False) -> None:
     """Load a checkpoint's weights into the model with `from_pretrained`, which renames some tensors. With
-    `trained_only`, load what `save_trained_weights` wrote."""
+    `trained_only`, load what `save_trained_weights` wrote. Raises `SetupError` if tensor names or shapes differ."""
     if trained_only:
         from safetensors.torch import load_file
 
         copy_into_trained(model, load_file(checkpoint / WEIGHTS), checkpoint)
         return
-    source = load_into_new_model(model, checkpoint, model.dtype)
-    sharding.free_gathered_weights(model)
-    model.load_state_dict(source.state_dict())
-
-
-def load_into_new_model(model: PreTrainedModel, checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a checkpoint into a new model with the class and sharding of `model`. Raises `SetupError` if tensor names or
-    shapes differ."""
     import torch
 
     model_class: Any = type(model)
-    keywords = {"config": model.config, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    keywords = {"config": model.config, "dtype": model.dtype, "use_safetensors": True, "output_loading_info": True}
     if sharding.is_fsdp2_sharded(model):
         keywords["distributed_config"] = model.config.distributed_config
     with torch.random.fork_rng(devices=[]):
-        other, info = model_class.from_pretrained(checkpoint, **keywords)
+        source, info = model_class.from_pretrained(checkpoint, **keywords)
     other_shape = (name for name, *_ in info["mismatched_keys"])
     mismatched = sorted({*info["missing_keys"], *info["unexpected_keys"], *other_shape})
     if mismatched:
         name, count = mismatched[0], len(mismatched)
         raise SetupError(f"{checkpoint}: its tensors differ from the model's, for example {name} ({count} in all)")
-    return other
+    sharding.free_gathered_weights(model)
+    model.load_state_dict(source.state_dict())

@@ -159,7 +159,7 @@ def test_other_models_tensors_are_refused(tmp_path: Path) -> None:
 def test_put_together_model_has_tied_tensors_once(kind: str, tmp_path: Path) -> None:
     with process_group(tmp_path):
         model = made(kind)
-        found = fsdp2.gathered_state_dict(share_out(model) if kind == "gpt2" else model)
+        found = fsdp2.gathered_state_dict(share_out(model) if kind == "gpt2" else model, sharding.full_tensor)
     expected = made(kind).state_dict()
     assert_equal(found, dict(expected))
     assert len({one.data_ptr() for one in found.values()}) == len({one.data_ptr() for one in expected.values()})
@@ -178,7 +178,7 @@ def test_shared_out_model_is_written_file_by_file(
         expected = weights_of(model)
         model.config.save_pretrained(tmp_path)
         monkeypatch.setattr(fsdp2, "GATHERED_FILE_BYTES", most_bytes)
-        fsdp2.write_gathered(model, tmp_path)
+        fsdp2.write_gathered(model, tmp_path, sharding.full_tensor, in_fp32=False)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert (len(files) > 1) == (tmp_path / "model.safetensors.index.json").exists() == (most_bytes == 40_000)
     assert names_in(tmp_path) == sorted(expected)

@@ -147,7 +147,7 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Trainin
         extra["accelerator_config"] = {"non_blocking": plan.device == "cuda", **config}
     if plan.loader_workers:
         extra["dataloader_num_workers"] = plan.loader_workers
-    if extra.get("dataloader_num_workers") and hasattr(os, "fork"):
+    if extra.get("dataloader_num_workers"):
         # Forked workers need no pickling and touch no GPU.
         extra.setdefault("dataloader_multiprocessing_context", "fork")
     if recipe.train.zero_enabled_by:

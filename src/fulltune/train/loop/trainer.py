@@ -37,8 +37,7 @@ Collate = Callable[[list[Row]], dict[str, Any]]
 
 
 def _leave_process_group(worker: int) -> None:
-    if hasattr(os, "setpgrp"):  # a stop signal must not reach the worker: the last step needs rows; not on Windows
-        os.setpgrp()
+    os.setpgrp()  # a stop signal must not reach the worker: the last step needs rows
 
 
 def collate_with_counts(

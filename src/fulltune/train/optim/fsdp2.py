@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -23,6 +22,7 @@ MIN_FILE_BYTES, MAX_FILES = 2**24, 64
 WEIGHTS = "weights."
 OPTIMIZER = "optimizer."
 GATHERED_FILE_BYTES = 2**28
+Gather = Callable[[torch.Tensor], torch.Tensor]
 
 
 def is_sharded_checkpoint(checkpoint: Path) -> bool:
@@ -84,25 +84,27 @@ def tensor_types(checkpoint: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (entry.size, entry.properties.dtype) for name, entry in tensors.items()}
 
 
-def write_gathered(model: PreTrainedModel, folder: Path) -> None:
-    """Gather a sharded model's weights and write them as plain safetensors; all ranks must call this."""
-    tensors = {
-        name.removeprefix(WEIGHTS): weight for name, weight in _weights_by_key(model, trained_only=False).items()
+@torch.no_grad()
+def write_gathered(model: PreTrainedModel, folder: Path, gather: Gather, in_fp32: bool) -> None:
+    """Write a sharded model as plain safetensors, gathering one file's tensors at a time; all ranks must call this.
+
+    `in_fp32` is True if `gather` converts to fp32."""
+    sharding.free_gathered_weights(model)
+    tensors = _tensors_to_save(model)
+    shapes = {
+        name: torch.empty(
+            getattr(tensor, "ds_shape", tensor.shape),
+            dtype=torch.float32 if in_fp32 and tensor.is_floating_point() else tensor.dtype,
+            device="meta",
+        )
+        for name, tensor in tensors.items()
     }
-    shapes = {name: torch.empty(weight.shape, dtype=weight.dtype, device="meta") for name, weight in tensors.items()}
-    write_gathered_by_file(shapes, lambda name: sharding.full_tensor(tensors[name]), folder)
-
-
-def write_gathered_by_file(
-    shapes: Mapping[str, torch.Tensor], gather: Callable[[str], torch.Tensor], folder: Path
-) -> None:
-    """Write plain safetensors, gathering one file's tensors at a time on all ranks. `shapes` holds meta tensors."""
-    split = split_torch_state_dict_into_shards(dict(shapes), max_shard_size=GATHERED_FILE_BYTES)
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=GATHERED_FILE_BYTES)
     for file, names in split.filename_to_tensors.items():
-        gathered = ((name, gather(name)) for name in names)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in gathered if is_first()}
+        gathered = ((name, gather(tensors[name])) for name in names)
+        on_first = {name: tensor.cpu().contiguous() for name, tensor in gathered if is_first()}
         if is_first():
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            save_file(on_first, folder / file, metadata={"format": "pt"})
     if is_first() and split.is_sharded:
         write_json(folder / f"{WHOLE}.index.json", {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
@@ -111,9 +113,7 @@ def is_first() -> bool:
     return torch.distributed.get_rank() == 0
 
 
-def gathered_state_dict(
-    model: PreTrainedModel, gather: Callable[[Any], torch.Tensor] = sharding.full_tensor
-) -> dict[str, torch.Tensor]:
+def gathered_state_dict(model: PreTrainedModel, gather: Gather) -> dict[str, torch.Tensor]:
     """Gather a sharded model's state dict on rank 0's CPU; tied weights share a tensor. Other ranks return {}."""
     sharding.free_gathered_weights(model)
     state: dict[str, torch.Tensor] = {}
@@ -132,13 +132,13 @@ def gathered_state_dict(
 def _weights_by_key(model: PreTrainedModel, trained_only: bool) -> dict[str, torch.Tensor]:
     """Return the parameters (tied ones once) and saved buffers, or only trained parameters, by checkpoint key."""
     sharding.free_gathered_weights(model)
-    tensors: dict[str, torch.Tensor] = dict(
-        methods.trainable_parameters(model) if trained_only else model.named_parameters()
-    )
-    if not trained_only:
-        saved = model.state_dict().keys()
-        tensors |= {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    tensors = methods.trainable_parameters(model) if trained_only else _tensors_to_save(model)
     return {f"{WEIGHTS}{name}": tensor.detach() for name, tensor in tensors.items()}
+
+
+def _tensors_to_save(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    saved = model.state_dict().keys()
+    return {**dict(model.named_parameters()), **{name: one for name, one in model.named_buffers() if name in saved}}
 
 
 # ---- the optimizer's state ----------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from fulltune.errors import SetupError
-from fulltune.train.optim import fsdp2
 
 
 def init_process_group(arguments: TrainingArguments) -> None:
@@ -92,22 +91,6 @@ def link_moments(zero: Any) -> None:
 
 def is_in_use(model: PreTrainedModel) -> bool:
     return any(map(is_in_engine, model.parameters()))
-
-
-def write_gathered(model: PreTrainedModel, folder: Path) -> None:
-    """Write the model's weights in fp32 as plain safetensors, with tied weights only once."""
-    saved = model.state_dict().keys()
-    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
-    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in saved}
-    shapes = {
-        name: torch.empty(
-            getattr(tensor, "ds_shape", tensor.shape),
-            dtype=torch.float32 if tensor.is_floating_point() else tensor.dtype,
-            device="meta",
-        )
-        for name, tensor in tensors.items()
-    }
-    fsdp2.write_gathered_by_file(shapes, lambda name: gather_tensor(tensors[name]), folder)
 
 
 def set_values(parameter: Any, value: torch.Tensor) -> None:

@@ -92,15 +92,12 @@ class AnswerScorer(TrainingPart):
     def _generate(self) -> tuple[list[str], np.ndarray]:
         """Return the answers of all ranks in order, and whether each reached the limit of tokens."""
         arguments, size, order = self.trainer.args, self.sample.batch_size, range(len(self.prompts))
-        positions, count = list(order), len(order)
-        if arguments.world_size > 1:
-            positions, count = distributed.rows_of_rank(order, size, arguments.process_index, arguments.world_size)
+        positions, count = distributed.rows_of_rank(order, size, arguments.process_index, arguments.world_size)
         prompts = [self.prompts[position] for position in positions]
         generated = self._generate_tokens(prompts, self.sample.max_new_tokens)
         texts = [decode_answer(self.tokenizer, answer.tokens) for answer in generated]
         outputs = {TEXT: object_array(texts), UNFINISHED: np.array([not answer.has_ended for answer in generated])}
-        if arguments.world_size > 1:
-            outputs = distributed.gather_scores(outputs, positions[:count])
+        outputs = distributed.gather_scores(outputs, positions[:count])
         return [str(text) for text in outputs[TEXT]], outputs[UNFINISHED]
 
     def _generate_tokens(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[GeneratedAnswer]:

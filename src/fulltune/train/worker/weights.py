@@ -207,18 +207,17 @@ def _save_full(model: PreTrainedModel, folder: Path, is_main: bool) -> None:
     """Save the model as `save_pretrained` does. Sharded weights are written file by file, so that no rank holds all of
     them."""
     in_engine = zero.is_in_use(model)
+    gather = zero.gather_tensor if in_engine else sharding.full_tensor
     is_shared = in_engine or sharding.is_fsdp2_sharded(model)
     # `save_pretrained` converts tensors that have other names in files.
     at_once = is_shared and getattr(model, "_weight_conversions", None)
-    state = (
-        fsdp2.gathered_state_dict(model, zero.gather_tensor if in_engine else sharding.full_tensor) if at_once else {}
-    )
+    state = fsdp2.gathered_state_dict(model, gather) if at_once else {}
     # With this entry `save_pretrained` would gather the shards itself.
     vars(model.config).pop("distributed_config", None)
     if is_main:
         model.save_pretrained(folder, state_dict=state if is_shared else None)
     if is_shared and not at_once:
-        (zero if in_engine else fsdp2).write_gathered(model, folder)
+        fsdp2.write_gathered(model, folder, gather, in_fp32=in_engine)
     if is_main and in_engine:
         # transformers writes the dtype that the engine computes in.
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
