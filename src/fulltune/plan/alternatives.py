@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from fulltune.errors import DoesNotFitError
 from fulltune.footprint.records import BYTES
@@ -66,15 +66,12 @@ def make_alternative(
     enough: bool,
     costs: str,
     change: str = "",
-    where: Literal["device", "disk"] = "device",
 ) -> Alternative:
     """Describe a change that frees memory or disk space. `enough` is True if the run then fits; the description
     `change` defaults to the settings."""
     first, *others = [f"{name}: {to_yaml(value)}" for name, value in settings.items()] or [""]
     words = change or (f"{first} with {listed(others)}" if others else first)
-    return Alternative(
-        change=words, frees_bytes=frees_bytes, where=where, enough=enough, costs=costs, settings=settings
-    )
+    return Alternative(change=words, frees_bytes=frees_bytes, enough=enough, costs=costs, settings=settings)
 
 
 def _usable_savings(
@@ -150,13 +147,11 @@ def propose_for_disk(
     fewer = max(0, needed.num_checkpoints - 3) * needed.checkpoint_bytes
     if fewer and recipe.train.save_total_limit > 1:
         costs = "fewer checkpoints to roll back to"
-        ways.append(make_alternative({"train.save_total_limit": 1}, fewer, fewer >= missing, costs, where="disk"))
+        ways.append(make_alternative({"train.save_total_limit": 1}, fewer, fewer >= missing, costs))
     # ZeRO has its own optimizer, so nothing is freed there.
     smaller = needed.total - budget.disk_need(recipe, num_parameters, settings.changed(optim="adamw_8bit")).total
     if smaller > 0 and not recipe.train.zero_enabled_by:
-        ways.append(
-            make_alternative({"train.optim": "adamw_8bit"}, smaller, smaller >= missing, "8-bit moments", where="disk")
-        )
+        ways.append(make_alternative({"train.optim": "adamw_8bit"}, smaller, smaller >= missing, "8-bit moments"))
     by_hand = f"free {format_bytes(missing)} on the disk of {folder or recipe.output}, or choose another folder"
-    ways.append(make_alternative({}, missing, True, "nothing", by_hand, "disk"))
+    ways.append(make_alternative({}, missing, True, "nothing", by_hand))
     return tuple(sorted(ways, key=lambda way: not way.enough))[:MAX_ALTERNATIVES]

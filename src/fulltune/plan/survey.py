@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from fulltune.errors import DoesNotFitError
 from fulltune.models.shapes import Shapes
@@ -199,9 +199,8 @@ def _propose_alternatives(
     memory. The LoRA plan `lora` is proposed too."""
     fleet = basis.fleet
     outcome = _plan_or_error(workload, fleet.model_copy(update={"disk_bytes": None}), table)
-    where: Literal["device", "disk"] = "device"
     if isinstance(outcome, DoesNotFitError) or fleet.disk_bytes is None:
-        least = choose.lowest_memory_settings(basis)
+        least, is_full = choose.lowest_memory_settings(basis), False
         now = least.memory.peak
         ways = [
             *_propose_larger_hardware(workload, fleet, now),
@@ -210,14 +209,14 @@ def _propose_alternatives(
         ways = [_check_alternative(workload, fleet, way) for way in ways[: alternatives.MAX_ALTERNATIVES]]
     else:
         plan, settings = outcome
-        recipe, where = with_settings(workload.recipe, settings), "disk"
+        recipe, is_full = with_settings(workload.recipe, settings), True
         needed = budget.disk_need(recipe, plan.num_parameters, plan)
         now = needed.total
         problem = budget.disk_full_message(recipe, needed, fleet.disk_bytes, fleet.disk_at)
         ways = [*alternatives.propose_for_disk(recipe, plan.num_parameters, plan, fleet.disk_bytes, fleet.disk_at)]
     if lora is not None:
         plan, settings = lora
-        need_of_lora = plan.disk.total if where == "disk" else plan.memory.peak if plan.memory else 0
+        need_of_lora = plan.disk.total if is_full else plan.memory.peak if plan.memory else 0
         share = plan.num_trainable_parameters / (plan.num_trainable_parameters + plan.num_frozen_parameters)
         costs = f"another method, which trains {100 * share:.2g} % of the parameters"
         frees, changed = max(0, now - need_of_lora), {"method": "lora", **settings}
@@ -225,7 +224,7 @@ def _propose_alternatives(
             changed["methods"] = []
         if workload.recipe.compare.budget is not None:  # only comparisons and searches have one
             changed["compare.budget"] = None
-        ways.append(alternatives.make_alternative(changed, frees, True, costs, "method: lora", where))
+        ways.append(alternatives.make_alternative(changed, frees, True, costs, "method: lora"))
     return problem, tuple(sorted(ways, key=lambda way: not way.enough))
 
 

@@ -257,7 +257,6 @@ class Alternative(Record):
 
     change: str
     frees_bytes: int
-    where: Literal["device", "disk"]
     enough: bool
     costs: str
     settings: dict[str, Any] = Field(default_factory=dict)

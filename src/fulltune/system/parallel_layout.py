@@ -81,8 +81,11 @@ _BACK = "use the same settings as before, or start a new run (--fresh)"
 
 def zero_settings(recipe: Recipe) -> dict[str, Any]:
     """Return DeepSpeed's settings, with "auto" where the plan decides; raise `RecipeError` that lists all problems."""
-    block = recipe.train.engine_settings
-    read = _zero_settings_of_placement(recipe) if block is None else _read_settings(block)
+    if (block := recipe.train.engine_settings) is None:
+        offloaded = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}[recipe.train.offload]
+        devices = {f"offload_{what}": {"device": "cpu"} for what in offloaded}
+        block = {"zero_optimization": {"stage": STAGES[recipe.train.placement], **devices}}
+    read = _read_settings(block)
     problems = _problems_in_zero_settings(read, recipe)
     if problems:
         raise RecipeError([f"{recipe.train.zero_enabled_by}: {problem}" for problem in problems])
@@ -158,12 +161,6 @@ def _read_settings(block: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RecipeError(f"{ENGINE_SETTINGS}: {path}: expected settings in {{ }}, found {type(content).__name__}")
     return content
-
-
-def _zero_settings_of_placement(recipe: Recipe) -> dict[str, Any]:
-    offloaded = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}[recipe.train.offload]
-    devices = {f"offload_{what}": {"device": "cpu"} for what in offloaded}
-    return {"zero_optimization": {"stage": STAGES[recipe.train.placement], **devices}}
 
 
 def _offload_device(block: Mapping[str, Any], what: str) -> Any:

@@ -124,19 +124,14 @@ def find_or_make_folder(
     if wanted_folder is not None:
         return wanted_folder, _claim_folder(wanted_folder, recipe, recipe_text, fingerprint)
     output = Path(recipe.output)
-    if not fresh and (folders := find_unfinished_runs(output, fingerprint)):
-        return folders[-1], True
+    alike = [] if fresh else [path for path in output.glob(f"*/{IDENTITY}") if _stored_fingerprint(path) == fingerprint]
+    for path in sorted(alike, key=lambda path: path.stat().st_mtime, reverse=True):
+        if not is_complete(path.parent):
+            return path.parent, True
     stem = f"{name}-{datetime.now():%Y-%m-%d-%H%M}"
     names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
     folder = next(output / free for free in names if not (output / free).exists())
     return folder, _claim_folder(folder, recipe, recipe_text, fingerprint)
-
-
-def find_unfinished_runs(output: Path, fingerprint: str) -> list[Path]:
-    """Return the folders of unfinished runs with this fingerprint, the newest last."""
-    files = [path for path in output.glob(f"*/{IDENTITY}") if _stored_fingerprint(path) == fingerprint]
-    files.sort(key=lambda path: path.stat().st_mtime)
-    return [path.parent for path in files if not is_complete(path.parent)]
 
 
 def is_complete(folder: Path) -> bool:

@@ -171,14 +171,9 @@ def memory_fallbacks(
         if refusal := saving.why_not_automatic(recipe, plan):
             yield saving.name, None, refusal
             continue
-        options = [_with_scaled_eval_batch(plan, changes) for changes in saving.apply(recipe, plan)]
+        options = saving.apply(recipe, plan)
+        for option in options:
+            if size := option.get("micro_batch_size"):
+                option["eval_batch_size"] = max(1, plan.eval_batch_size * size // plan.micro_batch_size)
         changes = next((option for option in options if fits(option)), options[-1])
         yield saving.name, changes, saving.done.format(now=plan, **changes)
-
-
-def _with_scaled_eval_batch(plan: Plan, changes: Changes) -> Changes:
-    """Return the changes with the eval batch size scaled by the same factor as the micro batch size."""
-    size = changes.get("micro_batch_size")
-    if size is None:
-        return changes
-    return {**changes, "eval_batch_size": max(1, plan.eval_batch_size * size // plan.micro_batch_size)}
