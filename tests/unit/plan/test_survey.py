@@ -217,7 +217,6 @@ def test_method_as_an_alternative_leaves_no_comparison_behind() -> None:
 def test_disk_too_small_has_alternatives_of_its_own() -> None:
     surveyed, plan = planned("1x MI325X, 40GB disk")
     assert plan is None
-    assert {way.where for way in surveyed.ways_out} == {"disk"}
     assert "on disk" in surveyed.notes[0]
     surveyed, plan = planned("1x RTX 4090, 256GB host, 50GB disk")
     assert plan is None
