@@ -109,7 +109,7 @@ def million_rows(folder: Path, hub: Hub, rows: int) -> list[str]:
 
 def measure(folder: Path, quick: bool) -> Iterator[Figure]:
     records, draw = Records(folder / "remote.jsonl"), random.Random(0)
-    kills, trainings, rows, repeats = (4, 2, 50_000, 1) if quick else (20, 10, 1_000_000, 2)
+    kills, trainings, rows, repeats = (4, 2, 50_000, 1) if quick else (20, 10, 1_000_000, 1)
     with serve() as site:
         for shard in range(SHARDS):
             kill_resume.write_rows(folder / "shard.csv", 4000)

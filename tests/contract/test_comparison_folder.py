@@ -81,7 +81,7 @@ def test_report_writes_the_card_again(unfinished: Path) -> None:
     said = fulltune("report", folder)
     assert said.code == 0, said.err
     written = [Path(line).name for line in said.out.splitlines()]
-    assert set(written) - {"card.png"} == {"card.md", "card.html", "proof.json"}
+    assert set(written) == {"card.md", "card.html", "proof.json"}
     assert all((folder / name).exists() for name in written)
     assert Comparison.load(folder / "proof.json").decision.recommended == "lora"
     assert not (folder / "report.md").exists()

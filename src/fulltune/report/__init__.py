@@ -5,10 +5,9 @@ from pathlib import Path
 from fulltune.errors import SetupError
 from fulltune.records.export import Verification
 from fulltune.records.scores import Scores
-from fulltune.report.comparison.content import build_comparison_report, build_cost_plots, format_verdict
+from fulltune.report.comparison.content import build_comparison_report
 from fulltune.report.format.blocks import Element, Headline, Section
 from fulltune.report.format.pages import write_pages
-from fulltune.report.format.plots import write_cost_picture
 from fulltune.report.format.words import write_sanitized
 from fulltune.report.run import content
 from fulltune.report.run.content import build_run_report
@@ -33,20 +32,17 @@ def build_run_terminal_report(folder: Path) -> list[Headline | Section | Element
 
 
 def write_comparison_report(folder: Path) -> tuple[Path, ...]:
-    """Write a finished comparison's pages, plot and `proof.json`, and return their paths."""
+    """Write a finished comparison's pages and `proof.json`, and return their paths."""
     comparison = load_comparison(folder)
     if comparison is None:
         raise SetupError(
             f"{folder}: contains no finished comparison ({COMPARISONS[0]} is missing); run 'fulltune compare RECIPE' "
             "to the end"
         )
-    card, picture, proof = (folder / name for name in ("card.md", "card.png", "proof.json"))
-    verdict, subtitle = format_verdict(comparison.decision), f"{comparison.name}: {comparison.decision.headline}"
-    write_cost_picture(verdict, subtitle, build_cost_plots(comparison), picture)
-    report = build_comparison_report(comparison, picture.name)
-    html = write_pages(card, report, "comparison.html.j2", private=False)
+    card, proof = folder / "card.md", folder / "proof.json"
+    html = write_pages(card, build_comparison_report(comparison), "comparison.html.j2", private=False)
     comparison.save(proof)
-    return card, html, picture, proof
+    return card, html, proof
 
 
 def write_model_card(folder: Path, model_folder: Path, scores: Scores | None = None) -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import gc
 import getpass
 import importlib.metadata
 import json
@@ -24,7 +23,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fulltune.inference.run import autocast
-from fulltune.plan import memory
 from fulltune.records.base import Record
 from fulltune.report.format.blocks import Facts, Paragraph, Section, Table
 from fulltune.system import hardware
@@ -128,35 +126,6 @@ def _logits_and_gradients(
     return outputs.logits[real].detach(), torch.cat(gradients)
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------
-
-
-def check_planned_bytes(device: str) -> CheckOutcome:
-    """Check the planned bytes of weights, gradients and AdamW state against the allocated ones."""
-    if device != "cuda":
-        raise NotHere("needs a GPU; on a CPU the dry run before step 1 measures memory")
-    # The first product also allocates a workspace that stays.
-    make_llama(device)(input_ids=random_token_ids(device)).logits.sum().backward()
-    gc.collect()
-    before = _allocated_bytes()
-    torch.cuda.reset_peak_memory_stats()
-    model = make_llama(device, layers=4, width=256, vocabulary=4096)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    ids = random_token_ids(device, vocabulary=4096)
-    model(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
-    planned = sum(memory.trained_bytes(sum(parameter.numel() for parameter in model.parameters()), "fp32").values())
-    measured = _allocated_bytes() - before
-    error, highest = measured / planned - 1, torch.cuda.max_memory_allocated() - before
-    text = f"planned {format_bytes(planned)}, measured {format_bytes(measured)} ({error:+.1%})"
-    return (abs(error) <= 0.05, f"{text}, {format_bytes(highest)} with activations; bound 5%")
-
-
-def _allocated_bytes() -> int:
-    torch.cuda.synchronize()
-    return torch.cuda.memory_allocated()
-
-
 # ---- two processes, started as in a run --------------------------------------------------------------------------
 
 SECONDS = 60.0
@@ -250,7 +219,6 @@ CHECKS: tuple[tuple[str, str, Callable[[str], CheckOutcome]], ...] = (
     ("attention", "sdpa with the kernel that torch chooses, against eager", partial(check_sdpa, backend=None)),
     *(("attention", f"sdpa {kind} against eager", partial(check_sdpa, backend=kind)) for kind in BACKENDS),
     ("attention", "flash_attention_2 against eager", check_flash_attention_2),
-    ("memory", "planned against measured bytes, AdamW on 6 M parameters", check_planned_bytes),
     ("processes", "all-reduce over two processes (gloo; nccl on GPUs)", check_all_reduce),
 )
 

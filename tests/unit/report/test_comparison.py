@@ -146,12 +146,6 @@ def test_write_comparison_without_a_comparison_says_so(tmp_path: Path) -> None:
         report.write_comparison_report(tmp_path)
 
 
-def test_write_comparison_draws_a_picture_that_markdown_shows(tmp_path: Path) -> None:
-    markdown, _ = cards(tmp_path, comparisons.comparison())
-    assert (tmp_path / "card.png").read_bytes().startswith(b"\x89PNG")
-    assert "](card.png)" in markdown
-
-
 @pytest.mark.parametrize("made", [comparisons.comparison, comparisons.language, comparisons.hostile])
 def test_html_is_well_formed_loads_nothing_and_escapes(tmp_path: Path, made: type[Comparison]) -> None:
     _, html = cards(tmp_path, made())

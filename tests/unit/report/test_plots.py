@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
 from fulltune.report.format import plots
-from fulltune.report.format.plots import CostPlot, Mark, PointSeries, write_cost_picture
+from fulltune.report.format.plots import CostPlot, Mark, PointSeries
 from tests import comparisons
 
 
@@ -107,17 +106,6 @@ def test_plots_twice_are_the_same_whatever_the_user_s_settings_are() -> None:
 
 def dot(name: str, cost: float, value: float, *, full: bool = False, taken: bool = False) -> Mark:
     return Mark(name, value, value - 0.008, value + 0.008, f"{100 * value:.1f}%", full, taken, cost)
-
-
-@pytest.mark.parametrize("number", [1, 2])
-def test_cost_picture_is_a_png_of_all_plots(tmp_path: Path, number: int) -> None:
-    dots = (dot("full", 1, 0.92, full=True), dot("שלום 😀 \ud800", 0.5, 0.9))
-    drawn = [CostPlot(f"cost {place}", dots, DECISION) for place in range(number)]
-    write_cost_picture("a $\\frac{1$ title", "of what " * 99, drawn, tmp_path / "card.png")
-    head = (tmp_path / "card.png").read_bytes()[:24]
-    assert head.startswith(b"\x89PNG")
-    assert int.from_bytes(head[16:20], "big") == pytest.approx(number * 400 * 160 / 72, abs=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["card.png"]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

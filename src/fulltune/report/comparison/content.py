@@ -29,12 +29,11 @@ _POINTER = "▸ "
 _MADE_FROM = Paragraph("The file proof.json in this folder contains every number of this report.")
 
 
-def build_comparison_report(comparison: Comparison, picture_file: str = "") -> Report:
-    """Build a comparison's report, whose Markdown shows the PNG `picture_file` if set."""
+def build_comparison_report(comparison: Comparison) -> Report:
     sections = (
         _build_reasons_section(comparison),
         Section("field", "The methods", _build_method_tables(comparison)),
-        _build_plot_section(comparison, picture_file),
+        _build_plot_section(comparison),
         Section("fairness", "Fairness", (_build_fairness_block(comparison),)),
         build_details_section(comparison),
         Section("again", "Reproduce", (Code(comparison.command, "sh"), _MADE_FROM)),
@@ -222,13 +221,13 @@ def build_cost_plots(comparison: Comparison) -> tuple[CostPlot, ...]:
     return tuple(drawn)
 
 
-def _build_plot_section(comparison: Comparison, picture_file: str) -> Section:
+def _build_plot_section(comparison: Comparison) -> Section:
     legend = (
         "Filled: the recommended method. Square: full fine-tuning, with the margin as a band. "
         f"Whiskers: {_confidence_level(comparison)} intervals."
     )
     drawn = tuple(map(draw_cost_plot, build_cost_plots(comparison)))
-    return Section("plot", "Quality against cost", (Figures(drawn, file=picture_file), Paragraph(legend)))
+    return Section("plot", "Quality against cost", (Figures(drawn), Paragraph(legend)))
 
 
 def _build_fairness_block(comparison: Comparison) -> Element:

@@ -72,8 +72,6 @@ class Figures:
     items: tuple[Figure, ...]
     drawn_only: bool = False
     """True if Markdown shows a table of the same numbers instead."""
-    file: str = ""
-    """PNG file shown on the Markdown page."""
 
 
 @dataclass(frozen=True)

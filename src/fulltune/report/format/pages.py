@@ -29,7 +29,6 @@ from fulltune.report.format.blocks import (
     Table,
 )
 from fulltune.report.format.words import cut_text, one_line, write_sanitized
-from fulltune.text import listed
 
 LOADING = "loading.py.j2"
 # Text from data, models and recipes goes through autoescape; only the SVG of `plots`, which escapes its own
@@ -122,8 +121,6 @@ def _markdown_lines(block: Element) -> Iterator[str]:
         case Figures():  # the drawings are in report.html; Markdown describes them
             named = [(figure.title, figure.words) for figure in block.items]
             yield from (*(f"- {escape_markdown(title)}: {escape_markdown(text)}" for title, text in named), "")
-            if block.file:
-                yield from (f"![{escape_markdown(listed([figure.title for figure in block.items]))}]({block.file})", "")
         case Code():
             yield from (_fence_code(block.text, block.language), "")
         case Previews():

@@ -10,10 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fulltune.files import replace_atomically
 from fulltune.records.comparison import Decision
 from fulltune.report.format import blocks, words
 from fulltune.stats.curves import Point
@@ -35,7 +33,6 @@ FONT_SIZE = 12
 _MOST_DOTS = 20
 _DECADES_FOR_LOG = 2.0
 _LONGEST_NAME = 22
-_PICTURE_DPI = 160
 _LIMIT: dict[str, Any] = {"color": AMBER, "linewidth": 1.25, "dashes": (4, 3)}
 
 
@@ -70,8 +67,8 @@ class PointSeries:
 
 
 @contextmanager
-def _new_figure(height: int, columns: int = 1) -> Iterator[tuple[Figure, list[Axes]]]:
-    """Yield a figure of `height` points, and its `columns` axes side by side."""
+def _new_figure(height: int) -> Iterator[tuple[Figure, Axes]]:
+    """Yield a figure of `height` points, and its axes."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -88,9 +85,8 @@ def _new_figure(height: int, columns: int = 1) -> Iterator[tuple[Figure, list[Ax
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         # Names may hold characters that the font lacks; the page has its own fonts.
         warnings.filterwarnings("ignore", message="Glyph|Matplotlib currently does not support")
-        size = (columns * WIDTH / 72, height / 72)
-        figure = Figure(figsize=size, dpi=72, frameon=False, layout="constrained")
-        yield figure, list(figure.subplots(1, columns, squeeze=False)[0])
+        figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72, frameon=False, layout="constrained")
+        yield figure, figure.subplots()
 
 
 def _style_axes(axes: Axes, metric: str, metric_axis: Literal["x", "y"]) -> None:
@@ -167,7 +163,7 @@ def draw_learning_curve(
     A ring marks `saved_step`, whose weights were saved. Ticks mark restarts and skipped updates.
     """
     steps, values = [step for step, _ in points], [value if math.isfinite(value) else math.nan for _, value in points]
-    with _new_figure(CURVE_HEIGHT) as (figure, [axes]):
+    with _new_figure(CURVE_HEIGHT) as (figure, axes):
         if all(map(math.isnan, values)):
             _show_no_finite_value(axes)
         else:
@@ -216,7 +212,7 @@ def draw_points(
 ) -> blocks.Figure:
     """Draw a scatter plot of a metric, with a dashed line at `marked_x`."""
     markers = itertools.cycle("o^Dv")
-    with _new_figure(COST_HEIGHT) as (figure, [axes]):
+    with _new_figure(COST_HEIGHT) as (figure, axes):
         for each in series:
             colour, marker = BLUE if each.filled else QUIET, next(markers)
             if finite_points := [point for point in each.points if all(map(math.isfinite, point))]:
@@ -234,7 +230,7 @@ def draw_intervals(title: str, marks: Sequence[Mark], metric: str, description: 
     shown = [mark for mark in marks if mark.is_finite]
     names = [textwrap.fill(words.one_line(mark.name), _LONGEST_NAME) for mark in shown]
     lines = sum(max(2, name.count("\n") + 1) for name in names)
-    with _new_figure((lines + 2) * LINE_HEIGHT) as (figure, [axes]):
+    with _new_figure((lines + 2) * LINE_HEIGHT) as (figure, axes):
         for row, mark in enumerate(shown):
             _draw_mark(axes, mark, (mark.value, row), "x", "o")
         axes.set_yticks(range(len(shown)), names)
@@ -244,27 +240,13 @@ def draw_intervals(title: str, marks: Sequence[Mark], metric: str, description: 
 
 
 def draw_cost_plot(plot: CostPlot) -> blocks.Figure:
-    with _new_figure(COST_HEIGHT) as (figure, [axes]):
+    with _new_figure(COST_HEIGHT) as (figure, axes):
         _draw_quality_and_cost(axes, plot)
         _add_legend_below(figure, axes)
         description = "; ".join(
             f"{mark.name}: {mark.text} at {mark.cost:.2f}×" for mark in plot.marks if mark.is_finite
         )
         return _to_svg_figure(figure, f"Quality against {plot.cost}", f"{description}.")
-
-
-def write_cost_picture(title: str, subtitle: str, plots: Sequence[CostPlot], path: Path) -> None:
-    """Write the plots side by side into one PNG."""
-    with _new_figure(COST_HEIGHT + 2 * LINE_HEIGHT, len(plots)) as (figure, all_axes):
-        figure.set(frameon=True, facecolor=PAGE)
-        width = len(plots) * WIDTH // 8
-        lines = [textwrap.shorten(words.one_line(text), width, placeholder=" …") for text in (title, subtitle)]
-        figure.suptitle("\n".join(lines), x=0.02, ha="left", color=INK, size=FONT_SIZE)
-        for axes, plot in zip(all_axes, plots, strict=True):
-            _draw_quality_and_cost(axes, plot)
-        _add_legend_below(figure, all_axes[0])
-        with replace_atomically(path) as part:
-            figure.savefig(part, format="png", dpi=_PICTURE_DPI)
 
 
 def _draw_quality_and_cost(axes: Axes, plot: CostPlot) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate, pairwise
@@ -85,7 +85,7 @@ class Objective:
     def _loss_settings(self) -> LossSettings:
         return LossSettings(self.recipe.train.label_smoothing_factor, class_weights(self.recipe, self.summary))
 
-    def collate(self, features: list[Row]) -> dict[str, torch.Tensor]:
+    def collate(self, features: Sequence[Row]) -> dict[str, torch.Tensor]:
         """Collate train rows into `input_ids[rows or blocks, tokens]`, `labels` and the task's other inputs."""
         if self.plan.packing:
             return causal_lm.collate_packed(features, self.pad_token_id)
