@@ -36,7 +36,7 @@ print(sum(1 for _ in locate_data_files(fetch(sys.argv[1], lambda event: None).fi
 """
 THEIRS = """
 import sys, datasets
-print(sum(1 for _ in datasets.load_dataset(sys.argv[1], split="train", streaming=True)))
+print(sum(1 for _ in datasets.load_dataset(sys.argv[1], split="train", revision="main", streaming=True)))
 """
 
 

@@ -77,12 +77,14 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "resolve":
             ref, path = rest[1], "/".join(rest[2:])
         commit = self.hub.find_commit(name, ref)
+        if commit is None and kind == "tree":  # of a folder
+            commit, path = self.hub.find_commit(name, rest[1]), "/".join(rest[2:])
         if commit is None:
             return self._send_json({"error": f"Invalid rev id: {ref}"}, 404, "RevisionNotFound")
         files = self.hub.commits[commit]
         if kind == "revision":
             return self._send_json({"id": name, "sha": commit, "siblings": [], "tags": []})
-        if kind == "tree":
+        if kind == "tree" and not path:
             entries = [
                 {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
                 for file, content in files.items()
