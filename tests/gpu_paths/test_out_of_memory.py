@@ -99,11 +99,11 @@ def test_rows_that_cannot_be_read_for_want_of_memory_are_not_judged(
     error: BaseException, found: type[BaseException], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     reader: Any = RowReader.__new__(RowReader)
-    vars(reader).update(folder=tmp_path, base=SimpleNamespace(processor=None))
-    monkeypatch.setitem(RowReader._read_items.__globals__, "Rows", lambda folder: [])
-    monkeypatch.setitem(RowReader._read_items.__globals__, "with_decoded_images", raising(error))
+    vars(reader).update(_read={}, folder=tmp_path, base=SimpleNamespace(processor=None))
+    monkeypatch.setitem(RowReader.items.__globals__, "Rows", lambda folder: [])
+    monkeypatch.setitem(RowReader.items.__globals__, "with_decoded_images", raising(error))
     with pytest.raises(found):
-        reader._read_items("train")
+        reader.items("train")
 
 
 @pytest.mark.parametrize(("error", "found"), [(CardIsFull(), torch.OutOfMemoryError), (Fault(), RecipeError)])

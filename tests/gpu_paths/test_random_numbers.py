@@ -97,5 +97,6 @@ def test_dry_run_in_deepspeeds_engine_leaves_both_cards_alone(two_h100s: Cards) 
     )
     before = states(two_h100s)
     rows = [{"input_ids": [1, 2, 3]}, {"input_ids": [1, 2]}]
-    assert checks.dry_run_in_engine(trainer, rows, SimpleNamespace(micro_batch_size=2)).passed  # type: ignore[arg-type]  # a stand-in
+    plan = SimpleNamespace(micro_batch_size=2, packing=False)
+    assert checks.dry_run_in_engine(trainer, rows, plan).passed  # type: ignore[arg-type]  # a stand-in
     assert states(two_h100s) == before
