@@ -58,7 +58,10 @@ PatchFile = Annotated[
     typer.Option(help="File for decisions. Default: NAME.patch.jsonl beside the recipe, or in the RUN."),
 ]
 Convert = Annotated[
-    Path | None, typer.Option(help="Only write the train files' rows as chat messages.", metavar="FILE.jsonl")
+    Path | None,
+    typer.Option(
+        help="Only write the train rows of the RECIPE, RUN or data file as chat messages.", metavar="FILE.jsonl"
+    ),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start a new run even if this recipe has an unfinished one.")]
 SearchRate = Annotated[
