@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 # Each chunk adds once to the weight gradient, at the cost of one token's products, whatever the vocabulary.
-TOKENS_PER_CHUNK = {"cpu": 256, "cuda": 1024}
+TOKENS_PER_CHUNK = {"cpu": 256}
 """Tokens per chunk, by device type."""
+TOKENS_PER_CHUNK_ELSEWHERE = 1024
 _BLOCK_NUMBERS = 2**21
 
 
@@ -105,7 +106,7 @@ def _logit_chunks(
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield each chunk's slice of tokens and its float32 logits, in a buffer that the next chunk overwrites."""
     # Autocast must be off: `hidden` already has the compute dtype.
-    rows = min(TOKENS_PER_CHUNK[hidden.device.type], len(hidden))
+    rows = min(TOKENS_PER_CHUNK.get(hidden.device.type, TOKENS_PER_CHUNK_ELSEWHERE), len(hidden))
     buffer = hidden.new_empty((rows, len(weight)), dtype=torch.float32)
     for start in range(0, len(hidden), rows or 1):
         chunk = slice(start, min(start + rows, len(hidden)))
