@@ -102,6 +102,16 @@ SPLITS = {
         },
         {"train": ["d/train-0.csv"], "all": ["d/held.txt", "d/train-0.csv"]},
     ),
+    "files of a folder, and rows without a number": (
+        {
+            "d/x.csv": "",
+            "d/s/y.csv": "",
+            "README.md": readme(
+                {"configs": [{"data_files": "d/*"}], "dataset_info": {"splits": [{"name": "train", "num_bytes": 9}]}}
+            ),
+        },
+        {"train": ["d/x.csv"]},
+    ),
     "a folder": (
         {"x/train.csv": "", "x/test.csv": "", "y.csv": "", "README.md": readme({"configs": [{"data_dir": "x"}]})},
         {"train": ["x/train.csv"], "test": ["x/test.csv"]},

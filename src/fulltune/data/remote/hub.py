@@ -75,7 +75,7 @@ def _list_splits(address: str, revision: str | None) -> tuple[dict[tuple[str, st
         card = {"configs": [{"data_files": pattern}]} if pattern else card
         splits, infos = _find_splits(name, files, card), card.get("dataset_info") or []
         rows = {
-            (str(info.get("config_name", "default")), str(split["name"])): split["num_examples"]
+            (str(info.get("config_name", "default")), str(split["name"])): split.get("num_examples")
             for info in ([infos] if isinstance(infos, dict) else infos)
             for split in info.get("splits", ())
         }
@@ -111,16 +111,19 @@ def _find_splits(name: str, files: Iterable[str], card: PlainSettings) -> dict[t
 def _matching(patterns: str | Iterable[str], files: Iterable[str], folder: str = ".") -> list[str]:
     """Return the data files that match patterns, or lie in folders that do."""
     wanted = [Path(normpath(f"{folder}/{one}")) for one in ([patterns] if isinstance(patterns, str) else patterns)]
+    wanted += [one / "**" for one in wanted if not set("*?[") & set(one.name)]  # a folder, if it is one
     data = [file for file in map(Path, sorted(files)) if has_data_suffix(file) or file.suffix.lower() in PACKED]
     data = [file for file in data if may_hold_rows(str(file))]
     return [str(file) for file in data if any(_fits(file.parts, one.parts) for one in wanted)]
 
 
 def _fits(path: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Return whether a path's folders and name match a pattern's, or lie in a folder that does."""
+    """Return whether a path's folders and name match a pattern's."""
     if pattern[:1] == ("**",):
         return any(_fits(path[start:], pattern[1:]) for start in range(len(path) + 1))
-    return not pattern or (path != () and fnmatchcase(path[0], pattern[0]) and _fits(path[1:], pattern[1:]))
+    if not path or not pattern:
+        return not path and not pattern
+    return fnmatchcase(path[0], pattern[0]) and _fits(path[1:], pattern[1:])
 
 
 def _split_by_names(files: Iterable[str]) -> dict[str, list[str]]:
@@ -168,6 +171,7 @@ def _explained(name: str, revision: str | None = None) -> Iterator[None]:
     from huggingface_hub import HfApi, constants, errors
 
     hub, log_in = constants.ENDPOINT, "log in with 'hf auth login'"
+    http_error = errors.HTTPError  # type: ignore[attr-defined]  # that of httpx or of its successor, as the Hub uses
     try:
         yield
         return
@@ -176,7 +180,7 @@ def _explained(name: str, revision: str | None = None) -> Iterator[None]:
             refs = HfApi().list_repo_refs(name, repo_type="dataset")
         near = _nearest(str(revision), [one.name for one in (*refs.branches, *refs.tags)])
         problem = f"has no revision '{revision}'; use a commit, or one of {near}"
-    except (errors.HTTPError, ConnectionError, errors.LocalEntryNotFoundError, *_MALFORMED) as raised:  # type: ignore
+    except (http_error, ConnectionError, errors.LocalEntryNotFoundError, *_MALFORMED) as raised:
         error = raised.__cause__ if isinstance(raised, errors.LocalEntryNotFoundError) else raised
         status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
         problem = f"{hub} cannot be reached ({status or error}); check the network, or try again later"
