@@ -16,7 +16,7 @@ FLOORS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("errors.py",), ("text.py",), ("files.py",)),
     (("recipe", "records"),),
     (("system",),),
-    (("models",),),
+    (("models", "stream"),),
     (("tasks",),),
     (("methods",),),
     (("inference",),),

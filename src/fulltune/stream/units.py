@@ -30,7 +30,9 @@ def placeholder(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 def find_units(model: nn.Module) -> tuple[Unit, ...]:
     """Split the model into its repeated blocks and the other modules with weights; raise `SetupError` if it has no
     blocks or keeps weights beside them."""
-    blocks = [f"{path}.{name}" for path in block_list_paths(model) for name, _ in model.get_submodule(path).named_children()]
+    blocks = [
+        f"{path}.{name}" for path in block_list_paths(model) for name, _ in model.get_submodule(path).named_children()
+    ]
     if not blocks:
         raise SetupError(
             f"train.placement: stream: {type(model).__name__} has no repeated blocks (no torch.nn.ModuleList with "
