@@ -76,6 +76,6 @@ def test_prose_stays_short() -> None:
     statements = sum(isinstance(node, ast.stmt) for tree in trees for node in ast.walk(tree))
     assert sum(len(text.split()) for tree in trees for text in docstrings(tree)) <= 1.62 * statements
     assert sum(isinstance(node, ast.Name) and node.id == "Any" for tree in trees for node in ast.walk(tree)) <= 500
-    assert len(pages) <= 14
-    assert sum(map(written, pages)) <= 27_300
+    assert len(pages) <= 15
+    assert sum(map(written, pages)) <= 28_100
     assert written(ROOT / "README.md") <= 1_000
