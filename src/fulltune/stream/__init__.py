@@ -1,1 +1,1 @@
-"""Runs and trains models whose weights stay on a disk, unit by unit (docs/concepts/streaming.md)."""
+"""Runs and trains models whose weights stay on a disk, unit by unit."""
