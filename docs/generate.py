@@ -110,7 +110,8 @@ def _block(name: str, block: type[Block]) -> Iterable[str]:
     for inner, field in block.model_fields.items():
         yield _entry(f"{name}.{inner}", field)
         for entry in dict.fromkeys(_blocks_in(field.annotation)):
-            yield from (_entry(f"{name}.{inner}[].{own}", setting) for own, setting in entry.model_fields.items())
+            many = "" if _is_block(typing.get_args(field.annotation)[0]) else "[]"  # one block, or a list of blocks
+            yield from (_entry(f"{name}.{inner}{many}.{own}", setting) for own, setting in entry.model_fields.items())
     yield ""
 
 

@@ -106,6 +106,8 @@ class Recipe(Block):
         compares_runs = self.methods or self.is_searched
         for name in ("notice", "hang_timeout", *(() if compares_runs else placing)):
             del settings["train"][name]
+        if stream := settings["train"].pop("stream"):
+            settings["train"]["stream"] = stream["gradients"]  # the others change memory and disk alone
         settings["compare"]["budget"] = None  # more time continues the same comparison
         return settings
 
@@ -230,6 +232,9 @@ def resolve_paths(recipe: Recipe, base: Path) -> Recipe:
     file = recipe.train.engine_settings
     if isinstance(file, str):
         changed["train"] = recipe.train.with_engine_settings(make_absolute(file, ENGINE_SETTINGS))
+    if (stream := recipe.train.stream) and stream.disk is not None:
+        stream = stream.model_copy(update={"disk": make_absolute(stream.disk, "train.stream.disk")})
+        changed["train"] = changed.get("train", recipe.train).model_copy(update={"stream": stream})
     changed |= {name: make_absolute(getattr(recipe, name), name) for name in ("output", "functions")}
     if problems:
         raise RecipeError(problems)

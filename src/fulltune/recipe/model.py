@@ -49,6 +49,9 @@ class ModelBlock(Block):
     package."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
+    random_weights: bool = False
+    """Start from random weights instead of the pretrained ones, to measure memory and speed from a configuration alone.
+    Such a model knows nothing."""
     weights_dtype: Literal["fp32", "bf16"] = "fp32"
     """Data type of the stored weights. `bf16` halves their memory (see `train.bf16_rounding`)."""
     new_tokens: str | tuple[str, ...] = ()

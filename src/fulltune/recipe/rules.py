@@ -16,7 +16,7 @@ from fulltune.recipe.functions import is_own
 from fulltune.recipe.methods import ComparedMethod
 from fulltune.recipe.model import PreserveBlock
 from fulltune.recipe.tasks import FACTS, FORMS, READ_BY, Form, compares_answers
-from fulltune.recipe.training import OWN_OPTIMIZERS, TrainBlock
+from fulltune.recipe.training import OWN_OPTIMIZERS, STREAMABLE_OPTIMIZERS, TrainBlock
 from fulltune.text import did_you_mean
 
 NO_PACKAGES = ("all", "none", "flyte")
@@ -138,6 +138,7 @@ SHARED = (
     "num_machines",
     "placement",
     "offload",
+    "stream",
     "oversubscribe",
     "precision",
     "memory_limit",
@@ -273,6 +274,10 @@ def _other_problems(recipe: Recipe) -> list[str]:
             recipe.model.weights_dtype == "bf16"
             and train.optim not in (None, *OWN_OPTIMIZERS)
             and train.bf16_rounding != "nearest"
+        ),
+        f"train.optim: '{train.optim}' cannot update slices of a state on disk (placement: stream); expected one of "
+        f"{', '.join(STREAMABLE_OPTIMIZERS)}": (
+            train.placement == "stream" and train.optim not in (None, *STREAMABLE_OPTIMIZERS)
         ),
         f"preserve: this block needs text, but {recipe.task} reads images; remove the block": (
             is_image and block != PreserveBlock(drift=block.drift)

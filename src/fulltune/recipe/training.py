@@ -11,7 +11,7 @@ from fulltune.text import parse_bytes
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Interval = Literal["epoch", "steps"]
-Placement = Literal["auto", "single", "ddp", "fsdp2", "zero2", "zero3"]
+Placement = Literal["auto", "single", "ddp", "fsdp2", "zero2", "zero3", "stream"]
 OWN_OPTIMIZERS = ("adamw_8bit", "adamw_bf16")
 """Optimizers that fulltune implements itself. In transformers, `adamw_8bit` means `adamw_bnb_8bit`."""
 
@@ -21,7 +21,30 @@ SHARDABLE_OPTIMIZERS = (*OWN_OPTIMIZERS, "adamw_torch", "adamw_torch_fused", "sg
 PER_TENSOR_OPTIMIZERS = (*SHARDABLE_OPTIMIZERS, "adafactor")
 """Optimizers that update each tensor from its own gradient and state."""
 
+STREAMABLE_OPTIMIZERS = (*OWN_OPTIMIZERS, "adamw_torch_fused")
+"""Optimizers that can update a slice of a tensor read from disk."""
+
 ENGINE_SETTINGS = "train.extra.deepspeed"
+ByteSize = Annotated[str, validated_by(parse_bytes)]
+
+
+class StreamBlock(Block):
+    """Memory and disk of `placement: stream`."""
+
+    device_memory: ByteSize | None = None
+    """Maximum GPU memory, such as `6GiB`. Default: what is free, or `memory_limit`."""
+    host_memory: ByteSize | None = None
+    """Maximum host memory of the training process, such as `16GiB`, of which Python and libraries take about 0.7 GiB.
+    What is left beside the buffers caches weights. Default: without a GPU `memory_limit`; otherwise what the buffers
+    need."""
+    disk: str | None = None
+    """Folder for the training state, best on a fast local disk. Default: the run folder."""
+    gradients: Literal["auto", "bf16", "fp32"] = "auto"
+    """Data type in which gradients are summed and written to the disk until their global norm is known. `auto` is the
+    type of the weights. fp32 writes twice as many bytes as bf16."""
+    rated_writes: ByteSize = "600TB"
+    """Writes for which the drive is rated (TBW), which the plan compares with the run's writes. 600 TB is usual for a
+    consumer drive of 1 TB."""
 
 
 class TrainBlock(Block):
@@ -109,7 +132,7 @@ class TrainBlock(Block):
     use_liger_kernel: bool = False
     """Save memory with Liger's Triton kernels for norms, feed-forward layers and rotary positions (`pip install
     'fulltune[liger]'`). The kernels need a GPU and have not been tested with fulltune."""
-    memory_limit: Annotated[str, validated_by(parse_bytes)] | None = None
+    memory_limit: ByteSize | None = None
     """Maximum memory per training process, such as `6GiB`: GPU memory, or host memory if there is no GPU (about 0.7 GiB
     of it for Python and libraries). The plan stays below the limit, and exceeding it counts as running out of
     memory. Without a GPU, the limit works only on Linux and excludes memory-mapped files."""
@@ -153,9 +176,12 @@ class TrainBlock(Block):
     placement: Placement = "auto"
     """How weights, gradients and optimizer state are laid out. `single` is one process, `ddp` replicates everything,
     `fsdp2` (PyTorch) shards everything, `zero2` (DeepSpeed) shards gradients and optimizer state, and `zero3` also
-    weights. `auto` means `single` for one process, otherwise `ddp` if it fits, else `fsdp2`. A run may resume with
-    another number of processes and switch between `single`, `ddp` and `fsdp2`; `zero2` and `zero3` allow neither
-    (docs/guides/scale.md)."""
+    weights. `stream` is one process that reads one block of the model after the other from disk, where the training
+    state lies. `auto` means `single` for one process (`stream` if nothing else fits), otherwise `ddp` if it fits, else
+    `fsdp2`. A run may resume with another number of processes and switch between `single`, `ddp` and `fsdp2`; the
+    others allow neither (docs/guides/scale.md)."""
+    stream: StreamBlock | None = None
+    """Memory and disk of `placement: stream`."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What to keep in host memory: `optimizer` state (with zero2 or zero3), or `all` (with zero3: weights too).
     Offloading has no effect on a CPU."""
@@ -234,14 +260,17 @@ def _placement_problems(train: TrainBlock) -> dict[str, object]:
     placement, offload, processes = train.placement, train.offload, train.num_processes
     has_own_file = train.engine_settings is not None
     least = -(-processes // train.num_machines) * train.num_machines
-    instead = "zero2 or zero3 with an offload" if placement == "fsdp2" else "single"
+    instead = "zero2 or zero3 with an offload, or stream" if placement == "fsdp2" else "single"
     both = "{} and train.extra.deepspeed both set the layout; remove one of them"
     fits = ("zero3",) if offload == "all" else ("zero2", "zero3")
     return {
         f"num_processes: expected a multiple of num_machines ({train.num_machines}), such as {least}, found "
         f"{processes}": processes % train.num_machines,
-        f"placement: single runs one process, but num_processes is {processes}; set 1, or another placement": (
-            placement == "single" and processes > 1
+        f"placement: {placement} runs one process, but num_processes is {processes}; set 1, or another placement": (
+            placement in ("single", "stream") and processes > 1
+        ),
+        f"stream: has no effect with placement: {placement}; set placement: stream, or remove it": (
+            train.stream is not None and placement not in ("auto", "stream")
         ),
         f"placement: {placement} needs num_processes: 2 or more; with one process use {instead}": (
             placement in ("ddp", "fsdp2") and processes == 1

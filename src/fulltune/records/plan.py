@@ -167,7 +167,7 @@ class Plan(MemorySettings):
     warmup_steps: int
     lr_scheduler_type: str
     global_batch_size: int
-    placement: Literal["single", "ddp", "fsdp2", "zero2", "zero3", "deepspeed"] = "single"
+    placement: Literal["single", "ddp", "fsdp2", "zero2", "zero3", "stream", "deepspeed"] = "single"
     """Placement over processes, or `deepspeed` for the user's own settings."""
     offload: str = "none"
     group_by_length: bool = True
