@@ -57,6 +57,7 @@ def load_model(
     before_weights: Callable[[], None] = lambda: None,
     on_head: Callable[[HeadOrigin], None] = lambda head: None,
     num_ranks: int = 1,
+    loader: Callable[..., Any] | None = None,
 ) -> PreTrainedModel:
     """Load a model with the task's head, in `weights_dtype` and evaluation mode.
 
@@ -65,12 +66,14 @@ def load_model(
         before_weights: Called before the weights take memory.
         on_head: Called with the head's origin if `head_is_new`.
         num_ranks: Number of ranks that shard the weights; all must call this.
+        loader: Called instead of `from_pretrained`, with its arguments.
 
     Raises:
         SetupError: The weights cannot be read, or parameters below the head are missing.
     """
     block = base.block
-    check_weights(base)
+    if loader is None:
+        check_weights(base)
     config = base.copy_config(config_changes, block.dropout)
     if base.new_tokens:
         config.get_text_config().vocab_size = base.config.get_text_config().vocab_size
@@ -84,16 +87,16 @@ def load_model(
     keywords["ignore_mismatched_sizes"] = head_is_new
     if "gguf_file" not in keywords:
         keywords["use_safetensors"] = None if block.allow_pickled_weights else True
-    loader = base.auto_model_class.from_pretrained
     if (module := type(config).__module__).startswith("transformers.models."):
         # Otherwise the model's code would be imported, and take memory, while weights are read.
         importlib.import_module(module.replace(".configuration_", ".modeling_"))
     if num_ranks > 1:
         shared, keywords["distributed_config"] = sharding.sharded_model_class(base.auto_model_class, config, num_ranks)
         loader = shared.from_pretrained
+    load = loader or base.auto_model_class.from_pretrained
     before_weights()
     with _silenced_transformers():
-        model, info = load_with_advice(block, "model", lambda: loader(output_loading_info=True, **keywords))
+        model, info = load_with_advice(block, "model", lambda: load(output_loading_info=True, **keywords))
     missing = _missing_parameters(model, info, block, head_is_new)
     if head_is_new:
         head = predict_head_origin(base.config, type(model).__name__, config_changes)
@@ -221,7 +224,7 @@ def arrange_head(model: PreTrainedModel, missing: Iterable[str], head: HeadOrigi
         return _AS_IT_IS
     if head.order is not None and head.order == tuple(range(len(head.order))):
         return head
-    rows = _find_label_axes(model)
+    rows = find_label_axes(model)
     if not rows:
         raise SetupError(
             f"model: {model.name_or_path}: the rows of {type(model).__name__}'s head cannot be matched to labels; "
@@ -244,7 +247,7 @@ def _read_known_rows(model: PreTrainedModel, base: Base, head: HeadOrigin) -> He
     from safetensors import safe_open
     from transformers.utils.hub import cached_file
 
-    axes, rows = _find_label_axes(model), dict[str, Any]()
+    axes, rows = find_label_axes(model), dict[str, Any]()
     order = [row for row in head.order or () if row is not None]
     folder = base.path or Path(str(cached_file(base.block.name, "config.json", revision=base.block.revision))).parent
     for file in folder.glob("*.safetensors"):
@@ -263,7 +266,7 @@ def restore_known_rows(model: PreTrainedModel, head: HeadOrigin) -> None:
     if not head.known_rows:
         return
     sharding.free_gathered_weights(model)
-    axes, parameters = _find_label_axes(model), {name: model.get_parameter(name) for name in head.known_rows}
+    axes, parameters = find_label_axes(model), {name: model.get_parameter(name) for name in head.known_rows}
     is_known = torch.tensor([row is not None for row in head.order or ()])
     with torch.no_grad(), sharding.gathered_to_modify(list(parameters.values())):
         rows = {name: sharding.full_tensor(one).movedim(axes[name], 0).clone() for name, one in parameters.items()}
@@ -277,7 +280,7 @@ def restore_known_rows(model: PreTrainedModel, head: HeadOrigin) -> None:
             parameter.copy_(sharding.shard_like(rows[name].movedim(0, axes[name]), parameter))
 
 
-def _find_label_axes(model: PreTrainedModel) -> dict[str, int]:
+def find_label_axes(model: PreTrainedModel) -> dict[str, int]:
     """Map the names of parameters that have a row per label to the axis of these rows."""
     import torch
 

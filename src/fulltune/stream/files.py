@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
+
+from fulltune.errors import SetupError
+from fulltune.models.base import Base, check_weights, read_json_object
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+_SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Place of a tensor in a safetensors file."""
+
+    file: Path
+    begin: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def read(self) -> torch.Tensor:
+        """Read the tensor into new memory, so that no page of the file stays in memory."""
+        values = torch.empty(self.shape, dtype=self.dtype)
+        room = memoryview(values.reshape(-1).view(torch.uint8).numpy())
+        with self.file.open("rb", buffering=0) as stream:
+            stream.seek(self.begin)
+            while room:
+                if not (count := stream.readinto(room)):
+                    raise SetupError(f"{self.file}: the file ended while it was read; copy or download it again")
+                room = room[count:]
+        return values
+
+    def sample(self) -> bytes:
+        """Return bytes from the middle of the tensor."""
+        num_bytes = self.dtype.itemsize * torch.Size(self.shape).numel()
+        with self.file.open("rb") as stream:
+            stream.seek(self.begin + max(0, num_bytes - _SAMPLE_BYTES) // 2)
+            return stream.read(min(num_bytes, _SAMPLE_BYTES))
+
+
+def files_digest(tensors: Mapping[str, StoredTensor]) -> str:
+    """Return a hash of the names, types and shapes of tensors, and of a sample of each tensor's values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + tensor.sample())
+    return digest.hexdigest()[:16]
+
+
+def tensors_in_files(base: Base, empty: PreTrainedModel) -> dict[str, StoredTensor]:
+    """Find a model's parameters and buffers in its safetensors by their names in `empty`, the model on the meta device.
+
+    Raises:
+        SetupError: The weights are not plain safetensors, or transformers would compute them from several tensors.
+    """
+    if getattr(base.config, "quantization_config", None) is not None or (base.path and base.path.is_file()):
+        raise _refused(base, "quantized weights and GGUF files cannot be read in parts; use the model's plain weights")
+    check_weights(base)
+    conversions, expected = get_model_conversion_mapping(empty), empty.state_dict()
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    tensors = dict[str, StoredTensor]()
+    for key, tensor in _read_headers(base).items():
+        name, converter = rename_source_key(key, renamings, converters, empty.base_model_prefix, expected)
+        if name not in expected and key in expected:
+            name, converter = key, None
+        if name in expected and converter is not None:
+            advice = "save the model once with save_pretrained(folder, save_original_format=False)"
+            raise _refused(base, f"transformers computes {name} from several tensors of the files; {advice}")
+        if name in expected:
+            tensors[name] = tensor
+    for target, origin in empty.all_tied_weights_keys.items():
+        # As in transformers, weights that the files have twice are tied only if they are equal.
+        if target in tensors and origin in tensors and torch.equal(tensors[target].read(), tensors[origin].read()):
+            del tensors[target]
+    return tensors
+
+
+def _read_headers(base: Base) -> dict[str, StoredTensor]:
+    """Return all tensors of a model's safetensors by key."""
+    tensors, names = dict[str, StoredTensor](), [SAFE_WEIGHTS_NAME]
+    if _locate(base, SAFE_WEIGHTS_NAME) is None:
+        index = _locate(base, SAFE_WEIGHTS_INDEX_NAME)
+        names = sorted(set(read_json_object(index)["weight_map"].values())) if index else []
+    for file in (_locate(base, name) for name in names):
+        if file is None:
+            raise _refused(base, f"a file in {SAFE_WEIGHTS_INDEX_NAME} is missing; copy or download the model again")
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size))
+        header.pop("__metadata__", None)
+        for key, entry in header.items():
+            if entry["dtype"] not in _DTYPES:
+                raise _refused(base, f"{key} in {file.name} has type {entry['dtype']}; use the model's plain weights")
+            begin = 8 + size + entry["data_offsets"][0]
+            tensors[key] = StoredTensor(file, begin, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+    if not tensors:
+        raise _refused(base, f"there is no {SAFE_WEIGHTS_NAME}; load the model once and save it with save_pretrained")
+    return tensors
+
+
+def _locate(base: Base, file: str) -> Path | None:
+    where = str(base.path or base.block.name)
+    path = cached_file(where, file, revision=base.block.revision, _raise_exceptions_for_missing_entries=False)
+    return Path(path) if path else None
+
+
+def _refused(base: Base, why: str) -> SetupError:
+    return SetupError(f"model: {base.block.name}: the weights cannot be streamed from their files: {why}")
+
+
+class ReadAhead:
+    """Provides units' weights to a model that runs forward only: reads them in the background, and keeps at most two
+    units."""
+
+    def __init__(self, read: Callable[[int], Mapping[str, torch.Tensor]]) -> None:
+        self._read = read
+        self._pool = ThreadPoolExecutor(1)
+        self._units: dict[int, Future[Mapping[str, torch.Tensor]]] = {}
+        self._in_use: set[int] = set()
+
+    def prefetch(self, unit: int) -> None:
+        """Begin to read a unit, unless two are in memory."""
+        if unit not in self._units and len(self._units) < 2:
+            self._units[unit] = self._pool.submit(self._read, unit)
+
+    def weights(self, unit: int) -> Mapping[str, torch.Tensor]:
+        """Return a unit's weights, which are in memory until `release`."""
+        if unit not in self._units:
+            for unused in self._units.keys() - self._in_use:
+                self._units.pop(unused).exception()  # waits, so that a third unit is not read beside two
+            self._units[unit] = self._pool.submit(self._read, unit)
+        self._in_use.add(unit)
+        return self._units[unit].result()
+
+    def release(self, unit: int) -> None:
+        """Free a unit's weights."""
+        self._units.pop(unit, None)
+        self._in_use.discard(unit)

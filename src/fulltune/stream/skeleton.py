@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from fulltune.errors import SetupError
+from fulltune.models.base import Base
+from fulltune.models.load import HeadOrigin, find_label_axes, load_model
+from fulltune.stream.files import StoredTensor, files_digest, tensors_in_files
+from fulltune.stream.units import Unit, placeholder
+
+_NOT_FOR_GENERATION = ("generation_config", "from_auto_class", "from_pipeline", "cache_dir", "proxies", "token")
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model whose parameters are placeholders, and where their values are."""
+
+    model: PreTrainedModel
+    stored: Mapping[str, StoredTensor]
+    """By parameter; empty for random weights."""
+    new: Mapping[str, torch.Tensor]
+    """Values of parameters that the files lack, or have for labels in another order."""
+
+    @property
+    def digest(self) -> str:
+        """Return a hash that identifies the stored weights."""
+        return files_digest(self.stored) if self.stored else "random"
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Return parameters' values in the model's data type."""
+        if not self.stored:
+            return draw(self.model, tuple(names))
+        dtypes = {name: self.model.get_parameter(name).dtype for name in names}
+        return {
+            name: self.new[name] if name in self.new else self.stored[name].read().to(dtype)
+            for name, dtype in dtypes.items()
+        }
+
+
+def skeleton(
+    base: Base,
+    config_changes: Mapping[str, Any],
+    *,
+    head_is_new: bool,
+    on_head: Callable[[HeadOrigin], None] = lambda head: None,
+) -> Skeleton:
+    """Load a model as `load_model` does, with the same random state afterwards, but without weights. With
+    `model.random_weights`, no file is read and no head is new."""
+    if base.new_tokens:
+        raise SetupError(f"model.new_tokens: {base.block.name} cannot be streamed with new tokens; save it with them")
+    stored = dict[str, StoredTensor]()
+    reorders = head_is_new and "id2label" in config_changes
+
+    def from_placeholders(config: PretrainedConfig, dtype: torch.dtype, **keywords: Any) -> Any:
+        name, revision = keywords.pop("pretrained_model_name_or_path"), keywords.pop("revision", None)
+        own_code = keywords.pop("trust_remote_code")
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            empty = base.auto_model_class.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=own_code)
+        parameters = dict(empty.named_parameters(remove_duplicate=False))
+        state = {name: placeholder(one.shape, one.dtype) for name, one in empty.named_parameters()}
+        if not base.block.random_weights:
+            stored.update(tensors_in_files(base, empty))
+            state = {
+                name: placeholder(tensor.shape, parameters[name].dtype) if name in parameters else tensor.read()
+                for name, tensor in stored.items()
+            }
+        del keywords["use_safetensors"]
+        # transformers maps, ties and initialises placeholders as it would the weights in the files.
+        model, info = type(empty).from_pretrained(None, config=config, dtype=dtype, state_dict=state, **keywords)
+        for mismatched, *_ in info["mismatched_keys"]:
+            del stored[mismatched]
+        for rows in (find_label_axes(model).keys() if reorders else set()) & stored.keys():
+            model.get_parameter(rows).data = stored.pop(rows).read().to(dtype)
+        model.name_or_path = model.config.name_or_path = name
+        if model.can_generate():
+            where = {"pretrained_model_name_or_path": name, "revision": revision, "subfolder": ""}
+            where |= {"force_download": False, "local_files_only": False, "trust_remote_code": own_code}
+            model.adjust_generation_fn(**dict.fromkeys(_NOT_FOR_GENERATION), **where)
+        return model, info
+
+    head_is_new = head_is_new and not base.block.random_weights
+    model = load_model(base, config_changes, head_is_new=head_is_new, on_head=on_head, loader=from_placeholders)
+    first_names, by_parameter = dict[int, str](), dict[str, StoredTensor]()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = first_names.setdefault(id(parameter), name)
+        if name in stored:
+            by_parameter[first] = stored[name]
+    new = {name: one.data for name, one in model.named_parameters() if stored and name not in by_parameter}
+    for parameter in model.parameters():
+        parameter.data = placeholder(parameter.shape, parameter.dtype)
+    return Skeleton(model, by_parameter, new)
+
+
+def fill(source: Skeleton, units: Iterable[Unit], write: Callable[[int, dict[str, Any]], None]) -> None:
+    """Pass each unit's weights to `write`, as {parameter: {"weights": values}}, with one unit at a time in memory."""
+    for number, unit in enumerate(units):
+        write(number, {name: {"weights": values} for name, values in source.read(unit.names).items()})
+
+
+def draw(model: PreTrainedModel, names: tuple[str, ...], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return initial values of parameters as transformers draws them, which depend on nothing but the seed and these
+    names."""
+    absent = {name: parameter.data for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter._is_hf_initialized = name not in names
+        if name in names:
+            parameter.data = torch.zeros(parameter.shape, dtype=parameter.dtype)
+    for module in model.modules():
+        vars(module).pop("_is_hf_initialized", None)
+    for target in model.all_tied_weights_keys:  # or a head would be drawn over the embedding
+        tied = model.get_submodule(target.rpartition(".")[0])
+        tied._is_hf_initialized = len(list(tied.parameters(recurse=False))) == 1
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(zlib.crc32(f"{seed} {names[:1]}".encode()))
+        model.initialize_weights()
+    values = dict[str, torch.Tensor]()
+    for name in names:
+        parameter = model.get_parameter(name)
+        values[name], parameter.data = parameter.data, absent[name]
+    return values
