@@ -57,7 +57,7 @@ def load_model(
     before_weights: Callable[[], None] = lambda: None,
     on_head: Callable[[HeadOrigin], None] = lambda head: None,
     num_ranks: int = 1,
-    loader: Callable[..., Any] | None = None,
+    loader: Callable[..., tuple[PreTrainedModel, Mapping[str, object]]] | None = None,
 ) -> PreTrainedModel:
     """Load a model with the task's head, in `weights_dtype` and evaluation mode.
 

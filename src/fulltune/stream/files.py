@@ -34,7 +34,7 @@ class StoredTensor:
     def read(self) -> torch.Tensor:
         """Read the tensor into new memory, so that no page of the file stays in memory."""
         values = torch.empty(self.shape, dtype=self.dtype)
-        room = memoryview(values.reshape(-1).view(torch.uint8).numpy())
+        room = values.reshape(-1).view(torch.uint8).numpy().data
         with self.file.open("rb", buffering=0) as stream:
             stream.seek(self.begin)
             while room:

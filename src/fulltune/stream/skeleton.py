@@ -4,7 +4,6 @@ import copy
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -16,6 +15,7 @@ from fulltune.stream.files import StoredTensor, files_digest, tensors_in_files
 from fulltune.stream.units import Unit, placeholder
 
 _NOT_FOR_GENERATION = ("generation_config", "from_auto_class", "from_pipeline", "cache_dir", "proxies", "token")
+_INITIALISED = "_is_hf_initialized"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Skeleton:
 
 def skeleton(
     base: Base,
-    config_changes: Mapping[str, Any],
+    config_changes: Mapping[str, object],
     *,
     head_is_new: bool,
     on_head: Callable[[HeadOrigin], None] = lambda head: None,
@@ -58,8 +58,10 @@ def skeleton(
     stored = dict[str, StoredTensor]()
     reorders = head_is_new and "id2label" in config_changes
 
-    def from_placeholders(config: PretrainedConfig, dtype: torch.dtype, **keywords: Any) -> Any:
-        name, revision = keywords.pop("pretrained_model_name_or_path"), keywords.pop("revision", None)
+    def from_placeholders(
+        config: PretrainedConfig, dtype: torch.dtype, **keywords: object
+    ) -> tuple[PreTrainedModel, Mapping[str, object]]:
+        name, revision = str(keywords.pop("pretrained_model_name_or_path")), keywords.pop("revision", None)
         own_code = keywords.pop("trust_remote_code")
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             empty = base.auto_model_class.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=own_code)
@@ -98,7 +100,9 @@ def skeleton(
     return Skeleton(model, by_parameter, new)
 
 
-def fill(source: Skeleton, units: Iterable[Unit], write: Callable[[int, dict[str, Any]], None]) -> None:
+def fill(
+    source: Skeleton, units: Iterable[Unit], write: Callable[[int, dict[str, dict[str, torch.Tensor]]], None]
+) -> None:
     """Pass each unit's weights to `write`, as {parameter: {"weights": values}}, with one unit at a time in memory."""
     for number, unit in enumerate(units):
         write(number, {name: {"weights": values} for name, values in source.read(unit.names).items()})
@@ -109,14 +113,14 @@ def draw(model: PreTrainedModel, names: tuple[str, ...], seed: int = 0) -> dict[
     names."""
     absent = {name: parameter.data for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
-        parameter._is_hf_initialized = name not in names
+        vars(parameter)[_INITIALISED] = name not in names
         if name in names:
             parameter.data = torch.zeros(parameter.shape, dtype=parameter.dtype)
     for module in model.modules():
-        vars(module).pop("_is_hf_initialized", None)
+        vars(module).pop(_INITIALISED, None)
     for target in model.all_tied_weights_keys:  # or a head would be drawn over the embedding
         tied = model.get_submodule(target.rpartition(".")[0])
-        tied._is_hf_initialized = len(list(tied.parameters(recurse=False))) == 1
+        vars(tied)[_INITIALISED] = len(list(tied.parameters(recurse=False))) == 1
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(zlib.crc32(f"{seed} {names[:1]}".encode()))
         model.initialize_weights()
