@@ -22,7 +22,7 @@ from fulltune.errors import SetupError
 from fulltune.stream.units import Unit, placeholder
 
 
-class Source(Protocol):
+class WeightSource(Protocol):
     """Weights by unit."""
 
     def prefetch(self, unit: int) -> None:
@@ -215,7 +215,7 @@ class Executor:
     """Runs a model with the weights of a source; `install` makes the model use it."""
 
     def __init__(
-        self, model: nn.Module, units: Sequence[Unit], source: Source, sink: GradientSink | None = None
+        self, model: nn.Module, units: Sequence[Unit], source: WeightSource, sink: GradientSink | None = None
     ) -> None:
         """Take a model whose parameters are placeholders."""
         self.units, self._source, self._sink = units, source, sink
