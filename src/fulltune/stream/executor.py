@@ -46,7 +46,7 @@ class GradientSink(Protocol):
 
 
 T = TypeVar("T")
-Function = Callable[..., Any]
+Function = Callable[..., object]
 _Run = tuple[list[Tensor], list[tuple[Tensor, Tensor]]]
 """A unit's inputs, and each of its outputs with its gradient."""
 
@@ -67,7 +67,7 @@ class _Request:
 
     unit: int
     function: Function
-    leaves: list[Any]
+    leaves: list[object]
     structure: TreeSpec
     random: list[Tensor]
     """Random state before the call."""
@@ -77,7 +77,7 @@ class _Request:
     def tensors(self) -> list[Tensor]:
         return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
 
-    def run(self, tensors: Sequence[Tensor]) -> tuple[list[Any], TreeSpec]:
+    def run(self, tensors: Sequence[Tensor]) -> tuple[list[object], TreeSpec]:
         """Call the function with these tensors; return the leaves of what it returns, and their structure."""
         given = iter(tensors)
         leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
@@ -91,7 +91,7 @@ class _Call:
 
     executor: Executor
     requests: list[_Request]
-    results: list[tuple[list[Any], TreeSpec, list[Tensor]]] = field(default_factory=list)
+    results: list[tuple[list[object], TreeSpec, list[Tensor]]] = field(default_factory=list)
     """Each micro batch's returned leaves, their structure, and the random state afterwards."""
     constant: list[bool] = field(default_factory=list)
     """Whether each output tensor depends on no weights and no input with a gradient."""
@@ -128,7 +128,9 @@ class _Call:
         sizes = [len(request.tensors) for request in self.requests]
         return [values[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
-    def backward(self, tensors: tuple[Tensor, ...], needs: Sequence[bool], grads: Sequence[Tensor | None]) -> list[Any]:
+    def backward(
+        self, tensors: tuple[Tensor, ...], needs: Sequence[bool], grads: Sequence[Tensor | None]
+    ) -> list[object]:
         """Compute the gradients of the inputs, and of all weights whose last call this is."""
         given = iter(grads)  # of the outputs, then of the inputs that later units use too
         self.inputs = tensors
@@ -137,12 +139,12 @@ class _Call:
         completed = self.executor.complete(self)
         # Usually the unit's own weights, whose gradients come with those of the inputs.
         own = next((record for record, calls in completed if calls == [self]), None)
-        found: list[Any] = []
+        of_inputs: list[object] = []
         with self.executor.weights_of({self.unit}, backward=True), self.executor.collecting(own) as parameters:
             for micro, (needed, added) in enumerate(zip(self._split(needs), self._split(later), strict=True)):
                 run = self.outputs(micro, needed, added)
                 _add_gradients([run], parameters)
-                found += [leaf.grad if leaf.requires_grad else None for leaf in run[0]]
+                of_inputs += [leaf.grad if leaf.requires_grad else None for leaf in run[0]]
         for record, calls in completed:
             if record == own:
                 continue
@@ -150,7 +152,7 @@ class _Call:
             with self.executor.weights_of(users, backward=True), self.executor.collecting(record) as parameters:
                 for micro in range(len(self.requests)):
                     _add_gradients([call.outputs(micro) for call in calls], parameters)
-        return found
+        return of_inputs
 
     def outputs(self, micro: int, needs: Sequence[bool] = (), later: Sequence[Tensor | None] = ()) -> _Run:
         """Run a micro batch again with a graph; return its inputs, and each output with its gradient.
@@ -205,7 +207,7 @@ class _UnitFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[object, ...]:
         """Run the unit again, and return the gradients of its inputs."""
         call, ctx.call = ctx.call, None
         return (None, None, *call.backward(ctx.saved_tensors, ctx.needs_input_grad[2:], grads))
@@ -235,7 +237,7 @@ class Executor:
         self.norms: dict[str, Tensor] = {}
         """L2 norm of each parameter's gradient in the last step: fp32 scalars."""
 
-    def call(self, unit: int, function: Function, *arguments: Any, **keywords: Any) -> Any:
+    def call(self, unit: int, function: Function, *arguments: object, **keywords: object) -> object:
         """Call a function that uses the unit's weights."""
         if self._step is None or not torch.is_grad_enabled():
             with torch.no_grad(), self.weights_of({unit}):
@@ -298,27 +300,27 @@ class Executor:
         if record is None or self._sink is None:
             yield []
             return
-        buffers, seen = self._sink.gradients(record), set[str]()
+        buffers, received = self._sink.gradients(record), set[str]()
         names = [name for name in self.units[record].names if self._parameters[name].requires_grad]
         with contextlib.ExitStack() as hooks:
             for name in names:
-                hook = partial(_add_to_buffer, buffers[name], name, seen)
+                hook = partial(_add_to_buffer, buffers[name], name, received)
                 hooks.enter_context(self._parameters[name].register_post_accumulate_grad_hook(hook))
             yield [self._parameters[name] for name in names]
-        received = [name for name in names if name in seen]
-        self.norms |= {name: _norm(buffers[name]) for name in received}
-        self._sink.park(record, received)
+        complete = [name for name in names if name in received]
+        self.norms |= {name: _norm(buffers[name]) for name in complete}
+        self._sink.park(record, complete)
 
 
-def _add_to_buffer(buffer: Tensor, name: str, seen: set[str], parameter: Tensor) -> None:
+def _add_to_buffer(buffer: Tensor, name: str, received: set[str], parameter: Tensor) -> None:
     """Add a parameter's gradient to a buffer, replacing what an earlier unit left there, and free it."""
     gradient, parameter.grad = parameter.grad, None
     assert gradient is not None
-    if name in seen:
+    if name in received:
         buffer.add_(gradient.to(buffer.device))
     else:
         buffer.copy_(gradient)
-    seen.add(name)
+    received.add(name)
 
 
 def _norm(gradient: Tensor) -> Tensor:
@@ -335,7 +337,7 @@ class _Step:
     def __init__(self, executor: Executor, num_micro_batches: int) -> None:
         self._executor = executor
         self._anchor = torch.zeros((), device=executor.device, requires_grad=True)
-        self._logs: list[list[tuple[list[Any], TreeSpec, list[Tensor], list[int]]]] = [
+        self._logs: list[list[tuple[list[object], TreeSpec, list[Tensor], list[int]]]] = [
             [] for _ in range(num_micro_batches)
         ]
         self._passed: dict[int, tuple[Tensor, Tensor]] = {}
@@ -364,7 +366,7 @@ class _Step:
                 return losses
             self._execute(requests, alike=not losses)
 
-    def call(self, unit: int, function: Function, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    def call(self, unit: int, function: Function, arguments: tuple[object, ...], keywords: dict[str, object]) -> object:
         """Return what the unit returned for this micro batch, running it if all micro batches have arrived."""
         log = self._logs[self._micro]
         if self._position == len(log):
