@@ -11,8 +11,9 @@ FOLDER/results.jsonl once the part has ended; the same command resumes with the 
 a part behind the last measurement that was kept (`runs.Records`). `python -m bench.PART [--quick]` runs one alone.
 When a release is cut, `table` copies its results to `bench/releases/VERSION.jsonl` (`bench/results.py` has the schema)
 and writes the page; the next release is compared with them. Beside the suite stand two tools for a change,
-`two_versions` and `planted_faults`, and the day on a GPU, `gpu_day`. Data sets: FULLTUNE_BENCH_DATA, see
-`bench/public_data.py`. A script that has no bar does not belong here: its figures stand in the commit that made them.
+`two_versions` and `planted_faults`, the day on a GPU, `gpu_day`, and what others need for a streamed model,
+`stream_rivals`. Data sets: FULLTUNE_BENCH_DATA, see `bench/public_data.py`. A script that has no bar does not belong
+here: its figures stand in the commit that made them.
 """
 
 from __future__ import annotations

@@ -18,23 +18,29 @@ from typing import Any
 
 from bench.results import ROOT, Figure, number
 
-Measure = Callable[[Path, bool], Iterator[Figure]]
+Measure = Callable[..., Iterator[Figure]]
 """A part of the suite: from its folder, and whether it shall be quick, to figures."""
 
 
-def script(measure: Measure, description: str | None) -> None:
-    """The command line of a part: `--quick`, `--folder F`, `--figures FILE`; exits 1 where a bar is missed."""
+def script(measure: Measure, description: str | None, **numbers: str) -> None:
+    """The command line of a part: `--quick`, `--folder F`, `--figures FILE`; exits 1 where a bar is missed.
+
+    `numbers` are further options with their help: whole numbers of 1 or more, which `measure` takes by name.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rows, steps and repeats: minutes")
     parser.add_argument("--folder", type=Path, help="keeps what was measured; the same folder resumes")
     parser.add_argument("--figures", type=Path, help="also write the figures as JSON lines")
+    for name, meaning in numbers.items():
+        parser.add_argument(f"--{name}", type=_count, metavar="N", help=meaning)
     options = parser.parse_args()
+    more = {name: getattr(options, name) for name in numbers if getattr(options, name) is not None}
     os.environ |= environment()
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fulltune-bench-")))
         folder.mkdir(parents=True, exist_ok=True)
         figures = []
-        for figure in measure(folder.resolve(), options.quick):
+        for figure in measure(folder.resolve(), options.quick, **more):
             mark = "passed" if figure.passed else "MISSED"
             print(f"{mark}: {figure.name}: {number(figure.value, figure.unit)} ({figure.bar})", flush=True)
             figures.append(figure)
@@ -42,6 +48,12 @@ def script(measure: Measure, description: str | None) -> None:
         lines = "".join(json.dumps(vars(figure)) + "\n" for figure in figures)
         options.figures.write_text(lines, encoding="utf-8")
     sys.exit(0 if figures and all(figure.passed for figure in figures) else 1)
+
+
+def _count(text: str) -> int:
+    if (count := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {text}")
+    return count
 
 
 def environment(**more: str) -> dict[str, str]:

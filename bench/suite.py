@@ -29,6 +29,9 @@ PARTS = (
     "malformed_files",
     "planted_defects",
     "placements",
+    "stream_depth",
+    "stream_1b",
+    "stream_7b",
 )
 """Modules of this folder, each with `measure(folder, quick)`."""
 

@@ -25,8 +25,9 @@ from tests.train import runs
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = sorted(EXAMPLES.glob("*.yaml"))
 ELSEWHERE = ("ddp", "fsdp2", "zero2", "zero3", "zero3-offload", "plan-7b", "plan-70b", "compare-banking77", "hub", "s3")
+ELSEWHERE += ("stream-7b-random",)
 """With tests of their own: several processes (test_placements.py), three of them with DeepSpeed (test_zero.py), two
-without weights (test_plan.py), one compares, two read rows from a Hub and a bucket."""
+without weights (test_plan.py), one compares, two read rows from a Hub and a bucket, one has 7 B parameters."""
 ONE_PROCESS = [path for path in RECIPES if path.stem not in ELSEWHERE]
 OWN_ROWS = {
     "chat": ("chat", 40, ()),
@@ -94,6 +95,14 @@ def test_example_with_own_rows_is_prepared_and_planned(
     assert not summary.dropped
     # The examples are small on purpose.
     assert all(any(word in note for word in ("only ", "packed", "instead of the")) for note in summary.notes)
+
+
+def test_streamed_example_has_1024_tokens_a_step(tmp_path: Path) -> None:
+    result = fulltune("data", EXAMPLES / "stream-7b-random.yaml", "--run-folder", tmp_path)
+    assert result.code == 0, result.err
+    train = DataSummary.of_run(tmp_path).splits["train"]
+    rows_per_step = load_recipe(EXAMPLES / "stream-7b-random.yaml").train.global_batch_size or 0
+    assert rows_per_step * train.tokens / train.rows >= 1024
 
 
 def _stand_ins(folder: Path) -> None:

@@ -1,0 +1,132 @@
+"""Commands whose processes are ended above a ceiling of memory, and what they needed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.runs import environment
+
+POLL_SECONDS = 0.05
+POLLS_PER_SUM = 40
+"""Polls between two sums over all processes, which take longer."""
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that has ended, or was ended."""
+
+    code: int
+    """Its exit code; negative where a signal ended it."""
+    seconds: float
+    peak_bytes: int
+    """Highest resident memory (VmHWM) of any of its processes, pages of mapped files included."""
+    anonymous_bytes: int
+    """Highest resident memory of any of its processes without pages of files, which the system may drop."""
+    total_bytes: int
+    """Highest sum over all of its processes (Pss, sampled every two seconds)."""
+    written_bytes: int
+    """Bytes that its processes gave to disks."""
+    over: bool
+    """Whether it was ended because a process exceeded the ceiling."""
+
+
+def limited(
+    command: Sequence[str],
+    ceiling: int,
+    log: Path,
+    *,
+    seconds: float = float("inf"),
+    stop: Callable[[], bool] = lambda: False,
+    **variables: str,
+) -> Ended:
+    """Run a command in a session of its own, and kill all of it when one of its processes exceeds the ceiling.
+
+    VmHWM is the kernel's own maximum, so no peak between two polls is missed, but for a process's last. RLIMIT_DATA
+    refuses private memory beyond twice the ceiling at once: reserved and never touched memory counts there, so it
+    cannot be the ceiling itself.
+
+    Args:
+        command: What to run.
+        ceiling: Bytes of resident memory that no process may exceed.
+        log: Where its output is appended.
+        seconds: After which it is killed.
+        stop: Asked at each poll; all processes are killed (SIGKILL) as soon as it is true.
+        variables: Further variables of the environment.
+    """
+    began, polls = time.monotonic(), 0
+    peak = anonymous = total = 0
+    written: dict[str, int] = {}
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            env=environment(**variables),
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (2 * ceiling, 2 * ceiling)),
+        )
+        try:
+            while True:
+                code = process.poll()
+                for place in processes(process.pid):
+                    peak = max(peak, _kilobytes(place / "status", "VmHWM"))
+                    parts = (_kilobytes(place / "status", name) for name in ("RssAnon", "RssShmem"))
+                    anonymous = max(anonymous, sum(parts))
+                    written[place.name] = max(written.get(place.name, 0), _number(place / "io", "write_bytes"))
+                if polls % POLLS_PER_SUM == 0:
+                    sums = (_kilobytes(place / "smaps_rollup", "Pss") for place in processes(process.pid))
+                    total = max(total, sum(sums))
+                if code is not None:
+                    break
+                if peak > ceiling or stop() or time.monotonic() - began > seconds:
+                    kill_session(process.pid)
+                polls += 1
+                time.sleep(POLL_SECONDS)
+        finally:
+            kill_session(process.pid)
+    return Ended(
+        code,
+        time.monotonic() - began,
+        peak,
+        anonymous,
+        total,
+        sum(written.values()),
+        peak > ceiling,
+    )
+
+
+def processes(session: int) -> Iterator[Path]:
+    """The folders in /proc of a session's processes."""
+    for place in Path("/proc").iterdir():
+        if place.name.isdigit():
+            with contextlib.suppress(OSError):
+                if os.getsid(int(place.name)) == session:
+                    yield place
+
+
+def kill_session(session: int) -> None:
+    for place in processes(session):
+        with contextlib.suppress(OSError):
+            os.kill(int(place.name), signal.SIGKILL)
+
+
+def _kilobytes(path: Path, name: str) -> int:
+    return 1024 * _number(path, name)
+
+
+def _number(path: Path, name: str) -> int:
+    """The number in a line of a process's file; 0 when the process is gone."""
+    with contextlib.suppress(OSError):
+        for line in path.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1])
+    return 0
