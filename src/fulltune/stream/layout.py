@@ -10,8 +10,8 @@ from torch import Tensor
 from fulltune.stream.store import page_align
 
 WEIGHTS, GRADIENT = "weights", "gradient"
-SLICE_STEP = 2**20
-"""Slices of a parameter begin at multiples of this number of values, so that each section's slice begins at a page."""
+SLICE = 2**21
+"""Values of a parameter that are updated together. Slices of all its sections begin at whole pages."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,15 @@ class Span:
 
 
 class UnitLayout:
-    """Where the arrays of a unit lie: all weights, then the other sections, which end its record, and the gradients."""
+    """Where a unit's arrays lie: in its record all weights, then the other sections; apart from it the gradients."""
 
     def __init__(self, tensors: Sequence[TensorLayout], gradients: torch.dtype) -> None:
         own = {GRADIENT: SectionLayout(gradients)}
         self.tensors = {one.name: replace(one, sections={**one.sections, **own}) for one in tensors}
         self.spans: dict[tuple[str, str], Span] = {}
-        others = dict.fromkeys(section for one in tensors for section in one.sections if section != WEIGHTS)
+        others = {section: None for one in tensors for section in one.sections if section != WEIGHTS}
         self.weights_bytes = self._place([WEIGHTS], 0)
-        self.num_bytes = self._place(list(others), self.weights_bytes)
+        self.num_bytes = self._place([*others], self.weights_bytes)
         self.gradient_bytes = self._place([GRADIENT], 0)
 
     def _place(self, sections: Sequence[str], offset: int) -> int:
@@ -77,14 +77,14 @@ class UnitLayout:
         """Return each parameter's weights or gradient in a buffer that holds those of the unit."""
         return {name: self.spans[name, section].tensor(buffer).view(one.shape) for name, one in self.tensors.items()}
 
-    def slices(self, num_values: int) -> Iterator[tuple[str, int, dict[str, Span]]]:
+    def slices(self) -> Iterator[tuple[str, int, dict[str, Span]]]:
         """Yield a parameter, a position in it and the slices of its sections there, side by side in a buffer."""
         for name, tensor in self.tensors.items():
-            for begin in range(0, math.prod(tensor.shape), num_values):
+            for begin in range(0, math.prod(tensor.shape), SLICE):
                 place, spans = 0, {}
                 for section, layout in tensor.sections.items():
                     whole, first = self.spans[name, section], begin // layout.per
-                    length = min(num_values // layout.per, whole.length - first)
+                    length = min(SLICE // layout.per, whole.length - first)
                     spans[section] = Span(whole.offset + first * layout.dtype.itemsize, place, length, layout.dtype)
                     place += spans[section].num_bytes
                 yield name, begin, spans

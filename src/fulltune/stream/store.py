@@ -57,9 +57,11 @@ def check_disk(folder: Path, needed: int) -> None:
 
 
 def complete(transfer: Transfer) -> int:
-    """Wait until a transfer ends; raise its error, or return the sum of its data as 64-bit integers."""
+    """Wait until a transfer ends and empty it; raise its error, or return the sum of its data as 64-bit integers."""
     concurrent.futures.wait(transfer)
-    return sum(piece.result() for piece in transfer) % 2**64
+    total = sum(piece.result() for piece in transfer) % 2**64
+    transfer.clear()
+    return total
 
 
 class DiskFile:
@@ -70,28 +72,20 @@ class DiskFile:
         flags = os.O_RDWR | (os.O_CREAT if create else 0)
         with explain_disk_errors(path, "opened"):
             try:
-                self._file, self.direct = os.open(path, flags | os.O_DIRECT, 0o600), True
+                self._file, self._direct = os.open(path, flags | os.O_DIRECT, 0o600), True
             except OSError as error:
                 if error.errno != errno.EINVAL:  # some file systems refuse O_DIRECT
                     raise
-                self._file, self.direct = os.open(path, flags, 0o600), False
+                self._file, self._direct = os.open(path, flags, 0o600), False
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if create:
                 os.posix_fallocate(self._file, 0, num_bytes)
-        self._readers, self._writers = ThreadPoolExecutor(2), ThreadPoolExecutor(2)
+        self._threads = ThreadPoolExecutor(4)
 
-    def read(self, pages: Tensor, offset: int) -> Transfer:
-        """Start to fill pages of a buffer from the file."""
-        return self._start(self._readers, pages, offset, write=False)
-
-    def write(self, pages: Tensor, offset: int) -> Transfer:
-        """Start to write pages of a buffer to the file."""
-        return self._start(self._writers, pages, offset, write=True)
-
-    def _start(self, threads: ThreadPoolExecutor, pages: Tensor, offset: int, write: bool) -> Transfer:
-        view = pages.numpy().data
-        begins = range(0, len(view), PIECE)
-        return [threads.submit(self._move, view[begin : begin + PIECE], offset + begin, write) for begin in begins]
+    def move(self, pages: Tensor, offset: int, write: bool) -> Transfer:
+        """Start to read or write pages of a buffer."""
+        data, begins = pages.numpy().data, range(0, len(pages), PIECE)
+        return [self._threads.submit(self._move, data[at : at + PIECE], offset + at, write) for at in begins]
 
     def _move(self, piece: memoryview, offset: int, write: bool) -> int:
         count, move = 0, os.pwritev if write else os.preadv
@@ -101,7 +95,7 @@ class DiskFile:
                 if not moved:
                     raise OSError(errno.EIO, "the file is too short")
                 count += moved
-            if not self.direct:
+            if not self._direct:
                 if write:  # the page cache keeps what is not on the disk yet
                     os.fdatasync(self._file)
                 os.posix_fadvise(self._file, offset, len(piece), os.POSIX_FADV_DONTNEED)
@@ -113,8 +107,7 @@ class DiskFile:
             os.fdatasync(self._file)
 
     def close(self) -> None:
-        self._readers.shutdown()
-        self._writers.shutdown()
+        self._threads.shutdown()
         os.close(self._file)
 
 
@@ -124,10 +117,7 @@ def explain_disk_errors(path: Path, verb: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = "check the disk and the file's permissions"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            advice = "free space on this disk"
-        elif error.errno == errno.EAGAIN:
-            advice = "wait until the run that uses it ends"
+        in_use = error.errno in (errno.EAGAIN, errno.EACCES) and verb == "opened"
+        advice = "end the run that uses it" if in_use else "check the disk, its free space and the file's permissions"
         why = f"{path}: cannot be {verb} ({error.strerror}); {advice}, then run the same command again"
         raise SetupError(why) from None
