@@ -295,9 +295,10 @@ def test_errors_of_the_disk_in_the_background_are_raised_and_lose_nothing(
     monkeypatch.setattr(os, name, fail)
     with pytest.raises(SetupError, match=r"state.bin: cannot be (read|written) \(No space left on device\); check"):
         state.update(descend)
-    state.close()
     monkeypatch.undo()
-    state = reopen(tmp_path / "a")
+    if name == "pwritev":
+        state.close()
+        state = reopen(tmp_path / "a")
     assert 0 < len(state.journal.done) < 4
     train(state, 1)
     expected = make(tmp_path / "b")

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, chain, cycle
 from pathlib import Path
 from typing import Literal
 
@@ -152,9 +152,9 @@ class DiskState:
 
     def read(self, name: str, *sections: str) -> dict[str, Tensor]:
         """Read sections of a parameter (default: all): the weights in its shape, others flat."""
-        unit, tensors = self._unit_of[name], {}
+        unit, tensors = self._unit_of[name], dict[str, Tensor]()
         layout = self._units[unit]
-        for section in sections or [key for key in layout.tensors[name].sections if key != GRADIENT]:
+        for section in sections or [*layout.tensors[name].sections][:-1]:  # the gradient is last
             span = replace(layout.spans[name, section], place=0)
             buffer = page_buffer(span.num_bytes)
             complete(self._file.move(span.pages(buffer), self.journal.offsets[unit] + span.offset, write=False))
@@ -185,8 +185,8 @@ class DiskState:
         complete(self._parking)
         self._file.sync()
         without = [name for name, unit in self._unit_of.items() if name not in self._parked.get(unit, ())]
-        update = {"pending": dict(record), "done": [], "without_gradient": without}
-        self._save(self.journal.model_copy(update=update))
+        begun = {"pending": dict(record), "done": [], "without_gradient": without}
+        self._save(self.journal.model_copy(update=begun))
         self.discard()
 
     def pending(self) -> dict[str, object] | None:
@@ -206,10 +206,8 @@ class DiskState:
 
     def write(self, unit: int, values: Mapping[str, Mapping[str, Tensor | float]]) -> None:
         """Set sections of a unit's parameters to tensors or numbers. Others stay; in a new unit they are 0."""
-        layout = self._units[unit]
-        if self.journal.pending is not None or (
-            self.journal.sums[unit] is None and values.keys() != layout.tensors.keys()
-        ):
+        layout, is_new = self._units[unit], self.journal.sums[unit] is None
+        if self.journal.pending is not None or (is_new and values.keys() != layout.tensors.keys()):
             raise ValueError(f"expected values of {[*layout.tensors]} and no pending update, found {[*values]}")
 
         def change(name: str, begin: int, tensors: dict[str, Tensor]) -> None:
@@ -227,7 +225,8 @@ class DiskState:
         """Write changed records to free regions, and commit each unit. Reading, `change` and writing overlap."""
         for unit in [unit for unit in units if unit in self._loaded]:
             self._unload(unit)
-        slices = [(unit, *one) for unit in units for one in self._units[unit].slices()]
+        parts = ((unit, *one) for unit in units for one in self._units[unit].slices())
+        slices = [(*part, buffer) for part, buffer in zip(parts, cycle(self._buffers), strict=False)]
         reads, writes, commits = list[Future[int]](), list[Future[int]](), list[Future[None]]()
         first = 0
         try:
@@ -235,13 +234,11 @@ class DiskState:
                 if ahead < len(slices):
                     if ahead >= _NUM_BUFFERS:
                         writes[ahead - _NUM_BUFFERS].result()
-                    unit, _, _, spans = slices[ahead]
-                    buffer = self._buffers[ahead % _NUM_BUFFERS]
+                    unit, _, _, spans, buffer = slices[ahead]
                     reads.append(self._reader.submit(self._move, unit, spans, buffer, False))
                 if (index := ahead - _AHEAD) < 0:
                     continue
-                unit, name, begin, spans = slices[index]
-                buffer = self._buffers[index % _NUM_BUFFERS]
+                unit, name, begin, spans, buffer = slices[index]
                 reads[index].result()
                 change(name, begin, {section: span.tensor(buffer) for section, span in spans.items()})
                 writes.append(self._writer.submit(self._move, unit, spans, buffer, True))
@@ -265,12 +262,10 @@ class DiskState:
             buffer.zero_()
             return 0
         begin = journal.free[layout.num_bytes] if write else journal.offsets[unit]
-        record = [span for section, span in spans.items() if section != GRADIENT]
-        total = complete(
-            [piece for one in record for piece in self._file.move(one.pages(buffer), begin + one.offset, write)]
-        )
+        *record, gradient = spans.values()
+        pieces = [self._file.move(one.pages(buffer), begin + one.offset, write) for one in record]
+        total = complete([*chain(*pieces)])
         if not write:
-            gradient = spans[GRADIENT]
             complete(self._file.move(gradient.pages(buffer), self._parked_at[unit] + gradient.offset, write))
         return total
 
