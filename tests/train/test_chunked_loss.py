@@ -5,13 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fulltune.inference import selective_head
 from fulltune.inference.run import Batching, run_rows
@@ -21,6 +24,7 @@ from fulltune.tasks import LossSettings, Target, causal_lm, seq2seq
 from tests import tiny
 from tests.train import runs
 from tests.train.test_selective_head import NO_DROPOUT, batch, model_of
+from tests.train.test_stream_executor import SMALL, streamed, tokens
 
 TARGET = Target("prompt_completion", {"prompt": "prompt", "completion": "completion"})
 VOCABULARY, HIDDEN = 50, 16
@@ -305,3 +309,33 @@ def test_a_run_in_pieces_is_the_run_with_whole_logits(tmp_path: Path) -> None:
 
     assert len(losses[0]) == 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_streamed_head_gives_the_same_gradients(tied: bool, micro_batches: int) -> None:
+    """The head is called for no token, and then for all in pieces."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=tied))
+    other, executor, source = streamed(model)
+
+    def target_ids(labels: Tensor) -> Tensor:
+        return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
+
+    def forward(streams: Any, ids: Tensor) -> Tensor:
+        head = selective_head.SelectiveHead(streams.get_output_embeddings(), target_ids, streams)
+        with head.computing_only(ids, chunked=True):
+            logits = streams(input_ids=ids, use_cache=False).logits
+        loss: Tensor = logits.loss(ids[:, 1:].flatten())
+        return loss
+
+    batches = [tokens(2, 5 + seed, seed) for seed in range(micro_batches)]
+    expected = [forward(model, ids) for ids in batches]
+    for loss in expected:
+        loss.backward()  # type: ignore[no-untyped-call]
+    losses = executor.losses([partial(forward, other, ids) for ids in batches])
+    torch.autograd.backward(losses)
+    assert all(torch.equal(*pair) for pair in zip(losses, expected, strict=True))
+    gradients = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+    assert gradients.keys() == source.parked.keys()
+    assert all(torch.equal(source.parked[name], gradient) for name, gradient in gradients.items())

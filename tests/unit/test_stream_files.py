@@ -17,7 +17,7 @@ from fulltune.errors import SetupError
 from fulltune.models.base import Base
 from fulltune.models.load import HeadOrigin, load_model
 from fulltune.recipe.model import ModelBlock
-from fulltune.stream.files import ReadAhead
+from fulltune.stream.files import ReadAhead, files_digest
 from fulltune.stream.skeleton import Skeleton, draw, fill, skeleton
 from fulltune.stream.units import find_units
 from tests import tiny
@@ -107,11 +107,11 @@ def test_weights_in_several_files_and_names_without_prefix(tmp_path: Path) -> No
     base.processor.save_pretrained(tmp_path / "parts")
     assert len([*(tmp_path / "parts").glob("*.safetensors")]) > 1
     assert_same(*both(base_of(tmp_path / "parts"), {}, False))
-    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    digest, tensors = files_digest(whole.stored), load_file(tmp_path / "model" / "model.safetensors")
     body = {name.removeprefix("model."): tensor.half() for name, tensor in tensors.items()}
     save_file(body, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     assert_same(*both(base, {}, False))
-    assert skeleton(base, {}, head_is_new=False).digest != whole.digest
+    assert files_digest(skeleton(base, {}, head_is_new=False).stored) != digest
 
 
 @pytest.mark.parametrize("equal", [True, False])
@@ -128,13 +128,13 @@ def test_weights_stored_twice_are_tied_if_equal(tmp_path: Path, equal: bool) -> 
 
 def test_digest_changes_with_one_tensor(tmp_path: Path) -> None:
     base, _ = make(tmp_path / "model", "llama")
-    digest = skeleton(base, {}, head_is_new=False).digest
-    assert digest == skeleton(base, {}, head_is_new=False).digest
+    digest = files_digest(skeleton(base, {}, head_is_new=False).stored)
+    assert digest == files_digest(skeleton(base, {}, head_is_new=False).stored)
     file = tmp_path / "model" / "model.safetensors"
     tensors = load_file(file)
     tensors["model.norm.weight"] *= 2
     save_file(tensors, file, metadata={"format": "pt"})
-    assert digest != skeleton(base, {}, head_is_new=False).digest
+    assert digest != files_digest(skeleton(base, {}, head_is_new=False).stored)
 
 
 def test_refusals_say_what_to_do(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_refusals_say_what_to_do(tmp_path: Path) -> None:
     assert "there is no model.safetensors; load the model once" in refusal(allow_pickled_weights=True)
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "is missing; copy or download" in refusal(allow_pickled_weights=True)
+    assert "there is no model-00001-of-00002.safetensors" in refusal(allow_pickled_weights=True)
     config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"quant_method": "gptq"}}))
     assert "quantized weights and GGUF files cannot be read in parts" in refusal()
 

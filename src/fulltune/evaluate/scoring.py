@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +22,6 @@ from fulltune.inference.selective_head import SelectiveHead, verify_selective_he
 from fulltune.inference.store import CLUSTERS, IN_TRAIN, Rows, hash_rows, read_original_rows
 from fulltune.methods import folder
 from fulltune.models.base import Base, with_decoded_images
-from fulltune.models.load import load_model
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.functions import describe_error, is_own
 from fulltune.records.events import Listener, Message, RowsRead
@@ -209,20 +209,25 @@ class Scoring:
     def load_model_and_processor(self, model_folder: Path | None) -> tuple[PreTrainedModel, Any]:
         """Load a finished model (the pretrained model if `model_folder` is None) and its tokenizer or image
         processor."""
+        from fulltune.stream.skeleton import load_within
+
         block, head_is_new = self.recipe.model, self.task.FACTS.head_is_new
+        limit = self.plan.memory_limit_bytes if self.plan.placement == "stream" else None
+        load = partial(load_within, device=self.plan.device, memory_limit=limit)
         if model_folder is None:
             processor = self.base.processor
             changes = self.task.config_changes(self.target, processor)
-            model: Any = load_model(replace(self.base, block=block), changes, head_is_new=head_is_new)
-        elif folder.has_only_trained_parameters(model_folder):
+            return load(replace(self.base, block=block), changes, head_is_new=head_is_new), processor
+        if folder.has_only_trained_parameters(model_folder):
             processor = folder.load_processor(model_folder)
-            model = folder.load_method_folder(model_folder, processor, replace(self.base, block=block)).model
-        else:
-            # Keeps what the recipe says about remote code and attention; the revision belongs to the pretrained model.
-            block = block.model_copy(update={"name": str(model_folder), "revision": None, "new_tokens": ()})
-            finished = Base.from_block(block, self.recipe.task)
-            model, processor = load_model(finished, {}, head_is_new=False), finished.processor
-        return model.to(self.plan.device), processor
+            model: Any = folder.load_method_folder(model_folder, processor, replace(self.base, block=block)).model
+            return model.to(self.plan.device), processor
+        # Keeps what the recipe says about remote code and attention; the revision belongs to the pretrained model.
+        block = block.model_copy(
+            update={"name": str(model_folder), "revision": None, "new_tokens": (), "random_weights": False}
+        )
+        finished = Base.from_block(block, self.recipe.task)
+        return load(finished, {}, head_is_new=False), finished.processor
 
 
 def log_test_access(folder: Path, listener: Listener, outcome: Outcome | None = None) -> None:

@@ -212,7 +212,8 @@ def _recompute_in_float32(layer: nn.Linear, inputs: tuple[Tensor], output: Tenso
     if layer.weight.dtype != torch.float32 or output.dtype == torch.float32:
         return output
     with torch.autocast(output.device.type, enabled=False):
-        return torch.nn.functional.linear(inputs[0].float(), layer.weight, layer.bias)
+        call = getattr(layer, "call_with_weights", lambda compute, hidden: compute(hidden))
+        return call(lambda hidden: torch.nn.functional.linear(hidden.float(), layer.weight, layer.bias), inputs[0])
 
 
 class RowSubset(Sequence[RowFeatures]):

@@ -73,7 +73,7 @@ def _chunked_logits(model: nn.Module, head: nn.Linear, hidden: Tensor, empty: Te
 
     biases = [bias for bias in (head.bias, _bias_after_head(model)) if bias is not None]
     # Adding makes a new tensor through which a trained bias still gets its gradient.
-    return ChunkedLogits(hidden, head.weight, sum(biases[1:], start=biases[0]) if biases else None, empty)
+    return ChunkedLogits(hidden, head.weight, sum(biases[1:], start=biases[0]) if biases else None, empty, head)
 
 
 def _bias_after_head(model: nn.Module) -> Tensor | None:

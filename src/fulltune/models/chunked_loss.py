@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,21 +26,37 @@ class ChunkedLogits:
     bias: torch.Tensor | None
     empty: torch.Tensor
     """Head output for zero tokens, through which DDP finds the head's parameters in the graph."""
+    head: torch.nn.Module | None = None
+    """Module whose weights may be streamed from disk."""
+
+    def _with_weights(self, compute: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+        call = getattr(self.head, "call_with_weights", None)
+        return call(compute, self.hidden) if call else compute(self.hidden)
 
     def loss(self, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
         """Return the sum of all tokens' cross entropies, a float32 scalar; `targets[tokens]` are token ids."""
-        inputs = (self.hidden, self.weight, self.bias, targets, label_smoothing)
-        return _ChunkedCrossEntropy.apply(*inputs, torch.is_grad_enabled())
+
+        def compute(hidden: torch.Tensor) -> tuple[torch.Tensor]:
+            inputs = (hidden, self.weight, self.bias, targets, label_smoothing)
+            return (_ChunkedCrossEntropy.apply(*inputs, torch.is_grad_enabled()),)
+
+        vars(compute)["same_without_graph"] = True
+        return self._with_weights(compute)[0]
 
     @torch.no_grad()
     def scores(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return each token's cross entropy (float32), and whether its target has the highest logit (bool)."""
-        losses = torch.empty(len(targets), dtype=torch.float32, device=targets.device)
-        right = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
-        with torch.autocast(self.hidden.device.type, enabled=False):
-            for chunk, logits in _logit_chunks(self.hidden, self.weight.detach().to(self.hidden.dtype), self.bias):
-                right[chunk] = logits.argmax(dim=-1) == targets[chunk]
-                losses[chunk] = logits.logsumexp(dim=-1) - logits.gather(1, targets[chunk, None])[:, 0]
+
+        def compute(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            losses = torch.empty(len(targets), dtype=torch.float32, device=targets.device)
+            right = torch.empty(len(targets), dtype=torch.bool, device=targets.device)
+            with torch.autocast(hidden.device.type, enabled=False):
+                for chunk, logits in _logit_chunks(hidden, self.weight.detach().to(hidden.dtype), self.bias):
+                    right[chunk] = logits.argmax(dim=-1) == targets[chunk]
+                    losses[chunk] = logits.logsumexp(dim=-1) - logits.gather(1, targets[chunk, None])[:, 0]
+            return losses, right
+
+        losses, right = self._with_weights(compute)
         return losses, right
 
 

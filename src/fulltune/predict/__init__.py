@@ -11,7 +11,6 @@ from fulltune.errors import DataError, SetupError
 from fulltune.inference.run import Batching, ProgressCallback, generate_answers, run_rows
 from fulltune.methods import folder as folders
 from fulltune.models.base import Base, with_decoded_images
-from fulltune.models.load import load_model as load_model
 from fulltune.recipe.model import ModelBlock
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.plan import Plan
@@ -185,17 +184,19 @@ class Predictor:
 
 def load_predictor(run: Path, method: str | None = None) -> Predictor:
     """Load a model folder, or a run's model. `method` selects a model; default: the only or the recommended one."""
+    from fulltune.stream.skeleton import load_within
+
     folder = choose_model_folder(run, method)[0]
     notes = folders.read_notes(folder)
     usual_batch_size = _BATCH_OF_PROMPTS if FACTS[notes["task"]].writes else _BATCH
     device, batch_size, precision, weights_dtype = _choose_settings(folder, usual_batch_size)
     base = Base.from_block(ModelBlock(name=str(folder.resolve()), weights_dtype=weights_dtype), notes["task"])
-    if folders.has_only_trained_parameters(folder):
-        model = folders.load_method_folder(folder, base.processor).model
-    else:
-        model = load_model(base, {}, head_is_new=False)
     with explain_out_of_memory("predict", _REMEDY):
-        return Predictor(model.eval().to(device), base.processor, notes, batch_size, precision)
+        if folders.has_only_trained_parameters(folder):
+            model = folders.load_method_folder(folder, base.processor).model.to(device)  # type: ignore[arg-type]  # wrapped
+        else:
+            model = load_within(base, {}, head_is_new=False, device=device)
+        return Predictor(model.eval(), base.processor, notes, batch_size, precision)
 
 
 def _choose_settings(folder: Path, batch_size: int) -> tuple[str, int, str, Literal["fp32", "bf16"]]:

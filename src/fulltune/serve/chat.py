@@ -5,9 +5,9 @@ from pathlib import Path
 
 from fulltune.errors import SetupError
 from fulltune.models.base import Base
-from fulltune.models.load import load_model as load_model
 from fulltune.predict import Predictor, load_predictor
 from fulltune.recipe.model import ModelBlock
+from fulltune.stream.skeleton import load_within
 from fulltune.system.run_folder import hide_progress_bars, load_run_recipe
 
 
@@ -45,6 +45,6 @@ def open_conversations(folder: Path, beside: str | None) -> list[Conversation]:
     is_pretrained = beside == "base"
     block = load_run_recipe(folder.resolve().parents[1]).model if is_pretrained else ModelBlock(name=beside)
     base = Base.from_block(block, tuned.notes["task"])
-    model = load_model(base, {}, head_is_new=False).eval().to(tuned.model.device)
+    model = load_within(base, {}, head_is_new=False, device=tuned.model.device.type).eval()
     other = replace(tuned, model=model, tokenizer=tuned.tokenizer if is_pretrained else base.processor)
     return [Conversation("pretrained" if is_pretrained else beside, other), Conversation("fine-tuned", tuned)]

@@ -395,8 +395,9 @@ class _Step:
                 "train.micro_batch_size to the global batch size"
             )
         call = _Call(self._executor, requests)
-        self._executor.record_use(call)
         tensors = [tensor for request in requests for tensor in request.tensors]
+        if all(tensor.numel() for tensor in tensors):  # a head called for no token gets no gradient
+            self._executor.record_use(call)
         newest = [self._passed.get(id(tensor), (tensor, tensor))[1] for tensor in tensors]
         outputs = iter(_UnitFunction.apply(call, self._anchor, *newest))
         for log, (returned, structure, random) in zip(self._logs, call.results, strict=True):

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from fulltune.models.base import Base, check_weights, read_json_object
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
-_SAMPLE_BYTES = 4096
+_DIGEST_VALUES = 1024
 
 
 @dataclass(frozen=True)
@@ -34,37 +36,25 @@ class StoredTensor:
     def read(self) -> torch.Tensor:
         """Read the tensor into new memory, so that no page of the file stays in memory."""
         values = torch.empty(self.shape, dtype=self.dtype)
-        room = values.reshape(-1).view(torch.uint8).numpy().data
-        with self.file.open("rb", buffering=0) as stream:
-            stream.seek(self.begin)
-            while room:
-                if not (count := stream.readinto(room)):
-                    raise SetupError(f"{self.file}: the file ended while it was read; copy or download it again")
-                room = room[count:]
-        return values
-
-    def sample(self) -> bytes:
-        """Return bytes from the middle of the tensor."""
-        num_bytes = self.dtype.itemsize * torch.Size(self.shape).numel()
         with self.file.open("rb") as stream:
-            stream.seek(self.begin + max(0, num_bytes - _SAMPLE_BYTES) // 2)
-            return stream.read(min(num_bytes, _SAMPLE_BYTES))
+            stream.seek(self.begin)
+            if stream.readinto(values.reshape(-1).view(torch.uint8).numpy().data) < values.nbytes:
+                raise SetupError(f"{self.file}: the file ended while it was read; copy or download it again")
+        return values
 
 
 def files_digest(tensors: Mapping[str, StoredTensor]) -> str:
-    """Return a hash of the names, types and shapes of tensors, and of a sample of each tensor's values."""
+    """Return a hash of tensors' names, types and shapes, and of each tensor's first values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + tensor.sample())
+        first = replace(tensor, shape=(min(_DIGEST_VALUES, math.prod(tensor.shape)),)).read()
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + first.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def tensors_in_files(base: Base, empty: PreTrainedModel) -> dict[str, StoredTensor]:
-    """Find a model's parameters and buffers in its safetensors by their names in `empty`, the model on the meta device.
-
-    Raises:
-        SetupError: The weights are not plain safetensors, or transformers would compute them from several tensors.
-    """
+    """Find a model's parameters and buffers in its safetensors by their names in `empty`, the model on the meta device,
+    or raise `SetupError` if they cannot be read one by one."""
     if getattr(base.config, "quantization_config", None) is not None or (base.path and base.path.is_file()):
         raise _refused(base, "quantized weights and GGUF files cannot be read in parts; use the model's plain weights")
     check_weights(base)
@@ -90,31 +80,23 @@ def tensors_in_files(base: Base, empty: PreTrainedModel) -> dict[str, StoredTens
 
 def _read_headers(base: Base) -> dict[str, StoredTensor]:
     """Return all tensors of a model's safetensors by key."""
-    tensors, names = dict[str, StoredTensor](), [SAFE_WEIGHTS_NAME]
-    if _locate(base, SAFE_WEIGHTS_NAME) is None:
-        index = _locate(base, SAFE_WEIGHTS_INDEX_NAME)
-        names = sorted(set(read_json_object(index)["weight_map"].values())) if index else []
-    for file in (_locate(base, name) for name in names):
-        if file is None:
-            raise _refused(base, f"a file in {SAFE_WEIGHTS_INDEX_NAME} is missing; copy or download the model again")
-        with file.open("rb") as stream:
+    locate = partial(cached_file, revision=base.block.revision, _raise_exceptions_for_missing_entries=False)
+    where, names, tensors = str(base.path or base.block.name), [SAFE_WEIGHTS_NAME], dict[str, StoredTensor]()
+    if not locate(where, SAFE_WEIGHTS_NAME) and (index := locate(where, SAFE_WEIGHTS_INDEX_NAME)):
+        names = sorted(set(read_json_object(Path(index))["weight_map"].values()))
+    for name in names:
+        if (file := locate(where, name)) is None:
+            raise _refused(base, f"there is no {name}; load the model once and save it with save_pretrained")
+        with Path(file).open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(size))
         header.pop("__metadata__", None)
         for key, entry in header.items():
             if entry["dtype"] not in _DTYPES:
-                raise _refused(base, f"{key} in {file.name} has type {entry['dtype']}; use the model's plain weights")
+                raise _refused(base, f"{key} in {name} has type {entry['dtype']}; use the model's plain weights")
             begin = 8 + size + entry["data_offsets"][0]
-            tensors[key] = StoredTensor(file, begin, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
-    if not tensors:
-        raise _refused(base, f"there is no {SAFE_WEIGHTS_NAME}; load the model once and save it with save_pretrained")
+            tensors[key] = StoredTensor(Path(file), begin, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
     return tensors
-
-
-def _locate(base: Base, file: str) -> Path | None:
-    where = str(base.path or base.block.name)
-    path = cached_file(where, file, revision=base.block.revision, _raise_exceptions_for_missing_entries=False)
-    return Path(path) if path else None
 
 
 def _refused(base: Base, why: str) -> SetupError:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -8,12 +10,18 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from fulltune.errors import SetupError
+from fulltune.errors import DoesNotFitError, SetupError
 from fulltune.models.base import Base
-from fulltune.models.load import HeadOrigin, find_label_axes, load_model
-from fulltune.stream.files import StoredTensor, files_digest, tensors_in_files
-from fulltune.stream.units import Unit, placeholder
+from fulltune.models.load import HeadOrigin, find_label_axes, load_model, torch_dtype
+from fulltune.models.shapes import measure_shapes
+from fulltune.stream.executor import Executor, install
+from fulltune.stream.files import ReadAhead, StoredTensor, tensors_in_files
+from fulltune.stream.units import Unit, find_units, placeholder
+from fulltune.system.hardware import total_and_free_memory
+from fulltune.system.memory import status_bytes
+from fulltune.text import format_bytes
 
+_log = logging.getLogger(__name__)
 _NOT_FOR_GENERATION = ("generation_config", "from_auto_class", "from_pipeline", "cache_dir", "proxies", "token")
 _INITIALISED = "_is_hf_initialized"
 
@@ -27,11 +35,6 @@ class Skeleton:
     """By parameter; empty for random weights."""
     new: Mapping[str, torch.Tensor]
     """Values of parameters that the files lack, or have for labels in another order."""
-
-    @property
-    def digest(self) -> str:
-        """Return a hash that identifies the stored weights."""
-        return files_digest(self.stored) if self.stored else "random"
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Return parameters' values in the model's data type."""
@@ -89,11 +92,9 @@ def skeleton(
 
     head_is_new = head_is_new and not base.block.random_weights
     model = load_model(base, config_changes, head_is_new=head_is_new, on_head=on_head, loader=from_placeholders)
-    first_names, by_parameter = dict[int, str](), dict[str, StoredTensor]()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        first = first_names.setdefault(id(parameter), name)
-        if name in stored:
-            by_parameter[first] = stored[name]
+    first_names = {id(parameter): name for name, parameter in model.named_parameters()}
+    aliases = {name: first_names[id(one)] for name, one in model.named_parameters(remove_duplicate=False)}
+    by_parameter = {aliases[name]: tensor for name, tensor in stored.items() if name in aliases}
     new = {name: one.data for name, one in model.named_parameters() if stored and name not in by_parameter}
     for parameter in model.parameters():
         parameter.data = placeholder(parameter.shape, parameter.dtype)
@@ -111,10 +112,11 @@ def fill(
 def draw(model: PreTrainedModel, names: tuple[str, ...], seed: int = 0) -> dict[str, torch.Tensor]:
     """Return initial values of parameters as transformers draws them, which depend on nothing but the seed and these
     names."""
-    absent = {name: parameter.data for name, parameter in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        vars(parameter)[_INITIALISED] = name not in names
-        if name in names:
+    parameters = dict(model.named_parameters())
+    absent = {name: parameters[name].data for name in names}
+    for name, parameter in parameters.items():
+        vars(parameter)[_INITIALISED] = name not in absent
+        if name in absent:
             parameter.data = torch.zeros(parameter.shape, dtype=parameter.dtype)
     for module in model.modules():
         vars(module).pop(_INITIALISED, None)
@@ -124,8 +126,50 @@ def draw(model: PreTrainedModel, names: tuple[str, ...], seed: int = 0) -> dict[
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(zlib.crc32(f"{seed} {names[:1]}".encode()))
         model.initialize_weights()
-    values = dict[str, torch.Tensor]()
-    for name in names:
-        parameter = model.get_parameter(name)
-        values[name], parameter.data = parameter.data, absent[name]
+    values = {name: parameters[name].data for name in names}
+    for name, nothing in absent.items():
+        parameters[name].data = nothing
     return values
+
+
+def load_within(
+    base: Base,
+    config_changes: Mapping[str, object],
+    *,
+    head_is_new: bool,
+    device: str = "cpu",
+    memory_limit: int | None = None,
+) -> PreTrainedModel:
+    """Load a model onto a device if its weights take at most 80 % of what is free or what this process, within
+    `memory_limit` bytes, may still take. Otherwise its weights are read from their files in each pass."""
+    free = total_and_free_memory()[1]
+    if memory_limit is not None:
+        free = min(free, memory_limit - status_bytes("VmRSS"))
+    if device == "cuda":
+        free = min(free, torch.cuda.mem_get_info()[0])
+    with torch.random.fork_rng(devices=[]):
+        count = measure_shapes(base, config_changes).num_parameters
+    needed = count * torch_dtype(base.block.weights_dtype).itemsize
+    if needed <= 0.8 * free and not base.block.random_weights:
+        return load_model(base, config_changes, head_is_new=head_is_new).to(device)  # type: ignore[arg-type]
+    sizes = f"the weights take {format_bytes(needed)} and {format_bytes(max(0, free))} of memory are free"
+    try:
+        source = skeleton(base, config_changes, head_is_new=head_is_new)
+        model, units = source.model, find_units(source.model)
+    except SetupError as error:
+        raise DoesNotFitError(f"model: {base.block.name}: {sizes}, but they cannot be streamed: {error}") from None
+    if source.stored:
+        _log.warning("model: %s: %s, so they are read from the disk in each pass", base.block.name, sizes)
+    streamed, parameters = units, dict(model.named_parameters())
+    if model.get_output_embeddings() is None:  # head and pooler are small, and a probe may replace them
+        body = re.compile(rf"{model.base_model_prefix}\.(?!pooler)")
+        streamed = tuple(unit for unit in units if body.match(unit.path))
+    for parameter in parameters.values():
+        parameter.data = placeholder(parameter.shape, parameter.dtype, device)
+    for unit in set(units) - set(streamed):
+        for name, values in source.read(unit.names).items():
+            parameters[name].data = values.to(device)
+    for buffer in model.buffers():
+        buffer.data = buffer.to(device)
+    install(model, Executor(model, streamed, ReadAhead(lambda unit: source.read(streamed[unit].names))))
+    return model

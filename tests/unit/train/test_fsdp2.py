@@ -177,7 +177,7 @@ def test_shared_out_model_is_written_file_by_file(
         model = share_out(made())
         expected = weights_of(model)
         model.config.save_pretrained(tmp_path)
-        monkeypatch.setattr(fsdp2, "GATHERED_FILE_BYTES", most_bytes)
+        monkeypatch.setattr(fsdp2, "FILE_BYTES", most_bytes)
         fsdp2.write_gathered(model, tmp_path, sharding.full_tensor, in_fp32=False)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert (len(files) > 1) == (tmp_path / "model.safetensors.index.json").exists() == (most_bytes == 40_000)

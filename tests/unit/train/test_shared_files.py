@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from fulltune.models.save import FILE_BYTES
 from fulltune.plan import fsdp2 as planned
 from fulltune.train.optim import fsdp2
 
@@ -18,13 +19,13 @@ def test_whole_tensors_are_read_as_parts_are(
     most_bytes: int, files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fsdp2, "is_first", lambda: True)
-    monkeypatch.setattr(fsdp2, "GATHERED_FILE_BYTES", most_bytes)
+    monkeypatch.setattr(fsdp2, "FILE_BYTES", most_bytes)
     tensors = {f"weights.{name}": torch.randn(3, 5) for name in "ab"}
     tensors |= {"weights.transposed": torch.randn(4, 6).T, "optimizer.a.step": torch.tensor([7.0])}
     folder = tmp_path / fsdp2.FOLDER
     folder.mkdir()
 
-    monkeypatch.setattr(fsdp2, "_tensors_to_save", lambda model: tensors)
+    monkeypatch.setattr(fsdp2, "tensors_to_save", lambda model: tensors)
     fsdp2.write_gathered(cast("Any", torch.nn.Linear(1, 1)), folder, lambda tensor: tensor, in_fp32=False)
 
     written = list(folder.glob("*.safetensors"))
@@ -61,5 +62,5 @@ def test_large_states_have_no_more_files_than_can_be_counted(monkeypatch: pytest
 
 
 def test_plan_knows_the_size_of_the_files() -> None:
-    written = (fsdp2.MIN_FILE_BYTES, fsdp2.MAX_FILES, fsdp2.GATHERED_FILE_BYTES)
+    written = (fsdp2.MIN_FILE_BYTES, fsdp2.MAX_FILES, FILE_BYTES)
     assert written == (planned.FILE_BYTES, planned.MAX_FILES, planned.WHOLE_FILE_BYTES)

@@ -6,22 +6,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from fulltune import methods
 from fulltune.errors import SetupError
-from fulltune.files import write_json
 from fulltune.models import sharding
+from fulltune.models.save import FILE_BYTES, tensors_to_save, write_safetensors
 from fulltune.train.optim.optimizers import AdamW, to_torch_state
 
 FOLDER = "shared"
-WHOLE = "model.safetensors"
 MIN_FILE_BYTES, MAX_FILES = 2**24, 64
 WEIGHTS = "weights."
 OPTIMIZER = "optimizer."
-GATHERED_FILE_BYTES = 2**28
 Gather = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -90,7 +86,7 @@ def write_gathered(model: PreTrainedModel, folder: Path, gather: Gather, in_fp32
 
     `in_fp32` is True if `gather` converts to fp32."""
     sharding.free_gathered_weights(model)
-    tensors = _tensors_to_save(model)
+    tensors = tensors_to_save(model)
     shapes = {
         name: torch.empty(
             getattr(tensor, "ds_shape", tensor.shape),
@@ -99,14 +95,7 @@ def write_gathered(model: PreTrainedModel, folder: Path, gather: Gather, in_fp32
         )
         for name, tensor in tensors.items()
     }
-    split = split_torch_state_dict_into_shards(shapes, max_shard_size=GATHERED_FILE_BYTES)
-    for file, names in split.filename_to_tensors.items():
-        gathered = ((name, gather(tensors[name])) for name in names)
-        on_first = {name: tensor.cpu().contiguous() for name, tensor in gathered if is_first()}
-        if is_first():
-            save_file(on_first, folder / file, metadata={"format": "pt"})
-    if is_first() and split.is_sharded:
-        write_json(folder / f"{WHOLE}.index.json", {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+    write_safetensors(folder, shapes, lambda name: gather(tensors[name]), FILE_BYTES, is_first())
 
 
 def is_first() -> bool:
@@ -132,13 +121,8 @@ def gathered_state_dict(model: PreTrainedModel, gather: Gather) -> dict[str, tor
 def _weights_by_key(model: PreTrainedModel, trained_only: bool) -> dict[str, torch.Tensor]:
     """Return the parameters (tied ones once) and saved buffers, or only trained parameters, by checkpoint key."""
     sharding.free_gathered_weights(model)
-    tensors = methods.trainable_parameters(model) if trained_only else _tensors_to_save(model)
+    tensors = methods.trainable_parameters(model) if trained_only else tensors_to_save(model)
     return {f"{WEIGHTS}{name}": tensor.detach() for name, tensor in tensors.items()}
-
-
-def _tensors_to_save(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    saved = model.state_dict().keys()
-    return {**dict(model.named_parameters()), **{name: one for name, one in model.named_buffers() if name in saved}}
 
 
 # ---- the optimizer's state ----------------------------------------------------------------------------------------
