@@ -210,9 +210,13 @@ def delete_outdated_plan(run_folder_path: Path, plan_path: Path) -> None:
 def make_plan(job: Run, summary: DataSummary) -> Plan:
     """Run the plan stage, which chooses every setting and records the reason. A resumed run can change only its
     placement."""
+    from fulltune.stream.trial import measure_disk  # imports torch
+
     job.phase("planning")
     machine = job.machine
     before = run_folder.load_plan_to_continue(job.plan_path, machine) if job.plan_path.exists() else None
+    if before is not None:
+        before = plan.plan_to_continue(before, job.recipe, any(job.folder.glob("checkpoints/*/checkpoint-*")))
     if before is not None and (changed := run_folder.changed_functions(job.folder)):
         job.listener(Message(text=f"{changed}: the file has changed since this run was planned", level="warning"))
     if before is not None and plan.has_same_placement(before, job.recipe):
@@ -228,6 +232,10 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
         started_seconds = None if job.began is None else time.time() - job.began
         workload = plan.Workload(recipe, model.shapes, lambda weights_dtype: footprint, summary)
         trial = plan.make_plan(workload, fleet, own_loss, started_seconds)
+        if (stream := trial.stream) is not None:  # the first plan says where, the second one how long the disk takes
+            needed = 0 if before else stream.state_bytes + stream.gradient_bytes
+            fleet = fleet.model_copy(update={"disk_speed": measure_disk(trial.state_folder(job.folder), needed)})
+            trial = plan.make_plan(workload, fleet, own_loss, started_seconds)
         if before is not None:
             trial = plan.with_new_placement(before, trial)
         run_folder.describe_environment(machine, job.recipe).save(job.folder / run_folder.ENVIRONMENT)

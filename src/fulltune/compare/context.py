@@ -184,7 +184,8 @@ class Context:
 
     def _fit(self, recipe: Recipe, shapes: Shapes, traced: Footprint) -> Plan:
         fleet = plan.local_hardware(self.machine, hardware.disk_free_bytes(self.folder), disk_at=str(self.folder))
-        return plan.make_plan(plan.Workload(recipe, shapes, lambda weights_dtype: traced, self.summary), fleet)
+        workload = plan.Workload(recipe, shapes, lambda weights_dtype: traced, self.summary, may_stream=False)
+        return plan.make_plan(workload, fleet)
 
     def trial_recipe(self, trial: Trial) -> Recipe:
         """Return a trial's recipe, with its learning rate, seed and share of the steps."""

@@ -24,6 +24,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import Method
 from fulltune.recipe.tasks import TaskName
 from fulltune.records.data import DataSummary
+from fulltune.stream.units import unit_sizes
 from fulltune.tasks import Target, task_named
 
 VALUES, VALUES_RECOMPUTED = 2 * 34, 2
@@ -117,7 +118,7 @@ class PlannedModel:
     def shapes(self) -> Shapes:
         """The model's dimensions, including the parameters of the recipe's method."""
         apply = None if self.recipe.method.trains_all else make_preparation(self.recipe, on_cpu=False)
-        return measure_shapes(self.base, self.config_changes, apply)
+        return measure_shapes(self.base, self.config_changes, apply, unit_sizes)
 
     def footprint(self, recipe: Recipe, device: str, precision: str) -> Footprint:
         """Return the model's footprint with a recipe's weight type, attention and dropout."""

@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from fulltune.errors import SetupError
 from fulltune.models import sharding
 from fulltune.models.base import Base, load_with_advice
@@ -14,7 +16,11 @@ from fulltune.recipe.tasks import FACTS, TaskFacts
 from fulltune.records.base import Record
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PretrainedConfig
+
+
+NOT_COUNTED = "train.placement: stream: the sizes of this model's blocks are unknown"
 
 
 class Shapes(Record):
@@ -38,15 +44,21 @@ class Shapes(Record):
     plain_logits: bool = True
     """True if no config field scales or caps logits after the head; verified before step 1."""
     units: Units | None = None
+    unit_sizes: dict[str, int] = Field(default_factory=dict)
+    """Parameters of each unit that can be streamed, by the module's path; empty if the model cannot be streamed."""
+    no_units: str = NOT_COUNTED
     cached_values: int = 0
     """Numbers that generation keeps per token of a row: keys and values of all (decoder) layers."""
 
 
 def measure_shapes(
-    base: Base, config_changes: Mapping[str, Any], apply_method: Callable[[Any], object] | None = None
+    base: Base,
+    config_changes: Mapping[str, Any],
+    apply_method: Callable[[Any], object] | None = None,
+    unit_sizes: Callable[[nn.Module], dict[str, int]] | None = None,
 ) -> Shapes:
     """Return a model's dimensions, measured on the meta device. `apply_method` is called with the model to count the
-    parameters that a method adds and trains."""
+    parameters that a method adds and trains, `unit_sizes` to count those of each streamed unit."""
     import torch
 
     config = base.copy_config(config_changes)
@@ -57,6 +69,7 @@ def measure_shapes(
     text = config.get_text_config()
     count = sum(parameter.numel() for parameter in model.parameters())
     num_all = trained = units = lm_head = None
+    counted, no_units = dict[str, int](), NOT_COUNTED
     if apply_method is not None:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             apply_method(model)
@@ -66,6 +79,10 @@ def measure_shapes(
     else:
         with contextlib.suppress(SetupError):  # it cannot be sharded
             units = sharding.count_unit_parameters(model)
+        try:
+            counted = unit_sizes(model) if unit_sizes else {}
+        except SetupError as error:
+            no_units = str(error)
     head = predict_head_origin(base.config, type(model).__name__, config_changes)
     return Shapes(
         model_type=config.model_type,
@@ -83,6 +100,8 @@ def measure_shapes(
         head_note=head.description if head.order else "",
         plain_logits=not any(getattr(text, name, None) not in (None, 1, 1.0) for name in _AFTER_HEAD),
         units=units,
+        unit_sizes=counted,
+        no_units=no_units,
         cached_values=_count_cached_values(config) if FACTS[base.task].writes else 0,
     )
 

@@ -2,6 +2,7 @@ from fulltune.plan.budget import usable_memory
 from fulltune.plan.changed import (
     has_same_placement,
     memory_need_of_plan,
+    plan_to_continue,
     recipe_for_resuming,
     with_disk_need,
     with_new_placement,
@@ -20,6 +21,7 @@ __all__ = [
     "local_hardware",
     "make_plan",
     "memory_need_of_plan",
+    "plan_to_continue",
     "recipe_for_resuming",
     "usable_memory",
     "with_disk_need",

@@ -43,7 +43,7 @@ def propose_for_memory(
     least = MIN_SHARE * (now - basis.available_bytes)
     ways = [way for way in ways if way.frees_bytes > 0 and (way.enough or way.frees_bytes >= least)]
     enough = [way for way in ways if way.enough] or _combine_savings(basis, smallest)
-    if len(enough) < MAX_ALTERNATIVES and not recipe.train.zero_enabled_by:  # ZeRO's weights may be offloaded
+    if len(enough) < MAX_ALTERNATIVES and not (recipe.train.zero_enabled_by or smallest.stream):  # on another tier
         need = basis.memory_need(smallest)
         parameters = need.kinds["weights"] / BYTES[smallest.weights_dtype] * basis.available_bytes / need.peak
         size = f"{parameters / 1e9:,.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:,.0f} M"
@@ -148,6 +148,9 @@ def propose_for_disk(
     if fewer and recipe.train.save_total_limit > 1:
         costs = "fewer checkpoints to roll back to"
         ways.append(make_alternative({"train.save_total_limit": 1}, fewer, fewer >= missing, costs))
+    if settings.stream is not None and recipe.train.load_best_model_at_end:
+        last, best = {"train.load_best_model_at_end": False}, BYTES[settings.weights_dtype] * num_parameters
+        ways.append(make_alternative(last, best, best >= missing, "the last weights instead of the best"))
     # ZeRO has its own optimizer, so nothing is freed there.
     smaller = needed.total - budget.disk_need(recipe, num_parameters, settings.changed(optim="adamw_8bit")).total
     if smaller > 0 and not recipe.train.zero_enabled_by:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.footprint.records import BYTES, Footprint, LiveMemory
 from fulltune.models.shapes import Shapes
-from fulltune.plan import fsdp2, memory
+from fulltune.plan import fsdp2, memory, stream
 from fulltune.recipe.fields import Recipe
 from fulltune.records.plan import DiskNeed, MemoryKind, MemoryNeed, MemorySettings, Phase
 from fulltune.system import parallel_layout
@@ -19,7 +19,7 @@ LIBRARIES_BYTES = 700 * 2**20
 def usable_memory(recipe: Recipe, machine: Machine, device: str) -> tuple[int, str]:
     """Return the bytes that one process may use on its device, and a description such as `12 GiB of GPU memory`; raise
     `RecipeError` if `train.memory_limit` is too low."""
-    processes, limit = recipe.train.processes_per_machine, recipe.train.memory_limit
+    processes = recipe.train.processes_per_machine
     libraries = 0 if device == "cuda" else LIBRARIES_BYTES
     if device == "cuda":
         used = machine.gpus[:processes]
@@ -31,16 +31,25 @@ def usable_memory(recipe: Recipe, machine: Machine, device: str) -> tuple[int, s
         free = machine.memory_available_bytes // processes - libraries
         where = "of memory" if processes == 1 else f"of memory for each of {processes} processes"
         where += " on each machine" if recipe.train.num_machines > 1 else ""
-    if limit is not None:
+    for name, limit in memory_limits(recipe, device).items():
         limited = parse_bytes(limit) - libraries
         if limited <= 0:
             raise RecipeError(
-                f"train.memory_limit: {limit}, but Python and its libraries alone take about "
+                f"{name}: {limit}, but Python and its libraries alone take about "
                 f"{format_bytes(libraries)}; set a higher limit"
             )
         if limited < free:
-            free, where = limited, f"of train.memory_limit ({limit})"
+            free, where = limited, f"of {name} ({limit})"
     return max(0, free), f"{format_bytes(max(0, free))} {where}"
+
+
+def memory_limits(recipe: Recipe, device: str) -> dict[str, str]:
+    """Return the recipe's limits of a process's memory on this device, by the setting's name."""
+    limits = {"train.memory_limit": recipe.train.memory_limit}
+    if recipe.train.placement == "stream" and (block := recipe.train.stream) is not None:
+        where = "device_memory" if device == "cuda" else "host_memory"
+        limits[f"train.stream.{where}"] = getattr(block, where)
+    return {name: limit for name, limit in limits.items() if limit is not None}
 
 
 def check_offload_fits(recipe: Recipe, shapes: Shapes, machine: Machine) -> None:
@@ -63,6 +72,8 @@ def memory_need(
 ) -> MemoryNeed:
     """Compute the memory of one process on its device. If `layout` is None, each process holds the whole training
     state."""
+    if settings.stream is not None:
+        return stream.stream_memory_need(shapes, footprint, settings, settings.stream)
     if layout is not None and layout.engine == "fsdp2":
         return fsdp2.fsdp2_memory_need(shapes, footprint, settings)
     if layout is not None:
@@ -185,6 +196,10 @@ def disk_need(recipe: Recipe, num_parameters: int, settings: MemorySettings) -> 
         checkpoint = weights + max(state["optimizer"], MOMENTS_BYTES * memory.num_trainable(num_parameters, settings))
     if recipe.train.zero_enabled_by:
         checkpoint = num_parameters * ENGINE_BYTES
+    if (tiers := settings.stream) is not None:  # the state is the checkpoint; the best weights lie beside it
+        copies = SMALL_FILES_BYTES + weights * (1 + recipe.train.load_best_model_at_end)
+        state_here = 0 if tiers.disk else tiers.state_bytes + tiers.gradient_bytes
+        return DiskNeed(checkpoint_bytes=state_here, num_checkpoints=1, model=copies)
     return DiskNeed(
         checkpoint_bytes=checkpoint + SMALL_FILES_BYTES,
         num_checkpoints=min(recipe.train.save_total_limit + 2, settings.num_saves or 10**9),

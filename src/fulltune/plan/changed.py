@@ -6,7 +6,7 @@ from fulltune.errors import RecipeError
 from fulltune.plan import alternatives, budget, memory
 from fulltune.plan.savings import SETTING_OF
 from fulltune.recipe.fields import Recipe, with_placement
-from fulltune.recipe.training import OWN_OPTIMIZERS
+from fulltune.recipe.training import OWN_OPTIMIZERS, StreamBlock
 from fulltune.records.plan import MemoryNeed, Plan
 from fulltune.system import parallel_layout
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _PLACING = (
     *("num_processes", "num_machines", "placement", "offload", "device", "micro_batch_size", "eval_batch_size"),
     *("gradient_accumulation_steps", "activation_checkpointing", "chunked_loss", "available_bytes", "memory", "state"),
-    *("sent_bytes_per_micro_batch", "sent_bytes_per_update"),
+    *("sent_bytes_per_micro_batch", "sent_bytes_per_update", "stream", "memory_limit_bytes"),
     *("disk", "time", "loader_workers", "fast_bf16"),
 )
 """Plan fields that depend on the placement and do not change the result."""
@@ -27,7 +27,26 @@ def has_same_placement(plan: Plan, recipe: Recipe) -> bool:
     """Return whether the recipe allows the plan's placement, with the same offloading, processes and machines."""
     train = recipe.train
     same = all(getattr(plan, name) == getattr(train, name) for name in ("num_processes", "num_machines", "offload"))
+    block = train.stream or StreamBlock()
+    if plan.stream is not None and plan.stream.limits != {name: getattr(block, name) for name in plan.stream.limits}:
+        return False
     return same and train.placed_as in ("auto", plan.placement)
+
+
+def plan_to_continue(plan: Plan, recipe: Recipe, has_checkpoints: bool) -> Plan | None:
+    """Return the plan, or None if the recipe streams otherwise and has no checkpoint yet; with one, raise
+    `RecipeError`."""
+    wanted, before = recipe.train.placement, f"placement: {plan.placement}"
+    folder, is_same = (recipe.train.stream or StreamBlock()).disk or "", wanted != "stream"
+    if plan.stream is not None:
+        before += f" and its state in {plan.stream.disk or 'the run folder'}"
+        is_same = wanted in ("stream", "auto") and folder == plan.stream.disk
+    if is_same or not has_checkpoints:
+        return plan if is_same else None
+    raise RecipeError(
+        f"train.placement: {wanted}{f', stream.disk: {folder}' if folder else ''}: this run started with {before}, and "
+        "its training state cannot be read otherwise; set these again, or start a new run (--fresh)"
+    )
 
 
 def recipe_for_resuming(recipe: Recipe, plan: Plan) -> Recipe:
@@ -52,6 +71,8 @@ def recipe_for_resuming(recipe: Recipe, plan: Plan) -> Recipe:
     if problems:
         raise RecipeError(problems)
     same: dict[str, Any] = {"global_batch_size": rows, "precision": plan.precision}
+    if plan.stream is not None:
+        same["placement"] = plan.placement
     if plan.optim in OWN_OPTIMIZERS:  # other optimizers come from the recipe or the defaults
         same["optim"] = plan.optim
     return recipe.model_copy(update={"train": train.model_copy(update=same)})

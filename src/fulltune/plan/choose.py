@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from fulltune.errors import DoesNotFitError
 from fulltune.plan import alternatives
+from fulltune.plan.budget import LIBRARIES_BYTES
 from fulltune.plan.savings import MEMORY_SAVINGS, why_loss_not_chunked
 from fulltune.plan.settings import Reasons
 from fulltune.plan.workload import Basis
@@ -111,6 +112,8 @@ def _explain_checkpointing(
     basis: Basis, option: SettingsOption, options: Sequence[SettingsOption], limit_bytes: float
 ) -> str:
     """Return why the chosen `option` does or does not use activation checkpointing."""
+    if option.settings.stream is not None:
+        return "every block is recomputed in the backward pass (placement: stream)"
     if not option.settings.can_recompute:
         return "this model does not support checkpointing"
     if not option.settings.activation_checkpointing:
@@ -163,10 +166,14 @@ def _does_not_fit_error(basis: Basis) -> DoesNotFitError:
     words += ["activation checkpointing"] if settings.activation_checkpointing else []
     kinds = ", ".join(f"{name} {format_bytes(size)}" for name, size in need.kinds.items() if size)
     parts = f" ({kinds})" if need.peak_phase == "step" else ""
+    largest = ""
+    if settings.stream is not None:
+        limit = 1.01 * need.peak + (LIBRARIES_BYTES if settings.device == "cpu" else 0)  # so that rounding is no matter
+        largest = f"; the largest unit is {settings.stream.unit_in_words}; {format_bytes(limit)} would do"
     return DoesNotFitError(
         [
             f"{recipe.model.name}: {PHASE_NAMES[need.peak_phase]} needs {format_bytes(need.peak)}{parts}, even with "
-            f"{', '.join(words)}, but only {basis.where} is available",
+            f"{', '.join(words)}, but only {basis.where} is available{largest}",
             *alternatives.format_alternatives(alternatives.propose_for_memory(basis, settings)),
         ]
     )

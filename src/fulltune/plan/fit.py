@@ -2,10 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 
 from fulltune.errors import DoesNotFitError, RecipeError
+from fulltune.footprint.records import BYTES
 from fulltune.models.shapes import Shapes
-from fulltune.plan import alternatives, budget, choose, memory, resolve, time, watching
+from fulltune.plan import alternatives, budget, choose, memory, resolve, stream, time, watching
 from fulltune.plan.answers import generation_seconds, plan_answers
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.settings import PLACEMENT, Reasons
@@ -14,10 +16,12 @@ from fulltune.recipe.fields import Recipe, with_placement
 from fulltune.recipe.tasks import FACTS, greater_is_better
 from fulltune.recipe.training import SHARDABLE_OPTIMIZERS, Placement
 from fulltune.records.data import DataSummary
-from fulltune.records.plan import BASELINES, DRY_RUN, PROBE, STARTING, TRAINED, DiskNeed, Plan, TimeNeed
+from fulltune.records.plan import BASELINES, DRY_RUN, PROBE, STARTING, TRAINED, DiskNeed, Plan, StreamPlan, TimeNeed
 from fulltune.system import parallel_layout
 from fulltune.system.hardware import Machine
 from fulltune.text import format_bytes, parse_bytes
+
+ALONE = "one process"
 
 
 def make_plan(workload: Workload, fleet: Fleet, own_loss: bool = False, startup_seconds: float | None = None) -> Plan:
@@ -28,6 +32,7 @@ def make_plan(workload: Workload, fleet: Fleet, own_loss: bool = False, startup_
     """
     shapes, summary, reasons = workload.shapes, workload.summary, Reasons()
     own_loss = own_loss or workload.recipe.train.loss is not None
+    workload = replace(workload, footprint=cache(workload.footprint))
     recipe, why = choose_placement(workload, fleet, own_loss)
     train, basis = recipe.train, make_basis(replace(workload, recipe=recipe), fleet, reasons, own_loss)
     steps, placement = basis.steps, train.placed_as
@@ -41,7 +46,7 @@ def make_plan(workload: Workload, fleet: Fleet, own_loss: bool = False, startup_
         option, on_disk = _fitting_option(basis, own_loss, reasons)
     except DoesNotFitError as error:
         first, *ways = error.problems
-        chose = f" ({PLACEMENT}: {why})" if why and train.num_processes > 1 else ""
+        chose = f" ({PLACEMENT}: {why})" if why not in ("", ALONE) else ""
         raise DoesNotFitError([first + chose, *ways]) from None
     reasons.add("train.eval_steps", train.eval_steps, steps.between_evaluations, "once per epoch")
     reasons.add("data.max_length", recipe.data.max_length, summary.max_length, summary.max_length_reason)
@@ -82,7 +87,7 @@ def make_plan(workload: Workload, fleet: Fleet, own_loss: bool = False, startup_
         greater_is_better=greater_is_better(metric, recipe.evaluate.greater_is_better),
         num_parameters=shapes.num_parameters,
         state=memory.state_bytes(shapes.num_parameters, used),
-        memory_limit_bytes=parse_bytes(train.memory_limit) if train.memory_limit else None,
+        memory_limit_bytes=min(map(parse_bytes, budget.memory_limits(recipe, used.device).values()), default=None),
         available_bytes=basis.available_bytes,
         memory=need,
         sent_bytes_per_micro_batch=each_pass,
@@ -100,10 +105,32 @@ def _fitting_option(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[cho
     option = choose.choose_settings(basis)
     choose.record_choice(basis, option, own_loss, reasons)
     used = option.settings
+    if used.stream is not None:
+        option = with_cache(basis, option, used.stream)
+        used = option.settings
     batches = (used.micro_batch_size, used.gradient_accumulation_steps)
     if problems := parallel_layout.plan_conflicts(recipe, *batches, used.num_processes, used.precision):
         raise RecipeError(problems)
     return option, alternatives.check_disk_space(recipe, shapes.num_parameters, used, fleet.disk_bytes, fleet.disk_at)
+
+
+def with_cache(basis: Basis, option: choose.SettingsOption, tiers: StreamPlan) -> choose.SettingsOption:
+    """Return a streamed run's settings with a cache for weights in the host memory that is left; raise
+    `DoesNotFitError` if a GPU's host has too little."""
+    used, need, limit = option.settings, option.memory, tiers.limits["host_memory"]
+    left, host = choose.COMFORTABLE * basis.available_bytes - need.peak, need.host + budget.LIBRARIES_BYTES
+    if used.device == "cuda":
+        free = min(basis.fleet.machine.memory_available_bytes, parse_bytes(limit or "1000TB"))
+        left = free - host if limit else 0
+        if free < host:
+            raise DoesNotFitError(
+                f"{basis.recipe.model.name}: {PLACEMENT}: stream needs {format_bytes(1.01 * host)} of host memory, but "
+                f"{format_bytes(free)} {'is train.stream.host_memory' if limit else 'is free'}; the largest unit is "
+                f"{tiers.unit_in_words}"
+            )
+    cached = max(0, min(int(left), BYTES[used.weights_dtype] * basis.shapes.num_parameters))
+    used = used.changed(stream=tiers.model_copy(update={"cache_bytes": cached}))
+    return replace(option, settings=used, memory=basis.memory_need(used))
 
 
 # ---- where the training state is stored ------------------------------------------------------------------------
@@ -112,14 +139,13 @@ def _fitting_option(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[cho
 def choose_placement(workload: Workload, fleet: Fleet, own_loss: bool = False) -> tuple[Recipe, str]:
     """Return the recipe with a placement, and the reason, which is empty if the recipe sets the placement.
 
-    Several processes use ddp if it fits, because ddp sends the least data, and otherwise fsdp2. ZeRO is never chosen
-    automatically, because it computes in other data types.
+    One process streams the model from disk if nothing else fits. Several processes use ddp if it fits, because ddp
+    sends the least data, and otherwise fsdp2. ZeRO is never chosen automatically, because it computes in other data
+    types.
     """
     recipe = workload.recipe
     if recipe.train.placement != "auto" or recipe.train.engine_settings is not None:
         return recipe, ""
-    if recipe.train.num_processes == 1:
-        return with_placement(recipe, "single"), "one process"
 
     def memory_with(placement: Placement) -> tuple[int, int, int]:
         """Return three numbers of bytes per process: free memory, and the need without and with savings that change the
@@ -128,6 +154,18 @@ def choose_placement(workload: Workload, fleet: Fleet, own_loss: bool = False) -
         basis = make_basis(replace(workload, recipe=own), fleet, own_loss=own_loss)
         exact, changed = (choose.lowest_memory_settings(basis, same_result=same).memory.peak for same in (True, False))
         return basis.available_bytes, exact, changed
+
+    if recipe.train.num_processes == 1:
+        free, _, single = memory_with("single")
+        if single <= free:
+            return with_placement(recipe, "single"), ALONE
+        why = f"a whole copy needs {format_bytes(single)}, but only {format_bytes(free)} is free"
+        if against := stream.why_not_stream(workload.shapes, recipe, workload.may_stream):
+            return with_placement(recipe, "single"), f"{ALONE}; stream is not possible: {against}"
+        free, needed, _ = memory_with("stream")
+        if needed <= free:
+            return with_placement(recipe, "stream"), why
+        return with_placement(recipe, "single"), f"{ALONE}; stream needs {format_bytes(needed)}"
 
     free, ddp, ddp_with_others = memory_with("ddp")
     if ddp <= free:
@@ -178,14 +216,21 @@ def with_time_estimate(plan: Plan, basis: Basis, summary: DataSummary, startup_s
         return plan
     devices = plan.num_processes if fleet.machine.gpus else plan.num_machines
     evaluations = time.count_interval_steps(plan.total_steps, plan.eval_steps) + plan.eval_on_start
-    step, tokens = time.step_duration(basis.step_seconds(plan)), plan.global_batch_size * work.tokens_per_row
-    training = plan.total_steps * step
+    parts = basis.step_seconds(plan)
+    step, tokens = time.step_duration(parts), plan.global_batch_size * work.tokens_per_row
+    training, eval_rows = plan.total_steps * step, summary.splits["eval"].rows
+    passing = work.forward_flops(eval_rows) / (flops * devices)
+    passing = max(passing, -(-eval_rows // plan.eval_batch_size) * stream.pass_seconds(plan, plan.state["weights"]))
+    saved = plan.disk.checkpoint_bytes
+    if plan.stream is not None:  # the state is the checkpoint; only the best weights are copied
+        saved = plan.state["weights"] * basis.recipe.train.load_best_model_at_end
+        plan = plan.changed(stream=plan.stream.model_copy(update={"step_seconds": parts}))
     answering = (plan.answers and plan.answers.seconds) or 0.0
     need = TimeNeed(
         train_seconds=training,
-        eval_seconds=evaluations * work.forward_flops(summary.splits["eval"].rows) / (flops * devices) + answering,
+        eval_seconds=evaluations * passing + answering,
         answers_seconds=answering,
-        save_seconds=(plan.num_saves or 0) * plan.disk.checkpoint_bytes / DISK_BYTES_PER_SECOND,
+        save_seconds=(plan.num_saves or 0) * saved / DISK_BYTES_PER_SECOND,
         tokens=round(plan.total_steps * tokens),
         tokens_per_second=tokens / step,
         source="arithmetic",
@@ -200,12 +245,13 @@ def _stage_seconds(
     """Yield the name and estimated seconds of each stage before and after training. `flops` is one device's FLOP/s."""
     work, recipe = basis.work, basis.recipe
     # Minimum time of a forward pass: calling the layers, or launching their kernels on a GPU.
-    pass_seconds = time.LAUNCH_SECONDS / 3 * basis.shapes.num_layers
+    pass_seconds = time.LAUNCH_SECONDS / 3 * basis.shapes.num_layers + stream.pass_seconds(plan, plan.state["weights"])
 
     def forward(rows: int) -> float:
         return max(work.forward_flops(rows) / flops, -(-rows // plan.eval_batch_size) * pass_seconds)
 
     spent = START_SECONDS if startup_seconds is None else startup_seconds
+    spent += plan.stream.state_bytes / plan.stream.written_per_second if plan.stream else 0.0
     yield STARTING, spent + LOADS * plan.state["weights"] / DISK_BYTES_PER_SECOND
     probed_rows, _, probing = time.linear_probe_cost(summary, basis.shapes.hidden_size)
     if plan.head_init == "probe":

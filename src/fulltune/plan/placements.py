@@ -7,6 +7,7 @@ from typing import Any
 from fulltune.plan import budget, choose
 from fulltune.plan.savings import plain_optim
 from fulltune.plan.settings import OFFLOAD, PLACEMENT, WHERE, recipe_value, with_settings
+from fulltune.plan.stream import start_of, why_not_stream
 from fulltune.plan.workload import Basis, is_loss_chunked
 from fulltune.recipe.training import ENGINE_SETTINGS
 from fulltune.records.plan import MemoryNeed, MemorySettings, PlacementOption
@@ -44,6 +45,8 @@ def _placements_to_compare(basis: Basis) -> Iterator[dict[str, Any]]:
         narrow |= {"train.precision": "bf16"} if train.precision == "fp32" else {}
         yield narrow
         yield narrow | small
+    if why_not_stream(basis.shapes, with_settings(basis.recipe, {PLACEMENT: "auto"})) is None:
+        yield plain | {PLACEMENT: "stream"}
     if basis.start.num_trainable is not None or basis.recipe.model.new_tokens:  # sharding is planned for plain full
         return
     # Combinations that the recipe's own rules refuse are not listed.
@@ -67,8 +70,11 @@ def _best_option(basis: Basis, settings: dict[str, Any]) -> PlacementOption:
         optim=settings["train.optim"],
         bf16_rounding=(recipe.train.bf16_rounding or "stochastic") if narrow else None,
         chunked_loss=is_loss_chunked(recipe, basis.start.plain_logits),
+        stream=start_of(recipe, basis.shapes, basis.fleet, settings["train.optim"]),
     )
-    placed = replace(basis, start=start, layout=parallel_layout.layout_of(recipe))
+    free, where = budget.usable_memory(recipe, basis.fleet.machine, start.device)
+    layout = parallel_layout.layout_of(recipe)
+    placed = replace(basis, start=start, layout=layout, available_bytes=free, where=where)
     option = choose.fastest_fitting_settings(placed) or choose.lowest_memory_settings(placed, same_result=True)
     current = _DEFAULTS | {
         "train.optim": plain_optim(settings["model.weights_dtype"], basis.recipe.train.bf16_rounding)
@@ -86,7 +92,7 @@ def table_row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, change
     # Evaluation, saving or resuming may have the higher peak.
     kinds["buffers"] = kinds.get("buffers", 0) + memory.peak - sum(kinds.values())
     on_hosts = budget.offloaded_bytes(layout, basis.shapes.num_parameters, settings.num_processes) if layout else 0
-    host = -(-on_hosts // settings.num_machines)
+    host = memory.host if settings.stream else -(-on_hosts // settings.num_machines)
     seconds = basis.step_seconds(settings)
     missing = {"device": memory.peak - basis.available_bytes}
     if host:
@@ -107,6 +113,9 @@ def table_row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, change
 
 def placement_name(layout: ParallelLayout | None, settings: MemorySettings) -> str:
     small = settings.optim == "adamw_8bit"
+    if settings.stream is not None:
+        kind = ", bf16" * (settings.weights_dtype == "bf16") + ", 8-bit AdamW" * small
+        return f"stream from disk{kind}"
     if layout is None:
         each = f"{settings.num_processes} copies" if settings.num_processes > 1 else "one device"
         plain = {"adamw_torch_fused": "AdamW fp32", "adamw_8bit": "8-bit AdamW"}.get(settings.optim, settings.optim)

@@ -247,8 +247,10 @@ def choose_head_init(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> Litera
     if shapes.head_note:
         reasons.add("head", None, "kept", shapes.head_note)
     if not shapes.head_is_kept:
-        why = "a random head distorts the pretrained features (Kumar et al. 2022)"
-        start: Literal["probe", "random"] = reasons.add(name, wanted, "probe", why)
+        usual, why = "probe", "a random head distorts the pretrained features (Kumar et al. 2022)"
+        if recipe.train.placement == "stream" or recipe.model.random_weights:
+            usual, why = "random", "a linear probe needs pretrained weights that are all in memory"
+        start: Literal["probe", "random"] = reasons.add(name, wanted, usual, why)
         return start
     if wanted is not None:
         raise RecipeError(f"{name}: {wanted}, but the checkpoint's own head for these labels is used; remove {name}")
@@ -297,7 +299,7 @@ def record_parts(recipe: Recipe, shapes: Shapes, summary: DataSummary, reasons: 
         reasons.add("train.sampling", "balanced", caveat=f"; a row of '{rarest}', the rarest class, is used {often}")
 
 
-_NOT_SHOWN = ("data.train", "data.eval", "data.test", "method.train")
+_NOT_SHOWN = ("train.stream", "data.train", "data.eval", "data.test", "method.train")
 
 
 def record_other_settings(recipe: Recipe, reasons: Reasons) -> None:

@@ -28,6 +28,10 @@ SETTING_OF = {
     "packing": "data.packing",
     "group_by_length": "train.group_by_length",
 }
+NOT_OF_STREAMED = {
+    "activation checkpointing": "a streamed model recomputes every block anyway",
+    "8-bit AdamW states": "the optimizer state of a streamed model is on the disk",
+}
 MIN_LENGTH = 128
 ANYWHERE: tuple[Phase, ...] = ("loading", "step", "evaluation", "saving", "resuming")
 
@@ -74,6 +78,8 @@ class MemorySaving:
         own = [name for name in self.changes if SETTING_OF[name] == self.setting]
         if own and all(getattr(now, name) == self.changes[name] for name in own):
             return "already on"
+        if now.stream is not None and self.name in NOT_OF_STREAMED:
+            return NOT_OF_STREAMED[self.name]
         if problem := self.unless(recipe, now):
             return problem
         return None if self.apply(recipe, now) else "already at its smallest value"

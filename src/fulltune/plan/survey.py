@@ -10,7 +10,7 @@ from fulltune.models.shapes import Shapes
 from fulltune.plan import alternatives, budget, choose, gpus, placements, resolve
 from fulltune.plan.fit import make_plan, with_time_estimate
 from fulltune.plan.gpus import Fleet
-from fulltune.plan.settings import recipe_value, with_settings
+from fulltune.plan.settings import PLACEMENT, recipe_value, with_settings
 from fulltune.plan.time import DevicePrice
 from fulltune.plan.workload import NUM_MACHINES, NUM_PROCESSES, SPREAD, Basis, Workload, make_basis
 from fulltune.recipe.fields import Recipe, with_placement
@@ -120,6 +120,9 @@ def _plan_or_error(
         own = _plan_for_recipe(workload, workload.recipe, fleet)
     except DoesNotFitError as error:
         return error if fleet.here else _plan_with_placement(workload, fleet, table) or error
+    if own.stream is not None and recipe_value(workload.recipe, PLACEMENT) is None and not fleet.here:
+        others = [one for one in table if one.settings.get(PLACEMENT) != "stream"]
+        return _plan_with_placement(workload, fleet, others) or (own, {})
     if fleet.here or own.num_processes == 1:
         return own, {}
     exact = [one for one in table if not (_changes_arithmetic(one) or one.host_bytes)]

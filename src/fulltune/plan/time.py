@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import BYTES, Footprint
 from fulltune.models.shapes import Shapes
-from fulltune.plan import fsdp2, memory
+from fulltune.plan import fsdp2, memory, stream
 from fulltune.plan.gpus import Fleet
 from fulltune.recipe.tasks import FACTS
 from fulltune.records import probe
@@ -108,7 +108,8 @@ def step_seconds(
     devices, accumulation = settings.num_processes, settings.gradient_accumulation_steps
     # Processes on a CPU share its cores.
     rate *= devices if fleet.machine.gpus else settings.num_machines
-    computing = work.step_flops(rows, settings.activation_checkpointing) / rate
+    recomputed = settings.activation_checkpointing or settings.stream is not None
+    computing = work.step_flops(rows, recomputed) / rate
     launching = LAUNCH_SECONDS * shapes.num_layers * accumulation if fleet.machine.gpus else 0.0
     trained = shapes.num_parameters if shapes.num_trainable is None else shapes.num_trainable
     parts = {
@@ -118,6 +119,8 @@ def step_seconds(
         NETWORK: 0.0,
         "optimizer": _estimate_optimizer_seconds(trained, fleet, settings, layout),
     }
+    if settings.stream is not None:
+        return stream.add_disk_seconds(parts, trained, fleet, settings)
     each_pass, each_step = communication_bytes(shapes, settings, layout)
     sent, gpu = accumulation * each_pass + each_step, fleet.gpu_model
     if settings.num_machines > 1:

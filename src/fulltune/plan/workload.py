@@ -8,7 +8,7 @@ from fulltune import methods
 from fulltune.errors import RecipeError
 from fulltune.footprint.records import Footprint
 from fulltune.models.shapes import Shapes
-from fulltune.plan import budget, defaults, resolve, time
+from fulltune.plan import budget, defaults, resolve, stream, time
 from fulltune.plan.gpus import Fleet
 from fulltune.plan.savings import why_loss_not_chunked
 from fulltune.plan.settings import Reasons, recipe_value, with_settings
@@ -31,6 +31,8 @@ class Workload:
     summary: DataSummary
     spread: tuple[str, ...] = ()
     """Settings that `set_one_process_per_device` added."""
+    may_stream: bool = True
+    """False if several trials share the disk, each of which would keep a whole training state there."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ def make_basis(workload: Workload, fleet: Fleet, reasons: Reasons | None = None,
         probe_bytes=time.linear_probe_cost(summary, shapes.hidden_size)[1]
         if (head_init, device) == ("probe", "cpu")
         else 0,
+        stream=stream.start_of(recipe, shapes, fleet, optim),
     )
     available_bytes, where = budget.usable_memory(recipe, fleet.machine, device)
     return Basis(

@@ -35,8 +35,8 @@ class StreamBlock(Block):
     """Maximum GPU memory, such as `6GiB`. Default: what is free, or `memory_limit`."""
     host_memory: ByteSize | None = None
     """Maximum host memory of the training process, such as `16GiB`, of which Python and libraries take about 0.7 GiB.
-    What is left beside the buffers caches weights. Default: without a GPU `memory_limit`; otherwise what the buffers
-    need."""
+    What is left beside the buffers caches weights. Default: without a GPU what is free, or `memory_limit`; with one
+    what the buffers need."""
     disk: str | None = None
     """Folder for the training state, best on a fast local disk. Default: the run folder."""
     gradients: Literal["auto", "bf16", "fp32"] = "auto"

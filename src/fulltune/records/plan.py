@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field
@@ -111,6 +112,35 @@ class AnswersPlan(Record):
     """Time of all evaluations' answers together, or None if the hardware's speed is unknown."""
 
 
+class StreamPlan(Record):
+    """How a streamed run uses disk and memory. A unit is a block, or another module with weights."""
+
+    largest_unit: str
+    largest_size: int
+    """Number of parameters of the largest unit."""
+    num_units: int
+    gradients: Literal["fp32", "bf16"]
+    disk: str = ""
+    """Folder that the recipe names for the state, or empty for the run folder."""
+    limits: dict[str, str | None]
+    """The recipe's limits of memory."""
+    cache_bytes: int = 0
+    """Host memory that keeps weights from one step to the next."""
+    rated_writes: int
+    read_per_second: float
+    written_per_second: float
+    is_measured: bool
+    state_bytes: int
+    """Bytes of weights and optimizer state on the disk, with a spare place for each size of unit."""
+    gradient_bytes: int
+    step_seconds: dict[str, float] = Field(default_factory=dict)
+    """Time of a step's parts, which overlap except for the optimizer; empty if unknown."""
+
+    @property
+    def unit_in_words(self) -> str:
+        return f"{self.largest_unit}, {self.largest_size:,} parameters"
+
+
 class MemorySettings(Record):
     micro_batch_size: int
     longest_tokens: int
@@ -142,6 +172,7 @@ class MemorySettings(Record):
     """Number of trained parameters, or None for all."""
     saves_all: bool = False
     """True if checkpoints hold the whole model although some parameters are frozen."""
+    stream: StreamPlan | None = None
 
     def changed(self, **values: Any) -> Self:
         return self.model_copy(update=values)
@@ -217,6 +248,11 @@ class Plan(MemorySettings):
     @property
     def sent_bytes(self) -> int:
         return self.gradient_accumulation_steps * self.sent_bytes_per_micro_batch + self.sent_bytes_per_update
+
+    def state_folder(self, run_folder: Path) -> Path:
+        """Return the folder of a streamed run's training state."""
+        disk = self.stream.disk if self.stream else ""
+        return Path(disk, run_folder.name, self.trial) if disk else run_folder / "state" / self.trial
 
     @property
     def model_folder(self) -> str:

@@ -65,3 +65,9 @@ def _unit_paths(model: nn.Module, path: str, blocks: set[str]) -> list[str]:
             "which cannot be streamed; use single"
         )
     return [found for name, _ in module.named_children() for found in _unit_paths(model, f"{below}{name}", blocks)]
+
+
+def unit_sizes(model: nn.Module) -> dict[str, int]:
+    """Return the number of parameters of each unit, by its path."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return {unit.path: sum(sizes[name] for name in unit.names) for unit in find_units(model)}

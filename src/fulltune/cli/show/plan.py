@@ -101,6 +101,7 @@ def _build_memory_blocks(survey: Survey, plan: Plan) -> list[Element]:
     facts = [("disk", f"{parts} + models {format_bytes(disk.model)} = {format_bytes(disk.total)}; {free}")]
     if sent := words.describe_traffic(plan):
         facts.append(("traffic", sent))
+    facts += words.describe_stream(plan)
     return [*blocks, Facts(tuple(facts))]
 
 

@@ -10,7 +10,7 @@ from fulltune.recipe.functions import is_own
 from fulltune.records.comparison import Decision, Difference
 from fulltune.records.plan import Plan
 from fulltune.records.scores import Estimate
-from fulltune.text import format_bytes, format_metric, format_number, format_percent, is_share
+from fulltune.text import format_bytes, format_metric, format_number, format_percent, format_seconds, is_share
 
 # Text from data may hold terminal escapes, NUL (invalid in HTML), halves of a character that UTF-8 cannot write, or
 # marks that reverse the text around it: show them by code instead of obeying them. Newline and tab stay.
@@ -51,6 +51,28 @@ def describe_traffic(plan: Plan) -> str | None:
     several = f"; each of {plan.num_machines} machines sends as much to the others" if plan.num_machines > 1 else ""
     sends = f"{plan.num_processes} processes sends {format_bytes(plan.sent_bytes)} per step{several}"
     return f"each of {sends} ({plan.placement}{each})"
+
+
+def describe_stream(plan: Plan) -> tuple[tuple[str, str], ...]:
+    """Describe the tiers, a step's time and the disk's wear of a streamed run as (name, text)."""
+    if (disk := plan.stream) is None:
+        return ()
+    host = f"; host {format_bytes(plan.memory.host)}" if plan.memory and plan.memory.host else ""
+    tiers = f"disk {format_bytes(disk.state_bytes)} of state and {format_bytes(disk.gradient_bytes)} of gradients{host}"
+    tiers += f"; {format_bytes(disk.cache_bytes)} of weights stay in memory" if disk.cache_bytes else ""
+    source = "measured" if disk.is_measured else "assumed"
+    speed = f"reads {disk.read_per_second / 1e9:.2g} GB/s, writes {disk.written_per_second / 1e9:.2g} GB/s ({source})"
+    written = plan.state["weights"] + plan.state["optimizer"] + disk.gradient_bytes
+    wear = f"{format_bytes(written)} a step: {disk.rated_writes // written:,} steps until the drive's rated writes"
+    units = f"{disk.num_units} units, the largest {disk.unit_in_words}"
+    rows = {"streamed": units, "tiers": tiers, "disk speed": speed}
+    if disk.step_seconds and plan.time:
+        waiting, updating = disk.step_seconds["disk"], disk.step_seconds["optimizer"]
+        passing = max(seconds for name, seconds in disk.step_seconds.items() if name != "optimizer")
+        slow = "; they wait for the disk: more rows per step, or a faster disk, would help" * (waiting == passing)
+        rows["a step"] = f"update {format_seconds(updating)}, passes {format_seconds(passing)}{slow}"
+        rows["a day"] = f"{format_count(86400 * plan.time.tokens_per_second)} tokens"
+    return (*rows.items(), ("wear", f"{wear} ({disk.rated_writes / 1e12:,.4g} TB, train.stream.rated_writes)"))
 
 
 def readable_status(outcome: str) -> str:

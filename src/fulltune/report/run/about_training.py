@@ -192,6 +192,8 @@ def build_settings_section(view: RunView) -> Section | None:
             )
             for setting in view.plan.settings
         )
+        if streamed := words.describe_stream(view.plan):
+            blocks.append(Facts(streamed))
         blocks.append(Table(f"Settings of {view.trial}", ("setting", "value", "chosen by", "reason"), rows))
     if view.recipe_text is not None:
         blocks.append(Folded("the recipe as written", (Code(view.recipe_text, "yaml"),)))

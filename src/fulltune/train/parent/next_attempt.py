@@ -143,8 +143,10 @@ def out_of_memory_messages(recipe: Recipe, plan: Plan, last: Outcome, tried: Seq
 def plan_rollback(plan: Plan, max_rollbacks: int, outcome: Outcome, healthy_step: int) -> NextAttempt | None:
     """Plan the attempt after a loss spike, from step `healthy_step` (0: the start), or None if that cannot help."""
     since = outcome.first_bad_step
-    # Since step 1: no healthy checkpoint exists, and starting over would spike again.
+    # Since step 1: no healthy checkpoint exists, and starting over would spike again. A streamed state is the only one.
     if outcome.status != "spiked" or since is None or since <= 1 or len(plan.rollbacks) >= max_rollbacks:
+        return None
+    if plan.stream is not None:
         return None
     rollbacks = (*plan.rollbacks, healthy_step)
     lower = learning_rate_factor(rollbacks)

@@ -165,7 +165,8 @@ def _final_error(request: Request, outcome: Outcome, tried: Sequence[str]) -> Fu
         case "stopped_by_guard":
             return GuardStop(reason)
         case "diverged" | "spiked":
-            return Diverged([reason, *(f"tried: {change}" for change in tried)])
+            streamed = ["a streamed run keeps no earlier weights to return to"] if request.plan.stream else []
+            return Diverged([reason, *streamed, *(f"tried: {change}" for change in tried)])
         case "refused":
             return SetupError(reason)
     return FulltuneError(f"{reason}; {log}")
