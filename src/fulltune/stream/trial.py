@@ -23,10 +23,10 @@ def measure_disk(folder: Path, needed: int) -> tuple[float, float]:
     with explain_disk_errors(existing, "measured"), tempfile.TemporaryDirectory(dir=existing) as scratch:
         file = DiskFile(Path(scratch, "file"), TRIAL_BYTES, create=True)
         try:
-            for move in (file.write, file.read):
+            for write in (True, False):
                 began, moved = time.perf_counter(), 0
                 while moved < TRIAL_BYTES and time.perf_counter() - began < SECONDS:
-                    complete(move(pages, moved))
+                    complete(file.move(pages, moved, write))
                     moved += len(pages)
                 file.sync()
                 speeds.append(moved / (time.perf_counter() - began))
