@@ -128,7 +128,8 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Trainin
         "eval_strategy": "steps",
         "eval_steps": plan.eval_steps,
         "save_strategy": "steps",
-        "save_steps": plan.save_steps,
+        # A streamed state is on the disk after each step, and a checkpoint notes where the run is.
+        "save_steps": 1 if plan.placement == "stream" else plan.save_steps,
         # `checkpoints.delete_old_checkpoints` counts only whole checkpoints and keeps the best one.
         "save_total_limit": None,
         "metric_for_best_model": plan.metric,

@@ -19,6 +19,7 @@ from fulltune.errors import Spiked
 from fulltune.inference.selective_head import attention_precision
 from fulltune.models import evaluation_mode, sharding
 from fulltune.stats.curves import LOSS_WINDOW
+from fulltune.stream.training import streamed_of
 from fulltune.tasks.padding import IGNORED, LENGTHS, TRAINED
 from fulltune.train.loop import step_guard
 from fulltune.train.loop.step_guard import StepHistory, StepVerdict
@@ -203,7 +204,7 @@ def _find_non_finite_cause(model: nn.Module, batches: Sequence[Mapping[str, obje
     """Like `explain_non_finite`, but let errors of the forward pass propagate."""
     if all(_is_all_masked(batch.get("labels")) for batch in batches):
         return "all labels are masked, so there is nothing to learn from"
-    for name, parameter in model.named_parameters():
+    for name, parameter in [] if streamed_of(model) else model.named_parameters():
         if not bool(parameter.isfinite().all()):
             return f"the weights of {name} are not finite"
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})

@@ -71,6 +71,11 @@ class AttemptInputs:
         """True if the model is trained by ZeRO's engine, which training creates."""
         return self.layout is not None and self.layout.engine == "zero"
 
+    @property
+    def is_streamed(self) -> bool:
+        """True if weights and optimizer state lie on a disk."""
+        return self.plan.placement == "stream"
+
     def warn(self, text: str) -> None:
         self.journal.write("warning", text)
         self.recorder.warn(text)

@@ -102,20 +102,40 @@ class AdamW(torch.optim.Optimizer):
             state.update(self._new_state(parameter))
         state["step"] += 1
         shard = local_tensor(parameter.detach())
-        weights, size = shard.reshape(-1), self._buffers(parameter).size
-        for begin in range(0, len(weights), size):
-            part = slice(begin, begin + size)
-            self._update_slice(parameter, weights[part], gradient[part], group, begin)
+        weights = shard.reshape(-1)
+        self.update_values(parameter, weights, gradient, state, group)
         if not shard.is_contiguous():
             shard.copy_(weights.view(shard.shape))
 
-    def _update_slice(
-        self, parameter: Tensor, stored: Tensor, gradient: Tensor, group: Mapping[str, Any], begin: int
+    def update_values(
+        self,
+        parameter: Tensor,
+        weights: Tensor,
+        gradient: Tensor,
+        state: dict[str, Tensor],
+        group: Mapping[str, Any],
+        offset: int = 0,
     ) -> None:
-        """Update the slice `stored` of the weights, which starts at position `begin`, and its moments."""
-        state, buffers = self.state[parameter], self._buffers(parameter)
+        """Update `weights`, which are the parameter's flat values from `offset`, and their state, slice by slice."""
+        size = self._buffers(weights).size
+        for begin in range(0, len(weights), size):
+            part, numbers = slice(begin, begin + size), (self._places[parameter], offset + begin)
+            self._update_slice(weights[part], gradient[part], state, group, begin, numbers)
+
+    def _update_slice(
+        self,
+        stored: Tensor,
+        gradient: Tensor,
+        state: dict[str, Tensor],
+        group: Mapping[str, Any],
+        begin: int,
+        place: tuple[int, int],
+    ) -> None:
+        """Update the slice `stored` of the weights, and its moments from position `begin`. `place` is the parameter's
+        number and the slice's position in it."""
+        buffers = self._buffers(stored)
         end, step = begin + len(stored), int(state["step"])
-        numbers = (step, self._places[parameter], begin)
+        numbers = (step, *place)
         beta1, beta2 = group["betas"]
         if gradient.dtype != torch.float32:
             gradient = buffers.gradient[: len(stored)].copy_(gradient)
@@ -154,8 +174,8 @@ class AdamW(torch.optim.Optimizer):
             moments.round_at_random(error, noise)
             compensation.copy_(error)
 
-    def _buffers(self, parameter: Tensor) -> _Buffers:
-        device = parameter.device
+    def _buffers(self, values: Tensor) -> _Buffers:
+        device = values.device
         if device not in self._scratch:
             self._scratch[device] = _Buffers(device, self._seed)
         return self._scratch[device]

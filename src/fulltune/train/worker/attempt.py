@@ -20,7 +20,7 @@ from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.step_guard import judge_parameter_changes, short_notice_warning
 from fulltune.train.loop.trackers import close_trackers, guard_trackers
 from fulltune.train.loop.trainer import FullTrainer
-from fulltune.train.worker import distributed, loading, weights
+from fulltune.train.worker import distributed, loading, streamed, weights
 from fulltune.train.worker.answers import AnswerScorer
 from fulltune.train.worker.best import Fields, load_best_weights
 from fulltune.train.worker.checks import dry_run_in_engine, run_checks, stop_if_check_failed
@@ -70,7 +70,7 @@ def train_attempt(inputs: AttemptInputs) -> Fields:
                 inputs.usage,
                 lambda: _before_first_step(training),
             ),
-            *([] if inputs.in_engine else [UpdateMeter(trainer, inputs.plan, inputs.recorder)]),
+            *([] if inputs.in_engine or inputs.is_streamed else [UpdateMeter(trainer, inputs.plan, inputs.recorder)]),
             training.evaluator,
             *([] if training.answers is None else [training.answers]),
             training.monitor,
@@ -116,7 +116,9 @@ def _train_and_save(training: Training) -> Fields:
     request, recorder, journal, usage = inputs.request, inputs.recorder, inputs.journal, inputs.usage
     plan, is_sharded, initial = inputs.plan, inputs.layout is not None, None
     journal.set_phase("saving")
-    if inputs.is_main or is_sharded:
+    if inputs.is_streamed:
+        initial = streamed.SampledWeights(trainer.model)
+    elif inputs.is_main or is_sharded:
         file = request.initial_weights(trainer.args.process_index)
         initial = weights.InitialWeights(trainer.model, file, is_sharded)
     state, optimizer = _run_trainer(training)
@@ -146,6 +148,8 @@ def _train_and_save(training: Training) -> Fields:
     if not inputs.is_main:
         return {}
     usage.update_peak_disk(request.checkpoints, *request.all_initial_weights, request.model_folder)
+    if inputs.is_streamed:
+        streamed.delete_state(streamed.state_folder(request))
     if budget is not None:
         best |= {"best_metric": budget.choice.metric, "weights_reason": budget.weights_reason}
     trainer.log({f"eval_final_{plan.metric}": best["best_metric"]})
@@ -170,7 +174,7 @@ def _run_checks(training: Training) -> None:
     passed = all(check.passed for check in checks)
     if passed and inputs.in_engine:
         return  # `_before_first_step` runs the dry run, once the engine exists
-    if passed and inputs.request.dry_run:
+    if passed and inputs.request.dry_run and not inputs.is_streamed:  # a step may take hours
         answer = None if training.answers is None else training.answers.answer_batch
         checks += dry_run(inputs, training.trainer, training.evaluator.predict_rows, answer)
         usage.dry_run_growth_bytes = usage.growth_bytes()

@@ -26,6 +26,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.probe import Probe
+from fulltune.stream.training import streamed_of
 from fulltune.tasks import LossSettings, Row, Target, Task, causal_lm, task_named
 from fulltune.tasks.labels import class_weights
 from fulltune.train import checkpoints
@@ -33,8 +34,10 @@ from fulltune.train.journal import PROBING
 from fulltune.train.loop.arguments import training_arguments
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.sampler import MixedSource
+from fulltune.train.loop.streamed import StreamedTrainer
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.optim import zero
+from fulltune.train.worker import streamed
 
 
 def load_pretrained(
@@ -139,6 +142,8 @@ def scale_head(
     layer, problem = find_output_layer(model, 1), ""
     if own_loss:
         problem = "you supply the loss"
+    elif streamed_of(model) is not None:
+        problem = "the weights are on a disk"
     elif layer is None or not layer.weight.requires_grad:
         problem = "no last layer with one output was found in the head"
     elif batch is not None and not _returns_layer_output(model, layer, batch, precision):
@@ -204,20 +209,26 @@ def load_for_training(inputs: AttemptInputs) -> LoadedModel:
     transformers.set_seed(plan.seed)
     begin = partial(inputs.usage.start_measuring, plan.device, task.FACTS.writes)
     num_ranks = plan.num_processes if plan.placement == "fsdp2" else 1
-    model, tokenizer, head = load_pretrained(recipe, task, target, begin, num_ranks)
+    if inputs.is_streamed:
+        model, tokenizer, head, source = streamed.load_skeleton(recipe, task, target, begin)
+    else:
+        model, tokenizer, head = load_pretrained(recipe, task, target, begin, num_ranks)
     if sharding.is_fsdp2_sharded(model):  # each rank has drawn its shard; from here on all have the same random state
         transformers.set_seed(plan.seed)
         if head is not None and head.has_new_rows:
             initialise_missing(model, head)
     in_zero = sharding.needs_all_ranks(model) and not sharding.is_fsdp2_sharded(model)
-    base_digest = None if in_zero else checkpoints.weights_digest(model)
+    base_digest = None if in_zero or inputs.is_streamed else checkpoints.weights_digest(model)
     head_start, objective = None, Objective(recipe, plan, summary, task, model, tokenizer.pad_token_id, target)
     if plan.head_init != "random" and not inputs.request.probe and head is not None and head.has_new_rows:
         head_start = _init_head_and_record(inputs, objective, head, tokenizer, arguments.device)
     applied = apply_method(model, recipe)
     model = applied.model
     install_speedups(model, recipe, plan, summary)
-    if not inputs.in_engine and not sharding.needs_all_ranks(model):
+    if inputs.is_streamed:
+        streamed.open_state(inputs, model, source)
+        base_digest = source.digest
+    elif not inputs.in_engine and not sharding.needs_all_ranks(model):
         model.to(arguments.device)  # type: ignore[arg-type]  # a wrapped method
     rows = rows_with_mixed(inputs.data, summary, tokenizer)
     scaled, scale_note = None, None
@@ -256,7 +267,8 @@ def load_for_training(inputs: AttemptInputs) -> LoadedModel:
 def make_trainer(inputs: AttemptInputs, loaded: LoadedModel) -> FullTrainer:
     plan, recipe, objective = inputs.plan, inputs.recipe, loaded.objective
     model = loaded.applied.model
-    trainer = FullTrainer(
+    trainer_class = StreamedTrainer if inputs.is_streamed else FullTrainer
+    trainer = trainer_class(
         inputs,
         model=model,
         args=loaded.arguments,

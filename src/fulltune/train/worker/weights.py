@@ -20,9 +20,11 @@ from fulltune import methods
 from fulltune.files import write_json
 from fulltune.methods.folder import copy_permissions_from_config, save_method_folder
 from fulltune.models import sharding
+from fulltune.models.save import save_in_parts
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.training import ParameterChanges
+from fulltune.stream.training import streamed_of
 from fulltune.tasks import Target, causal_lm
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.optim import fsdp2, zero
@@ -150,6 +152,8 @@ def load_finished_checkpoint(trainer: FullTrainer, checkpoint: Path, total_steps
         # Only the engine can read it; transformers has no public way to create one without training.
         trainer._prepare_for_training(total_steps, trainer.get_train_dataloader(), str(checkpoint))
         return cast("torch.optim.Optimizer", trainer.optimizer)
+    if streamed_of(trainer.model) is not None:  # its state is that of the last step
+        return trainer.create_optimizer()
     trainer.load_weights(checkpoint)
     optimizer = trainer.create_optimizer()
     fsdp2.load_optimizer(trainer.model, optimizer, checkpoint)
@@ -204,8 +208,11 @@ def save_model(
 
 
 def _save_full(model: PreTrainedModel, folder: Path, is_main: bool) -> None:
-    """Save the model as `save_pretrained` does. Sharded weights are written file by file, so that no rank holds all of
-    them."""
+    """Save the model as `save_pretrained` does. Sharded and streamed weights are written file by file, so that no rank
+    holds all of them."""
+    if (streamed := streamed_of(model)) is not None:
+        save_in_parts(model, folder, streamed.weights)
+        return
     in_engine = zero.is_in_use(model)
     gather = zero.gather_tensor if in_engine else sharding.full_tensor
     is_shared = in_engine or sharding.is_fsdp2_sharded(model)

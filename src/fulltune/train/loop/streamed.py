@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from fulltune.errors import SetupError
+from fulltune.models.save import save_in_parts
+from fulltune.stream.files import tensors_in_folder
+from fulltune.stream.training import Streamed, streamed_of
+from fulltune.train.loop.inputs import AttemptInputs
+from fulltune.train.loop.trainer import FullTrainer
+from fulltune.train.optim.groups import planned_optimizer
+from fulltune.train.optim.streamed import StreamedAdamW
+from fulltune.train.request import number_in
+
+
+class StepwiseTrainer(Trainer):
+    """A Trainer that runs all micro batches of an optimizer step at once, block by block."""
+
+    _samples: Sequence[dict[str, Any]] = ()
+    _losses_left: Sequence[torch.Tensor] = ()
+
+    @property
+    def streamed(self) -> Streamed:
+        streamed = streamed_of(self.model)
+        assert streamed is not None
+        return streamed
+
+    @property
+    def streamed_optimizer(self) -> StreamedAdamW:
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
+
+    def get_batch_samples(self, *arguments: Any) -> tuple[list[Any], torch.Tensor | int | None]:
+        """Keep the step's micro batches for its first `training_step`."""
+        self._samples, num_items = super().get_batch_samples(*arguments)
+        self._losses_left = ()
+        return list(self._samples), num_items
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Return a micro batch's loss; the first call of a step computes all of them, and the gradients."""
+        if not self._losses_left:
+            self._losses_left = self._run_step(model, num_items_in_batch)
+        loss, *self._losses_left = self._losses_left
+        return loss
+
+    def _run_step(self, model: nn.Module, num_items: torch.Tensor | int | None) -> list[torch.Tensor]:
+        optimizer, executor = self.streamed_optimizer, self.streamed.executor
+        finished = optimizer.finished
+        if finished["step"] == self.state.global_step + 1:  # killed between the update and the checkpoint
+            optimizer.is_replaying = True
+            self._mark_gradients(finished["tensors"])
+            torch.set_rng_state(torch.frombuffer(bytearray.fromhex(finished["random"]), dtype=torch.uint8))
+            return [torch.tensor(loss, device=executor.device) for loss in finished["losses"]]
+        model.train()
+        batches = [self._prepare_inputs(sample) for sample in self._samples]
+        losses = executor.losses([partial(self._micro_batch_loss, model, batch, num_items) for batch in batches])
+        torch.autograd.backward(losses)
+        self._mark_gradients(list(executor.norms))
+        order = [name for name, _ in self.model.named_parameters() if name in executor.norms]
+        norm = torch.linalg.vector_norm(torch.stack([executor.norms[name] for name in order]))
+        optimizer.notes = {
+            "losses": [float(loss) for loss in losses],
+            "norm": float(norm),
+            "tensors": order,
+            "random": torch.get_rng_state().numpy().tobytes().hex(),
+        }
+        return [loss.detach() for loss in losses]
+
+    def _micro_batch_loss(
+        self, model: nn.Module, batch: dict[str, Any], num_items: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        with self.compute_loss_context_manager():
+            loss: torch.Tensor = self.compute_loss(model, batch, num_items_in_batch=num_items)
+        return loss
+
+    def _mark_gradients(self, names: Sequence[str]) -> None:
+        """Give the parameters that received a gradient one that takes no memory: the real ones are on the disk."""
+        parameters = dict(self.model.named_parameters())
+        for name in names:
+            parameter = parameters[name]
+            parameter.grad = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+
+    @property
+    def _norm(self) -> torch.Tensor:
+        optimizer = self.streamed_optimizer
+        return torch.tensor((optimizer.finished if optimizer.is_replaying else optimizer.notes)["norm"])
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> float | None:
+        return float(self._norm)
+
+
+class StreamedTrainer(FullTrainer, StepwiseTrainer):
+    """The Trainer of a run whose weights and optimizer state lie on a disk."""
+
+    def __init__(self, inputs: AttemptInputs, **keywords: Any) -> None:
+        """Create the Trainer as `FullTrainer` does."""
+        super().__init__(inputs, **keywords)
+        self._keeps_best = inputs.recipe.train.load_best_model_at_end
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        """Let the optimizer clip the gradients that are on the disk; return their norm."""
+        norm = self._norm
+        if norm + 1e-6 > self.args.max_grad_norm:
+            self.streamed_optimizer.clip_factor = torch.clamp(self.args.max_grad_norm / (norm + 1e-6), max=1.0)
+        return norm
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the planned optimizer over the state on the disk."""
+        if self.optimizer is None:
+            planned = planned_optimizer(self.model, self._plan, self.args, self._head_modules)
+            self.optimizer = StreamedAdamW(self.model, self.streamed.state, *planned)
+        return self.optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the weights only if they are the best so far: the state on the disk is what a run resumes from."""
+        folder = Path(str(output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._keeps_best and self.state.best_global_step == self.state.global_step:
+            save_in_parts(self.model, folder, self.streamed.weights)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        step, state = number_in(Path(resume_from_checkpoint)), self.streamed.state
+        reached = int((state.journal.pending or state.journal.finished or {"step": 0})["step"])
+        if reached not in (step, step + 1):
+            raise SetupError(
+                f"{state.folder}: the training state is at step {reached:,}, but the checkpoint is of step {step:,}; "
+                "start a new run (--fresh)"
+            )
+
+    def load_weights(self, checkpoint: Path) -> None:
+        """Replace the weights in the state by a checkpoint's."""
+        stored = tensors_in_folder(checkpoint)
+        for unit in self.streamed.units:
+            self.streamed.write({name: stored[name].read() for name in unit.names})
+

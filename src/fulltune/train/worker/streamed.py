@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fulltune import methods
+from fulltune.models.base import Base
+from fulltune.models.load import HeadOrigin, torch_dtype
+from fulltune.recipe.fields import Recipe
+from fulltune.records.training import ParameterChanges
+from fulltune.stream.executor import Executor, install
+from fulltune.stream.layout import WEIGHTS
+from fulltune.stream.skeleton import Skeleton, fill, skeleton
+from fulltune.stream.state import DiskState, exists
+from fulltune.stream.training import Streamed, attach, streamed_of
+from fulltune.stream.units import find_units
+from fulltune.tasks import Target, Task
+from fulltune.train.loop.inputs import AttemptInputs
+from fulltune.train.optim.streamed import initial_sections, unit_layouts
+from fulltune.train.request import Request
+
+_SAMPLED_VALUES = 4096
+
+
+def load_skeleton(
+    recipe: Recipe, task: Task, target: Target, before_weights: Callable[[], None]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, HeadOrigin | None, Skeleton]:
+    """Load the model with the task's head, but without weights; also return its processor and the head's origin."""
+    base, heads = Base.from_block(recipe.model, recipe.task, recipe.data.chat_template), list[HeadOrigin]()
+    before_weights()
+    changes = task.config_changes(target, base.processor)
+    source = skeleton(base, changes, head_is_new=task.FACTS.head_is_new, on_head=heads.append)
+    return source.model, base.processor, heads[0] if heads else None, source
+
+
+def state_folder(request: Request) -> Path:
+    """Return the folder of the trial's training state."""
+    stream = request.recipe.train.stream
+    if stream is None or stream.disk is None:
+        return request.checkpoints / "state"
+    return Path(stream.disk) / f"{Path(request.run_folder).name}-{request.plan.trial}"
+
+
+def open_state(inputs: AttemptInputs, model: PreTrainedModel, source: Skeleton) -> None:
+    """Open the state of an interrupted run, or fill a new one, and let the model run from it."""
+    request, recipe, plan = inputs.request, inputs.recipe, inputs.plan
+    units, folder = find_units(model), state_folder(request)
+    stream = recipe.train.stream
+    dtype = plan.weights_dtype if stream is None or stream.gradients == "auto" else stream.gradients
+    is_new = request.checkpoint is None or not exists(folder)
+    if is_new:
+        delete_state(folder)
+    state = DiskState(
+        folder,
+        unit_layouts(model, units, plan.optim),
+        gradients=torch_dtype(dtype),
+        identity={"run": str(Path(request.run_folder).resolve()), "model": source.digest},
+        create=is_new,
+    )
+    if is_new:
+        inputs.recorder.phase("writing the training state")
+        parameters = dict(model.named_parameters())
+
+        def write(unit: int, values: dict[str, dict[str, torch.Tensor]]) -> None:
+            state.write(
+                unit, {name: initial_sections(parameters[name], one[WEIGHTS], plan.optim) for name, one in values.items()}
+            )
+
+        fill(source, units, write)
+    executor = Executor(model, units, state, state)
+    install(model, executor)
+    attach(model, Streamed(units, source, state, executor))
+
+
+def delete_state(folder: Path) -> None:
+    """Delete a training state, which may be unfinished."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class SampledWeights:
+    """Samples of all trained weights before step 1."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Sample up to 4096 evenly spaced values of each tensor."""
+        self._before = {name: _sample(model, name)[0] for name in methods.trainable_parameters(model)}
+
+    def count_changes(self, model: PreTrainedModel) -> ParameterChanges:
+        """Count the sampled values that received a gradient, and those that changed."""
+        counts: dict[str, tuple[int, int]] = {}
+        for name, before in self._before.items():
+            now, touched = _sample(model, name)
+            if received := int(touched.count_nonzero()):
+                counts[name] = received, int(((now != before) & touched).count_nonzero())
+        unmoved = [name for name, (_, moved) in counts.items() if not moved]
+        return ParameterChanges(
+            num_tensors_with_gradient=len(counts),
+            num_tensors_changed=len(counts) - len(unmoved),
+            num_values_with_gradient=sum(received for received, _ in counts.values()),
+            num_values_changed=sum(moved for _, moved in counts.values()),
+            unchanged_tensors=tuple(unmoved[:20]),
+        )
+
+
+def _sample(model: PreTrainedModel, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return sampled weights, and whether each has received a gradient."""
+    streamed = streamed_of(model)
+    assert streamed is not None
+    sections = streamed.state.read(name, WEIGHTS, "exp_avg_sq")
+    weights, second = sections[WEIGHTS].reshape(-1), sections["exp_avg_sq"][: sections[WEIGHTS].numel()]
+    step = max(1, len(weights) // _SAMPLED_VALUES)
+    lowest = torch.iinfo(torch.int8).min if second.dtype == torch.int8 else 0
+    return weights[::step].clone(), second[::step] > lowest
