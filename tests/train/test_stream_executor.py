@@ -170,7 +170,7 @@ def _compare(family: str, micro_batches: int, autocast: bool) -> None:
         return loss
 
     losses = executor.losses([partial(forward, one) for one in batches])
-    torch.autograd.backward(losses)
+    executor.backward(losses)
     assert torch.equal(torch.stack(losses).detach(), torch.stack(expected))
     assert torch.equal(torch.get_rng_state(), after)
     gradients = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
@@ -194,7 +194,7 @@ def test_each_weight_is_read_twice_a_step_whatever_the_accumulation() -> None:
     for micro_batches in (1, 4):
         other, executor, source = streamed(LlamaForCausalLM(FAMILIES["decoder"][1]))
         losses = executor.losses([partial(_loss, other, seed) for seed in range(micro_batches)])
-        torch.autograd.backward(losses)
+        executor.backward(losses)
         reads.append(source.reads)
         assert source.most_in_use == 1
     assert reads[0] == reads[1] == [*range(6), *reversed(range(6))]
@@ -233,6 +233,34 @@ class _Numbered(nn.Module):
         for layer in self.layers[: len(values)]:
             values = layer(values)
         return values.sum()
+
+
+class _Branched(nn.Module):
+    """Computes something that is no part of the loss with weights that the loss uses too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(2, 2)])
+        self.unused: Tensor | None = None
+
+    def forward(self, values: Tensor) -> Tensor:
+        self.unused = self.layers[0](2 * values)
+        self.layers[0](values[:0])
+        loss: Tensor = self.layers[0](values).sum()
+        return loss
+
+
+def test_outputs_that_are_no_part_of_the_loss_do_not_matter() -> None:
+    torch.manual_seed(0)
+    model = _Branched()
+    other, executor, source = streamed(model)
+    values = torch.ones(3, 2)
+    model(values).backward()
+    executor.backward(executor.losses([partial(other, values)]))
+    assert all(
+        torch.equal(source.parked[name], one.grad) for name, one in model.named_parameters() if one.grad is not None
+    )
+    assert source.parked.keys() == dict(model.named_parameters()).keys()
 
 
 def test_micro_batches_that_need_other_blocks_are_refused() -> None:

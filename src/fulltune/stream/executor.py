@@ -146,12 +146,8 @@ class _Call:
                 _add_gradients([run], parameters)
                 of_inputs += [leaf.grad if leaf.requires_grad else None for leaf in run[0]]
         for record, calls in completed:
-            if record == own:
-                continue
-            users = {call.unit for call in calls}
-            with self.executor.weights_of(users, backward=True), self.executor.collecting(record) as parameters:
-                for micro in range(len(self.requests)):
-                    _add_gradients([call.outputs(micro) for call in calls], parameters)
+            if record != own:
+                self.executor.add_shared_gradients(record, calls)
         return of_inputs
 
     def outputs(self, micro: int, needs: Sequence[bool] = (), later: Sequence[Tensor | None] = ()) -> _Run:
@@ -255,14 +251,32 @@ class Executor:
         self._left = {record: len(calls) for record, calls in self._uses.items()}
         return losses
 
-    def record_use(self, call: _Call) -> None:
-        for record in self._records[call.unit]:
-            self._uses.setdefault(record, []).append(call)
+    def backward(self, losses: Sequence[Tensor]) -> None:
+        """Compute the gradients of the losses, all of which go to the sink."""
+        torch.autograd.backward(losses)
+        for record, calls in self._uses.items():  # units of which some output is not part of a loss
+            if reached := [call for call in calls if call.gradients]:
+                self.add_shared_gradients(record, reached)
+        self._uses = {}
+
+    def add_shared_gradients(self, record: int, calls: Sequence[_Call]) -> None:
+        """Compute the gradients of weights that several calls use, in the order in which autograd would add them."""
+        users = {call.unit for call in calls}
+        with self.weights_of(users, backward=True), self.collecting(record) as parameters:
+            for micro in range(len(calls[0].requests)):
+                _add_gradients([call.outputs(micro) for call in calls], parameters)
+
+    def record_use(self, call: _Call, tensors: Sequence[Tensor]) -> None:
+        if any(tensor.numel() for tensor in tensors):  # a call for zero tokens gives no gradient
+            for record in self._records[call.unit]:
+                self._uses.setdefault(record, []).append(call)
 
     def complete(self, call: _Call) -> list[tuple[int, list[_Call]]]:
         """Return the units whose weights no call before this one uses, each with all calls that do."""
         done = []
         for record in self._records[call.unit]:
+            if call not in self._uses.get(record, ()):
+                continue
             self._left[record] -= 1
             if not self._left[record]:
                 done.append((record, self._uses.pop(record)))
@@ -396,8 +410,7 @@ class _Step:
             )
         call = _Call(self._executor, requests)
         tensors = [tensor for request in requests for tensor in request.tensors]
-        if all(tensor.numel() for tensor in tensors):  # a head called for no token gets no gradient
-            self._executor.record_use(call)
+        self._executor.record_use(call, tensors)
         newest = [self._passed.get(id(tensor), (tensor, tensor))[1] for tensor in tensors]
         outputs = iter(_UnitFunction.apply(call, self._anchor, *newest))
         for log, (returned, structure, random) in zip(self._logs, call.results, strict=True):

@@ -62,7 +62,7 @@ class StepwiseTrainer(Trainer):
         model.train()
         batches = [self._prepare_inputs(sample) for sample in self._samples]
         losses = executor.losses([partial(self._micro_batch_loss, model, batch, num_items) for batch in batches])
-        torch.autograd.backward(losses)
+        executor.backward(losses)
         self._mark_gradients(list(executor.norms))
         order = [name for name, _ in self.model.named_parameters() if name in executor.norms]
         norm = torch.linalg.vector_norm(torch.stack([executor.norms[name] for name in order]))
@@ -140,4 +140,3 @@ class StreamedTrainer(FullTrainer, StepwiseTrainer):
         stored = tensors_in_folder(checkpoint)
         for unit in self.streamed.units:
             self.streamed.write({name: stored[name].read() for name in unit.names})
-

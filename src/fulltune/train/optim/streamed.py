@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from fulltune.stream.layout import GRADIENT, WEIGHTS, Section, TensorLayout
+from fulltune.stream.layout import GRADIENT, WEIGHTS, SectionLayout, TensorLayout
 from fulltune.stream.state import DiskState
 from fulltune.stream.units import Unit
 from fulltune.train.optim import moments, optimizers
@@ -24,11 +24,11 @@ def unit_layouts(model: nn.Module, units: Sequence[Unit], optim: str) -> list[li
 
 
 def _layout(name: str, parameter: Tensor, optim: str) -> TensorLayout:
-    sections = {WEIGHTS: Section(parameter.dtype)}
+    sections = {WEIGHTS: SectionLayout(parameter.dtype)}
     for section, values in _first_moments(parameter, optim).items():
         codes = values.dtype == torch.int8
         per = moments.GROUP if section.endswith("_scale") else 1
-        sections[section] = Section(values.dtype, per=per, multiple=moments.GROUP if codes else 1)
+        sections[section] = SectionLayout(values.dtype, per=per, multiple=moments.GROUP if codes else 1)
     return TensorLayout(name, tuple(parameter.shape), sections)
 
 

@@ -67,7 +67,8 @@ def open_state(inputs: AttemptInputs, model: PreTrainedModel, source: Skeleton) 
 
         def write(unit: int, values: dict[str, dict[str, torch.Tensor]]) -> None:
             state.write(
-                unit, {name: initial_sections(parameters[name], one[WEIGHTS], plan.optim) for name, one in values.items()}
+                unit,
+                {name: initial_sections(parameters[name], one[WEIGHTS], plan.optim) for name, one in values.items()},
             )
 
         fill(source, units, write)
@@ -88,7 +89,7 @@ class SampledWeights:
         """Sample up to 4096 evenly spaced values of each tensor."""
         self._before = {name: _sample(model, name)[0] for name in methods.trainable_parameters(model)}
 
-    def count_changes(self, model: PreTrainedModel) -> ParameterChanges:
+    def count_changes(self, model: PreTrainedModel, *_: object) -> ParameterChanges:
         """Count the sampled values that received a gradient, and those that changed."""
         counts: dict[str, tuple[int, int]] = {}
         for name, before in self._before.items():
