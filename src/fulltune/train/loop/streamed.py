@@ -1,17 +1,18 @@
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import Trainer
 
 from fulltune.errors import SetupError
 from fulltune.models.save import save_in_parts
-from fulltune.stream.files import tensors_in_folder
 from fulltune.stream.training import Streamed, streamed_of
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer
@@ -67,7 +68,7 @@ class StepwiseTrainer(Trainer):
         order = [name for name, _ in self.model.named_parameters() if name in executor.norms]
         norm = torch.linalg.vector_norm(torch.stack([executor.norms[name] for name in order]))
         optimizer.notes = {
-            "losses": [float(loss) for loss in losses],
+            "losses": [loss.item() for loss in losses],
             "norm": float(norm),
             "tensors": order,
             "random": torch.get_rng_state().numpy().tobytes().hex(),
@@ -77,6 +78,8 @@ class StepwiseTrainer(Trainer):
     def _micro_batch_loss(
         self, model: nn.Module, batch: dict[str, Any], num_items: torch.Tensor | int | None
     ) -> torch.Tensor:
+        if "use_cache" in inspect.signature(type(self.model).forward).parameters:
+            batch = {**batch, "use_cache": False}  # a block that is computed again would extend its cache again
         with self.compute_loss_context_manager():
             loss: torch.Tensor = self.compute_loss(model, batch, num_items_in_batch=num_items)
         return loss
@@ -137,6 +140,6 @@ class StreamedTrainer(FullTrainer, StepwiseTrainer):
 
     def load_weights(self, checkpoint: Path) -> None:
         """Replace the weights in the state by a checkpoint's."""
-        stored = tensors_in_folder(checkpoint)
-        for unit in self.streamed.units:
-            self.streamed.write({name: stored[name].read() for name in unit.names})
+        for file in sorted(checkpoint.glob("*.safetensors")):
+            with safe_open(file, "pt") as tensors:
+                self.streamed.write({name: tensors.get_tensor(name) for name in tensors.keys()})

@@ -26,6 +26,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.probe import Probe
+from fulltune.stream.files import files_digest
 from fulltune.stream.training import streamed_of
 from fulltune.tasks import LossSettings, Row, Target, Task, causal_lm, task_named
 from fulltune.tasks.labels import class_weights
@@ -227,7 +228,7 @@ def load_for_training(inputs: AttemptInputs) -> LoadedModel:
     install_speedups(model, recipe, plan, summary)
     if inputs.is_streamed:
         streamed.open_state(inputs, model, source)
-        base_digest = source.digest
+        base_digest = files_digest(source.stored)
     elif not inputs.in_engine and not sharding.needs_all_ranks(model):
         model.to(arguments.device)  # type: ignore[arg-type]  # a wrapped method
     rows = rows_with_mixed(inputs.data, summary, tokenizer)

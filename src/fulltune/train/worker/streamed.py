@@ -13,6 +13,7 @@ from fulltune.models.load import HeadOrigin, torch_dtype
 from fulltune.recipe.fields import Recipe
 from fulltune.records.training import ParameterChanges
 from fulltune.stream.executor import Executor, install
+from fulltune.stream.files import files_digest
 from fulltune.stream.layout import WEIGHTS
 from fulltune.stream.skeleton import Skeleton, fill, skeleton
 from fulltune.stream.state import DiskState, exists
@@ -58,7 +59,7 @@ def open_state(inputs: AttemptInputs, model: PreTrainedModel, source: Skeleton) 
         folder,
         unit_layouts(model, units, plan.optim),
         gradients=torch_dtype(dtype),
-        identity={"run": str(Path(request.run_folder).resolve()), "model": source.digest},
+        identity={"run": str(Path(request.run_folder).resolve()), "model": files_digest(source.stored)},
         create=is_new,
     )
     if is_new:

@@ -1,0 +1,144 @@
+"""A run that is streamed from a disk trains as one in memory, and goes on after it was killed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fulltune.errors import FulltuneError
+from fulltune.stream.state import DiskState
+from fulltune.train.loop import step_guard
+from fulltune.train.loop.streamed import StreamedTrainer
+from tests import tiny
+from tests.cases import others_long
+from tests.train import runs
+
+STEPS = 6
+SEQ2SEQ = {"task": "seq2seq", "data": {"source": "prompt", "target": "completion"}}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def decoder(folder: Path, **changes: Any) -> tuple[Path, Sequence[Mapping[str, Any]], dict[str, Any]]:
+    return tiny.save_model(folder, "llama", **changes), tiny.chat_rows(), {"task": "causal-lm"}
+
+
+def case(folder: Path, family: str) -> tuple[Path, Sequence[Mapping[str, Any]], dict[str, Any]]:
+    """A model, its rows and its task."""
+    match family:
+        case "encoder":
+            model = tiny.save_model(folder, "bert", **NO_DROPOUT)
+            return model, tiny.topic_rows(), {"method": {"kind": "full", "head_init": "random", "learning_rate": 1e-3}}
+        case "decoder":
+            return decoder(folder, tie_word_embeddings=False)
+        case "tied decoder":
+            return decoder(folder, tie_word_embeddings=True)
+        case _:
+            return tiny.save_model(folder, "t5", dropout_rate=0.0), tiny.pair_rows(), SEQ2SEQ
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing handles it."""
+
+
+def killed_at(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, call: int) -> None:
+    """Let the run die just before a method's call of this number."""
+    method, calls = getattr(place, name), iter(range(1, 10**6))
+
+    def counted(*given: Any, **named: Any) -> Any:
+        if next(calls) == call:
+            raise Killed
+        return method(*given, **named)
+
+    monkeypatch.setattr(place, name, counted)
+
+
+def train(folder: Path, family: str, **settings: Any) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
+    """The losses and final weights of a run."""
+    model, rows, blocks = case(folder / "model", family)
+    usual = {"max_steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "logging_steps": 1}
+    with runs.without_tracing():
+        runs.run(folder, model, rows, train=usual | {"eval_on_start": False} | settings, **blocks)
+    lines = runs.events(folder, "train")
+    return [(line["loss"], line["grad_norm"]) for line in lines], runs.final_weights(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "clipping"),
+    others_long(
+        itertools.product(["encoder-decoder", "encoder", "decoder", "tied decoder"], [0.0, 0.5]),
+        *(("encoder-decoder", 0.5), ("tied decoder", 0.0)),
+    ),
+)
+def test_losses_and_weights_are_those_of_a_run_in_memory(tmp_path: Path, family: str, clipping: float) -> None:
+    losses, weights = train(tmp_path / "memory", family, placement="single", max_grad_norm=clipping)
+    streamed, streamed_weights = train(tmp_path / "stream", family, placement="stream", max_grad_norm=clipping)
+    assert len(losses) == STEPS
+    assert streamed == losses
+    assert streamed_weights.keys() == weights.keys()
+    assert [name for name, one in weights.items() if not torch.equal(one, streamed_weights[name])] == []
+
+
+@pytest.mark.parametrize("optim", others_long(["adamw_8bit", "adamw_bf16"], "adamw_8bit"))
+def test_compressed_state_is_that_of_a_run_in_memory(tmp_path: Path, optim: str) -> None:
+    settings = {"optim": optim, "precision": "bf16", "max_grad_norm": 0.0}
+    losses, weights = train(tmp_path / "memory", "decoder", placement="single", **settings)
+    streamed, streamed_weights = train(tmp_path / "stream", "decoder", placement="stream", **settings)
+    assert streamed == losses
+    assert [name for name, one in weights.items() if not torch.equal(one, streamed_weights[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "call"),
+    others_long(
+        [
+            (DiskState, "park", 9),  # in a backward pass
+            (DiskState, "begin", 3),  # before an update
+            (DiskState, "_commit", 20),  # in an update, after some units
+            (DiskState, "finish", 3),  # after the last unit
+            (StreamedTrainer, "_save_checkpoint", 3),  # after the update, before the checkpoint
+            (StreamedTrainer, "_save_checkpoint", 1),
+        ],
+        *((DiskState, "_commit", 20), (StreamedTrainer, "_save_checkpoint", 3)),
+    ),
+)
+def test_run_that_was_killed_goes_on_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Any, name: str, call: int
+) -> None:
+    losses, weights = train(tmp_path / "whole", "tied decoder", placement="stream")
+    with monkeypatch.context() as patch:
+        killed_at(patch, place, name, call)
+        with pytest.raises(FulltuneError, match="Killed"):
+            train(tmp_path / "killed", "tied decoder", placement="stream")
+    later, later_weights = train(tmp_path / "killed", "tied decoder", placement="stream")
+    assert later[-3:] == losses[-3:]
+    assert [name for name, one in weights.items() if not torch.equal(one, later_weights[name])] == []
+
+
+def test_skipped_step_leaves_the_state_untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, steps = step_guard.judge_step, []
+
+    def judge(history: Any, step: int, *given: Any, **named: Any) -> Any:
+        steps.append(step)
+        verdict = real(history, step, *given, **named)
+        return replace(verdict, action="skip", reason="a test") if step == 3 else verdict
+
+    monkeypatch.setattr(step_guard, "judge_step", judge)
+    losses, weights = train(tmp_path / "memory", "decoder", placement="single")
+    streamed, streamed_weights = train(tmp_path / "stream", "decoder", placement="stream")
+    assert [event["step"] for event in runs.events(tmp_path / "stream", "skipped")] == [3]
+    assert streamed == losses
+    assert [name for name, one in weights.items() if not torch.equal(one, streamed_weights[name])] == []
+
+
+def test_best_weights_are_kept_and_the_state_is_deleted(tmp_path: Path) -> None:
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
+    _, weights = train(tmp_path / "memory", "decoder", placement="single", **settings)
+    _, streamed_weights = train(tmp_path / "stream", "decoder", placement="stream", **settings)
+    assert [name for name, one in weights.items() if not torch.equal(one, streamed_weights[name])] == []
+    assert not list((tmp_path / "stream").rglob("state.bin"))
