@@ -21,7 +21,7 @@ from tests.train import runs
 
 STEPS = 6
 SEQ2SEQ = {"task": "seq2seq", "data": {"source": "prompt", "target": "completion"}}
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def decoder(folder: Path, **changes: Any) -> tuple[Path, Sequence[Mapping[str, Any]], dict[str, Any]]:

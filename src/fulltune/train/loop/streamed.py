@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -24,6 +24,8 @@ from fulltune.train.request import number_in
 class StepwiseTrainer(Trainer):
     """A Trainer that runs all micro batches of an optimizer step at once, block by block."""
 
+    model: Any
+    optimizer: Any
     _samples: Sequence[dict[str, Any]] = ()
     _losses_left: Sequence[torch.Tensor] = ()
 
@@ -35,7 +37,8 @@ class StepwiseTrainer(Trainer):
 
     @property
     def streamed_optimizer(self) -> StreamedAdamW:
-        return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
+        optimizer: StreamedAdamW = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
+        return optimizer
 
     def get_batch_samples(self, *arguments: Any) -> tuple[list[Any], torch.Tensor | int | None]:
         """Keep the step's micro batches for its first `training_step`."""
@@ -81,8 +84,8 @@ class StepwiseTrainer(Trainer):
         if "use_cache" in inspect.signature(type(self.model).forward).parameters:
             batch = {**batch, "use_cache": False}  # a block that is computed again would extend its cache again
         with self.compute_loss_context_manager():
-            loss: torch.Tensor = self.compute_loss(model, batch, num_items_in_batch=num_items)
-        return loss
+            loss = self.compute_loss(model, batch, num_items_in_batch=num_items)
+        return cast("torch.Tensor", loss)
 
     def _mark_gradients(self, names: Sequence[str]) -> None:
         """Give the parameters that received a gradient one that takes no memory: the real ones are on the disk."""
@@ -131,7 +134,7 @@ class StreamedTrainer(FullTrainer, StepwiseTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         step, state = number_in(Path(resume_from_checkpoint)), self.streamed.state
-        reached = int((state.journal.pending or state.journal.finished or {"step": 0})["step"])
+        reached = cast("int", (state.journal.pending or state.journal.finished or {"step": 0})["step"])
         if reached not in (step, step + 1):
             raise SetupError(
                 f"{state.folder}: the training state is at step {reached:,}, but the checkpoint is of step {step:,}; "
@@ -142,4 +145,5 @@ class StreamedTrainer(FullTrainer, StepwiseTrainer):
         """Replace the weights in the state by a checkpoint's."""
         for file in sorted(checkpoint.glob("*.safetensors")):
             with safe_open(file, "pt") as tensors:
-                self.streamed.write({name: tensors.get_tensor(name) for name in tensors.keys()})
+                names = list(tensors.keys())
+                self.streamed.write({name: tensors.get_tensor(name) for name in names})

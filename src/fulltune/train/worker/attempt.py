@@ -114,7 +114,8 @@ def _train_and_save(training: Training) -> Fields:
     than 0."""
     inputs, loaded, trainer = training.inputs, training.loaded, training.trainer
     request, recorder, journal, usage = inputs.request, inputs.recorder, inputs.journal, inputs.usage
-    plan, is_sharded, initial = inputs.plan, inputs.layout is not None, None
+    plan, is_sharded = inputs.plan, inputs.layout is not None
+    initial: weights.InitialWeights | streamed.SampledWeights | None = None
     journal.set_phase("saving")
     if inputs.is_streamed:
         initial = streamed.SampledWeights(trainer.model)
