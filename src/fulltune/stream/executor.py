@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fulltune.errors import SetupError
+from fulltune.stream.randomness import derived_random_state, random_state, set_random_state
 from fulltune.stream.units import Unit, placeholder
 
 
@@ -108,14 +109,14 @@ class _Call:
         device = self.executor.device
         with self.executor.weights_of({self.unit}), self.casting():
             for request, own, needed in zip(self.requests, self._split(tensors), self._split(needs), strict=True):
-                _set_random_state(request.random, device)
+                set_random_state(request.random, device)
                 # With a graph, which is dropped: without one, attention may use a kernel that rounds differently.
                 has_graph = not getattr(request.function, "same_without_graph", False)
                 with torch.set_grad_enabled(has_graph):
                     leaves, structure = request.run(_detached(own, needed))
                 self.constant += [not leaf.requires_grad and has_graph for leaf in leaves if isinstance(leaf, Tensor)]
                 leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-                self.results.append((leaves, structure, _random_state(device)))
+                self.results.append((leaves, structure, random_state(device)))
         return [leaf for leaves, *_ in self.results for leaf in leaves if isinstance(leaf, Tensor)]
 
     def casting(self) -> torch.autocast:
@@ -160,11 +161,11 @@ class _Call:
             pairs = [(leaf.view_as(leaf), grad) for leaf, grad in zip(leaves, later, strict=False) if grad is not None]
         begun = iter([start for start, _ in pairs])
         given = [next(begun) if grad is not None else leaf for leaf, grad in zip_longest(leaves, later)]
-        before = _random_state(self.executor.device)
-        _set_random_state(self.requests[micro].random, self.executor.device)
+        before = random_state(self.executor.device)
+        set_random_state(self.requests[micro].random, self.executor.device)
         with torch.enable_grad(), self.casting():
             returned, _ = self.requests[micro].run(given)
-        _set_random_state(before, self.executor.device)
+        set_random_state(before, self.executor.device)
         outputs = [leaf for leaf in returned if isinstance(leaf, Tensor)]
         pairs += [(one, grad) for one, grad in zip(outputs, self.gradients[micro], strict=True) if grad is not None]
         return leaves, [(output, grad) for output, grad in pairs if output.requires_grad]
@@ -361,22 +362,22 @@ class _Step:
 
     def run(self, forwards: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
         device = self._executor.device
-        starts = [_random_state(device)]
+        starts = [random_state(device)]
         if len(forwards) > 1:
-            starts += [_derived_random_state(starts[0], micro, device) for micro in range(1, len(forwards))]
+            starts += [derived_random_state(starts[0], micro, device) for micro in range(1, len(forwards))]
         while True:
             losses, requests = list[Tensor](), list[_Request]()
             for self._micro, forward in enumerate(forwards):
                 self._position = 0
-                _set_random_state(starts[self._micro], device)
+                set_random_state(starts[self._micro], device)
                 try:
                     losses.append(forward())
                 except _Suspended as suspended:
                     requests.append(suspended.request)
                 if self._micro == 0:
-                    end = _random_state(device)
+                    end = random_state(device)
             if not requests:
-                _set_random_state(end, device)  # as after a step of one micro batch
+                set_random_state(end, device)  # as after a step of one micro batch
                 return losses
             self._execute(requests, alike=not losses)
 
@@ -387,7 +388,7 @@ class _Step:
             leaves, structure = tree_flatten((arguments, keywords))
             kind = self._executor.device.type
             casting = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-            request = _Request(unit, function, leaves, structure, _random_state(self._executor.device), casting)
+            request = _Request(unit, function, leaves, structure, random_state(self._executor.device), casting)
             if len(self._logs) > 1:
                 raise _Suspended(request)
             self._execute([request], alike=True)
@@ -398,7 +399,7 @@ class _Step:
                 f"train.placement: stream: the model changes the output of {self._executor.units[unit].path} in place, "
                 "which accumulation cannot repeat; set train.micro_batch_size to the global batch size"
             )
-        _set_random_state(random, self._executor.device)
+        set_random_state(random, self._executor.device)
         return tree_unflatten(leaves, structure)
 
     def _execute(self, requests: list[_Request], alike: bool) -> None:
@@ -425,25 +426,6 @@ class _Step:
 
 
 _MARK = torch.empty(0)
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-def _set_random_state(states: Sequence[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
-
-
-def _derived_random_state(states: Sequence[Tensor], number: int, device: torch.device) -> list[Tensor]:
-    """Return another random state that depends only on `states` and `number`."""
-    seed = (int(states[0].view(torch.int64)[8:72].sum()) * 1_000_003 + number) % 2**63
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        return _random_state(device)
 
 
 def install(model: nn.Module, executor: Executor) -> None:
