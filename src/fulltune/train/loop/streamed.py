@@ -20,13 +20,15 @@ from fulltune.train.optim.groups import planned_optimizer
 from fulltune.train.optim.streamed import StreamedAdamW
 from fulltune.train.request import number_in
 
+Batch = dict[str, Any]
+
 
 class StepwiseTrainer(Trainer):
     """A Trainer that runs all micro batches of an optimizer step at once, block by block."""
 
     model: Any
     optimizer: Any
-    _samples: Sequence[dict[str, Any]] = ()
+    _samples: Sequence[Batch] = ()
     _losses_left: Sequence[torch.Tensor] = ()
 
     @property
@@ -40,14 +42,14 @@ class StepwiseTrainer(Trainer):
         optimizer: StreamedAdamW = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
         return optimizer
 
-    def get_batch_samples(self, *arguments: Any) -> tuple[list[Any], torch.Tensor | int | None]:
+    def get_batch_samples(self, *arguments: Any) -> tuple[list[Batch], torch.Tensor | int | None]:
         """Keep the step's micro batches for its first `training_step`."""
         self._samples, num_items = super().get_batch_samples(*arguments)
         self._losses_left = ()
         return list(self._samples), num_items
 
     def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Return a micro batch's loss; the first call of a step computes all of them, and the gradients."""
         if not self._losses_left:
@@ -78,9 +80,7 @@ class StepwiseTrainer(Trainer):
         }
         return [loss.detach() for loss in losses]
 
-    def _micro_batch_loss(
-        self, model: nn.Module, batch: dict[str, Any], num_items: torch.Tensor | int | None
-    ) -> torch.Tensor:
+    def _micro_batch_loss(self, model: nn.Module, batch: Batch, num_items: torch.Tensor | int | None) -> torch.Tensor:
         if "use_cache" in inspect.signature(type(self.model).forward).parameters:
             batch = {**batch, "use_cache": False}  # a block that is computed again would extend its cache again
         with self.compute_loss_context_manager():

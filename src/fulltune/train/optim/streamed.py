@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +62,7 @@ class StreamedAdamW(torch.optim.Optimizer):
         self._own = optimizers.AdamW([{**group} for group in groups], **options) if own else None
         self.clip_factor: Tensor | None = None
         """Factor of the next step's gradients."""
-        self.notes: dict[str, Any] = {}
+        self.notes: Group = {}
         """What to note with the next step."""
         self.is_replaying = False
         """True if the next step has been made already, before the process was killed."""
@@ -71,7 +70,7 @@ class StreamedAdamW(torch.optim.Optimizer):
             self._finish(record)
 
     @property
-    def finished(self) -> dict[str, Any]:
+    def finished(self) -> Group:
         """The last step that was made, its number of updates so far, and its notes."""
         return self._state.journal.finished or {"step": 0, "updates": 0}
 
@@ -96,7 +95,7 @@ class StreamedAdamW(torch.optim.Optimizer):
         self._state.begin(record)
         self._finish(record)
 
-    def _finish(self, record: Mapping[str, Any]) -> None:
+    def _finish(self, record: Group) -> None:
         """Update the units that have not been updated yet, and end the step."""
         if not record["skipped"]:
             parameters = {
