@@ -431,6 +431,6 @@ _MARK = torch.empty(0)
 def install(model: nn.Module, executor: Executor) -> None:
     """Let the model's units run through the executor."""
     for number, unit in enumerate(executor.units):
-        module: Any = model.get_submodule(unit.path)
-        module.forward = partial(executor.call, number, module.forward)
-        module.call_with_weights = partial(executor.call, number)
+        module = model.get_submodule(unit.path)
+        call = partial(executor.call, number)
+        vars(module).update(forward=partial(call, module.forward), call_with_weights=call)

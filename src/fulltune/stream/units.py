@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -51,7 +50,7 @@ def find_units(model: nn.Module) -> tuple[Unit, ...]:
 
 def _unit_paths(model: nn.Module, path: str, blocks: set[str]) -> list[str]:
     """Return the paths of all units in or below a module, in the model's order."""
-    module: Any = model.get_submodule(path)
+    module = model.get_submodule(path)
     if path in blocks:
         return [path] if any(True for _ in module.parameters()) else []
     has_own = any(parameter is not None for parameter in module._parameters.values())

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,6 @@ from transformers import Trainer
 from fulltune.errors import SetupError
 from fulltune.models.save import save_in_parts
 from fulltune.stream.training import Streamed, streamed_of
-from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.optim.groups import planned_optimizer
 from fulltune.train.optim.streamed import StreamedAdamW
@@ -26,7 +25,7 @@ Batch = dict[str, Any]
 class StepwiseTrainer(Trainer):
     """A Trainer that runs all micro batches of an optimizer step at once, block by block."""
 
-    model: Any
+    model: nn.Module
     optimizer: Any
     _samples: Sequence[Batch] = ()
     _losses_left: Sequence[torch.Tensor] = ()
@@ -42,9 +41,11 @@ class StepwiseTrainer(Trainer):
         optimizer: StreamedAdamW = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper
         return optimizer
 
-    def get_batch_samples(self, *arguments: Any) -> tuple[list[Batch], torch.Tensor | int | None]:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], torch.Tensor | int | None]:
         """Keep the step's micro batches for its first `training_step`."""
-        self._samples, num_items = super().get_batch_samples(*arguments)
+        self._samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._losses_left = ()
         return list(self._samples), num_items
 
@@ -105,11 +106,6 @@ class StepwiseTrainer(Trainer):
 
 class StreamedTrainer(FullTrainer, StepwiseTrainer):
     """The Trainer of a run whose weights and optimizer state lie on a disk."""
-
-    def __init__(self, inputs: AttemptInputs, **keywords: Any) -> None:
-        """Create the Trainer as `FullTrainer` does."""
-        super().__init__(inputs, **keywords)
-        self._keeps_best = inputs.recipe.train.load_best_model_at_end
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         """Let the optimizer clip the gradients that are on the disk; return their norm."""

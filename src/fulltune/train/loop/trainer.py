@@ -118,6 +118,7 @@ class FullTrainer(Guarded, Trainer):
         self.skips = inputs.recipe.train.skip_suspect_steps and not inputs.has_own_loss
         self._journal, self._recorder = inputs.journal, inputs.recorder
         self._base_digest, self._head_modules = base_digest, head_modules
+        self._keeps_best = inputs.recipe.train.load_best_model_at_end
         self.count_items = inputs.task.count_items
         self.trained_only = inputs.recipe.method.kind != "full"
 
