@@ -227,6 +227,7 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
         footprint = model.footprint(recipe, *plan.device_and_precision(recipe, machine))
         model.save(footprint, job.folder)
         free, machines = hardware.disk_free_bytes(job.folder), job.recipe.train.num_machines
+        free += before.disk.checkpoint_bytes if before and before.stream else 0  # of the state that is there
         fleet = plan.local_hardware(machine, free, machines, str(job.folder))
         own_loss = job.hooks.compute_loss is not None
         started_seconds = None if job.began is None else time.time() - job.began

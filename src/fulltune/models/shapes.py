@@ -45,7 +45,7 @@ class Shapes(Record):
     """True if no config field scales or caps logits after the head; verified before step 1."""
     units: Units | None = None
     unit_sizes: dict[str, int] = Field(default_factory=dict)
-    """Parameters of each unit that can be streamed, by the module's path; empty if the model cannot be streamed."""
+    """Parameters of each unit by its path; empty if the model cannot be streamed."""
     no_units: str = NOT_COUNTED
     cached_values: int = 0
     """Numbers that generation keeps per token of a row: keys and values of all (decoder) layers."""

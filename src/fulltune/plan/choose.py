@@ -169,7 +169,7 @@ def _does_not_fit_error(basis: Basis) -> DoesNotFitError:
     largest = ""
     if settings.stream is not None:
         limit = 1.01 * need.peak + (LIBRARIES_BYTES if settings.device == "cpu" else 0)  # so that rounding is no matter
-        largest = f"; the largest unit is {settings.stream.unit_in_words}; {format_bytes(limit)} would do"
+        largest = f"; {settings.stream.unit_in_words}; {format_bytes(limit)} would do"
     return DoesNotFitError(
         [
             f"{recipe.model.name}: {PHASE_NAMES[need.peak_phase]} needs {format_bytes(need.peak)}{parts}, even with "

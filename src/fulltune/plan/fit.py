@@ -104,10 +104,9 @@ def _fitting_option(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[cho
     budget.check_offload_fits(recipe, shapes, fleet.machine)
     option = choose.choose_settings(basis)
     choose.record_choice(basis, option, own_loss, reasons)
+    if option.settings.stream is not None:
+        option = with_cache(basis, option, option.settings.stream)
     used = option.settings
-    if used.stream is not None:
-        option = with_cache(basis, option, used.stream)
-        used = option.settings
     batches = (used.micro_batch_size, used.gradient_accumulation_steps)
     if problems := parallel_layout.plan_conflicts(recipe, *batches, used.num_processes, used.precision):
         raise RecipeError(problems)
@@ -125,8 +124,7 @@ def with_cache(basis: Basis, option: choose.SettingsOption, tiers: StreamPlan) -
         if free < host:
             raise DoesNotFitError(
                 f"{basis.recipe.model.name}: {PLACEMENT}: stream needs {format_bytes(1.01 * host)} of host memory, but "
-                f"{format_bytes(free)} {'is train.stream.host_memory' if limit else 'is free'}; the largest unit is "
-                f"{tiers.unit_in_words}"
+                f"{format_bytes(free)} {'is train.stream.host_memory' if limit else 'is free'}; {tiers.unit_in_words}"
             )
     cached = max(0, min(int(left), BYTES[used.weights_dtype] * basis.shapes.num_parameters))
     used = used.changed(stream=tiers.model_copy(update={"cache_bytes": cached}))

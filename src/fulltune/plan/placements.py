@@ -114,8 +114,7 @@ def table_row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, change
 def placement_name(layout: ParallelLayout | None, settings: MemorySettings) -> str:
     small = settings.optim == "adamw_8bit"
     if settings.stream is not None:
-        kind = ", bf16" * (settings.weights_dtype == "bf16") + ", 8-bit AdamW" * small
-        return f"stream from disk{kind}"
+        return "stream from disk" + ", bf16" * (settings.weights_dtype == "bf16") + ", 8-bit AdamW" * small
     if layout is None:
         each = f"{settings.num_processes} copies" if settings.num_processes > 1 else "one device"
         plain = {"adamw_torch_fused": "AdamW fp32", "adamw_8bit": "8-bit AdamW"}.get(settings.optim, settings.optim)

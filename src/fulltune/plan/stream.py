@@ -31,8 +31,8 @@ def start_of(recipe: Recipe, shapes: Shapes, fleet: Fleet, optim: str) -> Stream
         return None
     if not (units := shapes.unit_sizes):
         raise SetupError(shapes.no_units)
-    block, dtype = recipe.train.stream or StreamBlock(), recipe.model.weights_dtype
-    gradients, count = dtype if block.gradients == "auto" else block.gradients, shapes.num_parameters
+    block, dtype, count = recipe.train.stream or StreamBlock(), recipe.model.weights_dtype, shapes.num_parameters
+    gradients = dtype if block.gradients == "auto" else block.gradients
     # An update writes a record beside the old one, in the spare place that units of its size share.
     state = memory.trained_bytes(count + sum(set(units.values())), dtype, optim)
     read, written = fleet.disk_speed or (ASSUMED_SPEED, ASSUMED_SPEED)
@@ -58,8 +58,8 @@ def why_not_stream(shapes: Shapes, recipe: Recipe, may_stream: bool = True) -> s
         return "it needs one process and one run"
     if not shapes.unit_sizes:
         return shapes.no_units.removeprefix("train.placement: stream: ")
-    known = problems_of(recipe)
-    return next((one for one in problems_of(with_settings(recipe, {PLACEMENT: "stream"})) if one not in known), None)
+    problems = problems_of(with_settings(recipe, {PLACEMENT: "stream"}))
+    return next((problem for problem in problems if problem not in problems_of(recipe)), None)
 
 
 def stream_memory_need(shapes: Shapes, footprint: Footprint, settings: MemorySettings, tiers: StreamPlan) -> MemoryNeed:
@@ -87,12 +87,13 @@ def stream_memory_need(shapes: Shapes, footprint: Footprint, settings: MemorySet
         alive["buffers"] = base + min(alive["buffers"], copies) + round(memory.GAP_SHARE * block * on_cpu)
         points.append(alive | fixed | {"gradients": fixed["gradients"] + alive["gradients"]})
     kinds = max(points, key=lambda alive: sum(alive.values()))
+    file = min(value * shapes.num_parameters, max(FILE_BYTES, value * footprint.largest_tensor))
     passing, lasting = memory.eval_memory(shapes, footprint, settings), sum(fixed.values()) + base
     phases: dict[Phase, int] = {
         "loading": lasting,
         "step": sum(kinds.values()),
         "evaluation": lasting + sum(passing.values()) - max(0, passing["buffers"] - copies),
-        "saving": lasting + max(FILE_BYTES, value * footprint.largest_tensor) * on_cpu,
+        "saving": lasting + file * on_cpu,
         "resuming": lasting,
     }
     host = 0 if on_cpu else fixed["weights"] + fixed["gradients"] + UPDATE_BYTES + tiers.cache_bytes

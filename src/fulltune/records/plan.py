@@ -123,7 +123,6 @@ class StreamPlan(Record):
     disk: str = ""
     """Folder that the recipe names for the state, or empty for the run folder."""
     limits: dict[str, str | None]
-    """The recipe's limits of memory."""
     cache_bytes: int = 0
     """Host memory that keeps weights from one step to the next."""
     rated_writes: int
@@ -138,7 +137,7 @@ class StreamPlan(Record):
 
     @property
     def unit_in_words(self) -> str:
-        return f"{self.largest_unit}, {self.largest_size:,} parameters"
+        return f"the largest unit is {self.largest_unit}, {self.largest_size:,} parameters"
 
 
 class MemorySettings(Record):

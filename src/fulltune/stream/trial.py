@@ -9,8 +9,7 @@ import torch
 
 from fulltune.stream.store import PIECE, DiskFile, check_disk, complete, explain_disk_errors, page_buffer
 
-TRIAL_BYTES, SECONDS = 16 * PIECE, 0.5
-"""Bytes to write and to read, and the time after which each ends before."""
+TRIAL_BYTES, SECONDS = 16 * PIECE, 0.5  # whatever ends first
 
 
 def measure_disk(folder: Path, needed: int) -> tuple[float, float]:

@@ -64,8 +64,7 @@ def describe_stream(plan: Plan) -> tuple[tuple[str, str], ...]:
     speed = f"reads {disk.read_per_second / 1e9:.2g} GB/s, writes {disk.written_per_second / 1e9:.2g} GB/s ({source})"
     written = plan.state["weights"] + plan.state["optimizer"] + disk.gradient_bytes
     wear = f"{format_bytes(written)} a step: {disk.rated_writes // written:,} steps until the drive's rated writes"
-    units = f"{disk.num_units} units, the largest {disk.unit_in_words}"
-    rows = {"streamed": units, "tiers": tiers, "disk speed": speed}
+    rows = {"streamed": f"{disk.num_units} units; {disk.unit_in_words}", "tiers": tiers, "disk speed": speed}
     if disk.step_seconds and plan.time:
         waiting, updating = disk.step_seconds["disk"], disk.step_seconds["optimizer"]
         passing = max(seconds for name, seconds in disk.step_seconds.items() if name != "optimizer")
