@@ -95,8 +95,7 @@ class Fleet(Record):
     disk_bytes: int | None = None
     """Free space on the run folder's disk, or None if unknown."""
     disk_at: str = ""
-    disk_speed: tuple[float, float] | None = None
-    """Measured bytes per second that the disk of a streamed state reads and writes, or None if not measured."""
+    disk_speed: tuple[float, float] | None = None  # measured bytes per second, read and written
     host_memory_gb_per_second: float = 60.0
     assumed: tuple[str, ...] = ()
     """Descriptions of values assumed for omitted details."""

@@ -116,8 +116,7 @@ class StreamPlan(Record):
     """How a streamed run uses disk and memory. A unit is a block, or another module with weights."""
 
     largest_unit: str
-    largest_size: int
-    """Number of parameters of the largest unit."""
+    largest_size: int  # in parameters
     num_units: int
     gradients: Literal["fp32", "bf16"]
     disk: str = ""
