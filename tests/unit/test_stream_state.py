@@ -53,7 +53,7 @@ def reopen(folder: Path, host_bytes: int = 0) -> DiskState:
 def park_all(state: DiskState, step: int) -> None:
     for number in reversed(range(len(UNITS))):
         for gradient in state.gradients(number).values():
-            gradient.add_(step / 7).add_(torch.arange(gradient.numel()).view(gradient.shape), alpha=0.01)
+            gradient.fill_(step / 7).add_(torch.arange(gradient.numel()).view(gradient.shape), alpha=0.01)
         state.park(number)
 
 

@@ -163,9 +163,8 @@ class DiskState:
         return tensors
 
     def gradients(self, unit: int) -> Mapping[str, Tensor]:
-        """Return zeros for a unit's gradients by name; wait until the last ones have been parked."""
+        """Return uninitialised buffers for a unit's gradients by name; wait until the last ones have been parked."""
         complete(self._parking)
-        self._gradient[: self._units[unit].gradient_bytes].zero_()
         return self._units[unit].views(GRADIENT, self._gradient)
 
     def park(self, unit: int, names: Collection[str] | None = None) -> None:

@@ -48,18 +48,18 @@ def state_folder(request: Request) -> Path:
 
 def open_state(inputs: AttemptInputs, model: PreTrainedModel, source: Skeleton) -> None:
     """Open the state of an interrupted run, or fill a new one, and let the model run from it."""
-    request, recipe, plan = inputs.request, inputs.recipe, inputs.plan
+    request, plan = inputs.request, inputs.plan
     units, folder = find_units(model), state_folder(request)
-    stream = recipe.train.stream
-    dtype = plan.weights_dtype if stream is None or stream.gradients == "auto" else stream.gradients
+    assert plan.stream is not None
     is_new = request.checkpoint is None or not exists(folder)
     if is_new:
         delete_state(folder)
     state = DiskState(
         folder,
         unit_layouts(model, units, plan.optim),
-        gradients=torch_dtype(dtype),
+        gradients=torch_dtype(plan.stream.gradients),
         identity={"run": str(Path(request.run_folder).resolve()), "model": files_digest(source.stored)},
+        host_bytes=plan.stream.cache_bytes,
         create=is_new,
     )
     if is_new:
