@@ -18,6 +18,8 @@ POLL_SECONDS = 0.05
 POLLS_PER_SUM = 40
 """Polls between two sums over all processes, which take longer."""
 GIB = 2**30
+STATE_FILE = "state.bin"
+"""`fulltune.stream.state.FILE`, which cannot be imported without torch."""
 
 
 @dataclass(frozen=True)
@@ -130,3 +132,26 @@ def _number(path: Path, name: str) -> int:
             if line.startswith(f"{name}:"):
                 return int(line.split()[1])
     return 0
+
+
+def disk_bytes(folder: Path) -> int:
+    """Bytes that the files below a folder take on the disk."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # removed meanwhile
+            total += path.lstat().st_blocks * 512
+    return total
+
+
+class DiskUse:
+    """The most that a folder took, and whether a streamed training's state was in it; a `stop` that never stops."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.highest, self.has_state, self._polls = folder, 0, False, 0
+
+    def __call__(self) -> bool:
+        if self._polls % 10 == 0:
+            self.highest = max(self.highest, disk_bytes(self.folder))
+            self.has_state = self.has_state or any(self.folder.rglob(STATE_FILE))
+        self._polls += 1
+        return False

@@ -22,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bench.limited import GIB, limited
+from bench.limited import GIB, DiskUse, limited
 from bench.results import Figure
 from bench.runs import Records, events, fresh, fulltune, script
 from bench.stream_shapes import config, parameters, saved, write_recipe, write_text
@@ -67,7 +67,8 @@ def trained(folder: Path, recipe: Path, ceiling: int, kills: Mapping[int, float]
     run_folder, log = fresh(folder) / "run", folder / "log"
     command = fulltune("train", recipe, "--run-folder", run_folder)
     ended = [limited(command, ceiling, log, stop=kill_moment(run_folder, *kill)) for kill in sorted(kills.items())]
-    ended.append(limited(command, ceiling, log))
+    disk = DiskUse(run_folder)
+    ended.append(limited(command, ceiling, log, stop=disk))
     problems = [one for one in ended if one.over] or [ended[-1]] * (ended[-1].code != 0)
     if problems:
         sys.exit(f"{log}: ended with {problems[0]}:\n{log.read_text(encoding='utf-8')[-3000:]}")
@@ -77,6 +78,7 @@ def trained(folder: Path, recipe: Path, ceiling: int, kills: Mapping[int, float]
         "peak": max(one.peak_bytes for one in ended),
         "total": max(one.total_bytes for one in ended),
         "written": sum(one.written_bytes for one in ended),
+        "has_state": disk.has_state,
         "killed": sum(one.code == -9 for one in ended),
     }
     shutil.rmtree(run_folder)
@@ -111,6 +113,8 @@ def measure(folder: Path, quick: bool, steps: int | None = None) -> Iterator[Fig
     }
     resident = records.get("resident", trained, folder / "resident", recipes["resident"], RESIDENT_CEILING, {})
     streamed = records.get("streamed", trained, folder / "streamed", recipes["streamed"], CEILING, drawn_kills(steps))
+    if not streamed["has_state"]:
+        sys.exit("the streamed run had no training state on the disk, so it was not streamed")
     # JSON's keys are texts.
     curves = [{str(step): loss for step, loss in one["losses"].items()} for one in (resident, streamed)]
     rows, difference = side_by_side(*curves)

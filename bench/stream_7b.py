@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.limited import GIB, limited
+from bench.limited import GIB, DiskUse, limited
 from bench.results import ROOT, Figure
 from bench.runs import Records, fresh, fulltune, run, script
 from bench.stream_1b import losses, step_seconds
@@ -44,38 +44,15 @@ def pure(model: Path, length: int) -> dict[str, float]:
     return seconds
 
 
-def disk_bytes(folder: Path) -> int:
-    """Bytes that the files below a folder take on the disk."""
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.lstat().st_blocks * 512
-        except OSError:  # removed meanwhile
-            continue
-    return total
-
-
-class DiskUse:
-    """The most that a folder took, as the `stop` of a run that is never stopped."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.highest, self._polls = folder, 0, 0
-
-    def __call__(self) -> bool:
-        self._polls += 1
-        if self._polls % 20 == 0:
-            self.highest = max(self.highest, disk_bytes(self.folder))
-        return False
-
-
 def streamed(model: Path, folder: Path) -> dict[str, Any]:
     """Run the example with this model; what it took, and the length of its rows."""
     run_folder, log = fresh(folder) / "run", folder / "log"
     disk = DiskUse(folder)
     command = fulltune("run", EXAMPLE, "--run-folder", run_folder, "--set", f"model.name={model}")
     ended = limited(command, CEILING, log, stop=disk)
-    if ended.code and not ended.over:
-        sys.exit(f"{log}: ended with {ended}:\n{log.read_text(encoding='utf-8')[-3000:]}")
+    if not ended.over and (ended.code or not disk.has_state):
+        text = log.read_text(encoding="utf-8")[-3000:]
+        sys.exit(f"{log}: has a training state: {disk.has_state}; ended with {ended}:\n{text}")
     answer = {name: getattr(ended, name) for name in ("peak_bytes", "total_bytes", "written_bytes", "seconds", "over")}
     answer |= {"disk_bytes": disk.highest, "steps": len(losses(run_folder)), "step_seconds": step_seconds(run_folder)}
     if not ended.over:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from bench.limited import GIB, limited
+from bench.limited import GIB, DiskUse, limited
 from bench.results import Figure
 from bench.runs import Records, fresh, fulltune, script
 from bench.stream_shapes import config, save_tokenizer, write_recipe, write_text
@@ -40,9 +40,11 @@ def trained(folder: Path, model: Path) -> dict[str, int]:
     stream = {"placement": "stream", "stream": {"host_memory": HOST_MEMORY}}
     recipe = write_recipe(folder / "r.yaml", model, LENGTH, max_steps=STEPS, global_batch_size=ROWS, **stream)
     command = fulltune("train", recipe, "--run-folder", folder / "run", "--set", "model.random_weights=true")
-    ended = limited(command, CEILING, log)
-    if ended.code:
-        sys.exit(f"{log}: ended with {ended}:\n{log.read_text(encoding='utf-8')[-3000:]}")
+    disk = DiskUse(folder)
+    ended = limited(command, CEILING, log, stop=disk)
+    if ended.code or not disk.has_state:
+        text = log.read_text(encoding="utf-8")[-3000:]
+        sys.exit(f"{log}: has a training state: {disk.has_state}; ended with {ended}:\n{text}")
     outcome = json.loads(next(folder.glob("run/attempts/*/outcome.json")).read_text(encoding="utf-8"))
     shutil.rmtree(folder / "run")
     return {"peak": ended.peak_bytes, "growth": outcome["memory_growth_bytes"]}

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.limited import GIB, Ended, limited
+from bench.limited import GIB, DiskUse, Ended, limited
 from bench.results import ROOT, Figure
 from bench.runs import Records, fresh, fulltune, script
 from bench.stream_1b import losses, step_seconds
@@ -68,7 +68,10 @@ def streamed(model: Path, folder: Path) -> dict[str, Any]:
     usual = {"max_steps": STEPS, "global_batch_size": ROWS_PER_STEP}
     recipe = write_recipe(folder / "recipe.yaml", model, LENGTH, **usual, **stream)
     run_folder = folder / "run"
-    ended = limited(fulltune("train", recipe, "--run-folder", run_folder), STREAMED_CEILING, log)
+    disk = DiskUse(folder)
+    ended = limited(fulltune("train", recipe, "--run-folder", run_folder), STREAMED_CEILING, log, stop=disk)
+    if not ended.code and not disk.has_state:
+        sys.exit(f"{log}: trained without a training state on the disk, so it was not streamed")
     answer = {"losses": list(losses(run_folder).values()), "seconds": step_seconds(run_folder)}
     shutil.rmtree(run_folder, ignore_errors=True)
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from bench import runs, stream_1b, stream_7b, stream_depth, stream_rivals, stream_shapes
-from bench.limited import Ended, limited
+from bench.limited import STATE_FILE, DiskUse, Ended, limited
 from bench.results import Figure
 
 MIB = 2**20
@@ -117,12 +117,19 @@ def test_a_step_is_compared_with_the_sum_of_its_parts() -> None:
 
 
 def test_the_disk_of_a_run_is_its_most(tmp_path: Path) -> None:
-    disk, file = stream_7b.DiskUse(tmp_path), tmp_path / "state"
+    disk, file = DiskUse(tmp_path), tmp_path / "other"
     file.write_bytes(bytes(MIB))
     assert not any(disk() for _ in range(20))
     file.unlink()
     assert not any(disk() for _ in range(20))
     assert disk.highest >= MIB
+    assert not disk.has_state
+    (tmp_path / STATE_FILE).touch()
+    assert not any(disk() for _ in range(20))
+    assert disk.has_state
+    from fulltune.stream import state
+
+    assert state.FILE == STATE_FILE
 
 
 def test_depths_are_compared_by_highest_and_lowest() -> None:
