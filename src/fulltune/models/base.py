@@ -268,7 +268,7 @@ def _resolve_package_path(name: str) -> Path:
 def check_weights(base: Base) -> None:
     """Raise `SetupError` if a local model's weights are missing, damaged, or pickled without
     `allow_pickled_weights`."""
-    if base.path is None or base.path.is_file():
+    if base.path is None or base.path.is_file() or base.block.random_weights:
         return
     name, files = base.block.name, sorted(file.name for file in base.path.iterdir())
     whole = [file for file in files if file.endswith(".safetensors")]

@@ -255,10 +255,11 @@ def _stage_seconds(
     if plan.head_init == "probe":
         yield PROBE, forward(probed_rows) + probing
     # Passes of the longest micro batch, and further ones if they take a small part of the training time.
+    dry = plan.placement != "stream"
     tokens = plan.micro_batch_size * (plan.processes_per_machine if plan.device == "cpu" else 1) * plan.longest_tokens
     passes = LONGEST_PASSES * (1 + work.backward + plan.activation_checkpointing)
     computing = passes * work.flops_of(tokens, plan.longest_tokens) / flops
-    yield DRY_RUN, CHECKS_SECONDS + computing + time.dry_run_extra_seconds(train_seconds)
+    yield DRY_RUN, CHECKS_SECONDS + dry * (computing + time.dry_run_extra_seconds(train_seconds))
     if "test" not in summary.splits:
         return
     test = summary.splits["test"].rows

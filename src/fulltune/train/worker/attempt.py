@@ -150,7 +150,7 @@ def _train_and_save(training: Training) -> Fields:
         return {}
     usage.update_peak_disk(request.checkpoints, *request.all_initial_weights, request.model_folder)
     if inputs.is_streamed:
-        streamed.delete_state(streamed.state_folder(request))
+        streamed.delete_state(plan.state_folder(Path(request.run_folder)))
     if budget is not None:
         best |= {"best_metric": budget.choice.metric, "weights_reason": budget.weights_reason}
     trainer.log({f"eval_final_{plan.metric}": best["best_metric"]})

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,6 @@ from fulltune.stream.units import find_units
 from fulltune.tasks import Target, Task
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.optim.streamed import initial_sections, unit_layouts
-from fulltune.train.request import Request
 
 _SAMPLED_VALUES = 4096
 
@@ -38,18 +38,10 @@ def load_skeleton(
     return source.model, base.processor, heads[0] if heads else None, source
 
 
-def state_folder(request: Request) -> Path:
-    """Return the folder of the trial's training state."""
-    stream = request.recipe.train.stream
-    if stream is None or stream.disk is None:
-        return request.checkpoints / "state"
-    return Path(stream.disk) / f"{Path(request.run_folder).name}-{request.plan.trial}"
-
-
 def open_state(inputs: AttemptInputs, model: PreTrainedModel, source: Skeleton) -> None:
     """Open the state of an interrupted run, or fill a new one, and let the model run from it."""
     request, plan = inputs.request, inputs.plan
-    units, folder = find_units(model), state_folder(request)
+    units, folder = find_units(model), plan.state_folder(Path(request.run_folder))
     assert plan.stream is not None
     is_new = request.checkpoint is None or not exists(folder)
     if is_new:
@@ -79,8 +71,10 @@ def open_state(inputs: AttemptInputs, model: PreTrainedModel, source: Skeleton) 
 
 
 def delete_state(folder: Path) -> None:
-    """Delete a training state, which may be unfinished."""
+    """Delete a training state, which may be unfinished, and its folder's parent if that is then empty."""
     shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another trial's state, or no folder at all
+        folder.parent.rmdir()
 
 
 class SampledWeights:
