@@ -293,10 +293,10 @@ def mark_outliers(states: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, fl
     return distances, is_far, float(upper), fence
 
 
-def mean_distance_to_nearest(states: np.ndarray, others: np.ndarray, count: int = NEIGHBOURS) -> np.ndarray:
-    """Return each state's mean distance (1 - cosine) to its `count` nearest `others`, without itself: [rows]."""
+def mean_distance_to_nearest(states: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return each state's mean distance (1 - cosine) to its 20 nearest `others`, without itself: [rows]."""
     from sklearn.neighbors import NearestNeighbors
 
-    search = NearestNeighbors(n_neighbors=count + 1, algorithm="brute", metric="sqeuclidean").fit(others)
+    search = NearestNeighbors(n_neighbors=NEIGHBOURS + 1, algorithm="brute", metric="sqeuclidean").fit(others)
     squares = search.kneighbors(states)[0]  # for unit vectors, twice 1 - cosine
     return np.where(squares[:, :1] < _SAME_SQUARE, squares[:, 1:], squares[:, :-1]).mean(axis=1) / 2

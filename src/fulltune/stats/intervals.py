@@ -109,9 +109,9 @@ class UncertainValue:
     def interval(self, alpha: float) -> tuple[float, float]:
         return self.quantile(alpha / 2), self.quantile(1 - alpha / 2)
 
-    def p_value(self, value: float = 0.0) -> float:
-        """Return the two-sided p-value of the hypothesis that the true number is `value`."""
-        below = self.below(value)
+    def p_value(self) -> float:
+        """Return the two-sided p-value of the hypothesis that the true number is 0."""
+        below = self.below(0.0)
         return min(1.0, 2 * min(below, 1 - below))
 
     def equivalence_p(self, margin: float) -> float:

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -39,11 +41,12 @@ from fulltune.tasks.columns import (
 )
 from fulltune.tasks.columns import find_columns as columns_of_roles
 from fulltune.tasks.labels import row_labels as labels_of_row
-from fulltune.tasks.padding import IGNORED, PART_CHARACTERS, pad_features, pad_right, tokenise_long_text
+from fulltune.tasks.padding import IGNORED, pad_features, pad_right
 
 FACTS = recipe_tasks.FACTS["causal-lm"]
 BLOCK_LENGTH = 1024
 """Upper bound of the default `max_length` for packed raw text."""
+PART_CHARACTERS = 1_000_000
 row_labels, config_changes = labels_of_row, classes.config_changes
 metrics, score_answers = written.metrics, written.score_answers
 metrics_from_sums, full_row = written.metrics_from_sums, written.full_row
@@ -232,7 +235,7 @@ def _encode_texts(texts: list[str], tokenizer: Tokenizer, max_length: int) -> li
     encoded = []
     is_long = any(len(text) > PART_CHARACTERS for text in texts)
     at_once = [] if is_long else tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
-    for ids in (tokenise_long_text(text, tokenizer) for text in texts) if is_long else at_once:
+    for ids in (_tokenise_in_parts(text, tokenizer) for text in texts) if is_long else at_once:
         if end is not None and ids[-1:] != [end]:
             ids = [*ids, end]
         pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
@@ -240,6 +243,14 @@ def _encode_texts(texts: list[str], tokenizer: Tokenizer, max_length: int) -> li
             pieces.pop()
         encoded.append([_masked_example(piece, [True] * len(piece), max_length) for piece in pieces])
     return encoded
+
+
+def _tokenise_in_parts(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Tokenise a long text in parts, which need less memory. The tokens at the cuts, before spaces, may differ."""
+    pattern = rf"(?s).{{1,{PART_CHARACTERS}}}(?= |\Z)|.{{{PART_CHARACTERS}}}"
+    first, *others = re.findall(pattern, text)
+    further = (tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in others)
+    return [*prompt_ids(first, tokenizer), *chain.from_iterable(further)]
 
 
 def _tools(row: Row, target: Target) -> chat.Tools:

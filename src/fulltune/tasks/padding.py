@@ -76,7 +76,6 @@ def make_attention_mask(values: Sequence[Sized]) -> Tensor:
 
 _CHARACTERS = 50_000
 _CHARACTERS_PER_TOKEN = 20
-PART_CHARACTERS = 1_000_000
 
 
 def cut_long_text(text: str, tokenizer: Tokenizer, max_length: int) -> str:
@@ -99,46 +98,3 @@ def tokenise_and_cut(
     if any(is_cut):
         tokens = tokenizer(*texts, truncation=True, max_length=max_length, **options)
     return tokens, [name for name in tokenizer.model_input_names if name in tokens], is_cut
-
-
-def tokenise_long_text(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Tokenise a text without truncation. Texts over a million characters are tokenised in parts if the tokens stay the
-    same."""
-    seam = _text_to_drop_at_cuts(tokenizer) if len(text) > PART_CHARACTERS else None
-    if seam is not None and (parts := _cut_at_spaces(text, seam)) is not None:
-        whole, plain = list(tokenizer("of", verbose=False)["input_ids"]), _bare_ids("of", tokenizer)
-        start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
-        inner = [token for part in parts for token in _bare_ids(part, tokenizer)]
-        return [*whole[:start], *inner, *whole[start + len(plain) :]]
-    return list(tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"])
-
-
-def _cut_at_spaces(text: str, dropped: str) -> list[str] | None:
-    """Cut a text before spaces, removing `dropped` at each cut. Return None if spaces are too rare."""
-    parts, start = list[str](), 0
-    while len(text) - start > PART_CHARACTERS:
-        end = start + PART_CHARACTERS
-        space = text.rfind(" ", start + 1, end)
-        # Several spaces could be one token.
-        while space > 0 and (text[space - 1].isspace() or text[space + 1 : space + 2].isspace()):
-            space = text.rfind(" ", start + 1, space)
-        if space < 0 and dropped:
-            return None
-        end = space if space > 0 else end
-        parts.append(text[start:end])
-        start = end + len(dropped)
-    return [*parts, text[start:]]
-
-
-def _bare_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
-
-
-def _text_to_drop_at_cuts(tokenizer: Tokenizer) -> str | None:
-    """Return the text ("" or a space) to drop where a text is cut so that tokenising the parts separately gives the
-    same tokens, or None if neither works."""
-    together = _bare_ids("of the rain", tokenizer)
-    for seam in ("", " "):
-        if together == _bare_ids("of", tokenizer) + _bare_ids(" the rain"[len(seam) :], tokenizer):
-            return seam
-    return None

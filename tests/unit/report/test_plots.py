@@ -7,10 +7,8 @@ import re
 from typing import Any
 from xml.etree import ElementTree
 
-import pytest
-
 from fulltune.report.format import plots
-from fulltune.report.format.plots import CostPlot, Mark, PointSeries
+from fulltune.report.format.plots import CostPlot, Mark
 from tests import comparisons
 
 
@@ -106,11 +104,3 @@ def test_plots_twice_are_the_same_whatever_the_user_s_settings_are() -> None:
 
 def dot(name: str, cost: float, value: float, *, full: bool = False, taken: bool = False) -> Mark:
     return Mark(name, value, value - 0.008, value + 0.008, f"{100 * value:.1f}%", full, taken, cost)
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_any_number_of_series_has_a_look_each(count: int) -> None:
-    series = [PointSeries(f"kind {place}", ((1.0, 0.5), (2.0, math.nan)), filled=place == 1) for place in range(count)]
-    drawn = plots.draw_points("by rate", series, "accuracy", "drift", 1.0, "dashed: chosen").svg
-    named = {text.text for text in texts(drawn)}
-    assert {one.name for one in series} <= named

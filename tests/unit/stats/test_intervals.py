@@ -164,7 +164,7 @@ def test_quantile_and_below_agree() -> None:
     for share in (0.001, 0.025, 0.5, 0.9):
         assert gap.below(gap.quantile(share)) == pytest.approx(share, abs=1e-5)
     low, _ = gap.interval(0.03)
-    assert gap.p_value(low) == pytest.approx(0.03, abs=1e-4)
+    assert gap.below(low) == pytest.approx(0.015, abs=1e-4)
 
 
 # ---- several tests ---------------------------------------------------------------------------------------------

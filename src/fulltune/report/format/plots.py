@@ -59,13 +59,6 @@ class CostPlot:
     decision: Decision
 
 
-@dataclass(frozen=True)
-class PointSeries:
-    name: str
-    points: tuple[tuple[float, float], ...]
-    filled: bool = False
-
-
 @contextmanager
 def _new_figure(height: int) -> Iterator[tuple[Figure, Axes]]:
     """Yield a figure of `height` points, and its axes."""
@@ -205,24 +198,6 @@ def _describe_curve(points: Sequence[Point], metric: str, saved_step: int | None
     text += "".join(f"; saved: step {step:,} with {value}" for step, value in finite if step == saved_step)
     lost = [step for step, value in points if not math.isfinite(value)]
     return text + (f"; {counted(len(lost), 'value')} not finite, first at step {lost[0]:,}." if lost else ".")
-
-
-def draw_points(
-    title: str, series: Sequence[PointSeries], metric: str, x_label: str, marked_x: float, description: str
-) -> blocks.Figure:
-    """Draw a scatter plot of a metric, with a dashed line at `marked_x`."""
-    markers = itertools.cycle("o^Dv")
-    with _new_figure(COST_HEIGHT) as (figure, axes):
-        for each in series:
-            colour, marker = BLUE if each.filled else QUIET, next(markers)
-            if finite_points := [point for point in each.points if all(map(math.isfinite, point))]:
-                look: dict[str, Any] = {"color": colour, "markerfacecolor": colour if each.filled else PAGE}
-                axes.plot(*zip(*finite_points, strict=True), marker=marker, linewidth=0, label=each.name, **look)
-        axes.axvline(marked_x, **_LIMIT)
-        axes.set_xlabel(x_label)
-        _style_axes(axes, metric, "y")
-        _add_legend_below(figure, axes)
-        return _to_svg_figure(figure, title, description)
 
 
 def draw_intervals(title: str, marks: Sequence[Mark], metric: str, description: str) -> blocks.Figure:

@@ -7,8 +7,8 @@ from fulltune.forgetting.budget import MOST_GAIN, is_within, limit_for_most_gain
 from fulltune.recipe.model import BUNDLED
 from fulltune.records.forgetting import BudgetResult
 from fulltune.report.format import words
-from fulltune.report.format.blocks import Figures, Folded, Paragraph, Section, Table, TableRow
-from fulltune.report.format.plots import PointSeries, draw_learning_curve, draw_points
+from fulltune.report.format.blocks import Figures, Paragraph, Section, Table, TableRow
+from fulltune.report.format.plots import draw_learning_curve
 from fulltune.report.run.read import RunView
 from fulltune.stats.curves import CHANCE_STANDARD_ERRORS, Point
 from fulltune.text import counted, format_metric, format_number, format_percent
@@ -22,7 +22,7 @@ def build_forgetting_section(view: RunView) -> Section | None:
         return None
     writes, saved_step = view.summary.form.reads_any_text, view.outcome.best_step if view.outcome else None
     title = "rise of the loss on generic text" if writes else "change of the hidden states on generic text"
-    figures = [draw_learning_curve(title, points, "drift", saved_step)]
+    figures = Figures((draw_learning_curve(title, points, "drift", saved_step),))
     source = next((one.value for one in plan.settings if one.name == "preserve.probe"), BUNDLED)
     texts = (
         f"{plan.generic.texts_per_evaluation} generic texts"
@@ -32,17 +32,11 @@ def build_forgetting_section(view: RunView) -> Section | None:
     drift_words = describe_drift(points, dict(errors), saved_step, writes)
     drift = Paragraph(f"During training: {drift_words} Drift was measured on {texts} (preserve.probe: {source}).")
     if result is None:
-        return Section("forgetting", "Forgetting", (drift, Figures(tuple(figures))))
-    title = f"{words.metric_name(result.metric)} by drift on generic text"
-    tried = PointSeries("tried", tuple((point.drift.mean, point.metric) for point in result.points))
-    saved_at = PointSeries("saved", ((result.choice.drift.mean, result.choice.metric),), filled=True)
-    across = "drift on generic text (dashed: the budget)"
-    figures.append(draw_points(title, (tried, saved_at), result.metric, across, result.limit, "see the table below."))
+        return Section("forgetting", "Forgetting", (drift, figures))
     evidence, helps = describe_budget_cost(result)
     advice = f" {helps[0].upper()}{helps[1:]}." if evidence else ""
-    folded = Folded("all points between the pretrained and the trained model", (_build_interpolation_table(result),))
-    blocks = (Paragraph(f"{describe_budget_result(result)}{advice}"), drift, Figures(tuple(figures)), folded)
-    return Section("forgetting", "Forgetting", blocks)
+    first = Paragraph(f"{describe_budget_result(result)}{advice}")
+    return Section("forgetting", "Forgetting", (first, _build_interpolation_table(result), drift, figures))
 
 
 def describe_drift(points: Sequence[Point], errors: Mapping[int, float], saved_step: int | None, in_nats: bool) -> str:

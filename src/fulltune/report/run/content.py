@@ -107,7 +107,7 @@ def _list_key_figures(view: RunView) -> list[NameAndValue]:
 
 
 def _build_unavailable_parts_section(view: RunView) -> Section | None:
-    lead = Paragraph("Some files of the run are missing or damaged, so these parts cannot be shown:")
+    lead = Paragraph("Some files of the run are missing, so these parts cannot be shown:")
     items = Bullets(tuple(f"{what}: {why}" for what, why in view.missing))
     return Section("missing", "What is missing", (lead, items)) if view.missing else None
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -189,27 +189,26 @@ def trained_row(scores: Sequence[Scores]) -> Scores | None:
 
 
 def read_run(folder: Path, scores: Scores | None = None) -> RunView:
-    """Read the folder of a run or comparison; any other folder raises `SetupError`. Missing files are allowed. For a
-    comparison's trial, pass its `scores`."""
+    """Read the folder of a run or comparison; any other folder, or a damaged file, raises `SetupError`. Files may be
+    missing. For a comparison's trial, pass its `scores`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise SetupError(f"{folder}: there is no such run folder")
     if not any((folder / mark).exists() for mark in _MARKS_OF_A_RUN):
         raise SetupError(f"{folder}: is not a run folder, because it contains none of {', '.join(_MARKS_OF_A_RUN)}")
 
-    files = _RunFolderReader(folder)
     others = {*_NOT_PLANS, *(one.name for one in folder.glob(f"plan/*{SETTINGS_FILE}"))}
-    plans = files.read_records(Plan, [one for one in folder.glob("plan/*.json") if one.name not in others])
-    attempts = list(files.read_attempts())
-    rows = files.read_records(Scores, folder.glob("scores/*.json"))
+    plans = [Plan.load(one) for one in sorted(folder.glob("plan/*.json")) if one.name not in others]
+    attempts = list(_read_attempts(folder))
+    rows = [Scores.load(path) for path in sorted(folder.glob("scores/*.json"))]
     trained = [scores] if scores else [row for row in rows if row.kind == "trained"]
     started = sorted({one.trial for one in plans} | {one.trial for one in attempts})
     trial = next(iter([*(row.name for row in trained), *started]), "")
     rows = [row for row in rows if row.kind != "trained"] + [row for row in trained if row.name == trial]
     plan = next((plan for plan in plans if plan.trial == trial), None)
     settings = {setting.name: setting.value for setting in plan.settings} if plan else {}
-    summary = files.read_record(DataSummary, folder / "data" / "summary.json")
-    remote = files.read_record(RemoteSources, folder / SOURCES)
+    summary = _load(DataSummary, folder / "data" / "summary.json")
+    remote = _load(RemoteSources, folder / SOURCES)
     recipe = folder / "recipe.yaml"
     recipe_text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None
     view = RunView(
@@ -218,19 +217,36 @@ def read_run(folder: Path, scores: Scores | None = None) -> RunView:
         task=summary.task if summary else str(settings.get("task", "unknown task")),
         trial=trial,
         recipe_text=recipe_text,
-        environment=files.read_record(Environment, folder / "environment.json"),
+        environment=_load(Environment, folder / "environment.json"),
         summary=summary,
         plan=plan,
         attempts=tuple(one for one in attempts if one.trial == trial),
         scores=tuple(sorted(rows, key=lambda row: (_KINDS.index(row.kind), row.name))),
-        searched=files.read_record(Searched, folder / "search.json"),
-        budget=next(
-            (one for one in files.read_records(BudgetResult, folder.glob(BUDGET_FILES)) if one.trial == trial), None
-        ),
+        searched=_load(Searched, folder / "search.json"),
+        budget=next((one for one in map(BudgetResult.load, folder.glob(BUDGET_FILES)) if one.trial == trial), None),
         remote=remote.sources if remote else (),
-        accesses=files.read_accesses(),
     )
-    return replace(view, missing=(*files.damaged, *_unavailable_parts(view)))
+    missing = [*_unavailable_parts(view)]
+    try:
+        view = replace(view, accesses=Access.load_for_same_rows(folder))
+    except OSError:
+        missing.append((f"{ACCESSES}, beside the run folder", "it cannot be opened"))
+    return replace(view, missing=tuple(missing))
+
+
+def _load(kind: type[AnyRecord], path: Path) -> AnyRecord | None:
+    return kind.load(path) if path.is_file() else None
+
+
+def _read_attempts(folder: Path) -> Iterator[AttemptFiles]:
+    named = ((path, re.fullmatch(r"(.+)-(\d+)", path.name)) for path in folder.glob("attempts/*"))
+    numbered = [(match[1], int(match[2]), path) for path, match in named if match and path.is_dir()]
+    for trial, _, path in sorted(numbered):
+        outcome = _load(Outcome, path / "outcome.json")
+        events = tuple(filter(None, map(parse_event, read_json_lines(path / "metrics.jsonl"))))
+        journal = tuple(map(JournalEntry.model_validate, read_json_lines(path / "journal.jsonl")))
+        first_step = _resumed_checkpoint_step(path / "request.json")
+        yield AttemptFiles(path.name, trial, outcome, events, first_step, journal)
 
 
 def _unavailable_parts(view: RunView) -> Iterator[tuple[str, str]]:
@@ -259,46 +275,6 @@ def _explain_missing_scores(view: RunView) -> str:
     if view.outcome.status == "done":
         return "training is done, but the model was not scored on the test rows."
     return f"training ended as '{words.readable_status(view.outcome.status)}': {view.outcome.reason.rstrip('.')}."
-
-
-class _RunFolderReader:
-    """Reads a run folder's files and notes unreadable ones."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.damaged: list[tuple[str, str]] = []
-
-    def read_record(self, kind: type[AnyRecord], path: Path) -> AnyRecord | None:
-        return next(iter(self.read_records(kind, [path] if path.is_file() else [])), None)
-
-    def read_records(self, kind: type[AnyRecord], paths: Iterable[Path]) -> list[AnyRecord]:
-        """Return the readable records, sorted by file name."""
-        records = []
-        for path in sorted(paths):
-            try:
-                records.append(kind.load(path))
-            except (OSError, SetupError):
-                name = path.relative_to(self.folder).as_posix()
-                self.damaged.append((name, "damaged, or written by another version of fulltune"))
-        return records
-
-    def read_accesses(self) -> tuple[Access, ...]:
-        """Return all recorded uses of these test rows, from the file beside the run folder."""
-        try:
-            return Access.load_for_same_rows(self.folder)
-        except OSError:
-            self.damaged.append((f"{ACCESSES}, beside the run folder", "it cannot be opened"))
-            return ()
-
-    def read_attempts(self) -> Iterator[AttemptFiles]:
-        named = ((path, re.fullmatch(r"(.+)-(\d+)", path.name)) for path in self.folder.glob("attempts/*"))
-        numbered = [(match[1], int(match[2]), path) for path, match in named if match and path.is_dir()]
-        for trial, _, path in sorted(numbered):
-            outcome = self.read_record(Outcome, path / "outcome.json")
-            events = tuple(filter(None, map(parse_event, read_json_lines(path / "metrics.jsonl"))))
-            journal = tuple(map(JournalEntry.model_validate, read_json_lines(path / "journal.jsonl")))
-            first_step = _resumed_checkpoint_step(path / "request.json")
-            yield AttemptFiles(path.name, trial, outcome, events, first_step, journal)
 
 
 def _resumed_checkpoint_step(path: Path) -> int | None:

@@ -18,7 +18,7 @@ from fulltune.data.readers import columnar, read
 from fulltune.data.readers.files import list_images
 from fulltune.errors import DataError
 from fulltune.recipe.selection import Selection
-from fulltune.tasks import padding
+from fulltune.tasks import Target, causal_lm
 from fulltune.tasks.padding import cut_long_text
 from tests import tiny
 
@@ -142,19 +142,10 @@ def test_packed_rows_beside_others_are_not_left_out(tmp_path: Path) -> None:
         read.locate_data_files([str(tmp_path)])
 
 
-@pytest.mark.parametrize("text", ["raininthetown", " ", "a \n b", "雨"])
-def test_text_without_a_place_to_cut_it_says_the_same(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    tokenizer = tiny.decoder_tokenizer()
-    monkeypatch.setattr(padding, "PART_CHARACTERS", 64)
-    assert tokenizer.decode(padding.tokenise_long_text(text * 50, tokenizer)) == text * 50
-
-
-@pytest.mark.parametrize("text", ["the rain  in the town \n", "é ", "雨 a  b c\n"])
-@pytest.mark.parametrize("kind", ["encoder", "decoder", "words after a space"])
-def test_text_in_parts_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch, text: str, kind: str) -> None:
-    tokenizer = tiny.encoder_tokenizer() if kind == "encoder" else tiny.decoder_tokenizer()
-    if kind == "words after a space":
-        tokenizer = tiny.writer_tokenizer()
-    whole = list(tokenizer(text * 50)["input_ids"])
-    monkeypatch.setattr(padding, "PART_CHARACTERS", 64)
-    assert padding.tokenise_long_text(text * 50, tokenizer) == whole
+@pytest.mark.parametrize("text", ["raininthetown", " ", "a \n b", "雨", "the rain  in the town \n", "é "])
+def test_text_in_parts_says_the_same(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    tokenizer, target = tiny.decoder_tokenizer(), Target("text", {"text": "text"})
+    [whole] = causal_lm.encode([{"text": text * 50}], target, tokenizer, 10_000)
+    monkeypatch.setattr(causal_lm, "PART_CHARACTERS", 64)
+    [parts] = causal_lm.encode([{"text": text * 50}], target, tokenizer, 10_000)
+    assert tokenizer.decode(parts[0].features["input_ids"]) == tokenizer.decode(whole[0].features["input_ids"])
