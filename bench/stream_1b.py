@@ -5,8 +5,8 @@ killed with SIGKILL, all of its processes, three times at random moments; each t
 resident run has the same seed and rows and holds everything in memory (about 18 GiB). FOLDER/losses.csv has the losses
 of every step side by side. Needs FULLTUNE_BENCH_DATA, and about 45 GB of a disk in FOLDER.
 
-A step has 128 tokens, two rows of 64: in fp32 a step reads 24 bytes and writes 16 per parameter, 26 and 18 GB, whatever
-its tokens, which takes longer than computing 128 of them (1.1 TFLOP). `--steps N` is for less patience.
+A step has 64 tokens, two rows of 32: in fp32 a step reads 24 bytes and writes 16 per parameter, 26 and 18 GB, whatever
+its tokens, which takes longer than computing 64 of them (0.6 TFLOP). `--steps N` is for less patience.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bench.results import Figure
 from bench.runs import Records, events, fresh, fulltune, script
 from bench.stream_shapes import config, parameters, saved, write_recipe, write_text
 
-ROWS, LENGTH = 2, 64
+ROWS, LENGTH = 2, 32
 CEILING = 2 * GIB
 RESIDENT_CEILING = 22 * GIB
 KILLS = 3
