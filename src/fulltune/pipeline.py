@@ -9,7 +9,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from fulltune import data, evaluate, methods, plan, report
+from fulltune import data, evaluate, methods, report
 from fulltune.audit import stage
 from fulltune.audit.pretrained import RowReader
 from fulltune.errors import DoesNotFitError, GuardStop, RecipeError, SetupError
@@ -18,6 +18,8 @@ from fulltune.forgetting.generic_text import check_texts
 from fulltune.inference.own_metrics import own_metric_names, try_own_metrics
 from fulltune.models.base import Base, check_weights
 from fulltune.models.shapes import check_model
+from fulltune.plan import budget, changed, fit, gpus, resolve
+from fulltune.plan.workload import Workload
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import Audit
 from fulltune.records.data import DataSummary
@@ -74,7 +76,7 @@ class Run:
     def memory_need(self, summary: DataSummary) -> Callable[[Plan], MemoryNeed]:
         """Return a function that computes a changed plan's memory. Its first call traces the model."""
         model = cache(lambda: self.planned_model(summary))
-        return lambda changed: plan.memory_need_of_plan(changed, self.recipe, model())
+        return lambda changed: changed.memory_need_of_plan(changed, self.recipe, model())
 
     @property
     def machine(self) -> Machine:
@@ -216,29 +218,29 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
     machine = job.machine
     before = run_folder.load_plan_to_continue(job.plan_path, machine) if job.plan_path.exists() else None
     if before is not None:
-        before = plan.plan_to_continue(before, job.recipe, any(job.folder.glob("checkpoints/*/checkpoint-*")))
-    if before is not None and (changed := run_folder.changed_functions(job.folder)):
-        job.listener(Message(text=f"{changed}: the file has changed since this run was planned", level="warning"))
-    if before is not None and plan.has_same_placement(before, job.recipe):
+        before = changed.plan_to_continue(before, job.recipe, any(job.folder.glob("checkpoints/*/checkpoint-*")))
+    if before is not None and (functions := run_folder.changed_functions(job.folder)):
+        job.listener(Message(text=f"{functions}: the file has changed since this run was planned", level="warning"))
+    if before is not None and changed.has_same_placement(before, job.recipe):
         trial = before
     else:
-        recipe = job.recipe if before is None else plan.recipe_for_resuming(job.recipe, before)
+        recipe = job.recipe if before is None else changed.recipe_for_resuming(job.recipe, before)
         model = job.planned_model(summary)
-        footprint = model.footprint(recipe, *plan.device_and_precision(recipe, machine))
+        footprint = model.footprint(recipe, *resolve.device_and_precision(recipe, machine))
         model.save(footprint, job.folder)
         free, machines = hardware.disk_free_bytes(job.folder), job.recipe.train.num_machines
         free += before.disk.checkpoint_bytes if before and before.stream else 0  # of the state that is there
-        fleet = plan.local_hardware(machine, free, machines, str(job.folder))
+        fleet = gpus.local_hardware(machine, free, machines, str(job.folder))
         own_loss = job.hooks.compute_loss is not None
         started_seconds = None if job.began is None else time.time() - job.began
-        workload = plan.Workload(recipe, model.shapes, lambda weights_dtype: footprint, summary)
-        trial = plan.make_plan(workload, fleet, own_loss, started_seconds)
+        workload = Workload(recipe, model.shapes, lambda weights_dtype: footprint, summary)
+        trial = fit.make_plan(workload, fleet, own_loss, started_seconds)
         if (stream := trial.stream) is not None:  # the first plan says where, the second one how long the disk takes
             needed = 0 if before else stream.state_bytes + stream.gradient_bytes
             fleet = fleet.model_copy(update={"disk_speed": measure_disk(trial.state_folder(job.folder), needed)})
-            trial = plan.make_plan(workload, fleet, own_loss, started_seconds)
+            trial = fit.make_plan(workload, fleet, own_loss, started_seconds)
         if before is not None:
-            trial = plan.with_new_placement(before, trial)
+            trial = changed.with_new_placement(before, trial)
         run_folder.describe_environment(machine, job.recipe).save(job.folder / run_folder.ENVIRONMENT)
         run_folder.save_plan(job.folder, job.recipe, trial)
     job.listener(Planned(plan=trial))
@@ -249,9 +251,9 @@ def measure_plan(job: Run, trial: Plan, summary: DataSummary) -> Plan:
     """Replace the plan's settings with the fastest ones measured on this machine; save and return the plan."""
     if job.recipe.train.num_machines > 1:
         raise RecipeError("--measure: needs a single machine; set train.num_machines=1 and fewer processes")
-    available, _ = plan.usable_memory(job.recipe, hardware.measure_machine(), trial.device)
+    available, _ = budget.usable_memory(job.recipe, hardware.measure_machine(), trial.device)
     trial = fastest_here(_trial_to_train(job, trial, summary), summary, available)
-    trial = plan.with_disk_need(job.recipe, trial, hardware.disk_free_bytes(job.folder), str(job.folder))
+    trial = changed.with_disk_need(job.recipe, trial, hardware.disk_free_bytes(job.folder), str(job.folder))
     run_folder.save_plan(job.folder, job.recipe, trial)
     job.listener(Planned(plan=trial))
     return trial

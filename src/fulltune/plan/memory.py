@@ -182,10 +182,7 @@ _AS_WEIGHTS = {
     "ademamix": 3,
 }
 """Number of optimizer values per parameter, stored in the weights' type."""
-
-
-def has_known_state(optim: str) -> bool:
-    return optim in _MOMENTS or optim in _AS_WEIGHTS
+KNOWN_OPTIMIZERS = {*_MOMENTS, *_AS_WEIGHTS}
 
 
 def num_trainable(num_parameters: int, settings: MemorySettings) -> int:

@@ -150,7 +150,7 @@ def choose_optimizer(recipe: Recipe, reasons: Reasons) -> tuple[str, Any]:
         rounding = reasons.add("train.bf16_rounding", train.bf16_rounding, "stochastic", why)
         why = "the weights are bf16"
     usual, caveat = plain_optim(dtype, rounding), "; its state has an unknown size, so the plan assumes AdamW's"
-    caveat = "" if memory.has_known_state(train.optim or usual) else caveat
+    caveat = "" if (train.optim or usual) in memory.KNOWN_OPTIMIZERS else caveat
     return str(reasons.add("train.optim", train.optim, usual, why, caveat)), rounding
 
 

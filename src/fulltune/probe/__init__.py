@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +18,14 @@ import numpy as np
 from fulltune.files import replace_atomically
 from fulltune.methods.head import head_paths
 from fulltune.models.sharding import free_gathered_weights, gathered_to_modify, needs_all_ranks, shard_like
-from fulltune.probe.features import EncodedRows, FeatureExtractor, Features, pair_separators, sample_rows
+from fulltune.probe.features import EncodedRows, FeatureExtractor, Features, sample_rows
 from fulltune.probe.layers import HeadLayers, dense_replacements, find_head_layers, recognise_activation, to_numpy
 from fulltune.probe.linear import (
-    STRENGTHS,
     Items,
     LinearClassifier,
     NoProbe,
     error_rate,
     fit_at_strengths,
-    fit_centroids,
     mean_loss,
     select_features,
 )
@@ -47,15 +45,6 @@ from fulltune.system.memory import is_out_of_memory
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = [
-    "SEED",
-    "FeatureExtractor",
-    "initialise_head_from_probe",
-    "load_baseline_classifier",
-    "load_or_fit_probe",
-    "pair_separators",
-    "predict_baseline",
-]
 FOLDER, RECORD = "probe", "probe.json"
 HEAD, START, FROZEN = "head.safetensors", "start.safetensors", "frozen.safetensors"
 SEED = 0
@@ -282,18 +271,6 @@ def fit_best_baseline(
     cross-validation if `held_out` is None. Return None if there are no embeddings."""
     if train.mean is None:
         return None
-    usual = "ridge regression" if extractor.kind == "regression" else "logistic regression"
-
-    def fit_candidates(
-        items: Items, strengths: Sequence[float] = STRENGTHS
-    ) -> Iterator[tuple[tuple[str, float], LinearClassifier]]:
-        """Yield fitted classifiers, each with its kind and regularisation strength."""
-        yield from (
-            ((usual, strength), classifier) for strength, classifier in fit_at_strengths(items, strengths=strengths)
-        )
-        if extractor.kind in ("single_label", "tags"):
-            yield ("nearest centroid", 0.0), fit_centroids(items)
-
     selection = None if held_out is None else _pooled_embeddings(held_out)
     spaces = {
         name: (
@@ -304,7 +281,8 @@ def fit_best_baseline(
         if name != "pair"  # twice as wide as the others
         or solver_bytes(extractor.kind, len(features), extractor.num_outputs, features.shape[1]) <= MOST_SOLVER_BYTES
     }
-    pooling, least, (kind, _), classifier = select_features(spaces, fit_candidates, error_rate)
+    pooling, least, _, classifier = select_features(spaces, fit_at_strengths, error_rate)
+    kind = "ridge regression" if extractor.kind == "regression" else "logistic regression"
     return FrozenBaseline.model_validate({"pooling": pooling, "kind": kind, "loss": least}), classifier
 
 

@@ -221,16 +221,6 @@ def _feature_differences(features: np.ndarray, right: np.ndarray, rows: np.ndarr
     return features[[of_row[int(rows[i])] for i in wrong]] - features[wrong]
 
 
-def fit_centroids(items: Items) -> LinearClassifier:
-    """Return the nearest-centroid classifier as a linear classifier."""
-    weight = np.zeros((items.num_outputs, items.features.shape[1]), np.float32)
-    bias = np.full(items.num_outputs, -1e30, np.float32)
-    for label in np.unique(items.labels):
-        weight[label] = items.features[items.labels == label].mean(axis=0)
-        bias[label] = -(weight[label] ** 2).sum() / 2
-    return LinearClassifier(weight, bias)
-
-
 Candidates = Callable[[Items], Iterable[tuple[Key, LinearClassifier]]]
 Criterion = Callable[[Items, LinearClassifier], float]
 

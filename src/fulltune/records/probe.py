@@ -53,7 +53,7 @@ class FrozenBaseline(Record):
     pooling: Pooling
     """Embedding: the `mean` over all tokens, the vector that the model's `head` reads, or features of a `pair` whose
     texts are read separately."""
-    kind: Literal["logistic regression", "ridge regression", "nearest centroid"]
+    kind: Literal["logistic regression", "ridge regression"]
     loss: float
     """Held-out loss: share of errors (classes), unexplained share of the variance (numbers), or cross entropy (several
     labels)."""

@@ -47,6 +47,7 @@ BACKENDS = {
     "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+VOCABULARY = 128
 ATTENTION_BOUNDS = {"fp32": 1e-4, "bf16": 5e-2}
 
 
@@ -86,7 +87,7 @@ def check_flash_attention_2(device: str) -> CheckOutcome:
 
 def compare_with_eager(device: str, implementation: str, precision: str) -> CheckOutcome:
     """Check an attention implementation's logits and gradients against eager fp32, with and without padding."""
-    ids = random_token_ids(device, rows=3)
+    ids = torch.randint(0, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(1)).to(device)
     mask = torch.ones_like(ids)
     mask[1, 15:] = 0
     mask[2, 5:] = 0
@@ -178,27 +179,15 @@ def sum_over_processes(device: str) -> tuple[float, float] | None:
 # ---- helpers of the checks -------------------------------------------------------------------------------------
 
 
-def make_llama(device: str, *, layers: int = 2, width: int = 64, vocabulary: int = 128, **options: Any) -> Any:
+def make_llama(device: str, **options: Any) -> Any:
     """Return a Llama with fixed random weights and head size 32, which every attention kernel supports."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 32,
-        num_key_value_heads=width // 32,
-        max_position_embeddings=64,
-    )
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **sizes)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, **options).to(device)
-
-
-def random_token_ids(device: str, rows: int = 4, length: int = 24, vocabulary: int = 128) -> torch.Tensor:
-    """Return random token ids [rows, length], the same at each call."""
-    return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(1)).to(device)
 
 
 def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
@@ -279,7 +268,7 @@ def report_section_of_page(page: Page) -> Section:
     return Section("selfcheck", f"fulltune selfcheck, {page.date}", blocks)
 
 
-def mask_names(text: str, max_characters: int = 300) -> str:
+def mask_names(text: str) -> str:
     """Shorten an error's text, and mask paths, host and user names."""
     text = " ".join(text.split()).replace(str(Path.home()), "~")
     text = re.sub(r"(?<![\w/])~?(?:/[\w.+@~-]+)+/?", lambda match: match[0].rstrip("/").rpartition("/")[2], text)
@@ -290,7 +279,7 @@ def mask_names(text: str, max_characters: int = 300) -> str:
     for name, instead in ((socket.gethostname(), "HOST"), (user, "USER")):
         if name:
             text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", instead, text)
-    return text if len(text) <= max_characters else text[: max_characters - 2] + " …"
+    return text if len(text) <= 300 else text[:298] + " …"
 
 
 def devices_to_check() -> tuple[str, ...]:

@@ -11,7 +11,8 @@ import transformers
 from fulltune.errors import RecipeError
 from fulltune.models.base import Base
 from fulltune.models.shapes import measure_shapes
-from fulltune.plan import gpus, make_plan
+from fulltune.plan import gpus
+from fulltune.plan.fit import make_plan
 from fulltune.recipe.model import ModelBlock
 from fulltune.recipe.tasks import TaskName
 from fulltune.records.plan import AnswersPlan, Plan

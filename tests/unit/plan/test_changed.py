@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from fulltune import plan as planning
 from fulltune.errors import RecipeError
+from fulltune.plan import changed as planning
 from fulltune.records.plan import Setting
 from tests import plans
 

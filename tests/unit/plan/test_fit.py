@@ -10,8 +10,9 @@ import pytest
 
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.footprint.records import Footprint
-from fulltune.plan import defaults, gpus, make_plan
+from fulltune.plan import defaults, gpus
 from fulltune.plan.budget import LIBRARIES_BYTES
+from fulltune.plan.fit import make_plan
 from fulltune.plan.savings import why_loss_not_chunked
 from fulltune.records.data import MixedSummary
 from fulltune.records.plan import Plan

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fulltune.probe import FeatureExtractor
+from fulltune.probe.features import FeatureExtractor
 from fulltune.recipe.tasks import ProblemType, TaskName
 from fulltune.tasks import Target
 

@@ -11,12 +11,12 @@ import torch
 import transformers
 
 from fulltune.probe import (
-    FeatureExtractor,
     initialise_head_from_probe,
     load_baseline_classifier,
     load_or_fit_probe,
     predict_baseline,
 )
+from fulltune.probe.features import FeatureExtractor
 from fulltune.recipe.tasks import ProblemType, TaskName
 from fulltune.records.probe import Probe
 from tests.unit.probe.models import extractor_of, logits_alone, model_of, rows_of

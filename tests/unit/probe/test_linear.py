@@ -16,7 +16,6 @@ from fulltune.probe.linear import (
     NoProbe,
     error_rate,
     fit_at_strengths,
-    fit_centroids,
     mean_loss,
     select_classifier,
     select_features,
@@ -197,8 +196,6 @@ def test_a_class_without_a_row_is_never_the_best() -> None:
     for _, classifier in fit_at_strengths(items("single_label", features, labels, 6)):
         assert set(classifier(features).argmax(axis=1)) == {1, 4}
         np.testing.assert_array_equal(classifier.weight[[0, 2, 3, 5]], 0)
-    classifier = fit_centroids(items("single_label", features, labels, 6))
-    assert set(classifier(features).argmax(axis=1)) == {1, 4}
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 9, 40])

@@ -8,14 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulltune.probe import (
-    FeatureExtractor,
-    load_baseline_classifier,
-    load_or_fit_probe,
-    pair_separators,
-    predict_baseline,
-)
-from fulltune.probe.features import split_pairs
+from fulltune.probe import load_baseline_classifier, load_or_fit_probe, predict_baseline
+from fulltune.probe.features import FeatureExtractor, pair_separators, split_pairs
 from fulltune.tasks import Target
 from tests.unit.probe.models import LABELS, PAD, model_of
 

@@ -195,23 +195,18 @@ def gradients_are_finite(parameters: Iterable[torch.Tensor]) -> bool:
 def explain_non_finite(model: nn.Module, batches: Sequence[Mapping[str, object]]) -> str:
     """Describe what made a step on `batches` non-finite, such as the first module whose output is not finite."""
     try:
-        return _find_non_finite_cause(model, batches)
+        if all(_is_all_masked(batch.get("labels")) for batch in batches):
+            return "all labels are masked, so there is nothing to learn from"
+        for name, parameter in [] if streamed_of(model) else model.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                return f"the weights of {name} are not finite"
+        dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
+        computed = "in fp32" if dtypes == ["float32"] else f"computed in {', '.join(dtypes)}"
+        for batch in batches:
+            if module := _first_non_finite_module(model, batch):
+                return f"the weights are finite, but {module} is the first module whose output is not finite {computed}"
     except Exception as error:  # a model that cannot be called without labels, or memory that runs out
         return f"the cause could not be determined ({type(error).__name__}: {str(error)[:80]})"
-
-
-def _find_non_finite_cause(model: nn.Module, batches: Sequence[Mapping[str, object]]) -> str:
-    """Like `explain_non_finite`, but let errors of the forward pass propagate."""
-    if all(_is_all_masked(batch.get("labels")) for batch in batches):
-        return "all labels are masked, so there is nothing to learn from"
-    for name, parameter in [] if streamed_of(model) else model.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            return f"the weights of {name} are not finite"
-    dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
-    computed = "in fp32" if dtypes == ["float32"] else f"computed in {', '.join(dtypes)}"
-    for batch in batches:
-        if module := _first_non_finite_module(model, batch):
-            return f"the weights are finite, but {module} is the first module whose output is not finite {computed}"
     causes = "the loss, the gradients or a dtype with too small a range"
     return f"every module's output is finite {computed}; possible causes are {causes}"
 

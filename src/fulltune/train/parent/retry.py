@@ -68,8 +68,7 @@ def train_in_attempts(
             parent_pid=None if hooks.needs_this_process else os.getpid(),
             dry_run=dry_run or bool(history),
         )
-        saved = done[-1].steps if done and not history and done[-1].status == "interrupted" else 0
-        request = _prepare_folders(request, change.resume, listener, saved)
+        request = _prepare_folders(request, change.resume, listener)
         if hooks.needs_this_process:
             from fulltune.train.worker import main as worker
 
@@ -99,7 +98,7 @@ def train_in_attempts(
         change = following
 
 
-def _prepare_folders(request: Request, resume: bool, listener: Listener, expected_step: int) -> Request:
+def _prepare_folders(request: Request, resume: bool, listener: Listener) -> Request:
     """Create the attempt's folders; return the request, if `resume` with the newest sound checkpoint."""
     request.checkpoints.mkdir(parents=True, exist_ok=True)
     sound, damaged = checkpoints.newest_undamaged_checkpoint(request.checkpoints) if resume else (None, [])
@@ -113,10 +112,6 @@ def _prepare_folders(request: Request, resume: bool, listener: Listener, expecte
             request = request.model_copy(update={"checkpoint": str(sound)})
             text = f"continuing from the checkpoint of step {request.first_step}"
             listener(Message(text=text, level="resumed"))
-        if expected_step > request.first_step and not damaged:
-            on = f"from step {request.first_step:,}" if request.first_step else "from the beginning"
-            text = f"the checkpoint of step {expected_step:,} is missing; resuming {on}"
-            listener(Message(text=text, level="warning"))
     if request.checkpoint is None:
         checkpoints.delete_checkpoints_after(request.checkpoints, -1)
     request.save(request.folder / "request.json")

@@ -22,6 +22,7 @@ from fulltune.models import dropout, evaluation_mode, load, sharding
 from fulltune.models.base import Base, with_decoded_images
 from fulltune.models.kernels import apply_liger_kernels, compile_blocks
 from fulltune.models.load import HeadOrigin, initialise_missing, initialise_missing_from_seed, load_model
+from fulltune.probe.features import FeatureExtractor, pair_separators
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
@@ -348,11 +349,11 @@ def init_head_from_probe(
     model, recipe, plan, target = objective.model, objective.recipe, objective.plan, objective.target
     together, reading = sharding.needs_all_ranks(model), contextlib.ExitStack()
 
-    def create_extractor() -> probe.FeatureExtractor:
+    def create_extractor() -> FeatureExtractor:
         """Initialise the new head and return the model's feature extractor."""
         initialise_missing_from_seed(model, head, probe.SEED)
         reading.enter_context(sharding.callable_before_engine(model))
-        return probe.FeatureExtractor(
+        return FeatureExtractor(
             model if together else model.to(device),  # type: ignore[arg-type]  # a wrapped method
             recipe.task,
             target,
@@ -360,7 +361,7 @@ def init_head_from_probe(
             plan.eval_batch_size,
             plan.precision,
             class_weights(recipe, objective.summary),
-            probe.pair_separators(tokenizer, target),
+            pair_separators(tokenizer, target),
             keeps_dense=bool(head.known_rows),
         )
 
