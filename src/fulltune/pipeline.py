@@ -76,7 +76,7 @@ class Run:
     def memory_need(self, summary: DataSummary) -> Callable[[Plan], MemoryNeed]:
         """Return a function that computes a changed plan's memory. Its first call traces the model."""
         model = cache(lambda: self.planned_model(summary))
-        return lambda changed: changed.memory_need_of_plan(changed, self.recipe, model())
+        return lambda after: changed.memory_need_of_plan(after, self.recipe, model())
 
     @property
     def machine(self) -> Machine:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import sys
 import warnings
@@ -159,11 +158,11 @@ def test_classic_script_on_planted_signal_beats_majority_and_tells_each_change_o
     assert len(texts) == len(old), texts
 
 
-def unpadded_gpt2(tokenizer: Any, folder: Path, pad: str | None = None, kind: Any = GPT2LMHeadModel) -> Path:
+def unpadded_gpt2(tokenizer: Any, folder: Path, kind: Any = GPT2LMHeadModel) -> Path:
     """A folder as `gpt2` is: a language model that knows no padding token, nor does its tokenizer."""
     tiny_model(tokenizer, kind).save_pretrained(folder)
     core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token=tokenizer.eos_token, pad_token=pad).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token=tokenizer.eos_token).save_pretrained(folder)
     return folder
 
 
@@ -215,56 +214,32 @@ def test_script_with_the_import_changed_and_nothing_else_trains_as_with_a_tokeni
 
 
 @pytest.mark.parametrize(
-    ("kind", "pad", "config", "expected"),
+    ("kind", "config", "expected"),
     [
-        (GPT2ForSequenceClassification, None, {}, 0),  # the end token
-        (GPT2ForSequenceClassification, "w3", {}, "w3"),  # the folder's own tokenizer knows better
-        (GPT2ForSequenceClassification, None, {"eos_token_id": 50256}, None),  # not in this model's vocabulary
-        (GPT2LMHeadModel, "w3", {}, None),  # needs none
+        (GPT2ForSequenceClassification, {}, 0),  # the end token
+        (GPT2ForSequenceClassification, {"eos_token_id": 50256}, None),  # not in this model's vocabulary
+        (GPT2LMHeadModel, {}, None),  # needs none
     ],
 )
-def test_missing_padding_token_is_that_of_the_model_s_folder_or_its_end_token(
-    kind: Any, pad: str | None, config: dict[str, Any], expected: Any, tokenizer: Any, tmp_path: Path
+def test_missing_padding_token_is_the_model_s_end_token(
+    kind: Any, config: dict[str, Any], expected: int | None, tokenizer: Any, tmp_path: Path
 ) -> None:
-    model = kind.from_pretrained(unpadded_gpt2(tokenizer, tmp_path / "model", pad, kind))
+    model = kind.from_pretrained(unpadded_gpt2(tokenizer, tmp_path / "model", kind))
     for name, value in config.items():
         setattr(model.config, name, value)
     trainer = Trainer(model=model, args=TrainingArguments(str(tmp_path), **QUIET))
-    number = tokenizer.convert_tokens_to_ids(expected) if isinstance(expected, str) else expected
-    assert model.config.pad_token_id == number
+    assert model.config.pad_token_id == expected
     own = transformers.DataCollatorWithPadding(tokenizer)
     with_own = Trainer(model=kind(tiny_config(tokenizer)), args=trainer.args, data_collator=own)
     assert with_own.data_collator is own
     assert with_own.model.config.pad_token_id == tokenizer.pad_token_id
 
 
-@pytest.mark.parametrize("source", ["", "own code"])
-def test_padding_token_is_neither_invented_nor_asked_of_code_in_the_folder(
-    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where a folder has no tokenizer, transformers 5 makes an empty one, whose padding token is any other word."""
-    sizes = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "eos_token_id": 7}
-    qwen = transformers.Qwen2ForSequenceClassification(transformers.Qwen2Config(**sizes, **heads))
-    qwen.save_pretrained(tmp_path / "model")
-    model = transformers.Qwen2ForSequenceClassification.from_pretrained(tmp_path / "model")
-    if source:
-        code = f"from pathlib import Path\nPath({str(tmp_path / 'was_run')!r}).touch()\nclass Own: pass\n"
-        (tmp_path / "model" / "own.py").write_text(code)
-        own = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
-        (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(own))
-        (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "own"}))
-        monkeypatch.setattr("builtins.input", lambda *_: "y")
-    Trainer(model=model, args=TrainingArguments(str(tmp_path), **QUIET))
-    assert model.config.pad_token_id == 7
-    assert not (tmp_path / "was_run").exists()
-
-
 def test_decoder_reads_the_last_token_of_a_row_whichever_token_the_script_padded_with(
     tokenizer: Any, tmp_path: Path
 ) -> None:
-    """The folder's tokenizer pads with another token than the script's own, of which the Trainer is not told."""
-    folder = unpadded_gpt2(tokenizer, tmp_path / "model", "w3", GPT2ForSequenceClassification)
+    """The model's end token is another one than the script's own padding token, of which the Trainer is not told."""
+    folder = unpadded_gpt2(tokenizer, tmp_path / "model", GPT2ForSequenceClassification)
     model = GPT2ForSequenceClassification.from_pretrained(folder).eval()
     trainer = Trainer(model=model, args=TrainingArguments(str(tmp_path), **QUIET))
     ids = tokenizer("good w1 w2")["input_ids"]

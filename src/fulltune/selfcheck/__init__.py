@@ -183,8 +183,14 @@ def make_llama(device: str, **options: Any) -> Any:
     """Return a Llama with fixed random weights and head size 32, which every attention kernel supports."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **sizes)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, **options).to(device)

@@ -43,8 +43,9 @@ def lead_machines(machine: MachineAddress, recipe: Recipe, report: Callable[[str
     report(_CHECKING)
     own = machines.own_member(recipe, machine, hardware.measure_machine(), uuid.uuid4().hex)
     others = {rank: Peer(machine.file_of(recipe, rank)) for rank in range(1, recipe.train.num_machines)}
-    all_know = lambda: all(peer.repeats_token(own.token) for peer in others.values())  # noqa: E731
-    with machines.send_heartbeats(machine.file_of(recipe, 0), own, all_know) as heartbeat:
+    with machines.send_heartbeats(
+        machine.file_of(recipe, 0), own, lambda: all(peer.repeats_token(own.token) for peer in others.values())
+    ) as heartbeat:
         yield MachineGroup(machine, heartbeat, others)
 
 
