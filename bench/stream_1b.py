@@ -106,7 +106,7 @@ def measure(folder: Path, quick: bool, steps: int | None = None) -> Iterator[Fig
     model = saved(folder, layers, hidden)
     write_text(folder, 6 * ROWS * LENGTH * steps)
     usual = {"max_steps": steps, "global_batch_size": ROWS}
-    stream = {"placement": "stream", "stream": {"host_memory": "1900MiB"}}
+    stream = {"placement": "stream", "stream": {"host_memory": "1960MiB"}}
     recipes = {
         "resident": write_recipe(folder / "resident.yaml", model, LENGTH, placement="single", **usual),
         "streamed": write_recipe(folder / "streamed.yaml", model, LENGTH, **stream, **usual),

@@ -162,6 +162,15 @@ class DiskState:
             tensors[section] = span.tensor(buffer).view(shape)
         return tensors
 
+    def read_values(self, name: str, section: str, begin: int, count: int) -> Tensor:
+        """Read `count` elements of a parameter's section from `begin`, a multiple of 4096."""
+        unit = self._unit_of[name]
+        span = self._units[unit].spans[name, section]
+        part = replace(span, offset=span.offset + begin * span.dtype.itemsize, place=0, length=count)
+        buffer = page_buffer(part.num_bytes)
+        complete(self._file.move(part.pages(buffer), self.journal.offsets[unit] + part.offset, write=False))
+        return part.tensor(buffer)
+
     def gradients(self, unit: int) -> Mapping[str, Tensor]:
         """Return uninitialised buffers for a unit's gradients by name; wait until the last ones have been parked."""
         complete(self._parking)

@@ -24,7 +24,9 @@ from fulltune.tasks import Target, Task
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.optim.streamed import initial_sections, unit_layouts
 
-_SAMPLED_VALUES = 4096
+_SAMPLED_PARTS, _VALUES_PER_PART = 16, 256
+_PAGE_VALUES = 4096
+"""Values after which each section of the state begins a page."""
 
 
 def load_skeleton(
@@ -81,7 +83,7 @@ class SampledWeights:
     """Samples of all trained weights before step 1."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Sample up to 4096 evenly spaced values of each tensor."""
+        """Sample up to 8192 values of each tensor, in evenly spaced parts."""
         self._before = {name: _sample(model, name)[0] for name in methods.trainable_parameters(model)}
 
     def count_changes(self, model: PreTrainedModel, *_: object) -> ParameterChanges:
@@ -102,11 +104,14 @@ class SampledWeights:
 
 
 def _sample(model: PreTrainedModel, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return sampled weights, and whether each has received a gradient."""
+    """Return evenly spaced weights, and whether each has received a gradient."""
     streamed = streamed_of(model)
     assert streamed is not None
-    sections = streamed.state.read(name, WEIGHTS, "exp_avg_sq")
-    weights, second = sections[WEIGHTS].reshape(-1), sections["exp_avg_sq"][: sections[WEIGHTS].numel()]
-    step = max(1, len(weights) // _SAMPLED_VALUES)
-    lowest = torch.iinfo(torch.int8).min if second.dtype == torch.int8 else 0
-    return weights[::step].clone(), second[::step] > lowest
+    count = model.get_parameter(name).numel()
+    step = _PAGE_VALUES * max(1, count // _PAGE_VALUES // _SAMPLED_PARTS)
+    parts = [(begin, min(_VALUES_PER_PART, count - begin)) for begin in range(0, count, step)]
+    weights, second = (
+        torch.cat([streamed.state.read_values(name, section, *part) for part in parts])
+        for section in (WEIGHTS, "exp_avg_sq")
+    )
+    return weights, second > (torch.iinfo(torch.int8).min if second.dtype == torch.int8 else 0)
