@@ -33,17 +33,13 @@ def create_private_file(path: Path) -> None:
     path.touch(0o600)
 
 
-def write_bytes(path: Path, content: bytes, private: bool = False) -> None:
+def write_text(path: Path, text: str, private: bool = False) -> None:
     """Write a file atomically: another process sees the old or the whole new content. If `private`, only its owner can
     read it."""
     with replace_atomically(path, private) as part, part.open("wb") as file:
-        file.write(content)
+        file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
-
-
-def write_text(path: Path, text: str, private: bool = False) -> None:
-    write_bytes(path, text.encode(), private)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -283,11 +283,8 @@ def format_time(kind: str, time: float) -> str:
     """Format a time for messages; `kind` and `time` are a result of `parse_time`."""
     if kind == "number":
         return str(int(time)) if time.is_integer() else str(time)
-    moment = _EPOCH + timedelta(seconds=time)
-    if kind == "date":
-        return moment.date().isoformat()
-    text = moment.replace(tzinfo=None).isoformat(sep=" ", timespec="seconds")
-    return f"{text} UTC" if kind == "date-time with a zone" else text
+    form = "%Y-%m-%d" if kind == "date" else "%Y-%m-%d %H:%M:%S"
+    return (_EPOCH + timedelta(seconds=time)).strftime(form) + " UTC" * (kind == "date-time with a zone")
 
 
 def group_and_time_problems(block: DataBlock, tally: RowCounts, num_rows: int, file_name: str) -> list[str]:

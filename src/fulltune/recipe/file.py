@@ -229,12 +229,8 @@ def _suggest_setting(location: tuple[str | int, ...], values: PlainSettings) -> 
     )
 
 
-def _quoted_names(expected: str) -> list[str]:
-    return re.findall(r"'([^']+)'", expected)
-
-
 def _expected_and_found(expected: str, value: object) -> str:
-    hint = did_you_mean(str(value), _quoted_names(expected))
+    hint = did_you_mean(str(value), re.findall(r"'([^']+)'", expected))
     return f"expected {expected}, found {value!r}" + (f"; {hint}" if hint else "")
 
 

@@ -247,7 +247,7 @@ def list_warnings(comparison: Comparison) -> list[str]:
     if any(one.detectable > decision.margin for one in still_open):
         lines.append(
             "Note: with these test rows and seeds, a comparison has an 80% chance of detecting differences "
-            f"{listed([f'{write.detectable_size(one.detectable)} ({one.method})' for one in still_open])}, but the "
+            f"{listed([f'of {write.amount(one.detectable)} or more ({one.method})' for one in still_open])}, but the "
             f"margin is only {write.amount(decision.margin)}."
         )
     return lines
@@ -333,7 +333,7 @@ def describe_detectable(expected: Expectation, formatter: MetricFormatter) -> st
     if expected.detectable is None:
         reason = "" if formatter.in_points else f", because {formatter.name} is not a share of rows"
         return f"unknown until the first seeds are trained{reason}"
-    alike, apart = map(formatter.detectable_size, expected.detectable)
+    alike, apart = (f"of {formatter.amount(size)} or more" for size in expected.detectable)
     return (
         f"differences {alike} if the standard deviation between seeds is half a point, {apart} if it is two (power 80%)"
     )

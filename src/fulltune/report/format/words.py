@@ -199,10 +199,6 @@ class MetricFormatter:
         shown = f"{100 * value:.2g}" if value < 0.995 else f"{100 * value:.0f}"
         return f"{shown} point{'' if shown == '1' else 's'}"
 
-    def detectable_size(self, value: float) -> str:
-        """Format the smallest detectable difference: `of 1.4 points or more`."""
-        return "of more than 100 points" if self.in_points and value >= 1 else f"of {self.amount(value)} or more"
-
 
 def format_ratio(value: float) -> str:
     """Format a ratio: `0.67×`, `1.04×`, `12.0×`."""

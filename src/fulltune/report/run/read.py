@@ -80,35 +80,31 @@ class AttemptFiles:
 
 def join_attempts(attempts: Sequence[AttemptFiles]) -> History:
     """Join the curves of a trial's attempts. If steps were repeated, the last attempt's values are used."""
-    train: dict[int, Mapping[str, Any]] = {}
-    evaluation: dict[int, Mapping[str, Any]] = {}
-    answers: dict[int, Answered] = {}
+    events: dict[tuple[str, int], Event] = {}
     restarts: list[int] = []
-    skipped: set[int] = set()
     for attempt in attempts:
-        rows = [event for event in attempt.events if isinstance(event, StepLogged | Evaluated)]
+        logged = [one for one in attempt.events if isinstance(one, StepLogged | Evaluated | Answered | StepSkipped)]
+        rows = [event for event in logged if isinstance(event, StepLogged | Evaluated)]
         if not rows:
             continue
         # An attempt that begins with an evaluation repeats that of its checkpoint.
         done = attempt.first_step
         first = rows[0].step + isinstance(rows[0], Evaluated) if done is None else done + 1
-        if train or evaluation:
+        if events:
             restarts = [*(step for step in restarts if step < first), first]
-        train, evaluation = ({step: row for step, row in of.items() if step < first} for of in (train, evaluation))
-        answers = {step: event for step, event in answers.items() if step < first}
-        skipped = {step for step in skipped if step < first}
-        for event in attempt.events:
-            match event:
-                case Evaluated():
-                    evaluation[event.step] = event.metrics
-                case Answered():
-                    answers[event.step] = event
-                case StepLogged():
-                    train[event.step] = {name: getattr(event, name) for name in _TRAIN_SERIES}
-                case StepSkipped():
-                    skipped.add(event.step)
-    curves = _points_by_metric(train), _points_by_metric(evaluation)
-    return History(*curves, tuple(restarts), tuple(sorted(skipped)), tuple(answers.values()))
+        events = {key: event for key, event in events.items() if key[1] < first}
+        events |= {(event.kind, event.step): event for event in logged}
+    kept = events.values()
+    steps = {each.step: each for each in kept if isinstance(each, StepLogged)}
+    return History(
+        train=_points_by_metric(
+            {at: {name: getattr(one, name) for name in _TRAIN_SERIES} for at, one in steps.items()}
+        ),
+        evaluation=_points_by_metric({one.step: one.metrics for one in kept if isinstance(one, Evaluated)}),
+        restarts=tuple(restarts),
+        skipped=tuple(sorted(one.step for one in kept if isinstance(one, StepSkipped))),
+        answers=tuple(one for one in kept if isinstance(one, Answered)),
+    )
 
 
 def _points_by_metric(rows_by_step: Mapping[int, Mapping[str, Any]]) -> MetricSeries:
