@@ -21,7 +21,7 @@ from fulltune.report.format.blocks import (
     unless_empty,
     untrusted,
 )
-from fulltune.report.format.plots import CostPlot, Mark, draw_cost_plot
+from fulltune.report.format.plots import Mark, draw_cost_plot
 from fulltune.report.format.words import NOTHING, MetricFormatter, format_large_number, format_ratio
 from fulltune.text import counted, format_bytes, format_number, format_seconds, format_share, listed
 
@@ -201,33 +201,24 @@ def _full_row(comparison: Comparison) -> MethodRow:
     return next(row for row in comparison.rows if row.kind == "full")
 
 
-def build_cost_plots(comparison: Comparison) -> tuple[CostPlot, ...]:
-    """Build plots of quality over training time and over FLOP, without unmeasured costs."""
-    full, write, drawn = _full_row(comparison), MetricFormatter.of(comparison.decision), list[CostPlot]()
-    for cost, field in (("training time", "train_seconds"), ("operations (FLOP)", "train_flops")):
-        if (whole := getattr(full, field)) <= 0:
-            continue
-        marks = tuple(
-            Mark(
-                *(row.method, row.metric.value, row.metric.low, row.metric.high, write.value(row.metric.value)),
-                is_full=row.kind == "full",
-                filled=row.method == comparison.decision.recommended,
-                cost=getattr(row, field) / whole,
-            )
-            for row in comparison.rows
-            if row.kind == "base" or getattr(row, field) > 0
-        )
-        drawn.append(CostPlot(cost, marks, comparison.decision))
-    return tuple(drawn)
-
-
 def _build_plot_section(comparison: Comparison) -> Section:
+    full, write = _full_row(comparison), MetricFormatter.of(comparison.decision)
+    marks = [
+        Mark(
+            *(row.method, row.metric.value, row.metric.low, row.metric.high, write.value(row.metric.value)),
+            is_full=row.kind == "full",
+            filled=row.method == comparison.decision.recommended,
+            cost=row.train_seconds / full.train_seconds,
+        )
+        for row in comparison.rows
+        if row.kind == "base" or row.train_seconds > 0
+    ]
     legend = (
         "Filled: the recommended method. Square: full fine-tuning, with the margin as a band. "
         f"Whiskers: {_confidence_level(comparison)} intervals."
     )
-    drawn = tuple(map(draw_cost_plot, build_cost_plots(comparison)))
-    return Section("plot", "Quality against cost", (Figures(drawn), Paragraph(legend)))
+    drawn = Figures((draw_cost_plot(marks, comparison.decision),))
+    return Section("plot", "Quality against cost", (drawn, Paragraph(legend)))
 
 
 def _build_fairness_block(comparison: Comparison) -> Element:

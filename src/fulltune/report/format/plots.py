@@ -52,13 +52,6 @@ class Mark:
         return all(map(math.isfinite, (self.cost, self.value, self.low, self.high)))
 
 
-@dataclass(frozen=True)
-class CostPlot:
-    cost: str
-    marks: tuple[Mark, ...]
-    decision: Decision
-
-
 @contextmanager
 def _new_figure(height: int) -> Iterator[tuple[Figure, Axes]]:
     """Yield a figure of `height` points, and its axes."""
@@ -214,32 +207,32 @@ def draw_intervals(title: str, marks: Sequence[Mark], metric: str, description: 
         return _to_svg_figure(figure, title, description)
 
 
-def draw_cost_plot(plot: CostPlot) -> blocks.Figure:
+def draw_cost_plot(marks: Sequence[Mark], decision: Decision) -> blocks.Figure:
+    """Draw each finite mark's quality over its cost, the training time relative to full fine-tuning."""
+    shown = [mark for mark in marks if mark.is_finite]
     with _new_figure(COST_HEIGHT) as (figure, axes):
-        _draw_quality_and_cost(axes, plot)
+        _draw_quality_and_cost(axes, shown, decision)
         _add_legend_below(figure, axes)
-        description = "; ".join(
-            f"{mark.name}: {mark.text} at {mark.cost:.2f}×" for mark in plot.marks if mark.is_finite
-        )
-        return _to_svg_figure(figure, f"Quality against {plot.cost}", f"{description}.")
+        description = "; ".join(f"{mark.name}: {mark.text} at {mark.cost:.2f}×" for mark in shown)
+        return _to_svg_figure(figure, "Quality against training time", f"{description}.")
 
 
-def _draw_quality_and_cost(axes: Axes, plot: CostPlot) -> None:
+def _draw_quality_and_cost(axes: Axes, marks: Sequence[Mark], decision: Decision) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    marks, markers = [mark for mark in plot.marks if mark.is_finite], itertools.cycle("o^DvP<X>*")
+    markers = itertools.cycle("o^DvP<X>*")
     if not marks:
         _show_no_finite_value(axes)
         return
     for mark in marks:
         _draw_mark(axes, mark, (mark.cost, mark.value), "y", "s" if mark.is_full else next(markers))
         if mark.is_full:
-            band = mark.value - plot.decision.margin, mark.value + plot.decision.margin
+            band = mark.value - decision.margin, mark.value + decision.margin
             axes.axhspan(*band, color=BAND, linewidth=0, zorder=0)
-    _style_axes(axes, plot.decision.metric, "y")
+    _style_axes(axes, decision.metric, "y")
     axes.set_xlim(-0.06, 1.12 * max(1.0, *(mark.cost for mark in marks)))
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], min_n_ticks=3))
     axes.xaxis.set_major_formatter("{x:g}×")
-    axes.set_xlabel(f"{plot.cost}, relative to full")
-    better = "" if plot.decision.greater_is_better else " (smaller is better)"
-    axes.set_title(words.one_line(words.metric_name(plot.decision.metric) + better))
+    axes.set_xlabel("training time, relative to full")
+    better = "" if decision.greater_is_better else " (smaller is better)"
+    axes.set_title(words.one_line(words.metric_name(decision.metric) + better))
