@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from itertools import chain, islice, product
 from typing import Any
 
+from fulltune.data.contamination import texts_in_cell
 from fulltune.export.source import Source
 from fulltune.inference.store import read_original_rows
 from fulltune.models.base import processor_fingerprint
@@ -34,20 +35,12 @@ def sample_texts(source: Source) -> list[str]:
     """Return different texts of test, eval and train rows, difficult texts, and every special token between words."""
     splits = chain.from_iterable(read_original_rows(source.scoring.data / name) for name in ("test", "eval", "train"))
     rows = ({name: cell for name, cell in row.items() if name != PLACE} for row in splits)
+    texts = chain.from_iterable(map(texts_in_cell, rows))
     return [
-        *list(dict.fromkeys(islice(_strings(rows), 10 * _MAX_TEXTS)))[:_MAX_TEXTS],
+        *list(dict.fromkeys(islice(texts, 10 * _MAX_TEXTS)))[:_MAX_TEXTS],
         *_DIFFICULT,
         *(f"a {token} b" for token in source.processor.all_special_tokens),
     ]
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Yield every text in nested lists and dictionaries."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Iterable):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _strings(part)
 
 
 def render_chats(tokenizer: Any) -> list[str]:

@@ -55,24 +55,16 @@ def is_whole(row: Mapping[str, object]) -> bool:
 MOST_NESTED = 100
 
 
-def find_defect(value: object) -> str | None:
+def find_defect(value: object, level: int = 0) -> str | None:
     """Describe a lone surrogate or excessive nesting in a JSON value; return None if there is neither."""
-    waiting: list[Iterator[object]] = [iter([value])]  # one per level: a list may hold millions
-    while waiting:
-        for part in waiting[-1]:
-            if len(waiting) - 1 > MOST_NESTED:
-                return f"lists nested more than {MOST_NESTED} levels deep"
-            if isinstance(part, str):
-                try:
-                    part.encode()
-                except UnicodeEncodeError:
-                    return "half a character (a lone surrogate, such as half an emoji)"
-            elif isinstance(part, (dict, list, tuple)):
-                waiting.append(chain.from_iterable(part.items()) if isinstance(part, dict) else iter(part))
-                break
-        else:
-            waiting.pop()
-    return None
+    if level > MOST_NESTED:
+        return f"lists nested more than {MOST_NESTED} levels deep"
+    if isinstance(value, str):
+        is_utf8 = value.encode("utf-8", "ignore").decode() == value
+        return None if is_utf8 else "half a character (a lone surrogate, such as half an emoji)"
+    inner: Iterable[object] = value if isinstance(value, (list, tuple)) else ()
+    inner = chain.from_iterable(value.items()) if isinstance(value, dict) else inner
+    return next(filter(None, (find_defect(part, level + 1) for part in inner)), None)
 
 
 def may_have_defect(text: str) -> bool:

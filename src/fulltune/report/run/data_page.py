@@ -58,7 +58,9 @@ def write_data_page(folder: Path) -> Path:
 
 def audit_for_terminal(audit: Audit, proofs: Sequence[Proofs]) -> list[Section]:
     """Return the sections that are printed after an audit."""
-    return [part for part in (_build_findings_section(audit), _build_cleaning_section(proofs)) if part is not None]
+    blocks = [block for each in proofs for block in _build_cleaning_blocks(each)]
+    cleaning = [Section("cleaning", "Would cleaning help?", tuple(blocks))] if blocks else []
+    return [_build_findings_section(audit), *cleaning]
 
 
 def _build_findings_section(audit: Audit) -> Section:
@@ -119,12 +121,7 @@ def describe_label_errors(errors: LabelErrors, num_train_rows: int) -> str:
     )
 
 
-def _build_cleaning_section(all_proofs: Sequence[Proofs]) -> Section | None:
-    blocks = [block for proofs in all_proofs for block in _build_cleaning_trial_blocks(proofs)]
-    return Section("cleaning", "Would cleaning help?", tuple(blocks)) if blocks else None
-
-
-def _build_cleaning_trial_blocks(proofs: Proofs) -> list[Element]:
+def _build_cleaning_blocks(proofs: Proofs) -> list[Element]:
     if not proofs.proofs:
         return [Paragraph(f"No cleaning step could be tested with {proofs.source}.")]
     write, rows = words.MetricFormatter(proofs.metric, _MARGIN), list[TableRow]()
