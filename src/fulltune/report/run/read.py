@@ -94,16 +94,16 @@ def join_attempts(attempts: Sequence[AttemptFiles]) -> History:
             restarts = [*(step for step in restarts if step < first), first]
         events = {key: event for key, event in events.items() if key[1] < first}
         events |= {(event.kind, event.step): event for event in logged}
-    kept = events.values()
-    steps = {each.step: each for each in kept if isinstance(each, StepLogged)}
+    all_events = events.values()
+    steps = {each.step: each for each in all_events if isinstance(each, StepLogged)}
     return History(
         train=_points_by_metric(
             {at: {name: getattr(one, name) for name in _TRAIN_SERIES} for at, one in steps.items()}
         ),
-        evaluation=_points_by_metric({one.step: one.metrics for one in kept if isinstance(one, Evaluated)}),
+        evaluation=_points_by_metric({one.step: one.metrics for one in all_events if isinstance(one, Evaluated)}),
         restarts=tuple(restarts),
-        skipped=tuple(sorted(one.step for one in kept if isinstance(one, StepSkipped))),
-        answers=tuple(one for one in kept if isinstance(one, Answered)),
+        skipped=tuple(sorted(one.step for one in all_events if isinstance(one, StepSkipped))),
+        answers=tuple(one for one in all_events if isinstance(one, Answered)),
     )
 
 
