@@ -316,27 +316,28 @@ class Executor:
         if record is None or self._sink is None:
             yield []
             return
-        buffers, received = self._sink.gradients(record), set[str]()
+        sink, buffers, received = self._sink, dict[str, Tensor](), set[str]()
+
+        def add(name: str, parameter: Tensor) -> None:
+            """Add a parameter's gradient to its buffer, replacing what an earlier unit left there, and free it."""
+            if not buffers:  # only now: the last unit's may still have been written
+                buffers.update(sink.gradients(record))
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None
+            if name in received:
+                buffers[name].add_(gradient.to(buffers[name].device))
+            else:
+                buffers[name].copy_(gradient)
+            received.add(name)
+
         names = [name for name in self.units[record].names if self._parameters[name].requires_grad]
         with contextlib.ExitStack() as hooks:
             for name in names:
-                hook = partial(_add_to_buffer, buffers[name], name, received)
-                hooks.enter_context(self._parameters[name].register_post_accumulate_grad_hook(hook))
+                hooks.enter_context(self._parameters[name].register_post_accumulate_grad_hook(partial(add, name)))
             yield [self._parameters[name] for name in names]
-        complete = [name for name in names if name in received]
-        self.norms |= {name: _norm(buffers[name]) for name in complete}
-        self._sink.park(record, complete)
-
-
-def _add_to_buffer(buffer: Tensor, name: str, received: set[str], parameter: Tensor) -> None:
-    """Add a parameter's gradient to a buffer, replacing what an earlier unit left there, and free it."""
-    gradient, parameter.grad = parameter.grad, None
-    assert gradient is not None
-    if name in received:
-        buffer.add_(gradient.to(buffer.device))
-    else:
-        buffer.copy_(gradient)
-    received.add(name)
+        if received:
+            self.norms |= {name: _norm(buffers[name]) for name in received}
+            sink.park(record, sorted(received))
 
 
 def _norm(gradient: Tensor) -> Tensor:
