@@ -16,6 +16,7 @@ from fulltune.plan import budget
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.methods import Method
+from fulltune.records.plan import MemorySettings
 from fulltune.system import parallel_layout
 from fulltune.system.parallel_layout import ParallelLayout
 from tests import tiny
@@ -100,6 +101,11 @@ def test_all_problems_are_named_at_once() -> None:
         assert any(word in line for line in lines), word
 
 
+def planned(precision: str) -> MemorySettings:
+    sizes = {"micro_batch_size": 2, "gradient_accumulation_steps": 2, "num_processes": 2, "longest_tokens": 8}
+    return MemorySettings.model_validate({**sizes, "precision": precision})
+
+
 def test_settings_that_contradict_the_plan_are_all_named() -> None:
     settings = {
         "zero_optimization": {"stage": 3},
@@ -109,7 +115,7 @@ def test_settings_that_contradict_the_plan_are_all_named() -> None:
         "gradient_clipping": 0.5,
         "bf16": {"enabled": True},
     }
-    lines = parallel_layout.plan_conflicts(recipe(settings), 2, 2, 2, "fp32")
+    lines = parallel_layout.plan_conflicts(recipe(settings), planned("fp32"))
 
     assert lines == [
         "train.extra.deepspeed: train_batch_size is 16, but train.global_batch_size gives 8; set "
@@ -123,7 +129,7 @@ def test_settings_that_contradict_the_plan_are_all_named() -> None:
 
 def test_settings_that_agree_with_the_plan_pass() -> None:
     settings = {"zero_optimization": {"stage": 1}, "train_batch_size": 8, "bf16": {"enabled": True}}
-    assert parallel_layout.plan_conflicts(recipe(settings), 2, 2, 2, "bf16") == []
+    assert parallel_layout.plan_conflicts(recipe(settings), planned("bf16")) == []
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def check_offload_fits(recipe: Recipe, shapes: Shapes, machine: Machine) -> None
     if layout is None or not machine.gpus:
         return
     processes, machines = recipe.train.num_processes, recipe.train.num_machines
-    on_host = offloaded_bytes(layout, shapes.num_parameters, processes, num_trainable=shapes.num_trainable) // machines
+    on_host = offloaded_bytes(layout, shapes, processes) // machines
     if on_host > machine.memory_available_bytes:
         each = f" on each of {machines} machines" if machines > 1 else ""
         raise DoesNotFitError(
@@ -117,7 +117,7 @@ def _zero_need_per_gpu_process(
     points = footprint.evaluation[footprint.traced_precision(settings.precision)]
     scoring = _peak_activations_and_logits(points, footprint, settings.eval_batch_size, settings)
     evaluation = state["weights"] + state["optimizer"] + buffers + sum(scoring.values())
-    host = offloaded_bytes(layout, parameters, processes, shapes.num_trainable) // processes
+    host = offloaded_bytes(layout, shapes, processes) // processes
     return MemoryNeed(kinds=kinds, phases={"step": sum(kinds.values()), "evaluation": evaluation}, host=host)
 
 
@@ -150,11 +150,9 @@ def zero_state_bytes(num_parameters: int, num_trainable: int | None = None) -> d
     return {"weights": weights * num_parameters, "gradients": gradients * trained, "optimizer": optimizer * trained}
 
 
-def offloaded_bytes(
-    layout: ParallelLayout, num_parameters: int, num_processes: int, num_trainable: int | None = None
-) -> int:
+def offloaded_bytes(layout: ParallelLayout, shapes: Shapes, num_processes: int) -> int:
     """Return how much host memory all processes together need for the state that ZeRO offloads."""
-    each = layout.bytes_on("host", zero_state_bytes(num_parameters, num_trainable), num_processes)
+    each = layout.bytes_on("host", zero_state_bytes(shapes.num_parameters, shapes.num_trainable), num_processes)
     return round(HOST_BUFFERS * num_processes * sum(each.values()))
 
 

@@ -107,8 +107,7 @@ def _fitting_option(basis: Basis, own_loss: bool, reasons: Reasons) -> tuple[cho
     if option.settings.stream is not None:
         option = with_cache(basis, option, option.settings.stream)
     used = option.settings
-    batches = (used.micro_batch_size, used.gradient_accumulation_steps)
-    if problems := parallel_layout.plan_conflicts(recipe, *batches, used.num_processes, used.precision):
+    if problems := parallel_layout.plan_conflicts(recipe, used):
         raise RecipeError(problems)
     return option, alternatives.check_disk_space(recipe, shapes.num_parameters, used, fleet.disk_bytes, fleet.disk_at)
 

@@ -91,8 +91,7 @@ def table_row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, change
     kinds, layout = dict(memory.kinds), basis.layout
     # Evaluation, saving or resuming may have the higher peak.
     kinds["buffers"] = kinds.get("buffers", 0) + memory.peak - sum(kinds.values())
-    on_hosts = budget.offloaded_bytes(layout, basis.shapes.num_parameters, settings.num_processes) if layout else 0
-    host = memory.host if settings.stream else -(-on_hosts // settings.num_machines)
+    host = memory.host * settings.processes_per_machine
     seconds = basis.step_seconds(settings)
     missing = {"device": memory.peak - basis.available_bytes}
     if host:

@@ -118,8 +118,9 @@ def _smaller_batches(recipe: Recipe, now: MemorySettings) -> list[Changes]:
     while size > 1:
         size //= next(number for number in range(2, size + 1) if size % number == 0)
         passes = now.gradient_accumulation_steps * now.micro_batch_size // size
-        if not parallel_layout.plan_conflicts(recipe, size, passes, now.num_processes, now.precision):
-            smaller.append({"micro_batch_size": size, "gradient_accumulation_steps": passes})
+        changes = {"micro_batch_size": size, "gradient_accumulation_steps": passes}
+        if not parallel_layout.plan_conflicts(recipe, now.changed(**changes)):
+            smaller.append(changes)
     return smaller
 
 

@@ -206,21 +206,20 @@ def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
 # ---- the page ------------------------------------------------------------------------------------------------------
 
 EXTRAS = ("triton", "flash-attn", "deepspeed", "bitsandbytes")
-CHECKS: tuple[tuple[str, str, Callable[[str], CheckOutcome]], ...] = (
+CHECKS: tuple[tuple[str, Callable[[str], CheckOutcome]], ...] = (
     *(
-        ("precision", f"{kind} product of 256 x 256 against float64", partial(check_matrix_product, precision=kind))
+        (f"{kind} product of 256 x 256 against float64", partial(check_matrix_product, precision=kind))
         for kind in TYPES
     ),
-    ("attention", "sdpa with the kernel that torch chooses, against eager", partial(check_sdpa, backend=None)),
-    *(("attention", f"sdpa {kind} against eager", partial(check_sdpa, backend=kind)) for kind in BACKENDS),
-    ("attention", "flash_attention_2 against eager", check_flash_attention_2),
-    ("processes", "all-reduce over two processes (gloo; nccl on GPUs)", check_all_reduce),
+    ("sdpa with the kernel that torch chooses, against eager", partial(check_sdpa, backend=None)),
+    *((f"sdpa {kind} against eager", partial(check_sdpa, backend=kind)) for kind in BACKENDS),
+    ("flash_attention_2 against eager", check_flash_attention_2),
+    ("all-reduce over two processes (gloo; nccl on GPUs)", check_all_reduce),
 )
 
 
 class CheckResult(Record):
     device: str
-    check: str
     ran: str
     status: Literal["pass", "fail", "not here"]
     result: str
@@ -244,14 +243,14 @@ def run_checks(listener: Callable[[str], None] = lambda line: None) -> Page:
         # Torch warns for each reason why it skips a kernel; the page shows which ones are missing.
         warnings.simplefilter("ignore")
         for device in devices_to_check():
-            for name, ran, function in CHECKS:
+            for ran, function in CHECKS:
                 listener(f"{device}: {ran}")
-                findings.append(_run_check(name, ran, function, device))
+                findings.append(_run_check(ran, function, device))
     today, seconds = datetime.date.today().isoformat(), round(time.monotonic() - started, 1)
     return Page(date=today, environment=describe_environment(), findings=tuple(findings), seconds=seconds)
 
 
-def _run_check(name: str, label: str, function: Callable[[str], CheckOutcome], device: str) -> CheckResult:
+def _run_check(label: str, function: Callable[[str], CheckOutcome], device: str) -> CheckResult:
     """Run a check; if it raises an error, return a failed result."""
     status: Literal["pass", "fail", "not here"]
     try:
@@ -261,7 +260,7 @@ def _run_check(name: str, label: str, function: Callable[[str], CheckOutcome], d
         status, text = "not here", mask_names(str(reason))
     except Exception as error:  # any failure is a result that the user wants to see
         status, text = "fail", mask_names(f"{type(error).__name__}: {error}")
-    return CheckResult(device=device, check=name, ran=label, status=status, result=text)
+    return CheckResult(device=device, ran=label, status=status, result=text)
 
 
 def report_section_of_page(page: Page) -> Section:

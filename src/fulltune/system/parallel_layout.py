@@ -9,7 +9,7 @@ from typing import Any, Literal
 from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.training import ENGINE_SETTINGS
-from fulltune.records.plan import MemoryKind, Plan
+from fulltune.records.plan import MemoryKind, MemorySettings, Plan
 from fulltune.text import counted
 
 MemoryTier = Literal["device", "host"]
@@ -100,8 +100,7 @@ def zero_settings(recipe: Recipe) -> dict[str, Any]:
 
 def resolve_settings(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     """Return DeepSpeed's settings with the plan's numbers; values that transformers fills in stay "auto"."""
-    sizes = plan.micro_batch_size, plan.gradient_accumulation_steps, plan.num_processes, plan.precision
-    filled, problems = _fill_and_check(recipe, *sizes)
+    filled, problems = _fill_and_check(recipe, plan)
     if problems:  # the file may have changed since the plan was made
         raise RecipeError(problems)
     if recipe.train.placement in STAGES:
@@ -110,27 +109,22 @@ def resolve_settings(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     return filled
 
 
-def plan_conflicts(
-    recipe: Recipe, micro_batch_size: int, accumulation: int, num_processes: int, precision: str
-) -> list[str]:
-    """Return a problem for each DeepSpeed setting that contradicts the plan."""
-    if not recipe.train.zero_enabled_by:
-        return []
-    return _fill_and_check(recipe, micro_batch_size, accumulation, num_processes, precision)[1]
+def plan_conflicts(recipe: Recipe, planned: MemorySettings) -> list[str]:
+    """Return a problem for each DeepSpeed setting that contradicts the planned ones."""
+    return _fill_and_check(recipe, planned)[1] if recipe.train.zero_enabled_by else []
 
 
-def _fill_and_check(
-    recipe: Recipe, micro_batch_size: int, accumulation: int, num_processes: int, precision: str
-) -> tuple[dict[str, Any], list[str]]:
-    """Return the settings with "auto" replaced by the plan's numbers, and a problem for each contradiction."""
+def _fill_and_check(recipe: Recipe, settings: MemorySettings) -> tuple[dict[str, Any], list[str]]:
+    """Return DeepSpeed's settings with "auto" replaced by the planned numbers, and a problem for each contradiction."""
     filled, problems = zero_settings(recipe), []
+    micro_batch_size, accumulation = settings.micro_batch_size, settings.gradient_accumulation_steps
     planned: dict[str, tuple[Any, str]] = {
         "train_micro_batch_size_per_gpu": (micro_batch_size, "train.micro_batch_size"),
         "gradient_accumulation_steps": (accumulation, "train.global_batch_size / (micro batch x processes)"),
-        "train_batch_size": (micro_batch_size * accumulation * num_processes, "train.global_batch_size"),
+        "train_batch_size": (micro_batch_size * accumulation * settings.num_processes, "train.global_batch_size"),
         "gradient_clipping": (recipe.train.max_grad_norm, "train.max_grad_norm"),
-        "bf16.enabled": (precision == "bf16", "train.precision"),
-        "fp16.enabled": (precision == "fp16", "train.precision"),
+        "bf16.enabled": (settings.precision == "bf16", "train.precision"),
+        "fp16.enabled": (settings.precision == "fp16", "train.precision"),
         "torch_autocast.enabled": (False, "train.precision"),
     }
     for name, (value, source) in planned.items():
