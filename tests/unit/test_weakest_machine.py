@@ -39,7 +39,7 @@ def test_each_number_is_the_least() -> None:
         cpu_flops=1e12,
         memory_bytes_per_second=1e9,
         shared_memory_bytes=4 * GIB,
-        differs="16 to 64 cores, 32.0 to 64.0 GiB of memory, 10.0 to 60.0 GiB of free memory",
+        differs="cores, memory and free memory",
     )
 
 
@@ -47,7 +47,7 @@ def test_gpus_are_as_many_as_the_poorest_has_and_the_least_at_each_number() -> N
     a100, t4 = gpu("A100", 80, (8, 0), 79), gpu("T4", 15, (7, 5), 14)
     found = weakest_machine([machine(a100, t4, a100), machine(gpu("A100", 80, (8, 0), 20), a100)])
     assert found.gpus == (gpu("A100", 80, (8, 0), 20), t4)
-    assert found.differs == "2 to 3 GPUs, A100 and T4"
+    assert found.differs == "GPUs"
     large_and_old = gpu("V100", 32, (7, 0), 31)
     [mixed] = weakest_machine([machine(gpu("RTX 4080", 16, (8, 9), 15)), machine(large_and_old)]).gpus
     assert mixed == gpu("V100", 16, (7, 0), 15), "its type of the computations, the other's memory"

@@ -46,7 +46,7 @@ def choose_device(recipe: Recipe, machine: Machine, reasons: Reasons) -> str:
     count, machines = len(machine.gpus), recipe.train.num_machines
     reason = f"{counted(count, 'GPU')} found" if count else "no GPU found"
     reason += f" on {'each' if count else 'any'} of {machines} machines" if machines > 1 else ""
-    reason += f"; the machines differ ({machine.differs}), so the plan is for the weakest" if machine.differs else ""
+    reason += f"; the machines differ in {machine.differs}, so the plan is for the weakest" if machine.differs else ""
     device = str(reasons.add("train.device", None if wanted == "auto" else wanted, "cuda" if count else "cpu", reason))
     _raise_if_too_many_processes(recipe, machine, device)
     return device
@@ -59,7 +59,7 @@ def _raise_if_too_many_processes(recipe: Recipe, machine: Machine, device: str) 
         return
     several = train.num_machines > 1
     each = f" ({train.processes_per_machine} on each of {train.num_machines} machines)" if several else ""
-    unlike = f"; the machines differ: {machine.differs}" if machine.differs else ""
+    unlike = f"; the machines differ in {machine.differs}" if machine.differs else ""
     forced = ", or train.oversubscribe: true to try anyway" if device == "cpu" else ""
     raise RecipeError(
         f"train.num_processes: {train.num_processes}{each}, but {'each' if several else 'this'} machine has "

@@ -28,6 +28,10 @@ faster than fp32 (cuBLAS's COMPUTE_32F)."""
 
 
 _REPEATS = 8
+_LEAST = (
+    *("num_cores", "memory_bytes", "memory_available_bytes", "cpu_bf16_speedup", "cpu_flops"),
+    "memory_bytes_per_second",
+)
 
 
 class Gpu(Record):
@@ -71,7 +75,7 @@ class Machine(Record):
     """Free bytes in /dev/shm, through which processes pass tensors."""
     load_average: float = 0.0
     differs: str = ""
-    """Differences between the machines that this record combines, such as `16 to 64 cores`."""
+    """In what the machines differ that this record combines, such as `cores`."""
 
     @property
     def busy_warning(self) -> str:
@@ -110,17 +114,12 @@ def weakest_machine(machines: Sequence[Machine]) -> Machine:
     shared = [one.shared_memory_bytes for one in machines if one.shared_memory_bytes is not None]
     return Machine(
         cpu=" / ".join(dict.fromkeys(one.cpu for one in machines)),
-        num_cores=min(one.num_cores for one in machines),
-        memory_bytes=min(one.memory_bytes for one in machines),
-        memory_available_bytes=min(one.memory_available_bytes for one in machines),
-        cpu_bf16_speedup=min(one.cpu_bf16_speedup for one in machines),
         # The fewest GPUs of any machine, because local process i uses GPU i.
         gpus=tuple(_weakest_gpu(gpus) for gpus in zip(*(one.gpus for one in machines), strict=False)),
-        cpu_flops=min(one.cpu_flops for one in machines),
-        memory_bytes_per_second=min(one.memory_bytes_per_second for one in machines),
         load_average=max(one.load_average for one in machines),
         shared_memory_bytes=min(shared, default=None),
         differs=_describe_differences(machines),
+        **{name: min(getattr(one, name) for one in machines) for name in _LEAST},
     )
 
 
@@ -132,25 +131,15 @@ def _weakest_gpu(gpus: Sequence[Gpu]) -> Gpu:
 
 
 def _describe_differences(machines: Sequence[Machine]) -> str:
-    """Describe how machines differ in GPUs, cores and memory; return an empty string if they do not."""
-    kinds = {tuple(sorted(gpu.name for gpu in one.gpus)) for one in machines}
-    names = sorted({name for kind in kinds for name in kind})
-    spans = (
-        _format_range([len(one.gpus) for one in machines], "GPUs"),
-        listed(names) if len(kinds) > 1 and len(names) > 1 else "",
-        _format_range([one.num_cores for one in machines], "cores"),
-        _format_range([one.memory_bytes / 2**30 for one in machines], "GiB of memory", digits=1, ratio=ALIKE),
-        _format_range(
-            [one.memory_available_bytes / 2**30 for one in machines], "GiB of free memory", digits=1, ratio=ALIKE
-        ),
-    )
-    return ", ".join(filter(None, spans))
-
-
-def _format_range(values: Sequence[float], unit: str, digits: int = 0, ratio: float = 1.0) -> str:
-    """Return a range such as `16 to 64 cores`, or "" unless the lowest is below `ratio` times the highest."""
-    least, most = min(values), max(values)
-    return f"{least:,.{digits}f} to {most:,.{digits}f} {unit}" if least < ratio * most else ""
+    """Return in what the machines differ, such as `GPUs and cores`, or an empty string if they do not."""
+    memory, free = ([getattr(one, name) for one in machines] for name in ("memory_bytes", "memory_available_bytes"))
+    differing = {
+        "GPUs": len({tuple(sorted(gpu.name for gpu in one.gpus)) for one in machines}) > 1,
+        "cores": len({one.num_cores for one in machines}) > 1,
+        "memory": min(memory) < ALIKE * max(memory),
+        "free memory": min(free) < ALIKE * max(free),
+    }
+    return listed([name for name, differs in differing.items() if differs])
 
 
 @cache
