@@ -8,7 +8,6 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -45,8 +44,24 @@ def run_attempt(request: Request, hooks: Hooks, listener: Listener | None = None
         journal = Journal(path)
         usage = ResourceUsage()
         try:
-            fields = _train_with_limit(request, hooks, journal, listener, usage, cleanup)
-            ended = {"status": "done", "reason": "", **fields}
+            hooks = hooks.with_named(request.recipe)
+            # Imported here, so that an error while torch and transformers load becomes an outcome as well.
+            from fulltune.train.loop.callbacks import Recorder, StopOnRequest
+            from fulltune.train.loop.inputs import AttemptInputs
+            from fulltune.train.worker import attempt
+
+            stop = StopOnRequest()
+
+            def ask_to_stop(*_: object) -> None:
+                stop.is_requested = True
+
+            cleanup.enter_context(signals.temporary_handlers(ask_to_stop))
+            limit, device = request.plan.memory_limit_bytes, request.plan.device
+            with memory_limit(limit, device, lambda line: journal.write("warning", line)):
+                recorder = Recorder(None if path is None else request.folder / "metrics.jsonl", listener)
+                summary = DataSummary.of_run(Path(request.run_folder))
+                inputs = AttemptInputs(request, hooks, journal, recorder, stop, usage, summary)
+                ended = {"status": "done", "reason": "", **attempt.train_attempt(inputs)}
         except BaseException as error:
             status, reason = outcome_of_error(error, request.folder)
             if status in ("error", "out_of_memory"):
@@ -76,34 +91,6 @@ def run_attempt(request: Request, hooks: Hooks, listener: Listener | None = None
             # If one rank fails, the others only see a closed connection: the parent reads the cause.
             outcome.save(request.folder / f"outcome-rank{rank}.json")
         return outcome
-
-
-def _train_with_limit(
-    request: Request,
-    hooks: Hooks,
-    journal: Journal,
-    listener: Listener | None,
-    usage: ResourceUsage,
-    cleanup: contextlib.ExitStack,
-) -> dict[str, Any]:
-    """Train within the memory limit; return fields of `Outcome`. `cleanup` restores signal handlers."""
-    hooks = hooks.with_named(request.recipe)
-    # Imported here, so that an error while torch and transformers load becomes an outcome as well.
-    from fulltune.train.loop.callbacks import Recorder, StopOnRequest
-    from fulltune.train.loop.inputs import AttemptInputs
-    from fulltune.train.worker import attempt
-
-    stop = StopOnRequest()
-
-    def ask_to_stop(*_: object) -> None:
-        stop.is_requested = True
-
-    cleanup.enter_context(signals.temporary_handlers(ask_to_stop))
-    limit, device = request.plan.memory_limit_bytes, request.plan.device
-    with memory_limit(limit, device, lambda line: journal.write("warning", line)):
-        recorder = Recorder(request.folder / "metrics.jsonl" if journal.path is not None else None, listener)
-        summary = DataSummary.of_run(Path(request.run_folder))
-        return attempt.train_attempt(AttemptInputs(request, hooks, journal, recorder, stop, usage, summary))
 
 
 def outcome_of_error(error: BaseException, folder: Path) -> tuple[OutcomeStatus, str]:
