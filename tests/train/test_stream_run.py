@@ -13,7 +13,7 @@ import torch
 
 from fulltune.errors import FulltuneError
 from fulltune.stream.state import DiskState
-from fulltune.train.loop import step_guard
+from fulltune.train.loop import step_guard, streamed
 from fulltune.train.loop.streamed import StreamedTrainer
 from tests import tiny
 from tests.cases import others_long
@@ -142,3 +142,16 @@ def test_best_weights_are_kept_and_the_state_is_deleted(tmp_path: Path) -> None:
     _, streamed_weights = train(tmp_path / "stream", "decoder", placement="stream", **settings)
     assert [name for name, one in weights.items() if not torch.equal(one, streamed_weights[name])] == []
     assert not list((tmp_path / "stream").rglob("state.bin"))
+
+
+def test_progress_within_a_step_names_units_and_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamed, "_SECONDS_BETWEEN_LINES", 0.0)
+    beats: list[int] = []
+    monkeypatch.setattr(StreamedTrainer, "write_heartbeat", lambda self, *_: beats.append(self.state.global_step))
+    train(tmp_path, "decoder", placement="stream", max_steps=1)
+    lines = [line for line in runs.events(tmp_path, "rows") if line["name"].startswith("step 1, ")]
+    assert [line["part"] for line in lines if "forward" in line["name"]][:5] == [f"unit {n} of 5" for n in range(1, 6)]
+    assert lines[-1]["name"] == "step 1, backward"
+    assert lines[-1]["part"] == "unit 5 of 5"
+    assert lines[-1]["done"] == lines[-1]["total"]
+    assert len(beats) > 2 * 5  # in the update too

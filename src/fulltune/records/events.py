@@ -43,7 +43,7 @@ class PhaseBegan(Event):
 
 
 class RowsRead(Event):
-    """Progress of reading rows outside of training."""
+    """Progress of reading rows outside of training, or weights within a step."""
 
     kind = "rows"
     name: str
@@ -51,6 +51,8 @@ class RowsRead(Event):
     total: int | None
     share: float | None = None
     unit: Literal["rows", "bytes"] = "rows"
+    part: str = ""
+    """What is being read."""
 
 
 class DataPrepared(Event):

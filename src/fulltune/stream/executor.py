@@ -232,6 +232,8 @@ class Executor:
         self._step: _Step | None = None
         self._uses: dict[int, list[_Call]] = {}
         self._left: dict[int, int] = {}
+        self.on_unit: Callable[[int, bool], object] = lambda unit, backward: None
+        """Called when a unit's weights are in memory, for a forward or a backward pass."""
         self.norms: dict[str, Tensor] = {}
         """L2 norm of each parameter's gradient in the last step: fp32 scalars."""
 
@@ -294,6 +296,7 @@ class Executor:
                     self._parameters[name].data = values.to(self.device)
             for record in records:
                 self._prefetch_next(backward, record)
+                self.on_unit(record, backward)
             yield
         finally:
             for record in records:

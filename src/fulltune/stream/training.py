@@ -27,6 +27,10 @@ class Streamed:
         """Read a parameter's current values."""
         return self.state.read(name, "weights")["weights"]
 
+    def weights_bytes(self, unit: int) -> int:
+        parameters = [self.skeleton.model.get_parameter(name) for name in self.units[unit].names]
+        return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
     def write(self, values: Mapping[str, torch.Tensor]) -> None:
         """Replace parameters' values, unit by unit."""
         for number, unit in enumerate(self.units):

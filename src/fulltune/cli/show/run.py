@@ -113,6 +113,7 @@ class Display:
         share = event.share if event.share is not None or not event.total else event.done / event.total
         done, total = ((f"{n:,}" if event.unit == "rows" else format_bytes(n)) for n in (event.done, event.total or 0))
         facts = (done if event.total is None else f"{done} of {total}") + " rows" * (event.unit == "rows")
+        facts = f"{event.part}, {facts}" if event.part else facts
         if share and share < 1:
             facts += f", {format_seconds(round((now - self.rows_began) * (1 - share) / share))} left"
         if (

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import Trainer
 
 from fulltune.errors import SetupError
 from fulltune.models.save import save_in_parts
+from fulltune.records.events import RowsRead
 from fulltune.stream.training import Streamed, streamed_of
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.optim.groups import planned_optimizer
@@ -20,6 +22,7 @@ from fulltune.train.optim.streamed import StreamedAdamW
 from fulltune.train.request import number_in
 
 Batch = dict[str, Any]
+_SECONDS_BETWEEN_LINES = 5.0
 
 
 class StepwiseTrainer(Trainer):
@@ -107,6 +110,8 @@ class StepwiseTrainer(Trainer):
 class StreamedTrainer(FullTrainer, StepwiseTrainer):
     """The Trainer of a run whose weights and optimizer state lie on a disk."""
 
+    _shown = 0.0
+
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         """Let the optimizer clip the gradients that are on the disk; return their norm."""
         norm = self._norm
@@ -119,7 +124,22 @@ class StreamedTrainer(FullTrainer, StepwiseTrainer):
         if self.optimizer is None:
             planned = planned_optimizer(self.model, self._plan, self.args, self._head_modules)
             self.optimizer = StreamedAdamW(self.model, self.streamed.state, *planned)
+            self.optimizer.on_slice = self.write_heartbeat  # a step may take longer than `hang_timeout`
+            self.streamed.executor.on_unit = self._show_progress
         return self.optimizer
+
+    def _show_progress(self, unit: int, backward: bool) -> None:
+        """Write a heartbeat and, every few seconds, which unit of the pass is in memory."""
+        self.write_heartbeat()
+        now, units = time.monotonic(), self.streamed.units
+        if not self.model.training or now - self._shown < _SECONDS_BETWEEN_LINES:
+            return
+        self._shown = now
+        sizes = [self.streamed.weights_bytes(number) for number in range(len(units))]
+        done = sum(sizes[unit:] if backward else sizes[: unit + 1])
+        name = f"step {self.state.global_step + 1:,}, {'backward' if backward else 'forward'}"
+        part = f"unit {len(units) - unit if backward else unit + 1} of {len(units)}"
+        self._recorder.write(RowsRead(name=name, done=done, total=sum(sizes), unit="bytes", part=part))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the weights only if they are the best so far: the state on the disk is what a run resumes from."""

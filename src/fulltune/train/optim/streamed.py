@@ -64,6 +64,8 @@ class StreamedAdamW(torch.optim.Optimizer):
         """Factor of the next step's gradients."""
         self.notes: Group = {}
         """What to note with the next step."""
+        self.on_slice: Callable[[], object] = lambda: None
+        """Called after each slice of an update."""
         self.is_replaying = False
         """True if the next step has been made already, before the process was killed."""
         if (record := state.pending()) is not None:
@@ -110,6 +112,7 @@ class StreamedAdamW(torch.optim.Optimizer):
                 if factor is not None:
                     gradient = gradient.float().mul_(factor)
                 self._update(*parameters[name], weights, gradient, tensors, record["updates"], begin)
+                self.on_slice()
 
             self._state.update(change)
         self._state.finish()
