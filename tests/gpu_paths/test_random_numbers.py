@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fulltune.selfcheck import make_llama
+from fulltune.stream.randomness import derived_random_state, random_state, set_random_state
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.worker import checks, dry_run
 from fulltune.train.worker.dry_run import restored_random_state
@@ -100,3 +101,44 @@ def test_dry_run_in_deepspeeds_engine_leaves_both_cards_alone(two_h100s: Cards) 
     plan = SimpleNamespace(micro_batch_size=2, packing=False)
     assert checks.dry_run_in_engine(trainer, rows, plan).passed  # type: ignore[arg-type]  # a stand-in
     assert states(two_h100s) == before
+
+
+def test_streamed_unit_puts_its_own_card_back(two_h100s: Cards) -> None:
+    device, before = torch.device("cuda", 1), states(two_h100s)
+    saved = random_state(device)
+    draw(two_h100s)
+    on_cpu = torch.rand(1)
+
+    set_random_state(saved, device)
+
+    now = states(two_h100s)
+    assert now[1] == before[1]
+    assert now[0] != before[0], "another card's numbers are not this unit's"
+    assert torch.rand(1) == on_cpu
+
+
+def test_streamed_unit_on_the_cpu_does_not_touch_the_cards(two_h100s: Cards) -> None:
+    device = torch.device("cpu")
+    saved = random_state(device)
+    draw(two_h100s)
+    drawn, on_cards = torch.rand(1), states(two_h100s)
+
+    set_random_state(saved, device)
+
+    assert torch.rand(1) == drawn
+    assert states(two_h100s) == on_cards
+
+
+def test_each_micro_batch_of_a_streamed_step_draws_its_own_numbers_on_the_card(two_h100s: Cards) -> None:
+    device = torch.device("cuda", 1)
+    start = random_state(device)
+
+    derived = [derived_random_state(start, number, device) for number in (1, 2, 1)]
+
+    assert all(torch.equal(*both) for both in zip(random_state(device), start, strict=True)), "it drew from them"
+    drawn = []
+    for state in (start, *derived):
+        set_random_state(state, device)
+        drawn.append((draw(two_h100s)[1], float(torch.rand(1))))
+    assert drawn[1] == drawn[3]
+    assert len({on_card for on_card, _ in drawn}) == len({on_cpu for _, on_cpu in drawn}) == 3

@@ -29,6 +29,7 @@ from transformers import (
 from fulltune.errors import SetupError
 from fulltune.stream.executor import Executor, install
 from fulltune.stream.units import find_units, placeholder
+from tests.gpu_paths.computed import formats
 
 SMALL: dict[str, Any] = {
     "num_hidden_layers": 3,
@@ -182,6 +183,20 @@ def _compare(family: str, micro_batches: int, autocast: bool) -> None:
         assert torch.allclose(executor.norms[name], source.parked[name].norm()), name
     assert not source.in_use
     assert all(bool(one.isnan().all()) and one.grad is None for one in other.parameters())
+
+
+@pytest.mark.stand_in("autocast on the CPU", card="the numbers of the card's kernels")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_units_compute_in_the_format_of_their_call_forward_and_again(dtype: torch.dtype | None) -> None:
+    expected = {"stream/executor.py: run": {dtype or torch.float32}}
+    with formats() as found:
+        other, executor, _ = streamed(_Numbered())
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            losses = executor.losses([partial(other, torch.ones(2, 2)) for _ in range(2)])
+        assert found == expected
+        found.clear()
+        executor.backward(losses)
+    assert found == expected
 
 
 def _loss(model: Any, seed: int) -> Tensor:

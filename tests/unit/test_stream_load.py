@@ -27,6 +27,7 @@ from fulltune.stream.units import find_units
 from tests import tiny
 from tests.cases import others_long
 from tests.contract.test_predict import KINDS, made
+from tests.gpu_paths.cards import GIB, Cards, h100
 from tests.train import runs
 from tests.unit.test_stream_files import base_of, make
 
@@ -147,6 +148,17 @@ def test_model_that_neither_fits_nor_streams_is_refused(tmp_path: Path, no_memor
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "part.safetensors")
     with pytest.raises(DoesNotFitError, match=r"1,000 bytes of memory are free, but they cannot be streamed.*no model"):
         load_within(base, {}, head_is_new=False)
+
+
+@pytest.mark.stand_in("a card by a patched torch.cuda", card="what the driver calls free")
+def test_card_must_have_room_for_the_model_if_it_goes_there(tmp_path: Path) -> None:
+    base, _ = make(tmp_path / "model", "llama")
+    with Cards([h100()]).plugged_in() as cards:
+        cards[0].take(79 * GIB - 1000)
+        assert not any(one.isnan().any() for one in load_within(base, {}, head_is_new=False).parameters())
+        (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "part.safetensors")
+        with pytest.raises(DoesNotFitError, match=r"1,000 bytes of memory are free, but they cannot be streamed"):
+            load_within(base, {}, head_is_new=False, device="cuda")
 
 
 @pytest.mark.parametrize("kind", others_long(KINDS, "single_label", "span", "prompt_completion", "source_target"))

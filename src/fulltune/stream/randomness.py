@@ -13,13 +13,13 @@ def random_state(device: torch.device) -> list[Tensor]:
 
 def set_random_state(states: Sequence[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state, device)
 
 
 def derived_random_state(states: Sequence[Tensor], number: int, device: torch.device) -> list[Tensor]:
     """Return another random state that depends only on `states` and `number`."""
     seed = (int(states[0].view(torch.int64)[8:72].sum()) * 1_000_003 + number) % 2**63
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device for _ in states[1:]]):
         torch.manual_seed(seed)
         return random_state(device)

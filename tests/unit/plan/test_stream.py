@@ -26,6 +26,7 @@ from tests.unit.plan import sizes
 PARAMETERS, BLOCK, VOCABULARY = 6_738_415_616, 202_383_360, 32_000 * 4096
 MIB = 2**20
 LAPTOP = "cpu, 24GB host, 2 cores"
+on_a_gpu = pytest.mark.stand_in("records of machines and models", card="whether the bytes are right")
 NARROW = {"model": {"name": "m", "weights_dtype": "bf16"}}
 
 
@@ -166,6 +167,27 @@ def test_memory_that_is_left_caches_weights_and_spares_reading(shapes: Shapes) -
     assert describe_stream(plans.plan()) == ()
 
 
+@on_a_gpu
+def test_cache_beside_a_gpu_fills_the_limit_of_its_host_and_nothing_without_one(shapes: Shapes) -> None:
+    def found(hardware: str, **stream: str) -> tuple[int, int, int | None]:
+        plan = narrow(shapes, hardware=hardware, stream=stream)
+        assert plan.stream is not None
+        assert plan.memory is not None
+        return plan.stream.cache_bytes, plan.memory.host, plan.memory_limit_bytes
+
+    card = "1x RTX 4090, 24GB host"
+    none, host, limit = found(card)
+    assert (none, limit) == (0, None)
+    cached, with_cache, limit = found(card, host_memory="8GiB")
+    assert cached == with_cache - host > 0
+    assert (with_cache, limit) == ((8 * 1024 - 700) * MIB, None)
+    assert found(card, device_memory="20GiB", host_memory="8GiB") == (cached, with_cache, 20 * 1024 * MIB)
+    on_cpu, host, limit = found(LAPTOP, device_memory="1GiB")
+    assert on_cpu > 0
+    assert (host, limit) == (0, None)
+
+
+@on_a_gpu
 @pytest.mark.parametrize(
     ("stream", "hardware", "problem"),
     [
