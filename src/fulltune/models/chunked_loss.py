@@ -37,8 +37,8 @@ class ChunkedLogits:
         """Return the sum of all tokens' cross entropies, a float32 scalar; `targets[tokens]` are token ids."""
 
         def compute(hidden: torch.Tensor) -> tuple[torch.Tensor]:
-            inputs = (hidden, self.weight, self.bias, targets, label_smoothing)
-            return (_ChunkedCrossEntropy.apply(*inputs, torch.is_grad_enabled()),)
+            inputs = (hidden, self.weight, self.bias, targets, label_smoothing, torch.is_grad_enabled())
+            return (_ChunkedCrossEntropy.apply(*inputs, hasattr(self.head, "call_with_weights")),)
 
         vars(compute)["same_without_graph"] = True
         return self._with_weights(compute)[0]
@@ -80,6 +80,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         label_smoothing: float,
         wants_gradients: bool,
+        is_streamed: bool,
     ) -> torch.Tensor:
         """Return the summed loss; if `wants_gradients`, save the gradients of hidden states, weight and bias."""
         of_hidden, of_weight, of_bias = (wants_gradients and needed for needed in ctx.needs_input_grad[:3])
@@ -101,6 +102,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if weight_grad is not None:
                     _add_weight_gradient(weight_grad, gradient, hidden[chunk])
                 del gradient  # before the next chunk makes its own
+        ctx.is_streamed = is_streamed
         ctx.types = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
         return loss
@@ -110,11 +112,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the saved gradients times `factor`, the gradient of the loss."""
         # In place: a second backward pass through the same graph is an error that autograd itself reports.
+        # A streamed gradient is copied at once, so it may keep the float32 memory; another one would keep it for a step.
+        convert = _convert_in_place if ctx.is_streamed else torch.Tensor.to
         scaled = (
-            None if gradient is None else gradient.mul_(factor).to(kind)
+            None if gradient is None else convert(gradient.mul_(factor), kind)
             for gradient, kind in zip(ctx.saved_tensors, ctx.types, strict=True)
         )
-        return (*scaled, None, None, None)
+        return (*scaled, None, None, None, None)
+
+
+def _convert_in_place(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Convert contiguous values to a dtype that is not wider, in the same memory."""
+    narrow = values.view(-1).view(dtype)[: values.numel()]
+    if values.dtype != dtype:
+        for begin in range(0, values.numel(), _BLOCK_NUMBERS):
+            part = slice(begin, begin + _BLOCK_NUMBERS)
+            narrow[part] = values.view(-1)[part].to(dtype)  # by way of a copy: the places overlap
+    return narrow.view(values.shape)
 
 
 def _logit_chunks(
