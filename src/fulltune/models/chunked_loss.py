@@ -112,7 +112,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the saved gradients times `factor`, the gradient of the loss."""
         # In place: a second backward pass through the same graph is an error that autograd itself reports.
-        # A streamed gradient is copied at once, so it may keep the float32 memory; another one would keep it for a step.
+        # A streamed gradient is copied at once, so it may stay in float32 memory; another one stays for a step.
         convert = _convert_in_place if ctx.is_streamed else torch.Tensor.to
         scaled = (
             None if gradient is None else convert(gradient.mul_(factor), kind)
