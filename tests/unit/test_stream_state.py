@@ -66,7 +66,7 @@ def descend(name: str, begin: int, tensors: dict[str, Tensor]) -> None:
 
 def train(state: DiskState, steps: int) -> None:
     """Go on to a step, as a run does after it was killed."""
-    if state.pending() is not None:
+    if state.journal.pending is not None:
         state.update(descend)
         state.finish()
     done = state.journal.finished
@@ -212,7 +212,7 @@ def test_killed_at_any_moment_goes_on_to_the_same_bytes(tmp_path: Path, times: i
         kills += 1
         between_units += journal.pending is not None and 0 < len(journal.done) < 4
     state = reopen(folder)
-    last = state.pending() or state.journal.finished or {}
+    last = state.journal.pending or state.journal.finished or {}
     steps = int(last["step"]) + 1  # type: ignore[call-overload]  # JSON
     train(state, steps)
     undisturbed = make(tmp_path / "other")
@@ -236,7 +236,7 @@ def test_two_processes_cannot_use_one_state(tmp_path: Path) -> None:
 def test_update_begins_only_after_the_last_one_has_ended(tmp_path: Path) -> None:
     state = make(tmp_path)
     state.begin({"step": 1})
-    assert state.pending() == {"step": 1}
+    assert state.journal.pending == {"step": 1}
     with pytest.raises(ValueError, match="finish the pending update"):
         state.begin({"step": 2})
     with pytest.raises(ValueError, match="no pending update"):

@@ -157,6 +157,8 @@ def choose_placement(workload: Workload, fleet: Fleet, own_loss: bool = False) -
         if single <= free:
             return with_placement(recipe, "single"), ALONE
         why = f"a whole copy needs {format_bytes(single)}, but only {format_bytes(free)} is free"
+        if fleet.machine.gpus and recipe.train.device != "cpu":
+            return with_placement(recipe, "single"), f"{ALONE}; stream, untested on GPUs, must be set there"
         if against := stream.why_not_stream(workload.shapes, recipe, workload.may_stream):
             return with_placement(recipe, "single"), f"{ALONE}; stream is not possible: {against}"
         free, needed, _ = memory_with("stream")

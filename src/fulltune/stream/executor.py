@@ -24,26 +24,18 @@ from fulltune.stream.units import Unit, placeholder
 
 
 class WeightSource(Protocol):
-    """Weights by unit."""
+    """Weights of each unit by name, on the CPU, valid until they are released."""
 
-    def prefetch(self, unit: int) -> None:
-        """Begin to read a unit's weights in the background."""
-
-    def weights(self, unit: int) -> Mapping[str, Tensor]:
-        """Return the unit's own weights by parameter name, on the CPU; they are valid until `release`."""
-
-    def release(self, unit: int) -> None:
-        """Allow the unit's memory to be used for another one."""
+    def prefetch(self, unit: int) -> None: ...
+    def weights(self, unit: int) -> Mapping[str, Tensor]: ...
+    def release(self, unit: int) -> None: ...
 
 
 class GradientSink(Protocol):
-    """Receives the gradients of one unit at a time."""
+    """Takes one unit's gradients at a time from uninitialised buffers that it provides."""
 
-    def gradients(self, unit: int) -> Mapping[str, Tensor]:
-        """Return uninitialised buffers for the unit's gradients, by parameter name."""
-
-    def park(self, unit: int, names: Sequence[str]) -> None:
-        """Take the gradients of these parameters out of the buffers."""
+    def gradients(self, unit: int) -> Mapping[str, Tensor]: ...
+    def park(self, unit: int, names: Sequence[str]) -> None: ...
 
 
 T = TypeVar("T")
@@ -94,12 +86,14 @@ class _Call:
     executor: Executor
     requests: list[_Request]
     results: list[tuple[list[object], TreeSpec, list[Tensor]]] = field(default_factory=list)
-    """Each micro batch's returned leaves, their structure, and the random state afterwards."""
+    """Each micro batch's returned leaves, their structure, and the random state afterwards, until these are used."""
+    num_outputs: list[int] = field(default_factory=list)
+    """Tensors among the leaves of each micro batch."""
     constant: list[bool] = field(default_factory=list)
     """Whether each output tensor depends on no weights and no input with a gradient."""
     inputs: tuple[Tensor, ...] = ()
     gradients: list[list[Tensor | None]] = field(default_factory=list)
-    """Of each micro batch's tensors in `results`, kept until the gradients of shared weights are computed."""
+    """Of each micro batch's outputs, kept until the gradients of shared weights are computed."""
 
     @property
     def unit(self) -> int:
@@ -118,6 +112,7 @@ class _Call:
                 self.constant += [not leaf.requires_grad and has_graph for leaf in leaves if isinstance(leaf, Tensor)]
                 leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
                 self.results.append((leaves, structure, random_state(device)))
+                self.num_outputs.append(sum(isinstance(leaf, Tensor) for leaf in leaves))
         return [leaf for leaves, *_ in self.results for leaf in leaves if isinstance(leaf, Tensor)]
 
     def casting(self) -> torch.autocast:
@@ -136,7 +131,7 @@ class _Call:
         """Compute the gradients of the inputs, and of all weights whose last call this is."""
         given = iter(grads)  # of the outputs, then of the inputs that later units use too
         self.inputs = tensors
-        self.gradients = [[next(given) for leaf in leaves if isinstance(leaf, Tensor)] for leaves, *_ in self.results]
+        self.gradients = [[next(given) for _ in range(count)] for count in self.num_outputs]
         later = [next(given) if needed else None for needed in needs]
         completed = self.executor.complete(self)
         # Usually the unit's own weights, whose gradients come with those of the inputs.
@@ -159,17 +154,15 @@ class _Call:
         """
         leaves = _detached(self._split(self.inputs)[micro], needs)
         with torch.enable_grad():
-            pairs = [(leaf.view_as(leaf), grad) for leaf, grad in zip(leaves, later, strict=False) if grad is not None]
-        begun = iter([start for start, _ in pairs])
-        given = [next(begun) if grad is not None else leaf for leaf, grad in zip_longest(leaves, later)]
+            given = [leaf if grad is None else leaf.view_as(leaf) for leaf, grad in zip_longest(leaves, later)]
         before = random_state(self.executor.device)
         set_random_state(self.requests[micro].random, self.executor.device)
         with torch.enable_grad(), self.casting():
             returned, _ = self.requests[micro].run(given)
         set_random_state(before, self.executor.device)
         outputs = [leaf for leaf in returned if isinstance(leaf, Tensor)]
-        pairs += [(one, grad) for one, grad in zip(outputs, self.gradients[micro], strict=True) if grad is not None]
-        return leaves, [(output, grad) for output, grad in pairs if output.requires_grad]
+        pairs = [*zip(given, later, strict=False), *zip(outputs, self.gradients[micro], strict=True)]
+        return leaves, [(output, grad) for output, grad in pairs if grad is not None and output.requires_grad]
 
 
 def _detached(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
@@ -222,10 +215,7 @@ class Executor:
         self.device = next(model.parameters()).device
         self._parameters = dict(model.named_parameters())
         owner = {name: number for number, unit in enumerate(units) for name in unit.names}
-        self._records = [
-            tuple(sorted({*([number] if unit.names else []), *(owner[name] for name in unit.tied)}))
-            for number, unit in enumerate(units)
-        ]
+        self._records = [sorted({owner[name] for name in unit.names + unit.tied}) for unit in units]
         self._after: dict[tuple[bool, int], int] = {}
         """Unit that was needed after another one, in forward and backward passes."""
         self._last: tuple[bool, int] | None = None
@@ -290,20 +280,22 @@ class Executor:
     def weights_of(self, units: set[int], backward: bool = False) -> Iterator[None]:
         """Give the units' parameters their values inside the context."""
         records = sorted({record for unit in units for record in self._records[unit]})
-        try:
+        with contextlib.ExitStack() as acquired:
             for record in records:
-                for name, values in self._source.weights(record).items():
+                weights = self._source.weights(record)
+                acquired.callback(self._release, record)
+                for name, values in weights.items():
                     self._parameters[name].data = values.to(self.device)
             for record in records:
                 self._prefetch_next(backward, record)
                 self.on_unit(record, backward)
             yield
-        finally:
-            for record in records:
-                for name in self.units[record].names:
-                    parameter = self._parameters[name]
-                    parameter.data = placeholder(tuple(parameter.shape), parameter.dtype, self.device)
-                self._source.release(record)
+
+    def _release(self, record: int) -> None:
+        for name in self.units[record].names:
+            parameter = self._parameters[name]
+            parameter.data = placeholder(parameter.shape, parameter.dtype, self.device)
+        self._source.release(record)
 
     def _prefetch_next(self, backward: bool, record: int) -> None:
         if self._last is not None and self._last != (backward, record):
@@ -427,14 +419,7 @@ class _Step:
             leaves = [next(outputs) if isinstance(leaf, Tensor) else leaf for leaf in returned]
             log.append((leaves, structure, random, [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]))
         self._passed |= {id(tensor): (tensor, next(outputs)) for tensor in tensors if tensor.requires_grad}
-        # Only the structure is needed again.
-        call.results = [
-            ([_MARK if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure, random)
-            for leaves, structure, random in call.results
-        ]
-
-
-_MARK = torch.empty(0)
+        call.results.clear()
 
 
 def install(model: nn.Module, executor: Executor) -> None:

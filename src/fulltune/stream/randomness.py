@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +20,7 @@ def set_random_state(states: Sequence[Tensor], device: torch.device) -> None:
 
 def derived_random_state(states: Sequence[Tensor], number: int, device: torch.device) -> list[Tensor]:
     """Return another random state that depends only on `states` and `number`."""
-    seed = (int(states[0].view(torch.int64)[8:72].sum()) * 1_000_003 + number) % 2**63
+    digest = hashlib.sha256(b"".join(state.numpy().tobytes() for state in states) + f"{number}".encode())
     with torch.random.fork_rng(devices=[device for _ in states[1:]]):
-        torch.manual_seed(seed)
+        torch.manual_seed(int(digest.hexdigest()[:8], 16))
         return random_state(device)

@@ -16,7 +16,7 @@ from fulltune.models.load import HeadOrigin, find_label_axes, load_model, torch_
 from fulltune.models.shapes import measure_shapes
 from fulltune.stream.executor import Executor, install
 from fulltune.stream.files import ReadAhead, StoredTensor, tensors_in_files
-from fulltune.stream.units import Unit, find_units, placeholder
+from fulltune.stream.units import Unit, find_units, placeholder, use_placeholders
 from fulltune.system.hardware import total_and_free_memory
 from fulltune.system.memory import status_bytes
 from fulltune.text import format_bytes
@@ -96,8 +96,7 @@ def skeleton(
     aliases = {name: first_names[id(one)] for name, one in model.named_parameters(remove_duplicate=False)}
     by_parameter = {aliases[name]: tensor for name, tensor in stored.items() if name in aliases}
     new = {name: one.data for name, one in model.named_parameters() if stored and name not in by_parameter}
-    for parameter in model.parameters():
-        parameter.data = placeholder(parameter.shape, parameter.dtype)
+    use_placeholders(model)
     return Skeleton(model, by_parameter, new)
 
 
@@ -164,12 +163,9 @@ def load_within(
     if model.get_output_embeddings() is None:  # head and pooler are small, and a probe may replace them
         body = re.compile(rf"{model.base_model_prefix}\.(?!pooler)")
         streamed = tuple(unit for unit in units if body.match(unit.path))
-    for parameter in parameters.values():
-        parameter.data = placeholder(parameter.shape, parameter.dtype, device)
+    use_placeholders(model, device)
     for unit in set(units) - set(streamed):
         for name, values in source.read(unit.names).items():
             parameters[name].data = values.to(device)
-    for buffer in model.buffers():
-        buffer.data = buffer.to(device)
     install(model, Executor(model, streamed, ReadAhead(lambda unit: source.read(streamed[unit].names))))
     return model

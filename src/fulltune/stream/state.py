@@ -17,6 +17,7 @@ from fulltune.errors import SetupError
 from fulltune.records.base import Record
 from fulltune.stream.layout import GRADIENT, WEIGHTS, Span, TensorLayout, UnitLayout
 from fulltune.stream.store import DiskFile, Transfer, check_disk, complete, explain_disk_errors, page_buffer
+from fulltune.stream.units import MOST_TOGETHER
 
 JOURNAL, FILE = "journal.json", "state.bin"
 _NUM_BUFFERS, _AHEAD = 4, 2
@@ -59,7 +60,7 @@ class DiskState:
         *,
         gradients: torch.dtype,
         identity: Mapping[str, str],
-        host_bytes: int | None = None,
+        host_bytes: int = 0,
         create: bool = False,
     ) -> None:
         """Open a complete state, or `create` one without weights. The weights of the first units that fit into
@@ -93,12 +94,11 @@ class DiskState:
                     f"{folder}: the training state belongs to {key} {old}, expected {identity.get(key)}; continue with "
                     "the recipe and model it belongs to, or delete the folder to start a new run"
                 )
-        self._spare = [page_buffer(max(unit.weights_bytes for unit in self._units)) for _ in range(2)]
+        self._spare = [page_buffer(max(unit.weights_bytes for unit in self._units)) for _ in range(MOST_TOGETHER)]
         self._own: dict[int, Tensor] = {}
-        room = host_bytes or 0
         for number, unit in enumerate(self._units):
-            if unit.weights_bytes <= room:
-                room -= unit.weights_bytes
+            if unit.weights_bytes <= host_bytes:
+                host_bytes -= unit.weights_bytes
                 self._own[number] = page_buffer(unit.weights_bytes)
         self._loaded: dict[int, tuple[Tensor, Transfer]] = {}
         self._in_use: set[int] = set()
@@ -196,10 +196,6 @@ class DiskState:
         begun = {"pending": dict(record), "done": [], "without_gradient": without}
         self._save(self.journal.model_copy(update=begun))
         self.discard()
-
-    def pending(self) -> dict[str, object] | None:
-        """Return the record of an update that began and has not ended."""
-        return self.journal.pending
 
     def update(self, apply: ApplySlice) -> None:
         """Let `apply(name, begin, tensors)` change each slice of each parameter with a gradient in place, except in

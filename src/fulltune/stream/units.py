@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,9 @@ from torch import nn
 
 from fulltune.errors import SetupError
 from fulltune.models.sharding import block_list_paths
+
+MOST_TOGETHER = 2
+"""Units whose weights are in memory at the same time."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +25,17 @@ class Unit:
     """Parameters of earlier units that this one uses too."""
 
 
-def placeholder(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
     """Return a tensor of NaN that takes no memory, so that a read of absent weights is noticed."""
     return torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
+
+
+def use_placeholders(model: nn.Module, device: torch.device | str = "cpu") -> None:
+    """Replace all parameters by placeholders on a device, and move the buffers there."""
+    for parameter in model.parameters():
+        parameter.data = placeholder(parameter.shape, parameter.dtype, device)
+    for buffer in model.buffers():
+        buffer.data = buffer.to(device)
 
 
 def find_units(model: nn.Module) -> tuple[Unit, ...]:
@@ -67,6 +79,21 @@ def _unit_paths(model: nn.Module, path: str, blocks: set[str]) -> list[str]:
 
 
 def unit_sizes(model: nn.Module) -> dict[str, int]:
-    """Return the number of parameters of each unit, by its path."""
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    return {unit.path: sum(sizes[name] for name in unit.names) for unit in find_units(model)}
+    """Return the number of parameters of each unit, by its path; raise `SetupError` if the model cannot be trained unit
+    by unit."""
+    if any(getattr(module, "running_mean", None) is not None for module in model.modules()):
+        raise SetupError(
+            f"train.placement: stream: {type(model).__name__} has running statistics (batch normalization), which the "
+            "backward pass would update again; use single"
+        )
+    units, sizes = find_units(model), {name: parameter.numel() for name, parameter in model.named_parameters()}
+    owner = {name: unit.path for unit in units for name in unit.names}
+    used = [{owner[name] for name in unit.names + unit.tied} for unit in units]
+    for path in owner.values():  # a shared weight's gradient is computed with all weights of those that use it
+        together = set[str]().union(*(paths for paths in used if path in paths))
+        if len(together) > MOST_TOGETHER:
+            raise SetupError(
+                f"train.placement: stream: {len(together)} parts of {type(model).__name__} with weights of their own "
+                f"share weights ({', '.join(sorted(together)[:3])}), but at most {MOST_TOGETHER} can; use single"
+            )
+    return {unit.path: sum(sizes[name] for name in unit.names) for unit in units}

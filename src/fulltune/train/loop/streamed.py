@@ -15,6 +15,7 @@ from transformers import Trainer
 from fulltune.errors import SetupError
 from fulltune.models.save import save_in_parts
 from fulltune.records.events import RowsRead
+from fulltune.stream.randomness import random_state, set_random_state
 from fulltune.stream.training import Streamed, streamed_of
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.optim.groups import planned_optimizer
@@ -32,6 +33,7 @@ class StepwiseTrainer(Trainer):
     optimizer: Any
     _samples: Sequence[Batch] = ()
     _losses_left: Sequence[torch.Tensor] = ()
+    _norm: torch.Tensor
 
     @property
     def streamed(self) -> Streamed:
@@ -67,20 +69,25 @@ class StepwiseTrainer(Trainer):
         if finished["step"] == self.state.global_step + 1:  # killed between the update and the checkpoint
             optimizer.is_replaying = True
             self._mark_gradients(finished["tensors"])
-            torch.set_rng_state(torch.frombuffer(bytearray.fromhex(finished["random"]), dtype=torch.uint8))
-            return [torch.tensor(loss, device=executor.device) for loss in finished["losses"]]
+            self._norm = torch.tensor(finished["norm"])
+            states = [torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8) for state in finished["random"]]
+            set_random_state(states, executor.device)
+            losses = torch.tensor(finished["losses"], device=executor.device)
+            if len(losses) != len(self._samples):  # the micro batch has changed since; only their sum is used
+                losses = (losses.sum() / len(self._samples)).repeat(len(self._samples))
+            return [*losses]
         model.train()
         batches = [self._prepare_inputs(sample) for sample in self._samples]
         losses = executor.losses([partial(self._micro_batch_loss, model, batch, num_items) for batch in batches])
         executor.backward(losses)
         self._mark_gradients(list(executor.norms))
         order = [name for name, _ in self.model.named_parameters() if name in executor.norms]
-        norm = torch.linalg.vector_norm(torch.stack([executor.norms[name] for name in order]))
+        self._norm = torch.linalg.vector_norm(torch.stack([executor.norms[name] for name in order]))
         optimizer.notes = {
             "losses": [loss.item() for loss in losses],
-            "norm": float(norm),
+            "norm": float(self._norm),
             "tensors": order,
-            "random": torch.get_rng_state().numpy().tobytes().hex(),
+            "random": [state.numpy().tobytes().hex() for state in random_state(executor.device)],
         }
         return [loss.detach() for loss in losses]
 
@@ -97,11 +104,6 @@ class StepwiseTrainer(Trainer):
         for name in names:
             parameter = parameters[name]
             parameter.grad = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
-
-    @property
-    def _norm(self) -> torch.Tensor:
-        optimizer = self.streamed_optimizer
-        return torch.tensor((optimizer.finished if optimizer.is_replaying else optimizer.notes)["norm"])
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> float | None:
         return float(self._norm)

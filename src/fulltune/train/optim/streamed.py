@@ -68,13 +68,13 @@ class StreamedAdamW(torch.optim.Optimizer):
         """Called after each slice of an update."""
         self.is_replaying = False
         """True if the next step has been made already, before the process was killed."""
-        if (record := state.pending()) is not None:
+        if (record := state.journal.pending) is not None:
             self._finish(record)
 
     @property
     def finished(self) -> Group:
-        """The last step that was made, its number of updates so far, and its notes."""
-        return self._state.journal.finished or {"step": 0, "updates": 0}
+        """The last step that was made, the number of updates so far, those that a parameter missed, and the notes."""
+        return self._state.journal.finished or {"step": 0, "updates": 0, "missed": {}}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], object] | None = None) -> None:  # type: ignore[override]  # no closure
@@ -83,11 +83,16 @@ class StreamedAdamW(torch.optim.Optimizer):
             self.is_replaying = False
             return
         updates = any(parameter.grad is not None for parameter in self._names)
-        if not updates:
+        missed = self.finished["missed"]
+        if updates:
+            without = [name for one, name in self._names.items() if one.requires_grad and one.grad is None]
+            missed = missed | {name: missed.get(name, 0) + 1 for name in without}
+        else:
             self._state.discard()
         record = {
             "step": self.finished["step"] + 1,
             "updates": self.finished["updates"] + updates,
+            "missed": missed,
             "skipped": not updates,
             "clip_factor": None if self.clip_factor is None else float(self.clip_factor),
             "groups": [{name: value for name, value in one.items() if name != "params"} for one in self.param_groups],
@@ -105,42 +110,28 @@ class StreamedAdamW(torch.optim.Optimizer):
                 for group, settings in zip(self.param_groups, record["groups"], strict=True)
                 for parameter in group["params"]
             }
-            factor = None if record["clip_factor"] is None else torch.tensor(record["clip_factor"])
+            factor = record["clip_factor"]
 
-            def change(name: str, begin: int, tensors: dict[str, Tensor]) -> None:
-                weights, gradient = tensors.pop(WEIGHTS), tensors.pop(GRADIENT)
+            def change(name: str, begin: int, state: dict[str, Tensor]) -> None:
+                (parameter, group), step = parameters[name], record["updates"] - record["missed"].get(name, 0)
+                weights, gradient = state.pop(WEIGHTS), state.pop(GRADIENT)
                 if factor is not None:
                     gradient = gradient.float().mul_(factor)
-                self._update(*parameters[name], weights, gradient, tensors, record["updates"], begin)
+                if self._own is not None:
+                    state["step"] = torch.tensor(float(step))
+                    self._own.update_values(parameter, weights, gradient, state, group, begin)
+                else:
+                    adamw(
+                        *([weights], [gradient.float()], [state["exp_avg"]], [state["exp_avg_sq"]], []),
+                        [torch.tensor(step - 1.0)],
+                        fused=True,
+                        amsgrad=False,
+                        beta1=group["betas"][0],
+                        beta2=group["betas"][1],
+                        **{name: group[name] for name in ("lr", "weight_decay", "eps")},
+                        maximize=False,
+                    )
                 self.on_slice()
 
             self._state.update(change)
         self._state.finish()
-
-    def _update(
-        self,
-        parameter: Tensor,
-        group: Group,
-        weights: Tensor,
-        gradient: Tensor,
-        state: dict[str, Tensor],
-        updates: int,
-        begin: int,
-    ) -> None:
-        """Update a parameter's values from `begin`."""
-        if self._own is not None:
-            state["step"] = torch.tensor(float(updates))
-            self._own.update_values(parameter, weights, gradient, state, group, begin)
-            return
-        adamw(
-            *([weights], [gradient.float()], [state["exp_avg"]], [state["exp_avg_sq"]], []),
-            [torch.tensor(updates - 1.0)],
-            fused=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )

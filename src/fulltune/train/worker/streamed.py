@@ -19,7 +19,7 @@ from fulltune.stream.layout import WEIGHTS
 from fulltune.stream.skeleton import Skeleton, fill, skeleton
 from fulltune.stream.state import DiskState, exists
 from fulltune.stream.training import Streamed, attach, streamed_of
-from fulltune.stream.units import find_units
+from fulltune.stream.units import find_units, use_placeholders
 from fulltune.tasks import Target, Task
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.optim.streamed import initial_sections, unit_layouts
@@ -67,6 +67,7 @@ def open_state(inputs: AttemptInputs, model: PreTrainedModel, source: Skeleton) 
             )
 
         fill(source, units, write)
+    use_placeholders(model, plan.device)
     executor = Executor(model, units, state, state)
     install(model, executor)
     attach(model, Streamed(units, source, state, executor))
