@@ -28,7 +28,8 @@ from transformers import (
 
 from fulltune.errors import SetupError
 from fulltune.stream.executor import Executor, install
-from fulltune.stream.units import find_units, placeholder
+from fulltune.stream.randomness import derived_random_state, random_state
+from fulltune.stream.units import find_units, placeholder, unit_sizes, use_placeholders
 from tests.gpu_paths.computed import formats
 
 SMALL: dict[str, Any] = {
@@ -64,7 +65,7 @@ class InMemory:
         return self.values[unit]
 
     def release(self, unit: int) -> None:
-        self.in_use.discard(unit)
+        self.in_use.remove(unit)
 
     def gradients(self, unit: int) -> Mapping[str, Tensor]:
         self.buffers = {name: torch.full_like(values, 7.0) for name, values in self.values[unit].items()}
@@ -235,6 +236,54 @@ def test_models_without_blocks_or_with_weights_beside_them_are_refused() -> None
     beside.scale = nn.Parameter(torch.ones(2))
     with pytest.raises(SetupError, match=r"weights of its own beside its blocks \(scale\)"):
         find_units(beside)
+
+
+def _sharing(parts: int) -> nn.Module:
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Linear(2, 2) for _ in range(parts)])
+    for layer in model.layers:
+        layer.weight = model.layers[0].weight
+    return model
+
+
+def test_models_that_only_training_unit_by_unit_would_change_are_refused_there() -> None:
+    moving = nn.Module()
+    moving.layers = nn.ModuleList([nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))])
+    with pytest.raises(SetupError, match=r"has running statistics \(batch normalization\), which the backward"):
+        unit_sizes(moving)
+    assert unit_sizes(_sharing(2)) == {"layers.0": 6, "layers.1": 2}
+    with pytest.raises(SetupError, match=r"3 parts of Module .* share weights \(layers.0, layers.1, layers.2\)"):
+        unit_sizes(_sharing(3))
+    assert len(find_units(_sharing(3))) == 3  # which can predict
+
+
+def test_error_of_the_disk_is_not_hidden_by_weights_that_were_never_read() -> None:
+    _, executor, source = streamed(_sharing(2))
+
+    def fail(unit: int) -> Mapping[str, Tensor]:
+        raise SetupError("the disk")
+
+    source.weights = fail  # type: ignore[method-assign]
+    with pytest.raises(SetupError, match="the disk"), executor.weights_of({0, 1}):
+        pass
+
+
+def test_random_numbers_of_each_micro_batch_change_from_step_to_step() -> None:
+    device, found = torch.device("cpu"), []
+    for _ in range(2):
+        found.append(tuple(derived_random_state(random_state(device), 1, device)[0].tolist()))
+        torch.rand(100)
+    assert len({*found}) == 2
+
+
+def test_placeholders_take_no_memory_when_the_trainer_moves_the_model_to_their_device() -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(FAMILIES["decoder"][1])
+    use_placeholders(model, "meta")
+    executor = Executor(model, find_units(model), InMemory(nn.ModuleList([nn.ModuleList([nn.Linear(1, 1)])])))
+    model.to(executor.device)
+    assert executor.device.type == "meta"
+    assert not any(any(parameter.stride()) for parameter in model.parameters())
 
 
 class _Numbered(nn.Module):

@@ -58,11 +58,14 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, call: int)
     monkeypatch.setattr(place, name, counted)
 
 
-def train(folder: Path, family: str, **settings: Any) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
+def train(
+    folder: Path, family: str, dtype: str = "fp32", **settings: Any
+) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
     """The losses and final weights of a run."""
     model, rows, blocks = case(folder / "model", family)
     usual = {"max_steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "logging_steps": 1}
     with runs.without_tracing():
+        blocks |= {"model": {"weights_dtype": dtype}}
         runs.run(folder, model, rows, train=usual | {"eval_on_start": False} | settings, **blocks)
     lines = runs.events(folder, "train")
     return [(line["loss"], line["grad_norm"]) for line in lines], runs.final_weights(folder)
@@ -84,9 +87,12 @@ def test_losses_and_weights_are_those_of_a_run_in_memory(tmp_path: Path, family:
     assert [name for name, one in weights.items() if not torch.equal(one, streamed_weights[name])] == []
 
 
-@pytest.mark.parametrize("optim", others_long(["adamw_8bit", "adamw_bf16"], "adamw_8bit"))
-def test_compressed_state_is_that_of_a_run_in_memory(tmp_path: Path, optim: str) -> None:
-    settings = {"optim": optim, "precision": "bf16", "max_grad_norm": 0.0}
+@pytest.mark.parametrize(
+    ("optim", "dtype"),
+    others_long(itertools.product(["adamw_8bit", "adamw_bf16", None], ["fp32", "bf16"]), ("adamw_8bit", "fp32")),
+)
+def test_compressed_state_is_that_of_a_run_in_memory(tmp_path: Path, optim: str | None, dtype: str) -> None:
+    settings = {"optim": optim, "precision": "bf16", "max_grad_norm": 0.0, "dtype": dtype}
     losses, weights = train(tmp_path / "memory", "decoder", placement="single", **settings)
     streamed, streamed_weights = train(tmp_path / "stream", "decoder", placement="stream", **settings)
     assert streamed == losses

@@ -243,6 +243,9 @@ def test_stream_is_chosen_if_nothing_else_fits_and_the_recipe_allows_it(shapes: 
     reason = next(one.reason for one in plan.settings if one.name == "train.placement")
     assert reason.startswith("a whole copy needs ")
     assert narrow(shapes, "auto", "1x MI325X").stream is None
+    with pytest.raises(DoesNotFitError, match="one process; stream, untested on GPUs, must be set there"):
+        narrow(shapes, "auto", "1x RTX 4090, 24GB host")
+    assert narrow(shapes, "stream", "1x RTX 4090, 24GB host").stream is not None
     machine = gpus.parse_hardware(LAPTOP)
     refused = task(shapes, "auto", NARROW | {"preserve": {"budget": "1%"}}, optim="adamw_8bit", precision="bf16")
     alone = replace(task(shapes, "auto", NARROW, optim="adamw_8bit", precision="bf16"), may_stream=False)
