@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import ResNetConfig, ResNetModel
 
 from fulltune.records.events import Event, Message, UpdatesMeasured
-from fulltune.train.loop.callbacks import compare_samples
+from fulltune.train.loop.callbacks import _sample_weights, compare_samples
 from tests import tiny
 from tests.train import runs
 
@@ -34,3 +35,8 @@ def test_updates_that_rounding_eats_are_said_once(rounding: str | None, is_eaten
     warned = [event.text for event in seen if isinstance(event, Message) and "sampled values changed" in event.text]
     assert len(warned) == is_eaten
     assert all(0 < event.changed_share <= 1 for event in measured)
+
+
+def test_model_without_token_embeddings_is_sampled() -> None:
+    model = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic"))
+    assert _sample_weights(model).keys() == dict(model.named_parameters()).keys()

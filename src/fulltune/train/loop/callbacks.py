@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -235,8 +236,10 @@ def _sample_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     name."""
     # Without token embeddings, of which a step updates only the rows of tokens that it read.
     sharding.free_gathered_weights(model)
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    excluded = {id(parameter) for parameter in embeddings.parameters()} if embeddings is not None else set()
+    excluded, get_embeddings = set[int](), getattr(model, "get_input_embeddings", lambda: None)
+    with contextlib.suppress(NotImplementedError):  # ResNet has none
+        if (embeddings := get_embeddings()) is not None:
+            excluded = {id(parameter) for parameter in embeddings.parameters()}
     samples = {}
     for name, parameter in model.named_parameters():
         flat = sharding.local_tensor(parameter.detach()).flatten()
