@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import (
     AlbertConfig,
     AlbertForSequenceClassification,
+    BeitConfig,
+    BeitForImageClassification,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -134,6 +136,11 @@ FAMILIES: dict[str, tuple[Any, Any, Any]] = {
     "encoder-decoder": (T5ForConditionalGeneration, T5Config(**T5), text_batch),
     "untied encoder-decoder": (T5ForConditionalGeneration, T5Config(**T5 | {"tie_word_embeddings": False}), text_batch),
     "images": (ViTForImageClassification, ViTConfig(**VIT, **NO_DROPOUT), image_batch),
+    "unit that is called without tensors": (
+        BeitForImageClassification,
+        BeitConfig(**VIT, **NO_DROPOUT, drop_path_rate=0.0, use_shared_relative_position_bias=True),
+        image_batch,
+    ),
 }
 
 

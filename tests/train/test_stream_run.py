@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DebertaV2Config, DebertaV2Model
 
-from fulltune.errors import FulltuneError
+from fulltune.errors import FulltuneError, GuardStop
 from fulltune.stream.state import DiskState
 from fulltune.train.loop import step_guard, streamed
 from fulltune.train.loop.streamed import StreamedTrainer
@@ -21,6 +22,7 @@ from tests.train import runs
 
 STEPS = 6
 SEQ2SEQ = {"task": "seq2seq", "data": {"source": "prompt", "target": "completion"}}
+RANDOM_HEAD = {"method": {"kind": "full", "head_init": "random", "learning_rate": 1e-3}}
 NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -32,12 +34,15 @@ def case(folder: Path, family: str) -> tuple[Path, Sequence[Mapping[str, Any]], 
     """A model, its rows and its task."""
     match family:
         case "encoder":
-            model = tiny.save_model(folder, "bert", **NO_DROPOUT)
-            return model, tiny.topic_rows(), {"method": {"kind": "full", "head_init": "random", "learning_rate": 1e-3}}
+            return tiny.save_model(folder, "bert", **NO_DROPOUT), tiny.topic_rows(), RANDOM_HEAD
         case "decoder":
             return decoder(folder, tie_word_embeddings=False)
         case "tied decoder":
             return decoder(folder, tie_word_embeddings=True)
+        case "images":
+            rows = tiny.write_images(folder.parent / "images", 40)
+            blocks = {"task": "image-classification", "data": {"train": str(rows)}}
+            return tiny.save_image_model(folder), tiny.topic_rows(), blocks | RANDOM_HEAD
         case _:
             return tiny.save_model(folder, "t5", dropout_rate=0.0), tiny.pair_rows(), SEQ2SEQ
 
@@ -142,10 +147,12 @@ def test_skipped_step_leaves_the_state_untouched(tmp_path: Path, monkeypatch: py
     assert [name for name, one in weights.items() if not torch.equal(one, streamed_weights[name])] == []
 
 
-def test_best_weights_are_kept_and_the_state_is_deleted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", others_long(["decoder", "images"], "images"))  # in files ViT's names differ
+def test_best_weights_are_kept_and_the_state_is_deleted(tmp_path: Path, family: str) -> None:
     settings = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
-    _, weights = train(tmp_path / "memory", "decoder", placement="single", **settings)
-    _, streamed_weights = train(tmp_path / "stream", "decoder", placement="stream", **settings)
+    _, weights = train(tmp_path / "memory", family, placement="single", **settings)
+    _, streamed_weights = train(tmp_path / "stream", family, placement="stream", **settings)
+    assert streamed_weights.keys() == weights.keys()
     assert [name for name, one in weights.items() if not torch.equal(one, streamed_weights[name])] == []
     assert not list((tmp_path / "stream").rglob("state.bin"))
 
@@ -161,3 +168,15 @@ def test_progress_within_a_step_names_units_and_bytes(tmp_path: Path, monkeypatc
     assert lines[-1]["part"] == "unit 5 of 5"
     assert lines[-1]["done"] == lines[-1]["total"]
     assert len(beats) > 2 * 5  # in the update too
+
+
+def test_model_that_reads_weights_of_a_module_without_calling_it_is_refused_before_step_1(tmp_path: Path) -> None:
+    positions = {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]}
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    tokenizer = tiny.usual_tokenizer("bert")
+    DebertaV2Model(DebertaV2Config(vocab_size=len(tokenizer), **size, **positions)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    settings = {"placement": "stream", "max_steps": 1}
+    with runs.without_tracing(), pytest.raises(GuardStop, match=r"of deberta\.encoder\.rel_embeddings\), so it cannot"):
+        runs.run(tmp_path, tmp_path / "model", tiny.topic_rows(), train=settings)
+    assert [line["name"] for line in runs.events(tmp_path, "phase")][-1] == "checking"  # there is no dry run

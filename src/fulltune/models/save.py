@@ -7,6 +7,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from fulltune.files import write_json
@@ -40,10 +41,23 @@ def write_safetensors(
         write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
 
 
+def names_by_key(model: PreTrainedModel) -> dict[str, str]:
+    """Return the name of each saved tensor by its key in files, as `save_pretrained` chooses it."""
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors_to_save(model).items()}
+    names = {id(tensor): name for name, tensor in shapes.items()}
+    keys = {key: names.get(id(tensor), "") for key, tensor in revert_weight_conversion(model, shapes).items()}
+    # If it would compute tensors from several ones, all keep their names, which transformers reads too.
+    return keys if all(keys.values()) else {name: name for name in shapes}
+
+
 @torch.no_grad()
 def save_in_parts(model: PreTrainedModel, folder: Path, read: Callable[[str], torch.Tensor]) -> None:
     """Save a model with the parameters' values that `read` returns by name, one file's tensors at a time."""
-    parameters, tensors = dict(model.named_parameters()), tensors_to_save(model)
+    parameters, tensors, names = dict(model.named_parameters()), tensors_to_save(model), names_by_key(model)
     model.save_pretrained(folder, state_dict={})  # config and generation config
-    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    write_safetensors(folder, shapes, lambda name: read(name) if name in parameters else tensors[name], FILE_BYTES)
+    shapes = {key: torch.empty_like(tensors[name], device="meta") for key, name in names.items()}
+
+    def values(key: str) -> torch.Tensor:
+        return read(names[key]) if names[key] in parameters else tensors[names[key]]
+
+    write_safetensors(folder, shapes, values, FILE_BYTES)

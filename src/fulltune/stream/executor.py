@@ -261,7 +261,7 @@ class Executor:
                 _add_gradients([call.outputs(micro) for call in calls], parameters)
 
     def record_use(self, call: _Call, tensors: Sequence[Tensor]) -> None:
-        if any(tensor.numel() for tensor in tensors):  # a call for zero tokens gives no gradient
+        if not tensors or any(tensor.numel() for tensor in tensors):  # a call for zero tokens gives no gradient
             for record in self._records[call.unit]:
                 self._uses.setdefault(record, []).append(call)
 

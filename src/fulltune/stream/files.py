@@ -71,6 +71,8 @@ def tensors_in_files(base: Base, empty: PreTrainedModel) -> dict[str, StoredTens
             raise _refused(base, f"transformers computes {name} from several tensors of the files; {advice}")
         if name in expected:
             tensors[name] = tensor
+    # What transformers keeps for saving.
+    vars(empty)["_weight_conversions"] = [entry for entry in conversions if entry.was_used()]
     for target, origin in empty.all_tied_weights_keys.items():
         # As in transformers, weights that the files have twice are tied only if they are equal.
         if target in tensors and origin in tensors and torch.equal(tensors[target].read(), tensors[origin].read()):

@@ -83,6 +83,7 @@ def skeleton(
             del stored[mismatched]
         for rows in (find_label_axes(model).keys() if reorders else set()) & stored.keys():
             model.get_parameter(rows).data = stored.pop(rows).read().to(dtype)
+        vars(model)["_weight_conversions"] = getattr(empty, "_weight_conversions", None)
         model.name_or_path = model.config.name_or_path = name
         if model.can_generate():
             where = {"pretrained_model_name_or_path": name, "revision": revision, "subfolder": ""}

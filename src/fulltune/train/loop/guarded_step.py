@@ -203,7 +203,7 @@ def explain_non_finite(model: nn.Module, batches: Sequence[Mapping[str, object]]
         dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
         computed = "in fp32" if dtypes == ["float32"] else f"computed in {', '.join(dtypes)}"
         for batch in batches:
-            if module := _first_non_finite_module(model, batch):
+            if module := first_non_finite_module(model, batch):
                 return f"the weights are finite, but {module} is the first module whose output is not finite {computed}"
     except Exception as error:  # a model that cannot be called without labels, or memory that runs out
         return f"the cause could not be determined ({type(error).__name__}: {str(error)[:80]})"
@@ -215,7 +215,7 @@ def _is_all_masked(labels: object) -> bool:
     return isinstance(labels, torch.Tensor) and not labels.is_floating_point() and bool((labels == IGNORED).all())
 
 
-def _first_non_finite_module(model: nn.Module, batch: Mapping[str, object]) -> str | None:
+def first_non_finite_module(model: nn.Module, batch: Mapping[str, object]) -> str | None:
     """Run the batch and return "name (class)" of the first module whose output is not finite, or None."""
     names: list[str] = []
 

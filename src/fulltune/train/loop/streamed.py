@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Trainer
 
 from fulltune.errors import SetupError
-from fulltune.models.save import save_in_parts
+from fulltune.models.save import names_by_key, save_in_parts
 from fulltune.records.events import RowsRead
 from fulltune.stream.randomness import random_state, set_random_state
 from fulltune.stream.training import Streamed, streamed_of
@@ -161,7 +161,7 @@ class StreamedTrainer(FullTrainer, StepwiseTrainer):
 
     def load_weights(self, checkpoint: Path) -> None:
         """Replace the weights in the state by a checkpoint's."""
+        names = names_by_key(self.model)
         for file in sorted(checkpoint.glob("*.safetensors")):
             with safe_open(file, "pt") as tensors:
-                names = list(tensors.keys())
-                self.streamed.write({name: tensors.get_tensor(name) for name in names})
+                self.streamed.write({names[key]: tensors.get_tensor(key) for key in list(tensors.keys())})

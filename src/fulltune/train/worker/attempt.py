@@ -169,7 +169,7 @@ def _run_checks(training: Training) -> None:
     """Run and record the checks and the dry run; raise `GuardStop` if one fails."""
     inputs, usage, checks = training.inputs, training.inputs.usage, training.checks
     _stop_before_training(inputs)
-    inputs.recorder.phase(CHECKS)
+    inputs.recorder.phase("checking" if inputs.is_streamed else CHECKS)
     inputs.journal.set_phase("step")
     checks += run_checks(inputs, training.loaded, training.trainer)
     passed = all(check.passed for check in checks)

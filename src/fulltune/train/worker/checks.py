@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -22,11 +22,13 @@ from fulltune.recipe.tasks import TaskName
 from fulltune.records.events import ChecksDone
 from fulltune.records.plan import Plan
 from fulltune.records.training import Check
+from fulltune.stream.training import Streamed, streamed_of
 from fulltune.tasks import Task
 from fulltune.tasks.causal_lm import end_token
 from fulltune.tasks.padding import IGNORED
 from fulltune.text import counted
 from fulltune.train.loop.callbacks import Recorder
+from fulltune.train.loop.guarded_step import first_non_finite_module
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.worker.dry_run import collate_on_device, dry_run_check, worst_micro_batch
@@ -50,6 +52,8 @@ def run_checks(inputs: AttemptInputs, loaded: LoadedModel, trainer: FullTrainer)
         Check(name="truncated rows", result=truncated, passed=True),
         _describe_dropout(model),
     ]
+    if (streamed := streamed_of(model)) is not None:
+        checks.append(_check_outputs(streamed, collate_on_device(trainer, [rows[positions_by_length(rows)[-1]]])))
     if loaded.head is not None:
         head, start = loaded.head, loaded.head_start
         origin = head.description if start is None or head.order else f"new, {start.head_origin}; {head.why}"
@@ -100,6 +104,20 @@ def _check_trainable_parameters(model: PreTrainedModel, plan: Plan) -> Check:
         result=f"{trainable:,} of {sum(sizes):,} ({', '.join(dtypes)})",
         passed=trainable == (sum(sizes) if plan.num_frozen_parameters == 0 else plan.num_trainable_parameters),
     )
+
+
+def _check_outputs(streamed: Streamed, batch: Mapping[str, torch.Tensor]) -> Check:
+    """Check that a streamed model's outputs are finite: absent weights are NaN."""
+    called = set[int]()
+    streamed.executor.on_unit = lambda unit, backward: called.add(unit)
+    module = first_non_finite_module(streamed.skeleton.model, batch)
+    absent = [unit.path for number, unit in enumerate(streamed.units) if unit.names and number not in called]
+    why = (
+        f"the model reads weights outside of their modules' calls (of {', '.join(absent[:3])}), so it cannot be "
+        "streamed; set another train.placement"
+    )
+    why = f"{module} is the first module whose output is not finite: {why if absent else 'check the weights'}"
+    return Check(name="outputs", result=why if module else "finite for the shortest row", passed=module is None)
 
 
 def _describe_dropout(model: PreTrainedModel) -> Check:
