@@ -94,13 +94,15 @@ def test_losses_and_weights_are_those_of_a_run_in_memory(tmp_path: Path, family:
 
 @pytest.mark.parametrize(
     ("optim", "dtype"),
-    others_long(itertools.product(["adamw_8bit", "adamw_bf16", None], ["fp32", "bf16"]), ("adamw_8bit", "fp32")),
+    others_long(itertools.product(["adamw_8bit", "adamw_bf16"], ["fp32", "bf16"]), ("adamw_8bit", "fp32")),
 )
-def test_compressed_state_is_that_of_a_run_in_memory(tmp_path: Path, optim: str | None, dtype: str) -> None:
+def test_compressed_state_is_that_of_a_run_in_memory(tmp_path: Path, optim: str, dtype: str) -> None:
     settings = {"optim": optim, "precision": "bf16", "max_grad_norm": 0.0, "dtype": dtype}
     losses, weights = train(tmp_path / "memory", "decoder", placement="single", **settings)
     streamed, streamed_weights = train(tmp_path / "stream", "decoder", placement="stream", **settings)
-    assert streamed == losses
+    assert [loss for loss, _ in streamed] == [loss for loss, _ in losses]
+    # In memory, the norm of bf16 gradients is rounded to bf16 itself.
+    assert [norm for _, norm in streamed] == pytest.approx([norm for _, norm in losses], rel=2**-7 * (dtype == "bf16"))
     assert [name for name, one in weights.items() if not torch.equal(one, streamed_weights[name])] == []
 
 
