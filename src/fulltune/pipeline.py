@@ -212,7 +212,8 @@ def delete_outdated_plan(run_folder_path: Path, plan_path: Path) -> None:
 def make_plan(job: Run, summary: DataSummary) -> Plan:
     """Run the plan stage, which chooses every setting and records the reason. A resumed run can change only its
     placement."""
-    from fulltune.stream.trial import measure_disk  # imports torch
+    from fulltune.stream.files import read_headers  # imports torch
+    from fulltune.stream.trial import measure_disk
 
     job.phase("planning")
     machine = job.machine
@@ -236,8 +237,11 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
         workload = Workload(recipe, model.shapes, lambda weights_dtype: footprint, summary)
         trial = fit.make_plan(workload, fleet, own_loss, started_seconds)
         if (stream := trial.stream) is not None:  # the first plan says where, the second one how long the disk takes
-            needed = 0 if before else stream.state_bytes + stream.gradient_bytes
-            fleet = fleet.model_copy(update={"disk_speed": measure_disk(trial.state_folder(job.folder), needed)})
+            if job.base.path is not None and not recipe.model.random_weights:
+                read_headers(job.base)
+            where, needed = trial.state_folder(job.folder), 0 if before else stream.state_bytes + stream.gradient_bytes
+            there = {"state_disk_bytes": hardware.disk_free_bytes(where), "disk_speed": measure_disk(where, needed)}
+            fleet = fleet.model_copy(update=there)
             trial = fit.make_plan(workload, fleet, own_loss, started_seconds)
         if before is not None:
             trial = changed.with_new_placement(before, trial)

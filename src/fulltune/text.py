@@ -12,11 +12,8 @@ _POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
 def parse_bytes(text: str) -> int:
     """Parse `6GiB` (binary), `24 GB` (decimal), `1.5 TiB` or `512MiB` into bytes, or raise `ValueError`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", text.strip())
-    if match is None:
-        raise ValueError(f"expected a size such as 6GiB, 512MiB or 24GB, found '{text}'")
-    amount = float(match[1])
-    if not amount:
-        raise ValueError(f"expected more than 0, such as 6GiB, found '{text}'")
+    if match is None or not (amount := float(match[1])):
+        raise ValueError(f"expected a size above 0, such as 6GiB, 512MB or 600TB, found '{text}'")
     return int(amount * (1024 if match[3] else 1000) ** _POWERS[match[2]])
 
 

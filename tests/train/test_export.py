@@ -349,7 +349,7 @@ TOO_MUCH = "--quantize and --dtype cannot be combined; choose one"
         ("labels", "--to hf --quantize int8", ["--quantize int8: not available with --to hf, which has: none"]),
         ("labels", "--to onnx --quantize int4", ["--quantize int4: not available with --to onnx, which has: int8"]),
         ("labels", "--to onnx --dtype float16", ["--dtype float16: not available with --to onnx, which has: none"]),
-        ("labels", "--to hf --max-shard-size 5XB", ["--max-shard-size: expected a size such as 6GiB"]),
+        ("labels", "--to hf --max-shard-size 5XB", ["--max-shard-size: expected a size above 0"]),
         (
             "labels",
             "--to hf --dtype float8",

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import DebertaV2Config, DebertaV2Model
 
-from fulltune.errors import FulltuneError, GuardStop
+from fulltune.errors import FulltuneError, GuardStop, SetupError
+from fulltune.records.plan import Plan
+from fulltune.records.training import Outcome
 from fulltune.stream.state import DiskState
 from fulltune.train.loop import step_guard, streamed
 from fulltune.train.loop.streamed import StreamedTrainer
@@ -157,6 +160,18 @@ def test_best_weights_are_kept_and_the_state_is_deleted(tmp_path: Path, family: 
     assert streamed_weights.keys() == weights.keys()
     assert [name for name, one in weights.items() if not torch.equal(one, streamed_weights[name])] == []
     assert not list((tmp_path / "stream").rglob("state.bin"))
+    (outcome,) = (tmp_path / "stream" / "run").glob("attempts/*/outcome.json")
+    planned = Plan.load(tmp_path / "stream" / "run" / "plan" / "full.json").disk.checkpoint_bytes
+    assert Outcome.load(outcome).disk_bytes > planned > 0  # the state is counted
+
+
+def test_plan_refuses_weights_that_cannot_be_read_in_parts(tmp_path: Path) -> None:
+    model, rows, blocks = decoder(tmp_path / "model")
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    trusted = {"allow_pickled_weights": True}
+    with runs.without_tracing(), pytest.raises(SetupError, match="cannot be streamed from their files"):
+        runs.run(tmp_path, model, rows, until="plan", model=trusted, train={"placement": "stream"}, **blocks)
 
 
 def test_progress_within_a_step_names_units_and_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

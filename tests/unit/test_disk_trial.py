@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fulltune.errors import DoesNotFitError, SetupError
+from fulltune.errors import SetupError
 from fulltune.stream import trial
 from fulltune.stream.store import PIECE
 
@@ -21,8 +21,18 @@ def test_speed_is_measured_where_the_folder_will_be(tmp_path: Path, monkeypatch:
 def test_disk_too_small_and_folder_that_cannot_be_written_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(DoesNotFitError, match="the training state needs"):
+    # `plan` shows an error that is not `DoesNotFitError` before it compares placements.
+    with pytest.raises(SetupError, match=r"the training state needs .* set train\.stream\.disk"):
         trial.measure_disk(tmp_path, 10**18)
+    file = tmp_path / "file"
+    file.touch()
+    for where in (file, file / "below" / "it"):
+        with pytest.raises(SetupError, match=r"is no folder that can be written; set train\.stream\.disk"):
+            trial.measure_disk(where, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda *_: False)
+        with pytest.raises(SetupError, match="is no folder that can be written"):
+            trial.measure_disk(tmp_path / "missing", 0)
 
     def refuse(*_: object, **__: object) -> str:
         raise PermissionError(13, "Permission denied")

@@ -51,8 +51,12 @@ def test_what_cannot_be_streamed_is_said_with_its_setting(blocks: dict[str, Any]
         ({"offload": "optimizer"}, "offload: 'optimizer' needs placement: zero2 or zero3, found stream"),
         ({"extra": {"deepspeed": {}}}, "placement and train.extra.deepspeed both set"),
         ({"placement": "single", "stream": {}}, "stream: has no effect with placement: single"),
-        ({"stream": {"host_memory": "3 gigs"}}, "expected a size such as 6GiB, 512MiB or 24GB, found '3 gigs'"),
-        ({"stream": {"rated_writes": "0TB"}}, "expected more than 0"),
+        (
+            {"stream": {"host_memory": "3 gigs"}},
+            "expected a size above 0, such as 6GiB, 512MB or 600TB, found '3 gigs'",
+        ),
+        ({"stream": {"rated_writes": "0TB"}}, "expected a size above 0"),
+        ({"stream": {"disk": ""}}, "at least 1 character"),
     ],
 )
 def test_block_that_contradicts_itself_is_refused(train: dict[str, Any], problem: str) -> None:
@@ -88,6 +92,6 @@ def test_disk_starts_at_the_recipes_folder_and_typos_have_their_line(tmp_path: P
     with pytest.raises(RecipeError) as refusal:
         load_recipe(path)
     assert sorted(refusal.value.problems) == [
-        f"{path}:7  train.stream.host_memory: expected a size such as 6GiB, 512MiB or 24GB, found '3 gigs'",
+        f"{path}:7  train.stream.host_memory: expected a size above 0, such as 6GiB, 512MB or 600TB, found '3 gigs'",
         f"{path}:8  train.stream.disc: unknown setting; did you mean 'disk'?",
     ]

@@ -7,8 +7,9 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fulltune.errors import DoesNotFitError, SetupError
+from fulltune.errors import SetupError
 from fulltune.stream import state as module
 from fulltune.stream import store
 from fulltune.stream.layout import SectionLayout, TensorLayout
@@ -257,6 +258,40 @@ def test_state_of_another_model_recipe_or_layout_is_refused(tmp_path: Path) -> N
         reopen(tmp_path)
 
 
+def forget(folder: Path) -> object:
+    return (folder / "state.bin").unlink()
+
+
+def cut(folder: Path) -> object:
+    return os.truncate(folder / "state.bin", 4096)
+
+
+def spoil(folder: Path) -> object:
+    return (folder / "journal.json").write_text("{")
+
+
+@pytest.mark.parametrize("lose", [forget, cut, spoil])
+def test_state_that_cannot_be_read_is_lost_and_stays_as_it_is(tmp_path: Path, lose: Callable[[Path], object]) -> None:
+    make(tmp_path).close()
+    lose(tmp_path)
+    left = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(SetupError, match=r"the training state is lost, so start a new run \(--fresh\)"):
+        reopen(tmp_path).weights(3)
+    if lose is spoil:
+        with pytest.raises(SetupError, match="is lost"):
+            exists(tmp_path)  # a run that asks must not take it for a missing one
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == left
+
+
+def test_folder_that_is_deleted_during_a_run_is_noticed_at_the_next_commit(tmp_path: Path) -> None:
+    state = make(tmp_path / "state")
+    park_all(state, 1)
+    state.begin({"step": 1})
+    shutil.rmtree(tmp_path / "state")
+    with pytest.raises(SetupError, match="was deleted while a run used it; the training state is lost"):
+        state.update(descend)
+
+
 def test_unfinished_creation_is_noticed_and_replaced(tmp_path: Path) -> None:
     assert not exists(tmp_path)
     DiskState(tmp_path, UNITS, gradients=torch.float32, identity=IDENTITY, create=True).close()
@@ -269,7 +304,7 @@ def test_unfinished_creation_is_noticed_and_replaced(tmp_path: Path) -> None:
 
 
 def test_disk_that_is_too_small_or_memory_is_refused_before_anything_is_created(tmp_path: Path) -> None:
-    with pytest.raises(DoesNotFitError, match=r"needs .* GiB, but only .* GiB are free"):
+    with pytest.raises(SetupError, match=r"needs .* GiB, but only .* GiB are free"):
         store.check_disk(tmp_path / "missing" / "folder", 2**60)
     assert not list(tmp_path.iterdir())
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()

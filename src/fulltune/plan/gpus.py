@@ -96,6 +96,7 @@ class Fleet(Record):
     """Free space on the run folder's disk, or None if unknown."""
     disk_at: str = ""
     disk_speed: tuple[float, float] | None = None  # measured bytes per second, read and written
+    state_disk_bytes: int | None = None  # free on the disk of a streamed run's state
     host_memory_gb_per_second: float = 60.0
     assumed: tuple[str, ...] = ()
     """Descriptions of values assumed for omitted details."""

@@ -112,10 +112,9 @@ def table_row(basis: Basis, settings: MemorySettings, memory: MemoryNeed, change
 
 def placement_name(layout: ParallelLayout | None, settings: MemorySettings) -> str:
     small = settings.optim == "adamw_8bit"
-    if settings.stream is not None:
-        return "stream from disk" + ", bf16" * (settings.weights_dtype == "bf16") + ", 8-bit AdamW" * small
     if layout is None:
         each = f"{settings.num_processes} copies" if settings.num_processes > 1 else "one device"
+        each = "stream" if settings.stream is not None else each
         plain = {"adamw_torch_fused": "AdamW fp32", "adamw_8bit": "8-bit AdamW"}.get(settings.optim, settings.optim)
         narrow = "bf16 + 8-bit" if small else "bf16 weights"
         return f"{each}, {plain if settings.weights_dtype == 'fp32' else narrow}"

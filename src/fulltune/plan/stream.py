@@ -42,6 +42,7 @@ def start_of(recipe: Recipe, shapes: Shapes, fleet: Fleet, optim: str) -> Stream
         num_units=len(units),
         gradients=gradients,
         disk=block.disk or "",
+        disk_free_bytes=fleet.state_disk_bytes,
         limits={"device_memory": block.device_memory, "host_memory": block.host_memory},
         rated_writes=parse_bytes(block.rated_writes),
         read_per_second=read,

@@ -37,7 +37,7 @@ class StreamBlock(Block):
     """Maximum host memory of the training process, such as `16GiB`, of which Python and libraries take about 0.7 GiB.
     What is left beside the buffers caches weights. Default: without a GPU what is free, or `memory_limit`; with one
     what the buffers need."""
-    disk: str | None = None
+    disk: str | None = Field(default=None, min_length=1)
     """Folder for the training state, best on a fast local disk. Default: the run folder."""
     gradients: Literal["auto", "bf16", "fp32"] = "auto"
     """Data type in which gradients are summed and written to the disk until their global norm is known. `auto` is the

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import reprlib
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -22,6 +22,8 @@ class Record(BaseModel):
         use_attribute_docstrings=True,
         ser_json_inf_nan="constants",  # a metric that is NaN must come back as NaN, not as null
     )
+
+    if_damaged: ClassVar[str] = "delete it and run the command again"
 
     def save(self, path: Path) -> None:
         """Write the record as JSON that only its owner may read, replacing the file atomically."""
@@ -48,5 +50,5 @@ class Record(BaseModel):
             ) from None
         except ValueError:
             raise SetupError(
-                f"{path}: the file is damaged or from another version of fulltune; delete it and run the command again"
+                f"{path}: the file is damaged or from another version of fulltune; {cls.if_damaged}"
             ) from None

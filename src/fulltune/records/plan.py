@@ -121,6 +121,7 @@ class StreamPlan(Record):
     gradients: Literal["fp32", "bf16"]
     disk: str = ""
     """Folder that the recipe names for the state, or empty for the run folder."""
+    disk_free_bytes: int | None = None  # where the state is
     limits: dict[str, str | None]
     cache_bytes: int = 0
     """Host memory that keeps weights from one step to the next."""

@@ -55,14 +55,11 @@ def files_digest(tensors: Mapping[str, StoredTensor]) -> str:
 def tensors_in_files(base: Base, empty: PreTrainedModel) -> dict[str, StoredTensor]:
     """Find a model's parameters and buffers in its safetensors by their names in `empty`, the model on the meta device,
     or raise `SetupError` if they cannot be read one by one."""
-    if getattr(base.config, "quantization_config", None) is not None or (base.path and base.path.is_file()):
-        raise _refused(base, "quantized weights and GGUF files cannot be read in parts; use the model's plain weights")
-    check_weights(base)
     conversions, expected = get_model_conversion_mapping(empty), empty.state_dict()
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     tensors = dict[str, StoredTensor]()
-    for key, tensor in _read_headers(base).items():
+    for key, tensor in read_headers(base).items():
         name, converter = rename_source_key(key, renamings, converters, empty.base_model_prefix, expected)
         if name not in expected and key in expected:
             name, converter = key, None
@@ -80,8 +77,11 @@ def tensors_in_files(base: Base, empty: PreTrainedModel) -> dict[str, StoredTens
     return tensors
 
 
-def _read_headers(base: Base) -> dict[str, StoredTensor]:
-    """Return all tensors of a model's safetensors by key."""
+def read_headers(base: Base) -> dict[str, StoredTensor]:
+    """Return all tensors of a model's safetensors by key, or raise `SetupError` if the model has others."""
+    if getattr(base.config, "quantization_config", None) is not None or (base.path and base.path.is_file()):
+        raise _refused(base, "quantized weights and GGUF files cannot be read in parts; use the model's plain weights")
+    check_weights(base)
     locate = partial(cached_file, revision=base.block.revision, _raise_exceptions_for_missing_entries=False)
     where, names, tensors = str(base.path or base.block.name), [SAFE_WEIGHTS_NAME], dict[str, StoredTensor]()
     if not locate(where, SAFE_WEIGHTS_NAME) and (index := locate(where, SAFE_WEIGHTS_INDEX_NAME)):

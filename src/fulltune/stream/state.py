@@ -16,7 +16,7 @@ from torch import Tensor
 from fulltune.errors import SetupError
 from fulltune.records.base import Record
 from fulltune.stream.layout import GRADIENT, WEIGHTS, Span, TensorLayout, UnitLayout
-from fulltune.stream.store import DiskFile, Transfer, check_disk, complete, explain_disk_errors, page_buffer
+from fulltune.stream.store import LOST, DiskFile, Transfer, check_disk, complete, explain_disk_errors, page_buffer
 from fulltune.stream.units import MOST_TOGETHER
 
 JOURNAL, FILE = "journal.json", "state.bin"
@@ -28,6 +28,7 @@ ApplySlice = Callable[[str, int, dict[str, Tensor]], object]
 class StateJournal(Record):
     """Which parts of a training state's file are valid, and which update is under way."""
 
+    if_damaged = LOST
     version: Literal[1] = 1
     identity: dict[str, str]
     offsets: list[int]

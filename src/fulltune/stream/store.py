@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fulltune.errors import DoesNotFitError, SetupError
+from fulltune.errors import SetupError
 from fulltune.system.hardware import disk_free_bytes
 from fulltune.system.memory import read_lines
 from fulltune.text import format_bytes
@@ -23,6 +23,7 @@ PAGE = 4096
 """Direct I/O needs addresses, offsets and lengths that are multiples of it."""
 PIECE = 16 * 2**20
 """Bytes that a thread reads or writes in one call."""
+LOST = "the training state is lost, so start a new run (--fresh)"
 Transfer = list[Future[int]]
 
 
@@ -41,8 +42,11 @@ def page_buffer(num_bytes: int) -> Tensor:
 
 
 def check_disk(folder: Path, needed: int) -> None:
-    """Raise an error if a folder, which may be missing yet, is in memory or has less than `needed` bytes free."""
+    """Raise an error if a folder, which may be missing yet, is in memory, cannot be written or has less than `needed`
+    bytes free."""
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise SetupError(f"{folder}: {place} is no folder that can be written; set train.stream.disk to one that can")
     device = place.stat().st_dev
     for line in read_lines("/proc/self/mountinfo"):
         mount, _, source = line.partition(" - ")
@@ -50,7 +54,7 @@ def check_disk(folder: Path, needed: int) -> None:
         if kind in ("tmpfs", "ramfs") and mount.split()[2] == f"{os.major(device)}:{os.minor(device)}":
             raise SetupError(f"{folder}: is in memory ({kind}); set train.stream.disk to a folder on a disk")
     if needed > (free := disk_free_bytes(place)):
-        raise DoesNotFitError(
+        raise SetupError(
             f"{folder}: the training state needs {format_bytes(needed)}, but only {format_bytes(free)} are free on "
             "this disk; free space, or set train.stream.disk to a folder on another disk"
         )
@@ -93,7 +97,7 @@ class DiskFile:
             while count < len(piece):
                 moved = move(self._file, [piece[count:]], offset + count)
                 if not moved:
-                    raise OSError(errno.EIO, "the file is too short")
+                    raise SetupError(f"{self.path}: is not complete; {LOST}")
                 count += moved
             if not self._direct:
                 if write:  # the page cache keeps what is not on the disk yet
@@ -105,6 +109,8 @@ class DiskFile:
         """Wait until all that was written is on the disk."""
         with explain_disk_errors(self.path, "written"):
             os.fdatasync(self._file)
+            if not os.fstat(self._file).st_nlink or not self.path.exists():
+                raise SetupError(f"{self.path}: was deleted while a run used it; {LOST}")
 
     def close(self) -> None:
         self._threads.shutdown()
@@ -117,7 +123,8 @@ def explain_disk_errors(path: Path, verb: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        in_use = error.errno in (errno.EAGAIN, errno.EACCES) and verb == "opened"
-        advice = "end the run that uses it" if in_use else "check the disk, its free space and the file's permissions"
-        why = f"{path}: cannot be {verb} ({error.strerror}); {advice}, then run the same command again"
-        raise SetupError(why) from None
+        advice = "check the disk, its free space and the file's permissions, then run the same command again"
+        if verb == "opened" and error.errno in (errno.EAGAIN, errno.EACCES):
+            advice = "end the run that uses it, then run the same command again"
+        advice = LOST if verb == "opened" and error.errno == errno.ENOENT else advice
+        raise SetupError(f"{path}: cannot be {verb} ({error.strerror}); {advice}") from None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fulltune.cli.show.plan import build_plan_sections
 from fulltune.errors import DoesNotFitError, RecipeError, SetupError
 from fulltune.models.shapes import Shapes
 from fulltune.plan import changed, gpus
@@ -17,6 +21,7 @@ from fulltune.plan.fit import make_plan
 from fulltune.plan.survey import survey_placements
 from fulltune.plan.workload import Workload
 from fulltune.records.plan import Plan
+from fulltune.report.format import pages
 from fulltune.report.format.words import describe_stream
 from fulltune.stream.units import unit_sizes
 from fulltune.train.parent.next_attempt import plan_next_attempt, plan_rollback
@@ -234,6 +239,23 @@ def test_model_without_blocks_is_refused_with_what_was_looked_for(shapes: Shapes
     assert "stream is not possible: CNN has no repeated blocks" in refusal.value.problems[0]
 
 
+def test_plan_shows_slow_speeds_the_states_own_disk_and_one_narrow_table(shapes: Shapes) -> None:
+    train = {"optim": "adamw_8bit", "precision": "bf16", "stream": {"disk": "/fast"}}
+    slow = {"disk_speed": (2e8, 2e8), "state_disk_bytes": 99 * 2**30}
+    fleet = gpus.parse_hardware(LAPTOP).model_copy(update=slow)
+    surveyed, plan = survey_placements(task(shapes, "stream", NARROW, global_batch_size=1, **train), fleet)
+    assert plan is not None
+    assert plan.time is not None
+    console = Console(width=80, record=True, file=io.StringIO())
+    pages.print_parts(console, build_plan_sections(surveyed, plan))
+    shown = " ".join(console.export_text().split())
+    assert "checkpoint x 0" not in shown
+    assert re.search(r"state [\d.]+ GiB in /fast; 99 GiB free", shown)
+    assert re.search(r"speed 0\.\d\d tokens/s", shown)
+    assert 0.1 < plan.time.tokens_per_second < 1
+    assert shown.count("▸ stream, bf16 + 8-bit") == 1  # or the table is split
+
+
 # ---- when it is chosen -----------------------------------------------------------------------------------------------
 
 
@@ -263,8 +285,8 @@ def test_savings_that_change_the_result_come_before_streaming(shapes: Shapes) ->
 def test_survey_lists_streaming_beside_the_others(shapes: Shapes) -> None:
     surveyed, plan = survey_placements(task(shapes, "auto"), gpus.parse_hardware("1x RTX 4090, 24GB host"))
     assert plan is not None
-    assert (plan.placement, surveyed.placement) == ("stream", "stream from disk")
-    row = next(one for one in surveyed.placements if one.name == "stream from disk")
+    assert (plan.placement, surveyed.placement) == ("stream", "stream, AdamW fp32")
+    row = next(one for one in surveyed.placements if one.name == "stream, AdamW fp32")
     assert row.fits
     assert row.device_bytes < 8 * 2**30
     # Offloading by ZeRO is faster where the host can hold the state.

@@ -10,7 +10,7 @@ from fulltune.records.plan import MemoryKind, Plan, Setting, Survey, TimeNeed
 from fulltune.records.training import Measurements
 from fulltune.report.format import words
 from fulltune.report.format.blocks import Code, Element, Facts, NameAndValue, Paragraph, Section, Table, TableRow
-from fulltune.report.format.words import format_count
+from fulltune.report.format.words import format_count, format_speed
 from fulltune.text import counted, format_bytes, format_seconds, to_yaml
 
 KINDS: tuple[MemoryKind, ...] = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
@@ -48,6 +48,10 @@ def format_gib(num_bytes: int) -> str:
     if value < 1:
         return f"{value:.2f}" if value >= 0.005 else "<0.01"
     return f"{value:,.0f}" if value >= 100 else f"{value:,.1f}"
+
+
+def _free(num_bytes: int | None) -> str:
+    return "free space unknown" if num_bytes is None else f"{format_bytes(num_bytes)} free"
 
 
 def _fit_and_cost_facts(survey: Survey, plan: Plan | None) -> list[NameAndValue]:
@@ -96,9 +100,14 @@ def _build_memory_blocks(survey: Survey, plan: Plan) -> list[Element]:
         blocks.append(
             Paragraph(f"the peak is outside the step: {PHASE_NAMES[need.peak_phase]}, {format_bytes(need.peak)}")
         )
-    parts = f"{counted(disk.num_checkpoints, 'checkpoint')} x {format_bytes(disk.checkpoint_bytes)}"
-    free = "free space unknown" if survey.disk_free_bytes is None else f"{format_bytes(survey.disk_free_bytes)} free"
-    facts = [("disk", f"{parts} + models {format_bytes(disk.model)} = {format_bytes(disk.total)}; {free}")]
+    models, state = f"models {format_bytes(disk.model)}", plan.stream
+    facts = [("disk", f"{models}; {_free(survey.disk_free_bytes)}")]
+    if state is None or not state.disk:
+        parts = f"{counted(disk.num_checkpoints, 'checkpoint')} x {format_bytes(disk.checkpoint_bytes)}"
+        facts = [("disk", f"{parts} + {models} = {format_bytes(disk.total)}; {_free(survey.disk_free_bytes)}")]
+    else:
+        needed = format_bytes(state.state_bytes + state.gradient_bytes)
+        facts.append(("state", f"{needed} in {state.disk}; {_free(state.disk_free_bytes)}"))
     if sent := words.describe_traffic(plan):
         facts.append(("traffic", sent))
     facts += words.describe_stream(plan)
@@ -134,7 +143,7 @@ def _time_facts(survey: Survey, plan: Plan, need: TimeNeed) -> list[NameAndValue
     besides = (f"{name} {format_seconds(seconds)}" for name, seconds in need.overhead_seconds.items())
     return [
         ("steps", f"{steps}, {format_count(need.tokens)} tokens"),
-        ("speed", f"{need.tokens_per_second:,.0f} tokens/s ({need.source}: {doubt}){waits}"),
+        ("speed", f"{format_speed(need.tokens_per_second)} tokens/s ({need.source}: {doubt}){waits}"),
         ("training", f"{format_seconds(need.total_seconds)}: {training}"),
         ("besides", ", ".join(besides)),
     ]

@@ -29,7 +29,7 @@ from fulltune.records.plan import Plan
 from fulltune.records.scores import Answer
 from fulltune.report.comparison.content import build_expectation_section
 from fulltune.report.format import pages
-from fulltune.report.format.words import MetricFormatter, one_line, text_or_empty
+from fulltune.report.format.words import MetricFormatter, format_speed, one_line, text_or_empty
 from fulltune.report.run.about_data import build_data_terminal_report
 from fulltune.report.run.about_forgetting import describe_budget_result
 from fulltune.report.run.about_training import build_check_table
@@ -125,7 +125,7 @@ class Display:
 
     def _show_step(self, event: StepLogged) -> None:
         # Images have no tokens.
-        speed = f"{event.tokens_per_second:,.0f} tok/s  " if event.tokens_per_second else ""
+        speed = f"{format_speed(event.tokens_per_second)} tok/s  " if event.tokens_per_second else ""
         facts = f"loss {event.loss:.3f}{self.last_metric}  {speed}{format_seconds(round(event.seconds_left))} left"
         step, total, now = event.step, event.total_steps, time.monotonic()
         if not self._update_live_line(f"step {step}/{total}", step, total, facts) and (
@@ -160,11 +160,12 @@ class Display:
     def _show_plan(self, plan: Plan) -> None:
         if self.details:
             trained = f"{plan.num_trainable_parameters:,} trained" if plan.num_frozen_parameters else "all trained"
+            state = plan.stream.state_bytes if plan.stream else sum(plan.state.values())
             self.console.print(
                 f"{plan.trial}: {plan.num_parameters:,} parameters, {trained}; {plan.total_steps} steps of "
                 f"{plan.global_batch_size} rows ({plan.micro_batch_size} x {plan.gradient_accumulation_steps} x "
                 f"{plan.num_processes}), learning rate {plan.learning_rate:g}, {plan.precision} on {plan.device}, "
-                f"state {format_bytes(sum(plan.state.values()))}"
+                f"state {format_bytes(state)}"
             )
             if plan.busy:
                 self.console.print(f"[yellow]{escape(plan.busy)}[/yellow]")

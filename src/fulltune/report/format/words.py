@@ -214,7 +214,12 @@ def format_large_number(value: float) -> str:
     for power, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= 0.9995 * power:
             return f"{format_number(value / power)} {letter}"
-    return f"{value:,.0f}"
+    return format_speed(value)
+
+
+def format_speed(value: float) -> str:
+    """Format a number without decimals, or if it is below 10 with two significant digits."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def format_count(value: float) -> str:

@@ -148,7 +148,8 @@ def _train_and_save(training: Training) -> Fields:
     )
     if not inputs.is_main:
         return {}
-    usage.update_peak_disk(request.checkpoints, *request.all_initial_weights, request.model_folder)
+    state_here = Path(request.run_folder, "state")  # of a streamed run, unless it is on another disk
+    usage.update_peak_disk(request.checkpoints, *request.all_initial_weights, request.model_folder, state_here)
     if inputs.is_streamed:
         streamed.delete_state(plan.state_folder(Path(request.run_folder)))
     if budget is not None:
