@@ -142,6 +142,7 @@ def test_each_micro_batch_of_a_streamed_step_draws_its_own_numbers_on_the_card(t
         drawn.append((draw(two_h100s)[1], float(torch.rand(1))))
     assert drawn[1] == drawn[3]
     assert len({on_card for on_card, _ in drawn}) == len({on_cpu for _, on_cpu in drawn}) == 3
+    set_random_state(start, device)
     draw(two_h100s)
     later = derived_random_state(random_state(device), 1, device)
     assert not torch.equal(later[0], derived[0][0]), "what the card alone draws changes them too"

@@ -33,7 +33,8 @@ def test_weight_whose_gradients_come_later_is_updated_as_in_memory(
     model: Any = nn.Sequential(nn.ModuleList([nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)]))
     other, units = copy.deepcopy(model), find_units(model)
     names, parameters = ["0.0.weight", "0.1.weight"], list(other.parameters())
-    layouts, common = unit_layouts(other, units, optim), {"gradients": torch.float32, "identity": {}}
+    layouts = unit_layouts(other, units, optim)
+    common: dict[str, Any] = {"gradients": torch.float32, "identity": {}}
     state = DiskState(tmp_path, layouts, **common, create=True)
     for number, name in enumerate(names):
         state.write(number, {name: initial_sections(parameters[number], parameters[number].detach(), optim)})

@@ -72,10 +72,10 @@ class StepwiseTrainer(Trainer):
             self._norm = torch.tensor(finished["norm"])
             states = [torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8) for state in finished["random"]]
             set_random_state(states, executor.device)
-            losses = torch.tensor(finished["losses"], device=executor.device)
-            if len(losses) != len(self._samples):  # the micro batch has changed since; only their sum is used
-                losses = (losses.sum() / len(self._samples)).repeat(len(self._samples))
-            return [*losses]
+            noted = torch.tensor(finished["losses"], device=executor.device)
+            if len(noted) != len(self._samples):  # the micro batch has changed since; only their sum is used
+                noted = (noted.sum() / len(self._samples)).repeat(len(self._samples))
+            return [*noted]
         model.train()
         batches = [self._prepare_inputs(sample) for sample in self._samples]
         losses = executor.losses([partial(self._micro_batch_loss, model, batch, num_items) for batch in batches])
