@@ -286,7 +286,7 @@ def test_random_numbers_of_each_micro_batch_change_from_step_to_step() -> None:
 
 def test_placeholders_take_no_memory_when_the_trainer_moves_the_model_to_their_device() -> None:
     with torch.device("meta"):
-        model = LlamaForCausalLM(FAMILIES["decoder"][1])
+        model: Any = LlamaForCausalLM(FAMILIES["decoder"][1])
     use_placeholders(model, "meta")
     executor = Executor(model, find_units(model), InMemory(nn.ModuleList([nn.ModuleList([nn.Linear(1, 1)])])))
     model.to(executor.device)
