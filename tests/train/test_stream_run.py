@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +19,11 @@ from fulltune.errors import FulltuneError, GuardStop, SetupError
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.stream.state import DiskState
+from fulltune.train import checkpoints
 from fulltune.train.loop import step_guard, streamed
 from fulltune.train.loop.streamed import StreamedTrainer
+from fulltune.train.loop.trainer import FullTrainer
+from fulltune.train.worker import weights
 from tests import tiny
 from tests.cases import others_long
 from tests.train import runs
@@ -64,6 +69,15 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, call: int)
         return method(*given, **named)
 
     monkeypatch.setattr(place, name, counted)
+
+
+def interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch, place: Any, name: str, call: int) -> Path:
+    """The folder of a run that was killed so."""
+    with monkeypatch.context() as patch:
+        killed_at(patch, place, name, call)
+        with pytest.raises((FulltuneError, Killed)):
+            train(folder, "tied decoder", placement="stream")
+    return folder / "run"
 
 
 def train(
@@ -119,21 +133,61 @@ def test_compressed_state_is_that_of_a_run_in_memory(tmp_path: Path, optim: str,
             (DiskState, "finish", 3),  # after the last unit
             (StreamedTrainer, "_save_checkpoint", 3),  # after the update, before the checkpoint
             (StreamedTrainer, "_save_checkpoint", 1),
+            (StreamedTrainer, "_save_checkpoint", STEPS),  # after the last update
+            (weights, "save_model", 1),
+            (checkpoints, "delete_state", 2),  # once the outcome is saved
         ],
-        *((DiskState, "_commit", 20), (StreamedTrainer, "_save_checkpoint", 3)),
+        *((DiskState, "_commit", 20), (StreamedTrainer, "_save_checkpoint", STEPS)),
     ),
 )
 def test_run_that_was_killed_goes_on_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Any, name: str, call: int
 ) -> None:
-    losses, weights = train(tmp_path / "whole", "tied decoder", placement="stream")
-    with monkeypatch.context() as patch:
-        killed_at(patch, place, name, call)
-        with pytest.raises(FulltuneError, match="Killed"):
-            train(tmp_path / "killed", "tied decoder", placement="stream")
-    later, later_weights = train(tmp_path / "killed", "tied decoder", placement="stream")
-    assert later[-3:] == losses[-3:]
-    assert [name for name, one in weights.items() if not torch.equal(one, later_weights[name])] == []
+    losses, expected = train(tmp_path / "whole", "tied decoder", placement="stream")
+    run = interrupted(tmp_path / "killed", monkeypatch, place, name, call)
+    run.symlink_to(run.rename(tmp_path / "moved"))
+    later, found = train(tmp_path / "killed", "tied decoder", placement="stream")
+    assert {*later} == {*losses}  # a step may be logged twice
+    assert [name for name, one in expected.items() if not torch.equal(one, found[name])] == []
+    assert not list(run.rglob("state*"))
+
+
+@pytest.mark.parametrize("lost", others_long(["journal.json", "state.bin", "samples.safetensors", "all"], "all"))
+def test_run_whose_state_is_lost_never_starts_from_pretrained_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    run = interrupted(tmp_path, monkeypatch, StreamedTrainer, "_save_checkpoint", 3)
+    state = next(run.rglob("state.bin")).parent
+    for file in [*state.iterdir()] if lost == "all" else [state / lost]:
+        file.unlink()
+    left = sorted(state.iterdir())
+    with pytest.raises(FulltuneError, match=r"no complete training state, although this run is at step 2.*--fresh"):
+        train(tmp_path, "tied decoder", placement="stream")
+    assert sorted(state.iterdir()) == left
+
+
+def test_last_checkpoint_without_its_state_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = interrupted(tmp_path, monkeypatch, weights, "save_model", 1)
+    journal = next(run.rglob("journal.json"))
+    journal.write_text(journal.read_text("utf-8").replace(f'"step": {STEPS}', '"step": 1'), "utf-8")
+    with pytest.raises(FulltuneError, match=f"state is at step 1, but the checkpoint is of step {STEPS}"):
+        train(tmp_path, "tied decoder", placement="stream")
+
+
+def test_state_that_another_process_uses_is_not_deleted(tmp_path: Path) -> None:
+    (file := tmp_path / "state" / "state.bin").parent.mkdir()
+    file.touch()
+    lock = "import fcntl; one = open({!r}, 'r+'); fcntl.lockf(one, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-S", "-c", lock.format(str(file))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(SetupError, match="cannot be deleted"):
+            checkpoints.delete_state(file.parent)
+        assert file.exists()
+        other.communicate("\n")
+    checkpoints.delete_state(file.parent)
+    assert not file.parent.exists()
 
 
 def test_skipped_step_leaves_the_state_untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,16 +207,34 @@ def test_skipped_step_leaves_the_state_untouched(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("family", others_long(["decoder", "images"], "images"))  # in files ViT's names differ
-def test_best_weights_are_kept_and_the_state_is_deleted(tmp_path: Path, family: str) -> None:
-    settings = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
-    _, weights = train(tmp_path / "memory", family, placement="single", **settings)
-    _, streamed_weights = train(tmp_path / "stream", family, placement="stream", **settings)
-    assert streamed_weights.keys() == weights.keys()
-    assert [name for name, one in weights.items() if not torch.equal(one, streamed_weights[name])] == []
+def test_best_weights_are_kept_and_the_state_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 3, "lr_scheduler_type": "constant"}
+    judge = StreamedTrainer._determine_best_metric
+
+    def judge_three(trainer: Any, **given: Any) -> bool:
+        return trainer.state.global_step <= 3 and judge(trainer, **given)
+
+    monkeypatch.setattr(FullTrainer, "_determine_best_metric", judge_three)
+    _, expected = train(tmp_path / "memory", family, placement="single", **settings)
+    real, kept = checkpoints.delete_old_checkpoints, list[int]()
+
+    def delete(folder: Path, *given: Any) -> None:
+        real(folder, *given)
+        kept.append(len(list(folder.glob("*/model*.safetensors"))))
+
+    monkeypatch.setattr(checkpoints, "delete_old_checkpoints", delete)
+    _, found = train(tmp_path / "stream", family, placement="stream", **settings)
+    assert found.keys() == expected.keys()
+    assert [name for name, one in expected.items() if not torch.equal(one, found[name])] == []
+    assert Outcome.load(next(tmp_path.glob("stream/run/attempts/*/outcome.json"))).best_step in (1, 2, 3)
+    assert kept == [1] * STEPS  # what the plan counts as needed on the disk
     assert not list((tmp_path / "stream").rglob("state.bin"))
     (outcome,) = (tmp_path / "stream" / "run").glob("attempts/*/outcome.json")
     planned = Plan.load(tmp_path / "stream" / "run" / "plan" / "full.json").disk.checkpoint_bytes
     assert Outcome.load(outcome).disk_bytes > planned > 0  # the state is counted
+    assert not [file for file in Path("/proc/self/fd").iterdir() if "state.bin" in str(file.resolve())]
 
 
 def test_plan_refuses_weights_that_cannot_be_read_in_parts(tmp_path: Path) -> None:

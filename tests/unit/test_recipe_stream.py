@@ -78,6 +78,7 @@ def test_only_the_type_of_the_gradients_changes_the_result() -> None:
     first = plans.recipe(train={**STREAM, "stream": {}}).fingerprint()
     moved = {**STREAM, "stream": {"disk": "/d", "host_memory": "4GiB", "rated_writes": "1TB"}}
     assert plans.recipe(train=moved).fingerprint() == first
+    assert plans.recipe(train=STREAM).fingerprint() == first
     assert plans.recipe(train={**STREAM, "stream": {"gradients": "fp32"}}).fingerprint() != first
 
 

@@ -106,7 +106,8 @@ class Recipe(Block):
         compares_runs = self.methods or self.is_searched
         for name in ("notice", "hang_timeout", *(() if compares_runs else placing)):
             del settings["train"][name]
-        if stream := settings["train"].pop("stream"):
+        stream = settings["train"].pop("stream")
+        if stream and stream["gradients"] != "auto":
             settings["train"]["stream"] = stream["gradients"]  # the others change memory and disk alone
         settings["compare"]["budget"] = None  # more time continues the same comparison
         return settings

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -250,8 +252,10 @@ class Plan(MemorySettings):
 
     def state_folder(self, run_folder: Path) -> Path:
         """Return the folder of a streamed run's training state."""
-        disk = self.stream.disk if self.stream else ""
-        return Path(disk, run_folder.name, self.trial) if disk else run_folder / "state" / self.trial
+        if not self.stream or not self.stream.disk:
+            return run_folder / "state" / self.trial
+        path = hashlib.sha256(os.fsencode(run_folder.resolve())).hexdigest()[:8]  # runs may have the same name
+        return Path(self.stream.disk, f"{run_folder.name}-{path}", self.trial)
 
     @property
     def model_folder(self) -> str:

@@ -16,7 +16,7 @@ from fulltune.models.load import HeadOrigin, find_label_axes, load_model, torch_
 from fulltune.models.shapes import measure_shapes
 from fulltune.stream.executor import Executor, install
 from fulltune.stream.files import ReadAhead, StoredTensor, tensors_in_files
-from fulltune.stream.units import Unit, find_units, placeholder, use_placeholders
+from fulltune.stream.units import find_units, placeholder, use_placeholders
 from fulltune.system.hardware import total_and_free_memory
 from fulltune.system.memory import status_bytes
 from fulltune.text import format_bytes
@@ -101,17 +101,8 @@ def skeleton(
     return Skeleton(model, by_parameter, new)
 
 
-def fill(
-    source: Skeleton, units: Iterable[Unit], write: Callable[[int, dict[str, dict[str, torch.Tensor]]], None]
-) -> None:
-    """Pass each unit's weights to `write`, as {parameter: {"weights": values}}, with one unit at a time in memory."""
-    for number, unit in enumerate(units):
-        write(number, {name: {"weights": values} for name, values in source.read(unit.names).items()})
-
-
-def draw(model: PreTrainedModel, names: tuple[str, ...], seed: int = 0) -> dict[str, torch.Tensor]:
-    """Return initial values of parameters as transformers draws them, which depend on nothing but the seed and these
-    names."""
+def draw(model: PreTrainedModel, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Return initial values of parameters as transformers draws them, which depend on nothing but these names."""
     parameters = dict(model.named_parameters())
     absent = {name: parameters[name].data for name in names}
     for name, parameter in parameters.items():
@@ -124,7 +115,7 @@ def draw(model: PreTrainedModel, names: tuple[str, ...], seed: int = 0) -> dict[
         tied = model.get_submodule(target.rpartition(".")[0])
         vars(tied)[_INITIALISED] = len(list(tied.parameters(recurse=False))) == 1
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(zlib.crc32(f"{seed} {names[:1]}".encode()))
+        torch.default_generator.manual_seed(zlib.crc32(f"{names[:1]}".encode()))
         model.initialize_weights()
     values = {name: parameters[name].data for name in names}
     for name, nothing in absent.items():

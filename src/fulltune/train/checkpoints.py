@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import shutil
@@ -101,6 +103,23 @@ def delete_checkpoints_after(folder: Path, step: int) -> None:
     for checkpoint in folder.glob("checkpoint-*"):
         if number_in(checkpoint) > step:
             shutil.rmtree(checkpoint)
+
+
+def delete_state(folder: Path) -> None:
+    """Delete a streamed run's training state, which may be unfinished; raise `SetupError` if a process is using it."""
+    file = folder / "state.bin"
+    try:
+        with file.open("rb+") as locked:
+            fcntl.lockf(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (folder / "journal.json").unlink(missing_ok=True)  # first: it says that the state is complete
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        why = f"{file}: cannot be deleted ({error.strerror})"
+        raise SetupError(f"{why}; end the run that uses it, then run the same command again") from None
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another trial's state, or no folder at all
+        folder.parent.rmdir()
 
 
 def save_trained_weights(model: PreTrainedModel, checkpoint: Path) -> None:

@@ -23,7 +23,8 @@ from tests.unit.plan import sizes
 def sealing(folder: Path, limit: int, journal: Journal, on_seal: Callable[[], None]) -> Checkpoints:
     """The training's own callback; `on_seal` is called when the disk is at its fullest."""
     recipe = plans.recipe(train={"save_total_limit": limit})
-    request: Any = SimpleNamespace(checkpoints=folder, all_initial_weights=[], recipe=recipe)
+    plan = SimpleNamespace(stream=None)
+    request: Any = SimpleNamespace(checkpoints=folder, all_initial_weights=[], recipe=recipe, plan=plan)
     usage: Any = SimpleNamespace(update_peak_disk=lambda *_: on_seal())
     return Checkpoints(request, journal, usage)
 

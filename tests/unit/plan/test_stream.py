@@ -20,7 +20,7 @@ from fulltune.plan import changed, gpus
 from fulltune.plan.fit import make_plan
 from fulltune.plan.survey import survey_placements
 from fulltune.plan.workload import Workload
-from fulltune.records.plan import Plan
+from fulltune.records.plan import Phase, Plan
 from fulltune.report.format import pages
 from fulltune.report.format.words import describe_stream
 from fulltune.stream.units import unit_sizes
@@ -130,7 +130,10 @@ def test_gradients_on_another_disk_and_in_another_type(shapes: Shapes) -> None:
     assert plan.stream is not None
     assert plan.stream.gradient_bytes == 4 * PARAMETERS
     assert plan.disk.checkpoint_bytes == 0
-    assert plan.state_folder(Path("runs/r")) == Path("/fast/r/full-seed42")
+    one, other = (plan.state_folder(Path(place, "r")) for place in ("runs", "others"))
+    assert one == plan.state_folder(Path("runs/r").resolve())
+    assert one.parent != other.parent  # another run of the same name
+    assert (one.parents[1], one.parent.name[:2], one.name) == (Path("/fast"), "r-", "full-seed42")
     assert narrow(shapes).state_folder(Path("runs/r")) == Path("runs/r/state/full-seed42")
     wear = dict(describe_stream(plan))["wear"]
     assert "50.6 GiB a step: 5,521 steps until" in wear  # 300 TB / (8.0625 x 6.74 GB)
@@ -308,12 +311,27 @@ def test_streamed_run_goes_back_to_no_earlier_weights(shapes: Shapes) -> None:
 def test_retry_after_running_out_of_memory_keeps_the_states_format(shapes: Shapes) -> None:
     work = task(shapes, "stream", global_batch_size=1)
     plan = make_plan(work, gpus.parse_hardware("cpu, 64GB host")).model_copy(update={"chunked_loss": True})
+    assert plan.stream is not None
+    plan = plan.changed(stream=plan.stream.model_copy(update={"cache_bytes": 0}))
     assert plan_next_attempt(work.recipe, plan, [plans.outcome("out_of_memory", phase="step")]) is None
     larger = plan.changed(micro_batch_size=4)
     following = plan_next_attempt(work.recipe, larger, [plans.outcome("out_of_memory", phase="step")])
     assert following is not None
     assert following.plan.micro_batch_size == 2
     assert following.plan.optim == plan.optim
+
+
+@pytest.mark.parametrize("phase", ["step", "loading"])
+def test_retry_after_running_out_of_memory_first_gives_up_the_cache(shapes: Shapes, phase: Phase) -> None:
+    work = task(shapes, "stream", global_batch_size=1)
+    plan = make_plan(work, gpus.parse_hardware("cpu, 64GB host"))
+    assert plan.stream is not None
+    assert plan.stream.cache_bytes > 0
+    following = plan_next_attempt(work.recipe, plan, [plans.outcome("out_of_memory", phase=phase)])
+    assert following is not None
+    assert following.plan.stream == plan.stream.model_copy(update={"cache_bytes": 0})
+    assert following.plan.micro_batch_size == plan.micro_batch_size
+    assert "no weights stay in memory" in following.reason
 
 
 @pytest.mark.parametrize(

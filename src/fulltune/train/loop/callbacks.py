@@ -161,9 +161,9 @@ class Checkpoints(TrainerCallback):
             folder = self.request.checkpoints
             files.write_checksums(folder / f"checkpoint-{state.global_step}")
             self.usage.update_peak_disk(folder, *self.request.all_initial_weights)  # now it is at its fullest
-            checkpoints.delete_old_checkpoints(
-                folder, self.request.recipe.train.save_total_limit, state.best_global_step
-            )
+            # A streamed state can continue only from the last checkpoint.
+            limit = 1 if self.request.plan.stream else self.request.recipe.train.save_total_limit
+            checkpoints.delete_old_checkpoints(folder, limit, state.best_global_step)
 
 
 class StopOnRequest(TrainerCallback):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -29,6 +30,8 @@ class AttemptInputs:
     stop: StopOnRequest
     usage: ResourceUsage
     summary: DataSummary
+    cleanup: ExitStack = field(default_factory=ExitStack)
+    """Closes what the attempt has opened."""
 
     @property
     def plan(self) -> Plan:

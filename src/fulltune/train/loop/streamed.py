@@ -15,6 +15,7 @@ from transformers import Trainer
 from fulltune.errors import SetupError
 from fulltune.models.save import names_by_key, save_in_parts
 from fulltune.records.events import RowsRead
+from fulltune.stream.layout import WEIGHTS
 from fulltune.stream.randomness import random_state, set_random_state
 from fulltune.stream.training import Streamed, streamed_of
 from fulltune.train.loop.trainer import FullTrainer
@@ -137,7 +138,7 @@ class StreamedTrainer(FullTrainer, StepwiseTrainer):
         if not self.model.training or now - self._shown < _SECONDS_BETWEEN_LINES:
             return
         self._shown = now
-        sizes = [self.streamed.weights_bytes(number) for number in range(len(units))]
+        sizes = self.streamed.sizes
         done = sum(sizes[unit:] if backward else sizes[: unit + 1])
         name = f"step {self.state.global_step + 1:,}, {'backward' if backward else 'forward'}"
         part = f"unit {len(units) - unit if backward else unit + 1} of {len(units)}"
@@ -164,4 +165,7 @@ class StreamedTrainer(FullTrainer, StepwiseTrainer):
         names = names_by_key(self.model)
         for file in sorted(checkpoint.glob("*.safetensors")):
             with safe_open(file, "pt") as tensors:
-                self.streamed.write({names[key]: tensors.get_tensor(key) for key in list(tensors.keys())})
+                keys = {names[key]: key for key in list(tensors.keys())}
+                for number, unit in enumerate(self.streamed.units):
+                    if own := {name: {WEIGHTS: tensors.get_tensor(keys[name])} for name in unit.names if name in keys}:
+                        self.streamed.state.write(number, own)

@@ -48,6 +48,10 @@ def plan_next_attempt(
         return NextAttempt(plan, True, f"{last.reason}; resuming from the last undamaged checkpoint{there}")
     if last.status != "out_of_memory":
         return None
+    if (tiers := plan.stream) is not None and tiers.cache_bytes:
+        after = plan.changed(stream=tiers.model_copy(update={"cache_bytes": 0}), time=None)
+        reason = f"{describe_memory_shortage(last, plan)}; no weights stay in memory from one step to the next"
+        return NextAttempt(after.changed(memory=estimate_memory(after)), True, reason)
     repeats = sum(outcome.status == "out_of_memory" and outcome.phase == last.phase for outcome in history)
     if last.phase in ("loading", "saving", "resuming") and repeats == 1:
         return NextAttempt(

@@ -50,7 +50,7 @@ def train_in_attempts(
     done = earlier_outcomes(folder, plan.trial)
     model_folder = done[-1].model_folder if done and done[-1].status == "done" else None
     if model_folder is not None and missing_weight_file(folder / model_folder) is None:
-        _delete_resume_files(folder, plan.trial)
+        _delete_resume_files(folder, plan)
         return done[-1]
     if recipe.train.num_machines > 1 and start is start_in_new_process:
         raise RecipeError(missing_rank_message(recipe))
@@ -77,7 +77,7 @@ def train_in_attempts(
             outcome = child.run_worker(request, listener, start)
         history.append(outcome)
         if outcome.status == "done":
-            _delete_resume_files(folder, plan.trial)
+            _delete_resume_files(folder, plan)
             return outcome
         healthy = checkpoints.newest_healthy_checkpoint(request.checkpoints, outcome.first_bad_step or 0)
         step = 0 if healthy is None else number_in(healthy)
@@ -119,12 +119,14 @@ def _prepare_folders(request: Request, resume: bool, listener: Listener) -> Requ
     return request
 
 
-def _delete_resume_files(folder: Path, trial: str) -> None:
+def _delete_resume_files(folder: Path, plan: Plan) -> None:
     """Delete files that only resuming needs, once the outcome is saved."""
-    checkpoints.delete_checkpoints_after(folder / "checkpoints" / trial, -1)
+    checkpoints.delete_checkpoints_after(folder / "checkpoints" / plan.trial, -1)
     with contextlib.suppress(OSError):  # not empty, or gone
-        (folder / "checkpoints" / trial).rmdir()
-    for attempt in attempt_folders(folder, trial):
+        (folder / "checkpoints" / plan.trial).rmdir()
+    if plan.stream is not None:
+        checkpoints.delete_state(plan.state_folder(folder))
+    for attempt in attempt_folders(folder, plan.trial):
         for file in attempt.glob("*.safetensors"):  # left by a killed process
             file.unlink()
 

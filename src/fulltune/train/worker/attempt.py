@@ -150,8 +150,6 @@ def _train_and_save(training: Training) -> Fields:
         return {}
     state_here = Path(request.run_folder, "state")  # of a streamed run, unless it is on another disk
     usage.update_peak_disk(request.checkpoints, *request.all_initial_weights, request.model_folder, state_here)
-    if inputs.is_streamed:
-        streamed.delete_state(plan.state_folder(Path(request.run_folder)))
     if budget is not None:
         best |= {"best_metric": budget.choice.metric, "weights_reason": budget.weights_reason}
     trainer.log({f"eval_final_{plan.metric}": best["best_metric"]})

@@ -53,7 +53,8 @@ def run_checks(inputs: AttemptInputs, loaded: LoadedModel, trainer: FullTrainer)
         _describe_dropout(model),
     ]
     if (streamed := streamed_of(model)) is not None:
-        checks.append(_check_outputs(streamed, collate_on_device(trainer, [rows[positions_by_length(rows)[-1]]])))
+        shortest = collate_on_device(trainer, [rows[positions_by_length(rows)[-1]]])
+        checks.append(_check_outputs(model, streamed, shortest))
     if loaded.head is not None:
         head, start = loaded.head, loaded.head_start
         origin = head.description if start is None or head.order else f"new, {start.head_origin}; {head.why}"
@@ -106,11 +107,11 @@ def _check_trainable_parameters(model: PreTrainedModel, plan: Plan) -> Check:
     )
 
 
-def _check_outputs(streamed: Streamed, batch: Mapping[str, torch.Tensor]) -> Check:
+def _check_outputs(model: PreTrainedModel, streamed: Streamed, batch: Mapping[str, torch.Tensor]) -> Check:
     """Check that a streamed model's outputs are finite: absent weights are NaN."""
     called = set[int]()
     streamed.executor.on_unit = lambda unit, backward: called.add(unit)
-    module = first_non_finite_module(streamed.skeleton.model, batch)
+    module = first_non_finite_module(model, batch)
     absent = [unit.path for number, unit in enumerate(streamed.units) if unit.names and number not in called]
     why = (
         f"the model reads weights outside of their modules' calls (of {', '.join(absent[:3])}), so it cannot be "

@@ -61,7 +61,8 @@ def run_attempt(request: Request, hooks: Hooks, listener: Listener | None = None
                 recorder = Recorder(None if path is None else request.folder / "metrics.jsonl", listener)
                 summary = DataSummary.of_run(Path(request.run_folder))
                 inputs = AttemptInputs(request, hooks, journal, recorder, stop, usage, summary)
-                ended = {"status": "done", "reason": "", **attempt.train_attempt(inputs)}
+                with inputs.cleanup:
+                    ended = {"status": "done", "reason": "", **attempt.train_attempt(inputs)}
         except BaseException as error:
             status, reason = outcome_of_error(error, request.folder)
             if status in ("error", "out_of_memory"):

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
-import contextlib
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fulltune import methods
+from fulltune.errors import SetupError
 from fulltune.models.base import Base
 from fulltune.models.load import HeadOrigin, torch_dtype
 from fulltune.recipe.fields import Recipe
@@ -16,14 +16,16 @@ from fulltune.records.training import ParameterChanges
 from fulltune.stream.executor import Executor, install
 from fulltune.stream.files import files_digest
 from fulltune.stream.layout import WEIGHTS
-from fulltune.stream.skeleton import Skeleton, fill, skeleton
-from fulltune.stream.state import DiskState, exists
+from fulltune.stream.skeleton import Skeleton, skeleton
+from fulltune.stream.state import FILE, DiskState, exists
 from fulltune.stream.training import Streamed, attach, streamed_of
 from fulltune.stream.units import find_units, use_placeholders
 from fulltune.tasks import Target, Task
+from fulltune.train import checkpoints
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.optim.streamed import initial_sections, unit_layouts
 
+_SAMPLES = "samples.safetensors"
 _SAMPLED_PARTS, _VALUES_PER_PART = 16, 256
 _PAGE_VALUES = 4096
 """Values after which each section of the state begins a page."""
@@ -45,47 +47,47 @@ def open_state(inputs: AttemptInputs, model: PreTrainedModel, source: Skeleton) 
     request, plan = inputs.request, inputs.plan
     units, folder = find_units(model), plan.state_folder(Path(request.run_folder))
     assert plan.stream is not None
-    is_new = request.checkpoint is None or not exists(folder)
-    if is_new:
-        delete_state(folder)
+    if is_new := request.checkpoint is None:
+        checkpoints.delete_state(folder)
+    elif not (exists(folder) and all((folder / name).exists() for name in (FILE, _SAMPLES))):
+        raise SetupError(
+            f"{folder}: contains no complete training state, although this run is at step {request.first_step:,}; "
+            "restore the folder (and the run folder's path, if it was moved), or start a new run (--fresh)"
+        )
     state = DiskState(
         folder,
         unit_layouts(model, units, plan.optim),
         gradients=torch_dtype(plan.stream.gradients),
-        identity={"run": str(Path(request.run_folder).resolve()), "model": files_digest(source.stored)},
+        identity={"recipe": request.recipe.fingerprint(), "model": files_digest(source.stored)},
         host_bytes=plan.stream.cache_bytes,
         create=is_new,
     )
+    inputs.cleanup.callback(state.close)
+    parameters = dict(model.named_parameters())
     if is_new:
         inputs.recorder.phase("writing the training state")
-        parameters = dict(model.named_parameters())
-
-        def write(unit: int, values: dict[str, dict[str, torch.Tensor]]) -> None:
+        for number, unit in enumerate(units):
+            values = source.read(unit.names)
             state.write(
-                unit,
-                {name: initial_sections(parameters[name], one[WEIGHTS], plan.optim) for name, one in values.items()},
+                number, {name: initial_sections(parameters[name], values[name], plan.optim) for name in unit.names}
             )
-
-        fill(source, units, write)
     use_placeholders(model, plan.device)
     executor = Executor(model, units, state, state)
     install(model, executor)
-    attach(model, Streamed(units, source, state, executor))
-
-
-def delete_state(folder: Path) -> None:
-    """Delete a training state, which may be unfinished, and its folder's parent if that is then empty."""
-    shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(OSError):  # another trial's state, or no folder at all
-        folder.parent.rmdir()
+    sizes = [sum(parameters[name].nbytes for name in unit.names) for unit in units]
+    attach(model, Streamed(units, sizes, state, executor))
 
 
 class SampledWeights:
     """Samples of all trained weights before step 1."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Sample up to 8192 values of each tensor, in evenly spaced parts."""
-        self._before = {name: _sample(model, name)[0] for name in methods.trainable_parameters(model)}
+        """Sample up to 8192 values of each tensor, in evenly spaced parts, or read a resumed run's samples."""
+        streamed = streamed_of(model)
+        assert streamed is not None
+        if not (file := streamed.state.folder / _SAMPLES).exists():
+            save_file({name: _sample(model, name)[0] for name in methods.trainable_parameters(model)}, file)
+        self._before = load_file(file)
 
     def count_changes(self, model: PreTrainedModel, *_: object) -> ParameterChanges:
         """Count the sampled values that received a gradient, and those that changed."""

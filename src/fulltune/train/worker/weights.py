@@ -152,7 +152,8 @@ def load_finished_checkpoint(trainer: FullTrainer, checkpoint: Path, total_steps
         # Only the engine can read it; transformers has no public way to create one without training.
         trainer._prepare_for_training(total_steps, trainer.get_train_dataloader(), str(checkpoint))
         return cast("torch.optim.Optimizer", trainer.optimizer)
-    if streamed_of(trainer.model) is not None:  # its state is that of the last step
+    if streamed_of(trainer.model) is not None:
+        trainer._load_from_checkpoint(str(checkpoint))  # only compares its step with the state's
         return trainer.create_optimizer()
     trainer.load_weights(checkpoint)
     optimizer = trainer.create_optimizer()
