@@ -15,7 +15,7 @@ from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase,
 from fulltune.text import parse_bytes
 
 UPDATE_BYTES = 150 * 10**6
-"""Buffers for slices of the state in the optimizer's update."""
+"""Buffers for slices of the state in the optimizer's update, unless they fit where a unit's weights are."""
 FILE_BYTES = 2**28
 """Maximum size of each file of the saved model, whose tensors are in memory together."""
 ASSUMED_SPEED = 1e9
@@ -72,7 +72,7 @@ def stream_memory_need(shapes: Shapes, footprint: Footprint, settings: MemorySet
     fixed: dict[MemoryKind, int] = {
         "weights": 2 * value * tiers.largest_size + tiers.cache_bytes * on_cpu,
         "gradients": BYTES[tiers.gradients] * tiers.largest_size,
-        "optimizer": min(UPDATE_BYTES, 4 * tiers.state_bytes) * on_cpu,
+        "optimizer": min(UPDATE_BYTES, 4 * tiers.state_bytes) * (value * tiers.largest_size < UPDATE_BYTES) * on_cpu,
     }
     copies, each = 2 * tiers.largest_size, value * shapes.hidden_size * rows * length
     points: list[dict[MemoryKind, int]] = []

@@ -108,7 +108,9 @@ class DiskState:
         self._parking: Transfer = []
         slices = [spans.values() for unit in self._units for *_, spans in unit.slices()]
         longest = max(sum(span.num_bytes for span in spans) for spans in slices)
-        self._buffers = [page_buffer(longest) for _ in range(_NUM_BUFFERS)]
+        # An update needs no whole units, so slices lie where these do, if there is room.
+        room = self._spare[0] if len(self._spare[0]) >= _NUM_BUFFERS * longest else page_buffer(_NUM_BUFFERS * longest)
+        self._buffers = room[: _NUM_BUFFERS * longest].split(longest)
         self._reader, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def _save(self, journal: StateJournal) -> None:
@@ -228,7 +230,7 @@ class DiskState:
 
     def _replace(self, units: Sequence[int], change: ApplySlice) -> None:
         """Write changed records to free regions, and commit each unit. Reading, `change` and writing overlap."""
-        for unit in [unit for unit in units if unit in self._loaded]:
+        for unit in [unit for unit in self._loaded if unit in units or unit not in self._own]:
             self._unload(unit)
         parts = ((unit, *one) for unit in units for one in self._units[unit].slices())
         slices = [(*part, buffer) for part, buffer in zip(parts, cycle(self._buffers), strict=False)]

@@ -80,7 +80,7 @@ def test_memory_is_that_of_a_few_units_and_the_inputs_of_all(shapes: Shapes) -> 
     kinds = plan.memory.kinds
     assert kinds["weights"] == 2 * 2 * BLOCK  # two buffers
     assert kinds["gradients"] == 2 * BLOCK + 4 * VOCABULARY  # a buffer, and the chunked loss's fp32 gradient
-    assert kinds["optimizer"] == 150 * 10**6
+    assert kinds["optimizer"] == 0  # slices lie where the weights do
     inputs = 2 * 4096 * 2 * 512 * (35 + 1)
     assert kinds["activations"] == inputs + 2 * 4096 * 34 * plan.micro_batch_size * 512  # and a block of 34 inputs
     assert plan.memory.peak < 2.3 * 2**30
