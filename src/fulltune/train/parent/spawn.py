@@ -81,7 +81,7 @@ def worker_environment(request: Request) -> dict[str, str]:
     variables["PATH"] = os.pathsep.join([*filter(None, [os.environ.get("PATH")]), str(Path(sys.executable).parent)])
     if request.plan.device != "cpu":
         return variables | memory.allocator_variables(variables, platform.system(), platform.release())
-    tunables = FSDP2_ALLOCATOR if request.plan.placement == "fsdp2" else ALLOCATOR
+    tunables = FSDP2_ALLOCATOR if request.plan.placement in ("fsdp2", "stream") else ALLOCATOR
     variables = {"GLIBC_TUNABLES": tunables} | KERNEL_CACHES | variables
     if request.plan.num_processes > 1:
         # torchrun would give each process one thread, whatever the number of cores.
