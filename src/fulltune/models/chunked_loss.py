@@ -84,9 +84,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         """Return the summed loss; if `wants_gradients`, save the gradients of hidden states, weight and bias."""
         of_hidden, of_weight, of_bias = (wants_gradients and needed for needed in ctx.needs_input_grad[:3])
+        # If weights are streamed: few tokens' gradients of logits take less memory than the weight's float32 gradient.
+        is_small = is_streamed and weight.dtype != torch.float32 and len(hidden) < 2 * hidden.shape[1]
+        kept = hidden.new_empty((len(hidden), len(weight))) if of_weight and is_small else None
         # Sums over chunks are float32: in bf16 the later chunks would be rounded away.
         hidden_grad = torch.empty_like(hidden) if of_hidden else None
-        weight_grad = weight.new_zeros(weight.shape, dtype=torch.float32) if of_weight else None
+        sums = weight.new_zeros(weight.shape, dtype=torch.float32) if of_weight and kept is None else None
         bias_grad = weight.new_zeros(len(weight), dtype=torch.float32) if of_bias else None
         loss = hidden.new_zeros((), dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -99,36 +102,44 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 gradient = logits.to(hidden.dtype)
                 if hidden_grad is not None:
                     _multiply_by_weight(gradient, cast, hidden_grad[chunk])
-                if weight_grad is not None:
-                    _add_weight_gradient(weight_grad, gradient, hidden[chunk])
+                if kept is not None:
+                    kept[chunk] = gradient
+                if sums is not None:
+                    _add_weight_gradient(sums, gradient, hidden[chunk])
                 del gradient  # before the next chunk makes its own
-        ctx.is_streamed = is_streamed
         ctx.types = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
+        ctx.save_for_backward(hidden_grad, sums, bias_grad, kept, None if kept is None else hidden)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the saved gradients times `factor`, the gradient of the loss."""
+        *saved, kept, hidden = ctx.saved_tensors
         # In place: a second backward pass through the same graph is an error that autograd itself reports.
-        # A streamed gradient is copied at once, so it may stay in float32 memory; another one stays for a step.
-        convert = _convert_in_place if ctx.is_streamed else torch.Tensor.to
-        scaled = (
-            None if gradient is None else convert(gradient.mul_(factor), kind)
-            for gradient, kind in zip(ctx.saved_tensors, ctx.types, strict=True)
+        of_hidden, of_weight, of_bias = (
+            None if gradient is None else gradient.mul_(factor).to(kind)
+            for gradient, kind in zip(saved, ctx.types, strict=True)
         )
-        return (*scaled, None, None, None, None)
+        if kept is not None:
+            of_weight = _weight_gradient(kept, hidden, factor, ctx.types[1])
+        return of_hidden, of_weight, of_bias, None, None, None, None
 
 
-def _convert_in_place(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Convert contiguous values to a dtype that is not wider, in the same memory."""
-    narrow = values.view(-1).view(dtype)[: values.numel()]
-    if values.dtype != dtype:
-        for begin in range(0, values.numel(), _BLOCK_NUMBERS):
-            part = slice(begin, begin + _BLOCK_NUMBERS)
-            narrow[part] = values.view(-1)[part].to(dtype)  # by way of a copy: the places overlap
-    return narrow.view(values.shape)
+def _weight_gradient(
+    gradient: torch.Tensor, hidden: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return `gradient.t() @ hidden * factor`, summed as in `_add_weight_gradient` but for one block of rows after the
+    other; `gradient` is [tokens, vocabulary]."""
+    weight_grad = hidden.new_empty((gradient.shape[1], hidden.shape[1]), dtype=dtype)
+    rows = TOKENS_PER_CHUNK.get(hidden.device.type, TOKENS_PER_CHUNK_ELSEWHERE)
+    for block in _axis_slices(len(weight_grad), hidden.shape[1], hidden.device):
+        parts = zip(gradient[:, block].split(rows), hidden.split(rows), strict=True)
+        sums = torch.zeros(weight_grad[block].shape, dtype=torch.float32, device=hidden.device)
+        for part, tokens in parts:
+            sums += part.t() @ tokens
+        weight_grad[block] = sums.mul_(factor)
+    return weight_grad
 
 
 def _logit_chunks(

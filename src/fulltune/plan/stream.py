@@ -79,6 +79,9 @@ def stream_memory_need(shapes: Shapes, footprint: Footprint, settings: MemorySet
     for point in footprint.variant(settings.precision, settings.can_recompute).first:
         alive = point.bytes(rows, length) | {"gradients": 0}
         alive = memory.with_chunked_loss(alive, shapes, settings, rows * length, 0)
+        if alive["gradients"] and value < 4 and rows * length < 2 * shapes.hidden_size:  # see `models.chunked_loss`
+            alive["gradients"] -= (4 - value) * shapes.vocab_size * shapes.hidden_size
+            alive["logits"] += value * rows * length * shapes.vocab_size
         # With checkpointing, the trace has a block's activations and the inputs of all; else all layers' activations.
         block, inputs = alive["activations"] // shapes.num_layers, (tiers.num_units + 1) * each
         if settings.can_recompute:
