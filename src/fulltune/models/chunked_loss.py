@@ -86,10 +86,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         of_hidden, of_weight, of_bias = (wants_gradients and needed for needed in ctx.needs_input_grad[:3])
         # If weights are streamed: few tokens' gradients of logits take less memory than the weight's float32 gradient.
         is_small = is_streamed and weight.dtype != torch.float32 and len(hidden) < 2 * hidden.shape[1]
-        kept = hidden.new_empty((len(hidden), len(weight))) if of_weight and is_small else None
+        of_logits = hidden.new_empty((len(hidden), len(weight))) if of_weight and is_small else None
         # Sums over chunks are float32: in bf16 the later chunks would be rounded away.
         hidden_grad = torch.empty_like(hidden) if of_hidden else None
-        sums = weight.new_zeros(weight.shape, dtype=torch.float32) if of_weight and kept is None else None
+        sums = weight.new_zeros(weight.shape, dtype=torch.float32) if of_weight and of_logits is None else None
         bias_grad = weight.new_zeros(len(weight), dtype=torch.float32) if of_bias else None
         loss = hidden.new_zeros((), dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -102,27 +102,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 gradient = logits.to(hidden.dtype)
                 if hidden_grad is not None:
                     _multiply_by_weight(gradient, cast, hidden_grad[chunk])
-                if kept is not None:
-                    kept[chunk] = gradient
+                if of_logits is not None:
+                    of_logits[chunk] = gradient
                 if sums is not None:
                     _add_weight_gradient(sums, gradient, hidden[chunk])
                 del gradient  # before the next chunk makes its own
         ctx.types = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.save_for_backward(hidden_grad, sums, bias_grad, kept, None if kept is None else hidden)
+        ctx.save_for_backward(hidden_grad, sums, bias_grad, of_logits, None if of_logits is None else hidden)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the saved gradients times `factor`, the gradient of the loss."""
-        *saved, kept, hidden = ctx.saved_tensors
+        *saved, of_logits, hidden = ctx.saved_tensors
         # In place: a second backward pass through the same graph is an error that autograd itself reports.
         of_hidden, of_weight, of_bias = (
             None if gradient is None else gradient.mul_(factor).to(kind)
             for gradient, kind in zip(saved, ctx.types, strict=True)
         )
-        if kept is not None:
-            of_weight = _weight_gradient(kept, hidden, factor, ctx.types[1])
+        if of_logits is not None:
+            of_weight = _weight_gradient(of_logits, hidden, factor, ctx.types[1])
         return of_hidden, of_weight, of_bias, None, None, None, None
 
 
