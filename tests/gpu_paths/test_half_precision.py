@@ -22,7 +22,7 @@ from fulltune.models.chunked_loss import ChunkedLogits
 from fulltune.recipe.fields import Recipe
 from fulltune.system import hardware
 from fulltune.tasks import Target, text_classification
-from fulltune.train.loop.guarded_step import _first_non_finite_module
+from fulltune.train.loop.guarded_step import first_non_finite_module
 from fulltune.train.loop.trainer import FullTrainer
 from tests import tiny
 from tests.gpu_paths.cards import forget_what_was_found
@@ -210,7 +210,7 @@ def test_loss_that_is_not_finite_is_explained_without_half_precision() -> None:
     model, batch = Doubled(), {"given": torch.full((1, 1), 30.0)}
     with torch.autocast("cpu", dtype=torch.float16):
         assert not bool(model(**batch).isfinite())
-        assert _first_non_finite_module(model, batch) is None
+        assert first_non_finite_module(model, batch) is None
 
 
 @on_the_cpu
