@@ -48,10 +48,7 @@ def selfcheck(here: Here, folder: Path, rows: Rows) -> None:
     for finding in on_card or findings:
         passed = None if finding.status == "not here" else finding.status == "pass"
         result = f"{finding.status}: {finding.result}"
-        if on_card:
-            rows.add(f"{finding.check}: {finding.ran}", {"took_seconds": finding.seconds}, passed, result)
-        else:
-            rows.add(f"{finding.check}: {finding.ran}", {"took_seconds": None}, passed, f"on the CPU {result}")
+        rows.add(finding.ran, {"took_seconds": None}, passed, result if on_card else f"on the CPU {result}")
 
 
 def quickstart(here: Here, folder: Path, rows: Rows) -> None:

@@ -110,10 +110,10 @@ def test_losses_and_weights_are_those_of_a_run_in_memory(tmp_path: Path, family:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("micro_batch", [1, 8])
+@pytest.mark.parametrize("micro_batch", [2, 16])
 @pytest.mark.parametrize("family", ["encoder-decoder", "encoder", "decoder", "tied decoder", "images"])
 def test_fifty_steps_are_those_of_a_run_in_memory(tmp_path: Path, family: str, micro_batch: int) -> None:
-    settings = {"max_steps": 50, "micro_batch_size": micro_batch, "max_grad_norm": 0.5}
+    settings = {"max_steps": 50, "global_batch_size": 16, "micro_batch_size": micro_batch, "max_grad_norm": 0.5}
     losses, weights = train(tmp_path / "memory", family, placement="single", **settings)
     streamed, streamed_weights = train(tmp_path / "stream", family, placement="stream", **settings)
     assert len(losses) == 50
