@@ -332,7 +332,7 @@ def test_streamed_head_gives_the_same_gradients(tied: bool, micro_batches: int) 
     batches = [tokens(2, 5 + seed, seed) for seed in range(micro_batches)]
     expected = [forward(model, ids) for ids in batches]
     for loss in expected:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's
     losses = executor.losses([partial(forward, other, ids) for ids in batches])
     torch.autograd.backward(losses)
     assert all(torch.equal(*pair) for pair in zip(losses, expected, strict=True))

@@ -270,7 +270,7 @@ def test_error_of_the_disk_is_not_hidden_by_weights_that_were_never_read() -> No
     def fail(unit: int) -> Mapping[str, Tensor]:
         raise SetupError("the disk")
 
-    source.weights = fail  # type: ignore[method-assign]
+    source.weights = fail  # type: ignore[method-assign]  # a fault
     with pytest.raises(SetupError, match="the disk"), executor.weights_of({0, 1}):
         pass
 

@@ -61,7 +61,8 @@ def test_step_that_was_made_before_a_kill_has_the_same_loss_in_other_micro_batch
     now: int, expected: list[float]
 ) -> None:
     model = nn.Linear(2, 2)
-    attach(model, SimpleNamespace(executor=SimpleNamespace(device=torch.device("cpu"))))  # type: ignore[arg-type]
+    part = SimpleNamespace(executor=SimpleNamespace(device=torch.device("cpu")))
+    attach(model, part)  # type: ignore[arg-type]  # all that is read of it
     torch.manual_seed(7)
     random = torch.get_rng_state()
     notes = {"norm": 1.5, "tensors": ["weight"], "random": [random.numpy().tobytes().hex()]}

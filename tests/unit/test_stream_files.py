@@ -50,7 +50,7 @@ def both(base: Base, changes: Mapping[str, Any], head_is_new: bool) -> tuple[Any
     states = []
     for load in (load_model, skeleton):
         torch.manual_seed(3)
-        results.append(load(base, changes, head_is_new=head_is_new, on_head=heads.append))  # type: ignore[operator]
+        results.append(load(base, changes, head_is_new=head_is_new, on_head=heads.append))  # type: ignore[operator]  # a case
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
     assert [head.missing for head in heads[:1]] == [head.missing for head in heads[1:]]

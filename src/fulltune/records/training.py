@@ -39,6 +39,18 @@ class ParameterChanges(Record):
     unchanged_tensors: tuple[str, ...] = ()
     """Up to 20 names of tensors that had a gradient but did not change."""
 
+    @classmethod
+    def from_counts(cls, counts: dict[str, tuple[int, int]]) -> ParameterChanges:
+        """Sum up each tensor's number of values that received a gradient, and of those that changed."""
+        unmoved = [name for name, (_, moved) in counts.items() if not moved]
+        return cls(
+            num_tensors_with_gradient=len(counts),
+            num_tensors_changed=len(counts) - len(unmoved),
+            num_values_with_gradient=sum(received for received, _ in counts.values()),
+            num_values_changed=sum(moved for _, moved in counts.values()),
+            unchanged_tensors=tuple(unmoved[:20]),
+        )
+
     @property
     def share(self) -> float:
         """Of the values that received a gradient, the share (0 to 1) that changed."""

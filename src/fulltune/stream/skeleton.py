@@ -142,7 +142,7 @@ def load_within(
         count = measure_shapes(base, config_changes).num_parameters
     needed = count * torch_dtype(base.block.weights_dtype).itemsize
     if needed <= 0.8 * free and not base.block.random_weights:
-        return load_model(base, config_changes, head_is_new=head_is_new).to(device)  # type: ignore[arg-type]
+        return load_model(base, config_changes, head_is_new=head_is_new).to(device)  # type: ignore[arg-type]  # wrapped
     sizes = f"the weights take {format_bytes(needed)} and {format_bytes(max(0, free))} of memory are free"
     try:
         source = skeleton(base, config_changes, head_is_new=head_is_new)

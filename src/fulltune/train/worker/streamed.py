@@ -96,14 +96,7 @@ class SampledWeights:
             now, touched = _sample(model, name)
             if received := int(touched.count_nonzero()):
                 counts[name] = received, int(((now != before) & touched).count_nonzero())
-        unmoved = [name for name, (_, moved) in counts.items() if not moved]
-        return ParameterChanges(
-            num_tensors_with_gradient=len(counts),
-            num_tensors_changed=len(counts) - len(unmoved),
-            num_values_with_gradient=sum(received for received, _ in counts.values()),
-            num_values_changed=sum(moved for _, moved in counts.values()),
-            unchanged_tensors=tuple(unmoved[:20]),
-        )
+        return ParameterChanges.from_counts(counts)
 
 
 def _sample(model: PreTrainedModel, name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -92,14 +92,7 @@ class InitialWeights:
                 counts[name] = received, int((changed & touched).count_nonzero())
         if self._is_sharded:
             counts = distributed.sum_counts(counts)
-        unmoved = [name for name, (_, moved) in counts.items() if not moved]
-        return ParameterChanges(
-            num_tensors_with_gradient=len(counts),
-            num_tensors_changed=len(counts) - len(unmoved),
-            num_values_with_gradient=sum(received for received, _ in counts.values()),
-            num_values_changed=sum(moved for _, moved in counts.values()),
-            unchanged_tensors=tuple(unmoved[:20]),
-        )
+        return ParameterChanges.from_counts(counts)
 
     def _is_counted_here(self, number: int, parameter: torch.nn.Parameter) -> bool:
         """Return whether this rank stores and counts a parameter. Replicated parameters are assigned to ranks by
