@@ -8,14 +8,14 @@ import resource
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.runs import environment
 
-POLL_SECONDS = 0.05
-POLLS_PER_SUM = 40
+POLL_SECONDS = 0.2
+POLLS_PER_SUM = 10
 """Polls between two sums over all processes, which take longer."""
 GIB = 2**30
 STATE_FILE = "state.bin"
@@ -36,7 +36,7 @@ class Ended:
     total_bytes: int
     """Highest sum over all of its processes (Pss, sampled every two seconds)."""
     written_bytes: int
-    """Bytes that its processes gave to disks."""
+    """Bytes that its processes gave to disks: the most of one, which includes those of its children that have ended."""
     over: bool
     """Whether it was ended because a process exceeded the ceiling."""
 
@@ -50,7 +50,7 @@ def limited(
     stop: Callable[[], bool] = lambda: False,
     **variables: str,
 ) -> Ended:
-    """Run a command in a session of its own, and kill all of it when one of its processes exceeds the ceiling.
+    """Run a command, and kill it and all that it started when one of these processes exceeds the ceiling.
 
     VmHWM is the kernel's own maximum, so no peak between two polls is missed, but for a process's last. RLIMIT_DATA
     refuses private memory beyond twice the ceiling at once: reserved and never touched memory counts there, so it
@@ -76,49 +76,80 @@ def limited(
             env=environment(**variables),
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (2 * ceiling, 2 * ceiling)),
         )
+        tree = ProcessTree(process.pid)
         try:
             while True:
                 code = process.poll()
-                for place in processes(process.pid):
+                for place in tree.processes():
                     peak = max(peak, _kilobytes(place / "status", "VmHWM"))
                     parts = (_kilobytes(place / "status", name) for name in ("RssAnon", "RssShmem"))
                     anonymous = max(anonymous, sum(parts))
                     written[place.name] = max(written.get(place.name, 0), _number(place / "io", "write_bytes"))
                 if polls % POLLS_PER_SUM == 0:
-                    sums = (_kilobytes(place / "smaps_rollup", "Pss") for place in processes(process.pid))
+                    sums = (_kilobytes(place / "smaps_rollup", "Pss") for place in tree.processes())
                     total = max(total, sum(sums))
                 if code is not None:
                     break
                 if peak > ceiling or stop() or time.monotonic() - began > seconds:
-                    kill_session(process.pid)
+                    tree.kill()
                 polls += 1
                 time.sleep(POLL_SECONDS)
         finally:
-            kill_session(process.pid)
+            tree.kill()
     return Ended(
         code,
         time.monotonic() - began,
         peak,
         anonymous,
         total,
-        sum(written.values()),
+        max(written.values(), default=0),
         peak > ceiling,
     )
 
 
-def processes(session: int) -> Iterator[Path]:
-    """The folders in /proc of a session's processes."""
-    for place in Path("/proc").iterdir():
-        if place.name.isdigit():
-            with contextlib.suppress(OSError):
-                if os.getsid(int(place.name)) == session:
-                    yield place
+class ProcessTree:
+    """A process and all that it started, also in sessions of their own (the training process) or after their parent
+    has ended."""
+
+    def __init__(self, root: int) -> None:
+        self._began = {root: _begin(root)}
+
+    def processes(self) -> list[Path]:
+        """The folders in /proc of those that are alive."""
+        parents = {int(place.name): _parent(place) for place in Path("/proc").iterdir() if place.name.isdigit()}
+        self._began = {one: began for one, began in self._began.items() if one in parents and _begin(one) == began}
+        before = -1
+        while before != len(self._began):
+            before = len(self._began)
+            self._began |= {one: _begin(one) for one, parent in parents.items() if parent in self._began} | self._began
+        return [Path("/proc") / str(one) for one in self._began]
+
+    def kill(self) -> None:
+        """Kill them until none is left: one may start another meanwhile."""
+        while alive := [place for place in self.processes() if _state(place) != "Z"]:
+            for place in alive:
+                with contextlib.suppress(OSError):
+                    os.kill(int(place.name), signal.SIGKILL)
 
 
-def kill_session(session: int) -> None:
-    for place in processes(session):
-        with contextlib.suppress(OSError):
-            os.kill(int(place.name), signal.SIGKILL)
+def _fields(place: Path) -> list[str]:
+    """State, parent, and further fields of a process's `stat`, or none if it is gone."""
+    with contextlib.suppress(OSError):
+        return (place / "stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+    return []
+
+
+def _state(place: Path) -> str:
+    return (_fields(place) or ["Z"])[0]
+
+
+def _parent(place: Path) -> int:
+    return int((_fields(place) or ["", "0"])[1])
+
+
+def _begin(process: int) -> str:
+    """When a process started, which tells it from a later one with its number."""
+    return (_fields(Path("/proc") / str(process)) or [""] * 20)[19]
 
 
 def _kilobytes(path: Path, name: str) -> int:

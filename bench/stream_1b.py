@@ -39,11 +39,11 @@ def losses(run_folder: Path) -> dict[int, float]:
 
 
 def step_seconds(run_folder: Path) -> float:
-    """The median time between two steps of one attempt; NaN before two are done."""
-    steps = [event for event in events(run_folder) if event["kind"] == "train"]
-    taken = [
-        after["seconds"] - before["seconds"] for before, after in pairwise(steps) if after["step"] == before["step"] + 1
-    ]
+    """The median time between two steps of one attempt, without those with an evaluation between them, in which a
+    streamed run makes the last step's update; NaN before two are done."""
+    lines = [event for event in events(run_folder) if event["kind"] in ("train", "eval")]
+    steps = [pair for pair in pairwise(lines) if {event["kind"] for event in pair} == {"train"}]
+    taken = [after["seconds"] - before["seconds"] for before, after in steps if after["step"] == before["step"] + 1]
     return statistics.median([seconds for seconds in taken if seconds > 0] or [float("nan")])
 
 

@@ -22,16 +22,21 @@ def python(text: str) -> list[str]:
     return [sys.executable, "-S", "-c", text]
 
 
-def test_a_child_above_the_ceiling_is_killed_with_what_started_it(tmp_path: Path) -> None:
-    program = f"import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', {GROWING!r}])"
+@pytest.mark.parametrize("own_session", [False, True])
+def test_a_child_above_the_ceiling_is_killed_with_what_started_it(tmp_path: Path, own_session: bool) -> None:
+    child = f"import os, pathlib; pathlib.Path({str(tmp_path / 'child')!r}).write_text(str(os.getpid()))\n{GROWING}"
+    options = f"start_new_session={own_session}"
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', {child!r}], {options})"
     ended = limited(python(program), 100 * MIB, tmp_path / "log")
     assert (ended.code, ended.over) == (-9, True)
     assert ended.peak_bytes > 100 * MIB
+    stat = Path("/proc") / (tmp_path / "child").read_text() / "stat"
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_memory_below_the_ceiling_is_measured(tmp_path: Path) -> None:
     ended = limited(
-        python("import time; block = bytearray(64 << 20); time.sleep(0.3); print('done')"), 500 * MIB, tmp_path / "log"
+        python("import time; block = bytearray(64 << 20); time.sleep(0.6); print('done')"), 500 * MIB, tmp_path / "log"
     )
     assert (ended.code, ended.over) == (0, False)
     assert ended.peak_bytes > 64 * MIB
@@ -65,6 +70,17 @@ def test_a_step_that_was_done_again_counts_once(tmp_path: Path) -> None:
     assert stream_1b.losses(tmp_path) == {1: 9.0, 2: 8.0, 3: 7.0, 4: 6.0}
     assert stream_1b.step_seconds(tmp_path) == 2.0
     assert math.isnan(stream_1b.step_seconds(tmp_path / "empty"))
+
+
+def test_a_step_with_an_evaluation_before_it_is_not_timed(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, {1: 9.0, 2: 8.0})
+    with (tmp_path / "attempts" / "001" / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        for event in (
+            {"kind": "eval", "step": 2, "seconds": 50.0},
+            {"kind": "train", "step": 3, "loss": 7.0, "seconds": 60.0},
+        ):
+            file.write(json.dumps(event) + "\n")
+    assert stream_1b.step_seconds(tmp_path) == 2.0
 
 
 def test_a_run_is_killed_within_the_step_after_the_drawn_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
