@@ -52,6 +52,9 @@ def test_weight_whose_gradients_come_later_is_updated_as_in_memory(
         optimizer.step()
         state.close()
         state = DiskState(tmp_path, layouts, **common)
+    with pytest.raises(ValueError, match="continue the pending update"):
+        state.read(names[0])
+    StreamedAdamW(other, state, kind, [{"params": parameters}], OPTIONS | more)
     for name, one in model.named_parameters():
         assert torch.equal(state.read(name)["weights"], one), name
 

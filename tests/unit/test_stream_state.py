@@ -66,7 +66,7 @@ def descend(name: str, begin: int, tensors: dict[str, Tensor]) -> None:
 
 
 def train(state: DiskState, steps: int) -> None:
-    """Go on to a step, as a run does after it was killed."""
+    """Go on to a step, as a run does after it was killed; two units are needed again before an update ends."""
     if state.journal.pending is not None:
         state.update(descend)
         state.finish()
@@ -75,6 +75,9 @@ def train(state: DiskState, steps: int) -> None:
         park_all(state, step)
         state.begin({"step": step})
         state.update(descend)
+        for number in (0, 2):
+            state.weights(number)
+            state.release(number)
         state.finish()
 
 
@@ -107,7 +110,7 @@ def test_sections_of_all_formats_come_back_after_slicing_and_padding(tmp_path: P
     state.begin({"step": 1})
     state.update(change)
     state.finish()
-    assert begins[0] == 0
+    assert min(begins) == 0
     assert len(begins) > 1
     assert all(begin % 2**20 == 0 for begin in begins)
     read = state.read("w")
@@ -283,13 +286,37 @@ def test_state_that_cannot_be_read_is_lost_and_stays_as_it_is(tmp_path: Path, lo
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == left
 
 
+@pytest.mark.parametrize("host_bytes", [0, 2**20])
+def test_unit_is_updated_when_it_is_needed_next(tmp_path: Path, host_bytes: int) -> None:
+    state, expected = (make(tmp_path / name, host_bytes=host_bytes) for name in "ab")
+    train(expected, 1)
+    state.weights(1)
+    state.release(1)
+    park_all(state, 1)
+    state.begin({"step": 1})
+    state.update(descend)
+    for number in (1, 0):
+        for name, values in state.weights(number).items():
+            assert torch.equal(values, expected.read(name)["weights"]), name
+        state.release(number)
+    assert state.journal.done == [1, 0]
+    assert state.journal.pending == {"step": 1}
+    state.close()
+    with pytest.raises(ValueError, match="continue the pending update"):
+        reopen(tmp_path / "a").finish()
+    state = reopen(tmp_path / "a")
+    train(state, 1)
+    assert same(content(state), content(expected))
+
+
 def test_folder_that_is_deleted_during_a_run_is_noticed_at_the_next_commit(tmp_path: Path) -> None:
     state = make(tmp_path / "state")
     park_all(state, 1)
     state.begin({"step": 1})
     shutil.rmtree(tmp_path / "state")
+    state.update(descend)
     with pytest.raises(SetupError, match="was deleted while a run used it; the training state is lost"):
-        state.update(descend)
+        state.finish()
 
 
 def test_unfinished_creation_is_noticed_and_replaced(tmp_path: Path) -> None:
@@ -328,8 +355,9 @@ def test_errors_of_the_disk_in_the_background_are_raised_and_lose_nothing(
         return int(real(*arguments))
 
     monkeypatch.setattr(os, name, fail)
+    state.update(descend)
     with pytest.raises(SetupError, match=r"state.bin: cannot be (read|written) \(No space left on device\); check"):
-        state.update(descend)
+        state.finish()
     monkeypatch.undo()
     if name == "pwritev":
         state.close()
@@ -368,8 +396,9 @@ def test_record_that_the_disk_changed_is_noticed(tmp_path: Path) -> None:
     state = reopen(tmp_path)
     park_all(state, 1)
     state.begin({"step": 1})
+    state.update(descend)
     with pytest.raises(SetupError, match=r"the disk returned other data of embedding"):
-        state.update(descend)
+        state.finish()
     assert state.journal.done == [1, 2, 3]
 
 
@@ -416,7 +445,7 @@ def test_memory_does_not_grow_with_steps_or_depth(tmp_path: Path) -> None:
         state.close()
         return after - before
 
-    growth(5, 2)
-    few, deep, long = growth(5, 1), growth(15, 1), growth(5, 8)
+    growth(10, 2)
+    few, deep, long = growth(10, 1), growth(20, 1), growth(10, 8)
     assert deep - few < 8 * 2**20, "ten more blocks are 40 MiB"
     assert long - few < 8 * 2**20

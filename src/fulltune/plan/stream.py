@@ -15,7 +15,7 @@ from fulltune.records.plan import MemoryKind, MemoryNeed, MemorySettings, Phase,
 from fulltune.text import parse_bytes
 
 UPDATE_BYTES = 150 * 10**6
-"""Buffers for slices of the state in the optimizer's update, unless they fit where a unit's weights are."""
+"""Buffers for slices of the state in the optimizer's update, unless they fit where a unit's gradients are."""
 FILE_BYTES = 2**28
 """Maximum size of each file of the saved model, whose tensors are in memory together."""
 ASSUMED_SPEED = 1e9
@@ -69,10 +69,11 @@ def stream_memory_need(shapes: Shapes, footprint: Footprint, settings: MemorySet
     on_cpu, value = settings.device == "cpu", BYTES[settings.weights_dtype]
     rows, length = memory.train_sequences(footprint, settings), settings.longest_tokens
     base = memory.FIRST_CALLS_BYTES if on_cpu else memory.CUDA_CONTEXT_BYTES
+    gradients = BYTES[tiers.gradients] * tiers.largest_size
     fixed: dict[MemoryKind, int] = {
         "weights": 2 * value * tiers.largest_size + tiers.cache_bytes * on_cpu,
-        "gradients": BYTES[tiers.gradients] * tiers.largest_size,
-        "optimizer": min(UPDATE_BYTES, 4 * tiers.state_bytes) * (value * tiers.largest_size < UPDATE_BYTES) * on_cpu,
+        "gradients": gradients,
+        "optimizer": min(UPDATE_BYTES, 4 * tiers.state_bytes) * (gradients < UPDATE_BYTES) * on_cpu,
     }
     copies, each = 2 * tiers.largest_size, value * shapes.hidden_size * rows * length
     points: list[dict[MemoryKind, int]] = []
@@ -105,19 +106,20 @@ def stream_memory_need(shapes: Shapes, footprint: Footprint, settings: MemorySet
 
 
 def add_disk_seconds(parts: dict[str, float], count: int, fleet: Fleet, settings: MemorySettings) -> dict[str, float]:
-    """Return a step's seconds with those of the disk, which overlap with the computing and with the update of `count`
-    parameters."""
+    """Return a step's seconds with those of the disk, which overlap with the computing: the update of `count`
+    parameters with the next forward pass."""
     tiers, state = settings.stream, memory.state_bytes(count, settings)
     assert tiers is not None, "streamed"
     whole = state["weights"] + state["optimizer"]
     cores = CORE_SECONDS.get(settings.optim, 0.0) * count / fleet.machine.num_cores
     moving = (2 * whole + tiers.gradient_bytes) / (fleet.host_memory_gb_per_second * 1e9)
     updating = (whole + tiers.gradient_bytes) / tiers.read_per_second + whole / tiers.written_per_second
+    forward = parts["computing"] / 4  # recomputed in the backward pass, which takes twice as long itself
     link = fleet.gpu_model.link_gb_per_second * 1e9 if fleet.gpu_model else float("inf")
     return parts | {
         "host link": (2 * state["weights"] + tiers.gradient_bytes) / link,
-        "disk": 2 * pass_seconds(settings, state["weights"]) + tiers.gradient_bytes / tiers.written_per_second,
-        "optimizer": max(cores, moving, updating),
+        "disk": pass_seconds(settings, state["weights"]) + tiers.gradient_bytes / tiers.written_per_second,
+        "optimizer": max(cores, moving, updating - forward),
     }
 
 

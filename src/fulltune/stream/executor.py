@@ -20,6 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fulltune.errors import SetupError
 from fulltune.stream.randomness import derived_random_state, random_state, set_random_state
+from fulltune.stream.threads import single_core_threads
 from fulltune.stream.units import Unit, placeholder
 
 
@@ -39,7 +40,7 @@ class GradientSink(Protocol):
 
 
 T = TypeVar("T")
-_NORM_VALUES = 2**22
+_NORM_VALUES = 2**20
 Function = Callable[..., object]
 _Run = tuple[list[Tensor], list[tuple[Tensor, Tensor]]]
 """A unit's inputs, and each of its outputs with its gradient."""
@@ -212,6 +213,7 @@ class Executor:
     ) -> None:
         """Take a model whose parameters are placeholders."""
         self.units, self._source, self._sink = units, source, sink
+        self._threads = single_core_threads()
         self.device = next(model.parameters()).device
         self._parameters = dict(model.named_parameters())
         owner = {name: number for number, unit in enumerate(units) for name in unit.names}
@@ -331,8 +333,9 @@ class Executor:
                 hooks.enter_context(self._parameters[name].register_post_accumulate_grad_hook(partial(add, name)))
             yield [self._parameters[name] for name in names]
         if received:
-            self.norms |= {name: _norm(buffers[name]) for name in received}
-            sink.park(record, sorted(received))
+            reached = sorted(received)
+            self.norms |= zip(reached, self._threads.map(_norm, [buffers[name] for name in reached]), strict=True)
+            sink.park(record, reached)
 
 
 def _norm(gradient: Tensor) -> Tensor:

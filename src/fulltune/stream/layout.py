@@ -10,7 +10,7 @@ from torch import Tensor
 from fulltune.stream.store import page_align
 
 WEIGHTS, GRADIENT = "weights", "gradient"
-SLICE = 2**21
+SLICE = 2**20
 """Values of a parameter that are updated together. Slices of all its sections begin at whole pages."""
 
 

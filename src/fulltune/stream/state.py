@@ -17,11 +17,14 @@ from fulltune.errors import SetupError
 from fulltune.records.base import Record
 from fulltune.stream.layout import GRADIENT, WEIGHTS, Span, TensorLayout, UnitLayout
 from fulltune.stream.store import LOST, DiskFile, Transfer, check_disk, complete, explain_disk_errors, page_buffer
+from fulltune.stream.threads import MOST, single_core_threads
 from fulltune.stream.units import MOST_TOGETHER
 
 JOURNAL, FILE = "journal.json", "state.bin"
-_NUM_BUFFERS, _AHEAD = 4, 2
-"""Buffers for slices, and how many slices are read ahead."""
+_AT_ONCE = 2
+"""Slices that are read at a time."""
+_BEFORE_WRITING = _AT_ONCE + MOST
+_NUM_BUFFERS = _BEFORE_WRITING + _AT_ONCE
 ApplySlice = Callable[[str, int, dict[str, Tensor]], object]
 
 
@@ -108,10 +111,21 @@ class DiskState:
         self._parking: Transfer = []
         slices = [spans.values() for unit in self._units for *_, spans in unit.slices()]
         longest = max(sum(span.num_bytes for span in spans) for spans in slices)
-        # An update needs no whole units, so slices lie where these do, if there is room.
-        room = self._spare[0] if len(self._spare[0]) >= _NUM_BUFFERS * longest else page_buffer(_NUM_BUFFERS * longest)
+        # An update ends before new gradients are computed, so slices lie where these do, if there is room.
+        room = self._gradient if len(self._gradient) >= _NUM_BUFFERS * longest else page_buffer(_NUM_BUFFERS * longest)
         self._buffers = room[: _NUM_BUFFERS * longest].split(longest)
-        self._reader, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        # One writer: records of a size share a free place, so each is committed before the next one is written.
+        self._reader, self._writer, self._updater = (
+            ThreadPoolExecutor(_AT_ONCE),
+            *(ThreadPoolExecutor(1) for _ in range(2)),
+        )
+        self._due: list[int] = []
+        """Units that the pending update has still to change."""
+        self._change: ApplySlice | None = None
+        """What the pending update does, or None if it was begun before a crash."""
+        self._changers = single_core_threads()
+        self.on_slice: Callable[[], object] = lambda: None
+        """Called after each slice of an update."""
 
     def _save(self, journal: StateJournal) -> None:
         with explain_disk_errors(self.folder / JOURNAL, "written"):
@@ -122,7 +136,8 @@ class DiskState:
             os.close(folder)
 
     def prefetch(self, unit: int, needed: bool = False) -> None:
-        """Start to read a unit's weights, if a buffer is free or, if `needed`, is only prefetched."""
+        """Start to read a unit's weights, or to update them, if a buffer is free or, if `needed`, is only
+        prefetched."""
         if unit not in self._own and unit not in self._loaded and not self._spare:
             unused = [other for other in self._loaded if other not in self._own and other not in self._in_use]
             for other in [other for other in unused if needed or not self._loaded[other][1]][:1]:
@@ -130,7 +145,12 @@ class DiskState:
         if unit not in self._loaded and (unit in self._own or self._spare):
             buffer = self._own[unit] if unit in self._own else self._spare.pop()
             pages = buffer[: self._units[unit].weights_bytes]
-            self._loaded[unit] = buffer, self._file.move(pages, self.journal.offsets[unit], write=False)
+            if self._change is not None and unit in self._due:
+                self._due.remove(unit)
+                transfer = [self._updater.submit(self._replace, [unit], self._change, pages)]
+            else:
+                transfer = self._file.move(pages, self.journal.offsets[unit], write=False)
+            self._loaded[unit] = buffer, transfer
 
     def _unload(self, unit: int) -> None:
         buffer, transfer = self._loaded.pop(unit)
@@ -155,6 +175,7 @@ class DiskState:
 
     def read(self, name: str, *sections: str) -> dict[str, Tensor]:
         """Read sections of a parameter (default: all): the weights in its shape, others flat."""
+        self.finish()
         unit, tensors = self._unit_of[name], dict[str, Tensor]()
         layout = self._units[unit]
         for section in sections or [*layout.tensors[name].sections][:-1]:  # the gradient is last
@@ -167,6 +188,7 @@ class DiskState:
 
     def read_values(self, name: str, section: str, begin: int, count: int) -> Tensor:
         """Read `count` elements of a parameter's section from `begin`, a multiple of 4096."""
+        self.finish()
         unit = self._unit_of[name]
         span = self._units[unit].spans[name, section]
         part = replace(span, offset=span.offset + begin * span.dtype.itemsize, place=0, length=count)
@@ -176,6 +198,7 @@ class DiskState:
 
     def gradients(self, unit: int) -> Mapping[str, Tensor]:
         """Return uninitialised buffers for a unit's gradients by name; wait until the last ones have been parked."""
+        self.finish()
         complete(self._parking)
         return self._units[unit].views(GRADIENT, self._gradient)
 
@@ -201,15 +224,32 @@ class DiskState:
         self.discard()
 
     def update(self, apply: ApplySlice) -> None:
-        """Let `apply(name, begin, tensors)` change each slice of each parameter with a gradient in place, except in
-        units that the pending update changed before a crash."""
+        """Let `apply(name, begin, tensors)`, called by several threads, change each slice of each parameter with a
+        gradient in place, except in units that the pending update changed before a crash.
+
+        A unit is changed when its weights are needed next, so that the disk is busy during a forward pass, or by
+        `finish`.
+        """
+        skipped = {*self.journal.without_gradient}
+        self._change = lambda name, *arguments: name in skipped or apply(name, *arguments)
+        self._due = self._unchanged()
+        for unit in [unit for unit in self._loaded if unit in self._due]:
+            self._unload(unit)
+
+    def _unchanged(self) -> list[int]:
+        """Return the units that the pending update has to change and has not changed yet."""
         skipped, done = {*self.journal.without_gradient}, self.journal.done
-        due = [unit for unit, one in enumerate(self._units) if one.tensors.keys() - skipped and unit not in done]
-        self._replace(due, lambda name, *arguments: name in skipped or apply(name, *arguments))
+        return [unit for unit, one in enumerate(self._units) if one.tensors.keys() - skipped and unit not in done]
 
     def finish(self) -> None:
-        """End the pending update."""
-        self._save(self.journal.model_copy(update={"finished": self.journal.pending, "pending": None}))
+        """End the pending update, if there is one."""
+        if self.journal.pending is not None:
+            if (change := self._change) is None:
+                raise ValueError("continue the pending update first")
+            self._due = []
+            # Behind the units that are being changed.
+            self._updater.submit(lambda: self._replace(self._unchanged(), change)).result()
+            self._save(self.journal.model_copy(update={"finished": self.journal.pending, "pending": None}))
 
     def write(self, unit: int, values: Mapping[str, Mapping[str, Tensor | float]]) -> None:
         """Set sections of a unit's parameters to tensors or numbers. Others stay; in a new unit they are 0."""
@@ -226,41 +266,50 @@ class DiskState:
                 first = begin // layout.tensors[name].sections[section].per
                 tensors[section].copy_(whole.expand(length)[first : first + len(tensors[section])])
 
+        if unit in self._loaded:
+            self._unload(unit)
         self._replace([unit] if layout.tensors else [], change)
 
-    def _replace(self, units: Sequence[int], change: ApplySlice) -> None:
-        """Write changed records to free regions, and commit each unit. Reading, `change` and writing overlap."""
-        for unit in [unit for unit in self._loaded if unit in units or unit not in self._own]:
-            self._unload(unit)
+    def _replace(self, units: Sequence[int], change: ApplySlice, weights: Tensor | None = None) -> int:
+        """Write changed records to free regions, commit each unit, and return 0; the new weights of a single unit are
+        copied to `weights`. Reading, `change` and writing overlap."""
         parts = ((unit, *one) for unit in units for one in self._units[unit].slices())
         slices = [(*part, buffer) for part, buffer in zip(parts, cycle(self._buffers), strict=False)]
-        reads, writes, commits = list[Future[int]](), list[Future[int]](), list[Future[None]]()
+        reads, changes = list[Future[int]](), list[Future[None]]()
+        writes, commits = list[Future[int]](), list[Future[None]]()
         first = 0
+
+        def changed(index: int) -> None:
+            """Change a slice as soon as it is read."""
+            _, name, begin, spans, buffer = slices[index]
+            reads[index].result()
+            change(name, begin, {section: span.tensor(buffer) for section, span in spans.items()})
+            if weights is not None:
+                replace(spans[WEIGHTS], place=spans[WEIGHTS].offset).pages(weights).copy_(spans[WEIGHTS].pages(buffer))
+
         try:
-            for ahead in range(len(slices) + _AHEAD):
+            for ahead in range(len(slices) + _BEFORE_WRITING):
                 if ahead < len(slices):
                     if ahead >= _NUM_BUFFERS:
                         writes[ahead - _NUM_BUFFERS].result()
                     unit, _, _, spans, buffer = slices[ahead]
                     reads.append(self._reader.submit(self._move, unit, spans, buffer, False))
-                if (index := ahead - _AHEAD) < 0:
+                    changes.append(self._changers.submit(changed, ahead))
+                if (index := ahead - _BEFORE_WRITING) < 0:
                     continue
-                unit, name, begin, spans, buffer = slices[index]
-                reads[index].result()
-                change(name, begin, {section: span.tensor(buffer) for section, span in spans.items()})
+                changes[index].result()
+                self.on_slice()
+                unit, _, _, spans, buffer = slices[index]
                 writes.append(self._writer.submit(self._move, unit, spans, buffer, True))
-                if unit in self._own:
-                    weights = replace(spans[WEIGHTS], place=spans[WEIGHTS].offset).pages(self._own[unit])
-                    weights.copy_(spans[WEIGHTS].pages(buffer))
                 if [unit] != [following for following, *_ in slices[index + 1 : index + 2]]:
                     own = slice(first, index + 1)
                     commits.append(self._writer.submit(self._commit, unit, reads[own], writes[own]))
                     first = index + 1
         finally:
-            wait(reads + writes)
-            wait(commits)
+            wait([*reads, *changes, *writes, *commits])
         for commit in commits:
             commit.result()
+        return 0
 
     def _move(self, unit: int, spans: Mapping[str, Span], buffer: Tensor, write: bool) -> int:
         """Read a slice with its gradient, or write it to the free region; return the sum of its part of the record."""
@@ -270,11 +319,10 @@ class DiskState:
             return 0
         begin = journal.free[layout.num_bytes] if write else journal.offsets[unit]
         *record, gradient = spans.values()
-        pieces = [self._file.move(one.pages(buffer), begin + one.offset, write) for one in record]
-        total = complete([*chain(*pieces)])
+        pieces = [self._file.move(one.pages(buffer), begin + one.offset, write, is_summed=True) for one in record]
         if not write:
-            complete(self._file.move(gradient.pages(buffer), self._parked_at[unit] + gradient.offset, write))
-        return total
+            pieces.append(self._file.move(gradient.pages(buffer), self._parked_at[unit] + gradient.offset, write))
+        return complete([*chain(*pieces)])
 
     def _commit(self, unit: int, reads: Sequence[Future[int]], writes: Sequence[Future[int]]) -> None:
         """Let the unit's record be the new one, unless the old one was not read as it had been written."""
@@ -290,12 +338,11 @@ class DiskState:
         journal.sums[unit] = new_sum
         journal.done.append(unit)
         self._save(journal)
-        if unit in self._own:
-            self._loaded[unit] = self._own[unit], []
 
     def close(self) -> None:
         """Wait for what is still written, and close the file."""
         try:
             complete(self._parking)
         finally:
+            self._updater.shutdown()
             self._file.close()

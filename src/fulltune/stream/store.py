@@ -86,12 +86,13 @@ class DiskFile:
                 os.posix_fallocate(self._file, 0, num_bytes)
         self._threads = ThreadPoolExecutor(4)
 
-    def move(self, pages: Tensor, offset: int, write: bool) -> Transfer:
-        """Start to read or write pages of a buffer."""
+    def move(self, pages: Tensor, offset: int, write: bool, is_summed: bool = False) -> Transfer:
+        """Start to read or write pages of a buffer; unless `is_summed`, their sum is 0."""
         data, begins = pages.numpy().data, range(0, len(pages), PIECE)
-        return [self._threads.submit(self._move, data[at : at + PIECE], offset + at, write) for at in begins]
+        pieces = ((data[at : at + PIECE], offset + at) for at in begins)
+        return [self._threads.submit(self._move, *piece, write, is_summed) for piece in pieces]
 
-    def _move(self, piece: memoryview, offset: int, write: bool) -> int:
+    def _move(self, piece: memoryview, offset: int, write: bool, is_summed: bool) -> int:
         count, move = 0, os.pwritev if write else os.preadv
         with explain_disk_errors(self.path, "written" if write else "read"):
             while count < len(piece):
@@ -103,7 +104,7 @@ class DiskFile:
                 if write:  # the page cache keeps what is not on the disk yet
                     os.fdatasync(self._file)
                 os.posix_fadvise(self._file, offset, len(piece), os.POSIX_FADV_DONTNEED)
-        return int(np.frombuffer(piece, np.int64).sum())
+        return int(np.frombuffer(piece, np.int64).sum()) if is_summed else 0
 
     def sync(self) -> None:
         """Wait until all that was written is on the disk."""

@@ -69,7 +69,7 @@ def describe_stream(plan: Plan) -> tuple[tuple[str, str], ...]:
         waiting, updating = disk.step_seconds["disk"], disk.step_seconds["optimizer"]
         passing = max(seconds for name, seconds in disk.step_seconds.items() if name != "optimizer")
         slow = "; they wait for the disk: more rows per step, or a faster disk, would help" * (waiting == passing)
-        rows["a step"] = f"update {format_seconds(updating)}, passes {format_seconds(passing)}{slow}"
+        rows["a step"] = f"passes {format_seconds(passing)}, update {format_seconds(updating)} more{slow}"
         rows["a day"] = f"{format_count(86400 * plan.time.tokens_per_second)} tokens"
     return (*rows.items(), ("wear", f"{wear} ({disk.rated_writes / 1e12:,.4g} TB, train.stream.rated_writes)"))
 

@@ -127,7 +127,7 @@ class StreamedTrainer(FullTrainer, StepwiseTrainer):
         if self.optimizer is None:
             planned = planned_optimizer(self.model, self._plan, self.args, self._head_modules)
             self.optimizer = StreamedAdamW(self.model, self.streamed.state, *planned)
-            self.optimizer.on_slice = self.write_heartbeat  # a step may take longer than `hang_timeout`
+            self.streamed.state.on_slice = self.write_heartbeat  # a step may take longer than `hang_timeout`
             self.streamed.executor.on_unit = self._show_progress
         return self.optimizer
 

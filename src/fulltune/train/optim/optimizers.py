@@ -6,6 +6,7 @@ the next update (kahan).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -34,7 +35,7 @@ def adamw_arguments(optim: str, rounding: Rounding | None, seed: int) -> dict[st
 
 
 class _Buffers:
-    """A device's noise and fp32 scratch tensors, each as long as a slice."""
+    """A thread's noise and fp32 scratch tensors on a device, each as long as a slice."""
 
     def __init__(self, device: torch.device, seed: int) -> None:
         self.size = CPU_SLICE if device.type == "cpu" else GPU_SLICE
@@ -79,7 +80,7 @@ class AdamW(torch.optim.Optimizer):
         self._seed = seed
         tensors = [parameter for group in self.param_groups for parameter in group["params"]]
         self._places = {parameter: place for place, parameter in enumerate(tensors)}
-        self._scratch: dict[torch.device, _Buffers] = {}
+        self._scratch: dict[tuple[torch.device, int], _Buffers] = {}
         for parameter in tensors:
             if parameter.dtype not in (torch.float32, torch.bfloat16):
                 raise SetupError(f"train.optim: expected weights in fp32 or bf16, found {parameter.dtype}")
@@ -175,10 +176,10 @@ class AdamW(torch.optim.Optimizer):
             compensation.copy_(error)
 
     def _buffers(self, values: Tensor) -> _Buffers:
-        device = values.device
-        if device not in self._scratch:
-            self._scratch[device] = _Buffers(device, self._seed)
-        return self._scratch[device]
+        user = values.device, threading.get_ident()
+        if user not in self._scratch:
+            self._scratch[user] = _Buffers(values.device, self._seed)
+        return self._scratch[user]
 
     def _new_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """Create a parameter's state: step, moments and, for kahan rounding, compensation."""

@@ -64,16 +64,16 @@ class StreamedAdamW(torch.optim.Optimizer):
         """Factor of the next step's gradients."""
         self.notes: Group = {}
         """What to note with the next step."""
-        self.on_slice: Callable[[], object] = lambda: None
-        """Called after each slice of an update."""
         self.is_replaying = False
         """True if the next step has been made already, before the process was killed."""
         if (record := state.journal.pending) is not None:
-            self._finish(record)
+            self._update(record)
+            state.finish()
 
     @property
     def finished(self) -> Group:
-        """The last step that was made, the number of updates so far, those that a parameter missed, and the notes."""
+        """The last step whose update has ended, the number of updates so far, those that a parameter missed, and the
+        notes."""
         return self._state.journal.finished or {"step": 0, "updates": 0, "missed": {}}
 
     @torch.no_grad()
@@ -82,6 +82,7 @@ class StreamedAdamW(torch.optim.Optimizer):
         if self.is_replaying:
             self.is_replaying = False
             return
+        self._state.finish()
         updates = any(parameter.grad is not None for parameter in self._names)
         missed = self.finished["missed"]
         if updates:
@@ -100,38 +101,35 @@ class StreamedAdamW(torch.optim.Optimizer):
         }
         self.clip_factor = None
         self._state.begin(record)
-        self._finish(record)
+        self._update(record)
 
-    def _finish(self, record: Group) -> None:
-        """Update the units that have not been updated yet, and end the step."""
-        if not record["skipped"]:
-            parameters = {
-                self._names[parameter]: (parameter, settings)
-                for group, settings in zip(self.param_groups, record["groups"], strict=True)
-                for parameter in group["params"]
-            }
-            factor = record["clip_factor"]
+    def _update(self, record: Group) -> None:
+        """Let the units that have not been updated yet be updated when they are needed; none if the step is skipped."""
+        parameters = {
+            self._names[parameter]: (parameter, settings)
+            for group, settings in zip(self.param_groups, record["groups"], strict=True)
+            for parameter in group["params"]
+        }
+        factor = record["clip_factor"]
 
-            def change(name: str, begin: int, state: dict[str, Tensor]) -> None:
-                (parameter, group), step = parameters[name], record["updates"] - record["missed"].get(name, 0)
-                weights, gradient = state.pop(WEIGHTS), state.pop(GRADIENT)
-                if factor is not None:
-                    gradient = gradient.float().mul_(factor)
-                if self._own is not None:
-                    state["step"] = torch.tensor(float(step))
-                    self._own.update_values(parameter, weights, gradient, state, group, begin)
-                else:
-                    adamw(
-                        *([weights], [gradient.float()], [state["exp_avg"]], [state["exp_avg_sq"]], []),
-                        [torch.tensor(step - 1.0)],
-                        fused=True,
-                        amsgrad=False,
-                        beta1=group["betas"][0],
-                        beta2=group["betas"][1],
-                        **{name: group[name] for name in ("lr", "weight_decay", "eps")},
-                        maximize=False,
-                    )
-                self.on_slice()
+        def change(name: str, begin: int, state: dict[str, Tensor]) -> None:
+            (parameter, group), step = parameters[name], record["updates"] - record["missed"].get(name, 0)
+            weights, gradient = state.pop(WEIGHTS), state.pop(GRADIENT)
+            if factor is not None:
+                gradient = gradient.float().mul_(factor)
+            if self._own is not None:
+                state["step"] = torch.tensor(float(step))
+                self._own.update_values(parameter, weights, gradient, state, group, begin)
+            else:
+                adamw(
+                    *([weights], [gradient.float()], [state["exp_avg"]], [state["exp_avg_sq"]], []),
+                    [torch.tensor(step - 1.0)],
+                    fused=True,
+                    amsgrad=False,
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    **{name: group[name] for name in ("lr", "weight_decay", "eps")},
+                    maximize=False,
+                )
 
-            self._state.update(change)
-        self._state.finish()
+        self._state.update(change)
