@@ -1,4 +1,4 @@
-"""Plots: axes, gaps, spikes, names that lie apart, and text that cannot leave its element."""
+"""Plots: axes, gaps, spikes, and text that cannot leave its element."""
 
 from __future__ import annotations
 
@@ -8,23 +8,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 from fulltune.report.format import plots
-from fulltune.report.format.plots import Mark
-from tests import comparisons
 
 
 def learning_curve(*given: Any, **more: Any) -> str:
     return plots.draw_learning_curve(*given, **more).svg
-
-
-DECISION = comparisons.comparison().decision
-
-
-def cost_plot(*dots: Mark) -> str:
-    return plots.draw_cost_plot(dots, DECISION).svg
-
-
-def interval_plot(*marks: Mark, title: str = "accuracy") -> str:
-    return plots.draw_intervals(title, marks, "accuracy", "the legend").svg
 
 
 def curve(drawing: str) -> str:
@@ -70,20 +57,13 @@ def test_curve_wide_range_uses_a_log_scale_but_not_for_the_learning_rate() -> No
 
 def test_plots_hostile_names_stay_text() -> None:
     name = '</title><script>alert(1)</script>"& $\\frac{1$'
-    bars = [Mark(name, 0.9, 0.8, 1.0, "90.0%", filled=True), Mark("b", math.nan, 0, 1, "not finite")]
-    dots = (dot("full", 1, 0.92, full=True), dot(name, 0.5, 0.9))
-    for drawing in (
-        interval_plot(*bars, title=name),
-        learning_curve(name, [(1, 0.5)], "accuracy"),
-        cost_plot(*dots),
-    ):
-        assert "<script" not in drawing
-        root = ElementTree.fromstring(drawing)
-        assert root.findtext("title") in (name, "Quality against training time")
+    drawing = learning_curve(name, [(1, 0.5)], "accuracy")
+    assert "<script" not in drawing
+    assert ElementTree.fromstring(drawing).findtext("title") == name
 
 
 def test_plots_have_the_page_s_colours_and_fonts_and_load_nothing() -> None:
-    drawing = learning_curve("loss", [(1, 2.0), (2, 1.0)], "loss", saved_step=2) + cost_plot(dot("full", 1, 0.9))
+    drawing = learning_curve("loss", [(1, 2.0), (2, 1.0)], "loss", saved_step=2)
     assert not re.search(r"#[0-9a-f]{6}|font-family|url\(|http|<style|<g id", drawing)
     assert {"var(--blue)", "var(--quiet)", "var(--grid)", "var(--amber)"} <= set(re.findall(r"var\([\w-]+\)", drawing))
 
@@ -91,16 +71,10 @@ def test_plots_have_the_page_s_colours_and_fonts_and_load_nothing() -> None:
 def test_plots_twice_are_the_same_whatever_the_user_s_settings_are() -> None:
     import matplotlib
 
-    first = cost_plot(dot("full", 1, 0.92, full=True), dot("lora", 0.8, 0.91, taken=True))
+    points = [(1, 2.0), (2, 1.0), (3, math.nan)]
+    first = learning_curve("loss", points, "loss", 2, skipped=[2])
     with matplotlib.rc_context({"svg.fonttype": "path", "font.size": 30, "axes.grid": True, "lines.linewidth": 9}):
         before = dict(matplotlib.rcParams)
-        again = cost_plot(dot("full", 1, 0.92, full=True), dot("lora", 0.8, 0.91, taken=True))
+        again = learning_curve("loss", points, "loss", 2, skipped=[2])
         assert dict(matplotlib.rcParams) == before
     assert again == first
-
-
-# ---- quality against cost --------------------------------------------------------------------------------------
-
-
-def dot(name: str, cost: float, value: float, *, full: bool = False, taken: bool = False) -> Mark:
-    return Mark(name, value, value - 0.008, value + 0.008, f"{100 * value:.1f}%", full, taken, cost)

@@ -186,7 +186,7 @@ def test_reports_draw_the_metric_that_chose_and_list_the_others(classification: 
     ]
     kit.write_lines(classification / "attempts" / "full-seed42-01" / "metrics.jsonl", lines)
     markdown, html = both(classification)
-    assert html.count("<svg") == 3  # accuracy, loss, and the intervals on the test rows
+    assert html.count("<svg") == 2  # accuracy and loss
     assert "Metrics on the eval rows at each evaluation" in markdown
     assert re.search(r"\| step +\| +accuracy +\| +f1 macro +\| +mcc +\| +loss \|", markdown)
     assert re.search(r"\| 59 +\| +59\.0% +\| +59\.0% +\| +0\.59 +\| +1 \|", markdown)

@@ -10,7 +10,6 @@ from fulltune.report.format.blocks import (
     Code,
     Element,
     Facts,
-    Figures,
     Folded,
     Headline,
     NameAndValue,
@@ -21,7 +20,6 @@ from fulltune.report.format.blocks import (
     unless_empty,
     untrusted,
 )
-from fulltune.report.format.plots import Mark, draw_cost_plot
 from fulltune.report.format.words import NOTHING, MetricFormatter, format_large_number, format_ratio
 from fulltune.text import counted, format_bytes, format_number, format_seconds, format_share, listed
 
@@ -33,7 +31,6 @@ def build_comparison_report(comparison: Comparison) -> Report:
     sections = (
         _build_reasons_section(comparison),
         Section("field", "The methods", _build_method_tables(comparison)),
-        _build_plot_section(comparison),
         Section("fairness", "Fairness", (_build_fairness_block(comparison),)),
         build_details_section(comparison),
         Section("again", "Reproduce", (Code(comparison.command, "sh"), _MADE_FROM)),
@@ -199,26 +196,6 @@ def _build_cost_table(comparison: Comparison) -> Table:
 
 def _full_row(comparison: Comparison) -> MethodRow:
     return next(row for row in comparison.rows if row.kind == "full")
-
-
-def _build_plot_section(comparison: Comparison) -> Section:
-    full, write = _full_row(comparison), MetricFormatter.of(comparison.decision)
-    marks = [
-        Mark(
-            *(row.method, row.metric.value, row.metric.low, row.metric.high, write.value(row.metric.value)),
-            is_full=row.kind == "full",
-            filled=row.method == comparison.decision.recommended,
-            cost=row.train_seconds / full.train_seconds,
-        )
-        for row in comparison.rows
-        if row.kind == "base" or row.train_seconds > 0
-    ]
-    legend = (
-        "Filled: the recommended method. Square: full fine-tuning, with the margin as a band. "
-        f"Whiskers: {_confidence_level(comparison)} intervals."
-    )
-    drawn = Figures((draw_cost_plot(marks, comparison.decision),))
-    return Section("plot", "Quality against cost", (drawn, Paragraph(legend)))
 
 
 def _build_fairness_block(comparison: Comparison) -> Element:

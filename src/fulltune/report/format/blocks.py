@@ -70,8 +70,6 @@ class Figure:
 @dataclass(frozen=True)
 class Figures:
     items: tuple[Figure, ...]
-    drawn_only: bool = False
-    """True if Markdown shows a table of the same numbers instead."""
 
 
 @dataclass(frozen=True)

@@ -116,8 +116,6 @@ def _markdown_lines(block: Element) -> Iterator[str]:
             rows = [[cell if isinstance(cell, str) else cell.shown_text() for cell in row] for row in block.rows]
             yield _format_markdown_table(block.header, rows, block.numeric)
             yield ""
-        case Figures(drawn_only=True):
-            return
         case Figures():  # the drawings are in report.html; Markdown describes them
             named = [(figure.title, figure.words) for figure in block.items]
             yield from (*(f"- {escape_markdown(title)}: {escape_markdown(text)}" for title, text in named), "")

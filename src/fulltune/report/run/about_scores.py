@@ -13,7 +13,6 @@ from fulltune.report.format.blocks import (
     Exchange,
     Exchanges,
     Facts,
-    Figures,
     Folded,
     Paragraph,
     Section,
@@ -22,7 +21,6 @@ from fulltune.report.format.blocks import (
     unless_empty,
     untrusted,
 )
-from fulltune.report.format.plots import Mark, draw_intervals
 from fulltune.report.run.about_data import choose_row_form
 from fulltune.report.run.read import RunView, trained_row
 from fulltune.text import counted, format_metric, format_number, format_percent, listed
@@ -40,20 +38,7 @@ _LABEL_LIMIT = 60
 def build_results_section(view: RunView) -> Section | None:
     if not view.scores:
         return None
-    leading = view.trained or view.scores[-1]
-    main, level = leading.main_metric, _confidence_levels(view)
-    title = f"{words.metric_name(main)}, {'higher' if leading.greater_is_better else 'lower'} is better"
-    marks = [
-        Mark(
-            *(row.name, score.value, score.low, score.high, format_metric(main, score.value)),
-            filled=row.kind == "trained",
-        )
-        for row in view.scores
-        if (score := row.metrics.get(main)) is not None
-    ]
-    legend = f"Value and {level} interval; filled: the trained model."
-    drawn = [Figures((draw_intervals(title, marks, main, legend),), drawn_only=True)] if marks else []
-    return Section("results", "Results on the test rows", (build_score_table(view), *list_score_notes(view), *drawn))
+    return Section("results", "Results on the test rows", (build_score_table(view), *list_score_notes(view)))
 
 
 def _confidence_levels(view: RunView) -> str:
