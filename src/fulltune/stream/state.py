@@ -306,7 +306,8 @@ class DiskState:
                     commits.append(self._writer.submit(self._commit, unit, reads[own], writes[own]))
                     first = index + 1
         finally:
-            wait([*reads, *changes, *writes, *commits])
+            wait(reads + writes)
+            wait(changes + commits)
         for commit in commits:
             commit.result()
         return 0
