@@ -135,6 +135,8 @@ class StreamedTrainer(FullTrainer, StepwiseTrainer):
         """Write a heartbeat and, every few seconds, which unit of the pass is in memory."""
         self.write_heartbeat()
         now, units = time.monotonic(), self.streamed.units
+        if not unit and not backward:  # short steps need no lines
+            self._shown = now
         if not self.model.training or now - self._shown < _SECONDS_BETWEEN_LINES:
             return
         self._shown = now
