@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from fulltune.footprint.records import KINDS
 from fulltune.inference.run import autocast, extract_logits
 from fulltune.inference.selective_head import SelectiveHead
+from fulltune.models.encoders import model_class
 from fulltune.models.load import torch_dtype
 from fulltune.models.pixels import PIXELS
 from fulltune.tasks import Target, Task, seq2seq
@@ -67,7 +67,7 @@ def build_model(case: TraceCase, config: PretrainedConfig) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": torch_dtype(case.weights_dtype)}
     if case.attn_implementation:
         options["attn_implementation"] = case.attn_implementation
-    model: PreTrainedModel = getattr(transformers, case.task.FACTS.auto_class).from_config(config, **options)
+    model: PreTrainedModel = model_class(case.task.FACTS.auto_class).from_config(config, **options)
     case.prepare(model)
     return model
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fulltune import methods
@@ -18,6 +17,7 @@ from fulltune.footprint.formulas import FAILURES, trace_footprint
 from fulltune.footprint.records import BYTES, FOOTPRINT, SHAPES, Footprint, LiveMemory, Variant
 from fulltune.models import dropout
 from fulltune.models.base import Base
+from fulltune.models.encoders import model_class
 from fulltune.models.pixels import num_patches
 from fulltune.models.shapes import Shapes, measure_shapes
 from fulltune.recipe.fields import Recipe
@@ -41,7 +41,7 @@ PIXELS_OF_A_TOKEN = 32 * 32
 def estimate_footprint(case: TraceCase, why: str) -> Footprint:
     """Estimate a footprint by a rule of thumb. `why` is the reason for not tracing the model."""
     with torch.device("meta"):
-        model = getattr(transformers, case.task.FACTS.auto_class).from_config(case.config)
+        model = model_class(case.task.FACTS.auto_class).from_config(case.config)
         if case.num_trainable is not None:
             case.prepare(model)
     shapes = [tuple(one.shape) for one in model.parameters() if case.num_trainable is None or one.requires_grad]

@@ -245,7 +245,7 @@ class Prompt(nn.Module):
 def add_virtual_tokens(model: PreTrainedModel, method: PromptMethod, task: TaskName) -> None:
     """Add virtual tokens before the model's input; raise `RecipeError` if the model has no separate body or token
     embeddings."""
-    from fulltune.models.shapes import is_decoder
+    from fulltune.models.encoders import is_decoder
 
     body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
     embeddings = _token_embeddings(body)

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from fulltune.errors import SetupError
-from fulltune.models import new_tokens
+from fulltune.models import encoders, new_tokens
 from fulltune.models.new_tokens import Pieces
 from fulltune.models.pixels import ImageReader, ImageRows, num_patches
 from fulltune.recipe.model import ModelBlock
@@ -62,6 +62,8 @@ class Base:
         config = load_with_advice(
             block, "config", lambda: AutoConfig.from_pretrained(**from_pretrained_arguments(block, path))
         )
+        if encoders.reads_texts_apart(FACTS[task].auto_class):
+            config.pooling = block.pooling or encoders.read_pooling(path or _hub_folder(block), config).mode
         return cls(block, task, path, config, chat_template, has_processor)
 
     @cached_property
@@ -145,10 +147,8 @@ class Base:
 
     @property
     def auto_model_class(self) -> Any:
-        """The auto class of transformers for the task, such as `AutoModelForCausalLM`."""
-        import transformers
-
-        return getattr(transformers, FACTS[self.task].auto_class)
+        """The auto class for the task, such as `AutoModelForCausalLM`."""
+        return encoders.model_class(FACTS[self.task].auto_class)
 
     def config_digest(self, attn_implementation: str | None) -> str:
         """Return a SHA-256 of the config, attention implementation and transformers version."""
@@ -229,6 +229,16 @@ def find_model_path(block: ModelBlock) -> Path | None:
         content = ", ".join(files[:5]) or "nothing"
         raise SetupError(f"model: {name}: is not a model folder: config.json is missing (found: {content})")
     return path
+
+
+def _hub_folder(block: ModelBlock) -> Path:
+    """Return the local folder of a Hub model, with the files that say how it pools."""
+    from transformers.utils.hub import cached_file
+
+    options = {"revision": block.revision, "_raise_exceptions_for_missing_entries": False}
+    for name in ("modules.json", "1_Pooling/config.json"):
+        cached_file(block.name, name, **options)
+    return Path(str(cached_file(block.name, "config.json", revision=block.revision))).parent
 
 
 @cache

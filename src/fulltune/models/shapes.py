@@ -9,6 +9,7 @@ from pydantic import Field
 from fulltune.errors import SetupError
 from fulltune.models import sharding
 from fulltune.models.base import Base, load_with_advice
+from fulltune.models.encoders import is_decoder, reads_texts_apart
 from fulltune.models.load import predict_head_origin
 from fulltune.models.sharding import Units
 from fulltune.recipe.fields import Recipe
@@ -135,19 +136,6 @@ def position_limit(config: PretrainedConfig) -> int | None:
     return limit
 
 
-def is_decoder(config: PretrainedConfig) -> bool:
-    """Return True for models that read left to right, such as GPT-2 or Llama."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
-
-    kind = config.model_type
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        return bool(getattr(config, "is_decoder", False))
-    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-
 def check_model(recipe: Recipe, base: Base) -> None:
     """Raise `SetupError` if the model is an adapter, a mixture of experts, or unfit for the task."""
     if base.path is not None and (base.path / "adapter_config.json").exists():
@@ -169,7 +157,10 @@ def why_unfit_for_task(config: PretrainedConfig, facts: TaskFacts) -> str | None
     """Return the reason why models of this type cannot do a task, or None if they can."""
     from transformers.models.auto import modeling_auto
 
-    can = config.model_type in getattr(modeling_auto, facts.auto_class)._model_mapping._model_mapping
+    apart = reads_texts_apart(facts.auto_class)
+    auto_class = getattr(modeling_auto, "AutoModel" if apart else facts.auto_class)
+    can = config.model_type in auto_class._model_mapping._model_mapping
+    can &= not (apart and config.is_encoder_decoder)
     if facts.writes:  # these lists also name encoders and speech models
         can &= bool(config.is_encoder_decoder if facts.auto_class.endswith("Seq2SeqLM") else is_decoder(config))
     return (

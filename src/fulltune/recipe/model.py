@@ -60,6 +60,9 @@ class ModelBlock(Block):
     pretrained tokenizer splits the token."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Dropout probability of all dropout layers. Default: the model's own values."""
+    pooling: Literal["mean", "cls", "last"] | None = None
+    """How a text's token states become one vector, if each text is read by itself. Default: as the model's
+    `1_Pooling/config.json` says, else `mean` (encoders) or `last` (decoders)."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = None
     """Attention kernel. Default: chosen by transformers, usually `sdpa`. `flash_attention_2` (package flash-attn) needs
     a GPU with compute capability 8.0 (Ampere), `flash_attention_3` one with 9.0 (Hopper). Both compute in 16 bits

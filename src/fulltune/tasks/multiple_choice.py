@@ -12,7 +12,6 @@ from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
 from fulltune.tasks import (
-    LENGTH,
     Example,
     Predictions,
     Refused,
@@ -21,19 +20,16 @@ from fulltune.tasks import (
     RowExamples,
     RowFeatures,
     Target,
-    Tensor,
     Tokenizer,
     classes,
 )
 from fulltune.tasks.columns import CHOICE_NAMES, as_text, find_column, missing_column, normalised
 from fulltune.tasks.labels import is_empty, label_name, parse_list
 from fulltune.tasks.labels import row_labels as labels_of_row
-from fulltune.tasks.padding import stack_labels, tokenise_and_cut
+from fulltune.tasks.padding import TEXT_LENGTHS, join_texts, pad_texts, tokenise_and_cut
 
 FACTS = recipe_tasks.FACTS["multiple-choice"]
-CHOICE_LENGTHS = "choice_lengths"
-"""Feature with each choice's number of tokens; `input_ids` holds the choices one after another."""
-row_labels, config_changes = labels_of_row, classes.config_changes
+row_labels, config_changes, collate = labels_of_row, classes.config_changes, pad_texts
 loss, count_items, reduce_logits = classes.loss, classes.count_items, classes.reduce_logits
 metrics, metrics_from_sums, chance_loss = classes.metrics, classes.metrics_from_sums, classes.chance_loss
 
@@ -108,18 +104,16 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
     for number, row in enumerate(rows):
         members = range(number * target.num_choices, (number + 1) * target.num_choices)
         right = index_of_right_choice(row, target.columns, choices[number])
-        lengths = [len(tokens["input_ids"][i]) for i in members]
-        features: dict[str, Any] = {name: [token for i in members for token in tokens[name][i]] for name in names}
-        # Choices are padded to the longest. Only rows to predict have no right choice.
-        features |= {CHOICE_LENGTHS: lengths, "labels": right or 0, LENGTH: max(lengths) * len(lengths)}
+        # Only rows to predict have no right choice.
+        features = join_texts({name: [tokens[name][i] for i in members] for name in names}) | {"labels": right or 0}
         cut = any(is_cut[i] for i in members)
-        encoded.append([Example(features, trained_tokens=1, truncated=cut, longest=max(lengths))])
+        encoded.append([Example(features, trained_tokens=1, truncated=cut, longest=max(features[TEXT_LENGTHS]))])
     return encoded
 
 
 def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
     """Decode each choice with its question, and add the right choice's number."""
-    ends = np.cumsum(features[CHOICE_LENGTHS])[:-1]
+    ends = np.cumsum(features[TEXT_LENGTHS])[:-1]
     parts = [tokenizer.decode(ids.tolist()) for ids in np.split(np.asarray(features["input_ids"]), ends)]
     text = "\n".join(f"({place}) {part}" for place, part in enumerate(parts))
     return Preview.labelled(text, str(int(features["labels"])))
@@ -128,21 +122,6 @@ def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Prev
 def display_text(row: Row, target: Target) -> str:
     choices = (f"({place}) {text}" for place, text in enumerate(choice_texts(row, target)))
     return " ".join(part for part in (question_text(row, target), *choices) if part)
-
-
-def collate(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Tensor]:
-    """Pad the choices of all rows to one length: [batch, choices, tokens]."""
-    import torch
-
-    lengths = np.array([row[CHOICE_LENGTHS] for row in features])
-    shown = np.arange(lengths.max()) < lengths[:, :, None]
-    batch = {"attention_mask": torch.from_numpy(shown.astype(np.int64))}
-    for name in features[0]:
-        if name not in (CHOICE_LENGTHS, LENGTH, "labels"):
-            block = np.full(shown.shape, pad_token_id if name == "input_ids" else 0, np.int64)
-            block[shown] = np.concatenate([row[name] for row in features])
-            batch[name] = torch.from_numpy(block)
-    return batch | {"labels": stack_labels(features)}
 
 
 def answers(
@@ -164,7 +143,7 @@ def answers(
 
 def full_row(target: Target, length: int) -> RowFeatures:
     ids = np.ones(length * target.num_choices, np.int64)
-    return {"input_ids": ids, "labels": 0, CHOICE_LENGTHS: np.full(target.num_choices, length)}
+    return {"input_ids": ids, "labels": 0, TEXT_LENGTHS: np.full(target.num_choices, length)}
 
 
 _STEMS = ("choice", "ending", "option", "candidate", "answer", "sol", "alternative", "")

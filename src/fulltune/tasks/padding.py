@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence, Sized
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence, Sized
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,8 @@ IGNORED = -100
 """Label of tokens that are not trained, the `ignore_index` of PyTorch's losses."""
 TRAINED = "trained_positions"
 """Key of a batch's `trained_positions`, computed before the batch moves to a device."""
+TEXT_LENGTHS = "text_lengths"
+"""Feature of a row of several texts: each text's number of tokens; `input_ids` holds the texts one after another."""
 LENGTHS = "row_lengths"
 """Key of the lengths of a packed batch's rows, from which rows and tokens are counted."""
 
@@ -36,6 +38,28 @@ def pad_features(
     }
     batch["attention_mask"] = make_attention_mask([row["input_ids"] for row in features])
     return batch if label_per_token else batch | {"labels": stack_labels(features)}
+
+
+def join_texts(tokens: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
+    """Join the tokens of a row's texts, by name, to one row's features."""
+    lengths = [len(ids) for ids in tokens["input_ids"]]
+    joined = {name: [token for ids in texts for token in ids] for name, texts in tokens.items()}
+    return {**joined, TEXT_LENGTHS: lengths, LENGTH: max(lengths) * len(lengths)}  # padded to the longest
+
+
+def pad_texts(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Tensor]:
+    """Pad the texts of all rows, equally many in each, to one length: [batch, texts, tokens]; stack the labels."""
+    import torch
+
+    lengths = np.array([row[TEXT_LENGTHS] for row in features])
+    shown = np.arange(lengths.max()) < lengths[:, :, None]
+    batch = {"attention_mask": torch.from_numpy(shown.astype(np.int64))}
+    for name in features[0]:
+        if name not in (TEXT_LENGTHS, LENGTH, "labels"):
+            block = np.full(shown.shape, pad_token_id if name == "input_ids" else 0, np.int64)
+            block[shown] = np.concatenate([row[name] for row in features])
+            batch[name] = torch.from_numpy(block)
+    return batch | {"labels": stack_labels(features)}
 
 
 def stack_labels(features: Sequence[RowFeatures]) -> Tensor:

@@ -88,7 +88,7 @@ def _row(kind: ProblemType, number: int, random: np.random.Generator) -> dict[st
             return {"input_ids": ids, "labels": [-100, *tags, -100], "tags": tags, "word_ids": words}
         case "choice":
             several = [[*random.integers(5, 90, length - 1).tolist(), END] for _ in range(CHOICES)]
-            both = {"input_ids": [token for one in several for token in one], "choice_lengths": [length] * CHOICES}
+            both = {"input_ids": [token for one in several for token in one], "text_lengths": [length] * CHOICES}
             return both | {"labels": number % CHOICES}
         case "span":
             start, end = np.sort(random.integers(2, length - 1, 2)).tolist()

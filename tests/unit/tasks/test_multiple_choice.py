@@ -119,7 +119,7 @@ def test_long_question_is_cut_before_the_choice_and_counted() -> None:
     row = {"question": "rain " * 40, "choices": CHOICES, "label": 1}
     [[example]] = multiple_choice.encode([row], described([row]), tokenizer, 24)
     assert example.truncated
-    assert max(example.features["choice_lengths"]) == 24
+    assert max(example.features["text_lengths"]) == 24
     assert "warm bread" in multiple_choice.preview(example.features, described([row]), tokenizer).segments[0].text
 
 
@@ -127,7 +127,7 @@ def test_choices_without_a_question_are_read_alone() -> None:
     row = {"choices": CHOICES, "label": 0}
     tokenizer = tiny.encoder_tokenizer()
     [[example]] = multiple_choice.encode([row], described([row]), tokenizer, 64)
-    assert example.features["choice_lengths"] == [len(tokenizer(choice)["input_ids"]) for choice in CHOICES]
+    assert example.features["text_lengths"] == [len(tokenizer(choice)["input_ids"]) for choice in CHOICES]
 
 
 def test_same_question_with_its_choices_in_another_order_is_a_duplicate() -> None:

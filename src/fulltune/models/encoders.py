@@ -1,0 +1,152 @@
+"""Models that read each text of a row by itself and pool it to one vector, with or without a head on a pair's two
+vectors. Their class derives from that of the body's other heads, so it saves, loads and shards as they do."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fulltune.errors import SetupError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+Pooling = Literal["mean", "cls", "last"]
+_MODES: Mapping[str, Pooling] = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "last"}
+
+
+def is_decoder(config: PretrainedConfig) -> bool:
+    """Return True for models that read left to right, such as GPT-2 or Llama."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    kind = config.model_type
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return bool(getattr(config, "is_decoder", False))
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+@dataclass(frozen=True)
+class PoolingFound:
+    """How a model pools the tokens of a text, and where that is said."""
+
+    mode: Pooling
+    why: str
+
+
+def read_pooling(folder: Path, config: PretrainedConfig) -> PoolingFound:
+    """Return the pooling that a sentence-transformers folder names, or else the usual one of such models."""
+    if (saved := getattr(config, "pooling", None)) is not None:
+        return PoolingFound(saved, "config.json")
+    modules = folder / "modules.json"
+    for module in json.loads(modules.read_text(encoding="utf-8")) if modules.exists() else ():
+        if module["type"].rpartition(".")[2] == "Pooling":
+            file = folder / module["path"] / "config.json"
+            values = json.loads(file.read_text(encoding="utf-8"))
+            names = [values["pooling_mode"]] if "pooling_mode" in values else []
+            names += [name.removeprefix("pooling_mode_") for name, value in values.items() if value is True]
+            known = [_MODES.get(name, name) for name in names if name in _MODES or name in _MODES.values()]
+            if len(known) != 1:
+                raise SetupError(
+                    f"model: {file}: pools by {', '.join(map(str, names)) or 'nothing'}, expected one of "
+                    f"{', '.join(_MODES)}; set model.pooling"
+                )
+            return PoolingFound(known[0], f"{module['path']}/config.json")
+    if is_decoder(config):
+        return PoolingFound("last", "the model names no pooling; decoders are usually pooled at the last token")
+    return PoolingFound("mean", "the model names no pooling; encoders are usually pooled by the mean over tokens")
+
+
+def pool(hidden: torch.Tensor, mask: torch.Tensor, mode: Pooling) -> torch.Tensor:
+    """Pool hidden states [texts, tokens, hidden] of right-padded texts to [texts, hidden]."""
+    import torch
+
+    if mode == "cls":
+        return hidden[:, 0]
+    if mode == "last":
+        return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(dim=1) - 1]
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+@cache
+def _class_for(config_class: type[PretrainedConfig], has_head: bool) -> Any:
+    """Return the model class for a body's config; with `has_head`, its logits are those of pairs."""
+    import torch
+    from torch import nn
+    from transformers import AutoModel
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
+    body_class: Any = AutoModel._model_mapping[config_class]
+    base: Any = body_class.__bases__[0]
+    options = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(body_class).parameters else {}
+
+    class TextEncoder(base):
+        def __init__(self, config: PretrainedConfig) -> None:
+            super().__init__(config)
+            setattr(self, self.base_model_prefix, body_class(config, **options))
+            if has_head:
+                self.classifier = nn.Linear(4 * config.hidden_size, config.num_labels)
+            self.post_init()
+
+        def forward(
+            self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: Any
+        ) -> SequenceClassifierOutput:
+            """Read `input_ids[rows, texts, tokens]`; return logits [rows, labels] or vectors [rows, texts, hidden]."""
+            rows, texts = input_ids.shape[:2]
+            inputs = {
+                name: value.flatten(0, 1) if getattr(value, "shape", ())[:2] == (rows, texts) else value
+                for name, value in {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}.items()
+            }
+            hidden = getattr(self, self.base_model_prefix)(**inputs).last_hidden_state
+            vectors = pool(hidden, inputs["attention_mask"], self.config.pooling).unflatten(0, (rows, texts))
+            if not has_head:
+                return SequenceClassifierOutput(logits=vectors)
+            first, second = nn.functional.normalize(vectors, dim=-1).unbind(1)
+            joined = torch.cat([first, second, (first - second).abs(), first * second], dim=-1)
+            return SequenceClassifierOutput(logits=self.classifier(joined))
+
+    kind = body_class.__name__.removesuffix("Model")
+    TextEncoder.__name__ = TextEncoder.__qualname__ = f"{kind}ForTextPairs" if has_head else f"{kind}ForEmbedding"
+    return TextEncoder
+
+
+class _EncoderClass:
+    """Stands where an auto class of transformers does."""
+
+    has_head: bool
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig, *, trust_remote_code: bool = False, **options: Any) -> Any:
+        return _class_for(type(config), cls.has_head)._from_config(config, **options)
+
+    @classmethod
+    def from_pretrained(cls, *names: str, config: PretrainedConfig, **options: Any) -> Any:
+        return _class_for(type(config), cls.has_head).from_pretrained(*names, config=config, **options)
+
+
+class TextPairs(_EncoderClass):
+    has_head = True
+
+
+class TextEmbedding(_EncoderClass):
+    has_head = False
+
+
+def model_class(name: str) -> Any:
+    """Return a task's `auto_class`: one of this module or of transformers."""
+    import transformers
+
+    return {"TextPairs": TextPairs, "TextEmbedding": TextEmbedding}.get(name) or getattr(transformers, name)
+
+
+def reads_texts_apart(name: str) -> bool:
+    return name in ("TextPairs", "TextEmbedding")
