@@ -15,10 +15,10 @@ from fulltune.errors import SetupError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
-Pooling = Literal["mean", "cls", "last"]
-_MODES: Mapping[str, Pooling] = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "last"}
+TokenPooling = Literal["mean", "cls", "last"]
+_MODES: Mapping[str, TokenPooling] = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "last"}
 
 
 def is_decoder(config: PretrainedConfig) -> bool:
@@ -38,7 +38,7 @@ def is_decoder(config: PretrainedConfig) -> bool:
 class PoolingFound:
     """How a model pools the tokens of a text, and where that is said."""
 
-    mode: Pooling
+    mode: TokenPooling
     why: str
 
 
@@ -65,7 +65,7 @@ def read_pooling(folder: Path, config: PretrainedConfig) -> PoolingFound:
     return PoolingFound("mean", "the model names no pooling; encoders are usually pooled by the mean over tokens")
 
 
-def pool(hidden: torch.Tensor, mask: torch.Tensor, mode: Pooling) -> torch.Tensor:
+def pool(hidden: torch.Tensor, mask: torch.Tensor, mode: TokenPooling) -> torch.Tensor:
     """Pool hidden states [texts, tokens, hidden] of right-padded texts to [texts, hidden]."""
     import torch
 
@@ -78,15 +78,15 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, mode: Pooling) -> torch.Tenso
 
 
 @cache
-def _class_for(config_class: type[PretrainedConfig], has_head: bool) -> Any:
+def _class_for(config_class: type[PretrainedConfig], has_head: bool) -> type[PreTrainedModel]:
     """Return the model class for a body's config; with `has_head`, its logits are those of pairs."""
     import torch
     from torch import nn
     from transformers import AutoModel
     from transformers.modeling_outputs import SequenceClassifierOutput
 
-    body_class: Any = AutoModel._model_mapping[config_class]
-    base: Any = body_class.__bases__[0]
+    body_class = AutoModel._model_mapping[config_class]
+    base = body_class.__bases__[0]
     options = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(body_class).parameters else {}
 
     class TextEncoder(base):
@@ -98,7 +98,7 @@ def _class_for(config_class: type[PretrainedConfig], has_head: bool) -> Any:
             self.post_init()
 
         def forward(
-            self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: Any
+            self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: torch.Tensor
         ) -> SequenceClassifierOutput:
             """Read `input_ids[rows, texts, tokens]`; return logits [rows, labels] or vectors [rows, texts, hidden]."""
             rows, texts = input_ids.shape[:2]
@@ -125,11 +125,11 @@ class _EncoderClass:
     has_head: bool
 
     @classmethod
-    def from_config(cls, config: PretrainedConfig, *, trust_remote_code: bool = False, **options: Any) -> Any:
+    def from_config(cls, config: PretrainedConfig, *, trust_remote_code: bool = False, **options: object) -> object:
         return _class_for(type(config), cls.has_head)._from_config(config, **options)
 
     @classmethod
-    def from_pretrained(cls, *names: str, config: PretrainedConfig, **options: Any) -> Any:
+    def from_pretrained(cls, *names: str, config: PretrainedConfig, **options: object) -> object:
         return _class_for(type(config), cls.has_head).from_pretrained(*names, config=config, **options)
 
 
