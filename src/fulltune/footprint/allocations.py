@@ -26,6 +26,7 @@ from fulltune.models.encoders import model_class
 from fulltune.models.load import torch_dtype
 from fulltune.models.pixels import PIXELS
 from fulltune.tasks import Target, Task, seq2seq
+from fulltune.tasks.padding import TEXT_LENGTHS
 
 _aten: Any = torch.ops.aten
 _DEVICE: Any = torch.ops.prim.device.default
@@ -132,7 +133,7 @@ def tensor_fields(case: TraceCase, shapes: Sequence[tuple[int, ...]]) -> dict[st
     return {
         "weights_dtype": case.weights_dtype,
         "largest_tensor": max(map(math.prod, shapes)),
-        "sequences_per_row": case.target.num_choices or 1,
+        "sequences_per_row": len(case.task.full_row(case.target, 1).get(TEXT_LENGTHS, (1,))),
         "tensors": dict(Counter(map(math.prod, shapes))),
     }
 

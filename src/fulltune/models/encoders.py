@@ -77,6 +77,16 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, mode: TokenPooling) -> torch.
     return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
 
 
+def join_vectors(vectors: torch.Tensor) -> torch.Tensor:
+    """Return what a head reads of [rows, texts, hidden], from the rows' first and last text, at length 1: both, their
+    absolute difference and their product [rows, 4 hidden]."""
+    import torch
+
+    vectors = torch.nn.functional.normalize(vectors, dim=-1)
+    first, second = vectors[:, 0], vectors[:, -1]
+    return torch.cat([first, second, (first - second).abs(), first * second], dim=-1)
+
+
 @cache
 def _class_for(config_class: type[PretrainedConfig], has_head: bool) -> type[PreTrainedModel]:
     """Return the model class for a body's config; with `has_head`, its logits are those of pairs."""
@@ -110,9 +120,7 @@ def _class_for(config_class: type[PretrainedConfig], has_head: bool) -> type[Pre
             vectors = pool(hidden, inputs["attention_mask"], self.config.pooling).unflatten(0, (rows, texts))
             if not has_head:
                 return SequenceClassifierOutput(logits=vectors)
-            first, second = nn.functional.normalize(vectors, dim=-1).unbind(1)
-            joined = torch.cat([first, second, (first - second).abs(), first * second], dim=-1)
-            return SequenceClassifierOutput(logits=self.classifier(joined))
+            return SequenceClassifierOutput(logits=self.classifier(join_vectors(vectors)))
 
     kind = body_class.__name__.removesuffix("Model")
     TextEncoder.__name__ = TextEncoder.__qualname__ = f"{kind}ForTextPairs" if has_head else f"{kind}ForEmbedding"

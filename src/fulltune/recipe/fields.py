@@ -24,7 +24,7 @@ from fulltune.recipe.model import (
     PreserveBlock,
     raise_for_problems,
 )
-from fulltune.recipe.tasks import TaskName
+from fulltune.recipe.tasks import TEXT_CLASSIFICATION, TEXT_PAIRS, TaskName
 from fulltune.recipe.training import ENGINE_SETTINGS, TrainBlock
 
 _DECIDING_KINDS = tuple(kind for kind in RIVALS if kind != VARIANT)
@@ -58,12 +58,14 @@ class Recipe(Block):
     @classmethod
     def _expand_short_forms(cls, values: Any) -> Any:
         """Return the raw recipe with `model: NAME` and kinds of methods expanded to blocks. The default kind of
-        `method` is `full`."""
+        `method` is `full`. `model.pairs: apart` changes the task."""
         if not isinstance(values, dict):
             return values
         expanded = dict(values)
         if isinstance(values.get("model"), str):
             expanded["model"] = {"name": values["model"]}
+        if isinstance(model := expanded.get("model"), dict) and model.get("pairs") == "apart":
+            expanded["task"] = TEXT_PAIRS if values.get("task") == TEXT_CLASSIFICATION else values.get("task")
         if isinstance(values.get("method"), str):
             expanded["method"] = {"kind": values["method"]}
         elif isinstance(values.get("method"), dict):
@@ -101,6 +103,8 @@ class Recipe(Block):
         """Return the settings that affect the result, as JSON values. Output names are omitted, and so is the placement
         in single runs."""
         settings = self.model_dump(mode="json", exclude={"output", "name", "functions"})
+        if settings["task"] == TEXT_PAIRS:  # follows from `model.pairs`, whose `auto` is chosen in the run folder
+            settings["task"] = TEXT_CLASSIFICATION
         # These depend on the machine and do not change the result, but a comparison also measures memory and time.
         placing = ("num_processes", "num_machines", "placement", "offload", "oversubscribe")
         compares_runs = self.methods or self.is_searched

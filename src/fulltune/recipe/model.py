@@ -60,6 +60,9 @@ class ModelBlock(Block):
     pretrained tokenizer splits the token."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Dropout probability of all dropout layers. Default: the model's own values."""
+    pairs: Literal["auto", "joint", "apart"] = "auto"
+    """How text-classification reads a row's two texts: `joint` in one sequence, or `apart`, each by itself, with a head
+    on the two vectors."""
     pooling: Literal["mean", "cls", "last"] | None = None
     """How a text's token states become one vector, if each text is read by itself. Default: as the model's
     `1_Pooling/config.json` says, else `mean` (encoders) or `last` (decoders)."""

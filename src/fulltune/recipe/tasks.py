@@ -18,6 +18,7 @@ def _raise_if_unknown_task(name: str) -> str:
     return name
 
 
+TEXT_CLASSIFICATION, TEXT_PAIRS = "text-classification", "text-pairs"
 TaskName = Annotated[str, AfterValidator(_raise_if_unknown_task)]
 ProblemType = str
 """Name of a `Form`, such as `single_label`."""

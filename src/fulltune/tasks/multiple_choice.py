@@ -26,7 +26,7 @@ from fulltune.tasks import (
 from fulltune.tasks.columns import CHOICE_NAMES, as_text, find_column, missing_column, normalised
 from fulltune.tasks.labels import is_empty, label_name, parse_list
 from fulltune.tasks.labels import row_labels as labels_of_row
-from fulltune.tasks.padding import TEXT_LENGTHS, join_texts, pad_texts, tokenise_and_cut
+from fulltune.tasks.padding import TEXT_LENGTHS, join_texts, pad_texts, split_texts, tokenise_and_cut
 
 FACTS = recipe_tasks.FACTS["multiple-choice"]
 row_labels, config_changes, collate = labels_of_row, classes.config_changes, pad_texts
@@ -113,8 +113,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
 
 def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
     """Decode each choice with its question, and add the right choice's number."""
-    ends = np.cumsum(features[TEXT_LENGTHS])[:-1]
-    parts = [tokenizer.decode(ids.tolist()) for ids in np.split(np.asarray(features["input_ids"]), ends)]
+    parts = [tokenizer.decode(ids.tolist()) for ids in split_texts(features)]
     text = "\n".join(f"({place}) {part}" for place, part in enumerate(parts))
     return Preview.labelled(text, str(int(features["labels"])))
 

@@ -47,6 +47,11 @@ def join_texts(tokens: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
     return {**joined, TEXT_LENGTHS: lengths, LENGTH: max(lengths) * len(lengths)}  # padded to the longest
 
 
+def split_texts(features: RowFeatures) -> list[np.ndarray]:
+    """Return the token ids of each of a row's texts."""
+    return np.split(np.asarray(features["input_ids"]), np.cumsum(features[TEXT_LENGTHS])[:-1])
+
+
 def pad_texts(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Tensor]:
     """Pad the texts of all rows, equally many in each, to one length: [batch, texts, tokens]; stack the labels."""
     import torch

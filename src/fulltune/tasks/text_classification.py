@@ -28,7 +28,7 @@ with_placeholder_answer, collate = classes.with_placeholder_label, pad_features
 
 
 def display_text(row: Row, target: Target) -> str:
-    return " / ".join(_text_and_pair(row, target))
+    return " / ".join(text_and_pair(row, target))
 
 
 def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock, file: str) -> dict[str, str]:
@@ -85,16 +85,16 @@ why_unanswerable = why_unusable
 
 
 def group_key(row: Row, target: Target) -> str:
-    return normalised(" \0 ".join(_text_and_pair(row, target)))
+    return normalised(" \0 ".join(text_and_pair(row, target)))
 
 
-def _text_and_pair(row: Row, target: Target) -> list[str]:
+def text_and_pair(row: Row, target: Target) -> list[str]:
     return [as_text(row.get(target.columns[role])) for role in ("text", "text_pair") if role in target.columns]
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
     """Tokenise texts or pairs. Labels become a class id, a 0/1 vector [labels] or a float."""
-    texts = [[cut_long_text(text, tokenizer, max_length) for text in _text_and_pair(row, target)] for row in rows]
+    texts = [[cut_long_text(text, tokenizer, max_length) for text in text_and_pair(row, target)] for row in rows]
     tokens, names, is_cut = tokenise_and_cut(tokenizer, [*map(list, zip(*texts, strict=True))], max_length)
     # Token types of single texts are all 0, the default of models.
     is_pair = "text_pair" in target.columns
@@ -102,12 +102,12 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
     ids = {name: position for position, name in enumerate(target.labels)}
     encoded = []
     for position, row in enumerate(rows):
-        features = {name: tokens[name][position] for name in names} | {"labels": _label_value(row, target, ids)}
+        features = {name: tokens[name][position] for name in names} | {"labels": label_value(row, target, ids)}
         encoded.append([Example(features, trained_tokens=1, truncated=is_cut[position])])
     return encoded
 
 
-def _label_value(row: Row, target: Target, ids: Mapping[str, int]) -> int | float | list[float] | None:
+def label_value(row: Row, target: Target, ids: Mapping[str, int]) -> int | float | list[float] | None:
     """Return a row's class id, 0/1 vector [labels] or number, or None if the number is unreadable."""
     if target.form.is_number:
         return labels.parse_float32(row[target.columns["label"]])
