@@ -90,7 +90,6 @@ def join_vectors(vectors: torch.Tensor) -> torch.Tensor:
 @cache
 def _class_for(config_class: type[PretrainedConfig], has_head: bool) -> type[PreTrainedModel]:
     """Return the model class for a body's config; with `has_head`, its logits are those of pairs."""
-    import torch
     from torch import nn
     from transformers import AutoModel
     from transformers.modeling_outputs import SequenceClassifierOutput
