@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise, starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,12 @@ from fulltune.data.split import HELD_OUT, SPLITS, Split
 from fulltune.errors import DataError
 from fulltune.inference.store import (
     CLUSTERS,
+    FILE,
     IN_TRAIN,
     MIXED,
     ROW_JSON,
     Rows,
+    make_record_batch,
     read_original_rows,
     read_record_batches,
     to_json_value,
@@ -30,6 +32,7 @@ from fulltune.recipe.data import rows_per_epoch
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import MixedSummary, Preview, SplitName, SplitSummary
 from fulltune.tasks import PLACE, Target, Task, Tokenizer, task_named
+from fulltune.tasks.columns import in_batches
 from fulltune.text import counted
 
 if TYPE_CHECKING:
@@ -106,6 +109,8 @@ def write_splits(
             raise DataError(f"{source.where}: all rows of {name} are longer than data.max_length; raise it")
         parts = iterate_examples(split, task, with_test_features=name == "test")
         write_rows(folder / name, pack_texts(parts, pack_length) if pack_length and name == "train" else parts)
+        if task.FACTS.contrasts:
+            _add_positives(folder / name, task, source.where)
         if name != "train":
             clusters = np.unique(source.split_groups[source.row_of][split.examples], return_inverse=True)[1]
             np.save(folder / name / CLUSTERS, clusters.astype(np.int64))
@@ -117,6 +122,17 @@ def write_splits(
             dropped += num_dropped_by_time
         summaries[name] = summarise_split(split, Rows(folder / name)["length"], dropped)
     return summaries
+
+
+def _add_positives(folder: Path, task: Task, where: str) -> None:
+    """Rewrite a split whose rows get their positives from other rows."""
+    if (joined := task.with_positives(Rows(folder), f"{where}: {folder.name}")) is None:
+        return
+    stored = chain.from_iterable(batch.column(ROW_JSON).to_pylist() for batch in read_record_batches(folder))
+    parts = (zip(*part, strict=True) for part in in_batches(zip(joined, stored, strict=True)))
+    write_rows(folder / "part", starmap(make_record_batch, parts))
+    (folder / "part" / FILE).replace(folder / FILE)  # the old one stays mapped until now
+    (folder / "part").rmdir()
 
 
 def make_previews(

@@ -43,10 +43,8 @@ SplitLosses = tuple[np.ndarray, Sequence[str | None]]
 
 def make_scoring(recipe: Recipe, plan: Plan, summary: DataSummary, folder: Path, base: Base) -> Scoring:
     """Build the object that loads a run's test rows and scores models on them."""
-    weights = class_weights(recipe, summary)
-    return Scoring(
-        recipe, plan, task_named(recipe.task), Target.of(summary), folder / "data", base, class_weights=weights
-    )
+    weights, target = class_weights(recipe, summary), replace(Target.of(summary), loss_rows=plan.global_batch_size)
+    return Scoring(recipe, plan, task_named(recipe.task), target, folder / "data", base, class_weights=weights)
 
 
 def score_baselines(scoring: Scoring) -> list[Scores]:
@@ -58,7 +56,7 @@ def score_baselines(scoring: Scoring) -> list[Scores]:
         scores, main = scorer.score_model(scoring, *scoring.load_model_and_processor(None))
         return scores.model_copy(update={"name": "before training", "kind": "untouched"}), main
 
-    scorers = {BEFORE_TRAINING: score_pretrained} if scoring.task.FACTS.writes else {}
+    scorers = {} if scoring.task.FACTS.head_is_new else {BEFORE_TRAINING: score_pretrained}
     scorers |= scorer.baseline_scorers(scoring)
     if scoring.task.FACTS.head_is_new:
         with explain_out_of_memory("the linear probe of the pretrained model", _REMEDY):

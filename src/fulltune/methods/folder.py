@@ -12,6 +12,7 @@ from fulltune.errors import SetupError
 from fulltune.methods import BY_HOOKS, AppliedMethod, apply_method, trainable_parameters
 from fulltune.models.base import Base, read_json_object
 from fulltune.models.load import load_model as load_model
+from fulltune.models.sentence_files import write_sentence_files
 from fulltune.models.sharding import shard_like
 from fulltune.recipe.methods import PROMPT_MODULE, Method
 from fulltune.recipe.model import ModelBlock
@@ -184,5 +185,8 @@ def merge_into_pretrained(folder: Path, output: Path) -> None:
         raise SetupError(f"{folder}: PEFT cannot merge the method: {' '.join(str(error).split())[:200]}") from error
     model.save_pretrained(output)
     processor.save_pretrained(output)
-    files.write_json(output / NOTES, notes_without_method(folder))
+    notes = notes_without_method(folder)
+    if FACTS[notes["task"]].contrasts:
+        write_sentence_files(output, model.config, notes["max_length"])
+    files.write_json(output / NOTES, notes)
     copy_permissions_from_config(output)

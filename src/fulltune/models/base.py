@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from fulltune.errors import SetupError
-from fulltune.models import encoders, new_tokens
+from fulltune.models import encoders, new_tokens, sentence_files
 from fulltune.models.new_tokens import Pieces
 from fulltune.models.pixels import ImageReader, ImageRows, num_patches
 from fulltune.recipe.model import ModelBlock
@@ -45,6 +45,8 @@ class Base:
     config: PretrainedConfig
     chat_template: str | None = None
     has_processor: bool = True
+    pooling_why: str = ""
+    """Why texts are pooled as the config says, if the recipe does not; empty if texts are not read apart."""
 
     @classmethod
     def from_block(
@@ -63,7 +65,12 @@ class Base:
             block, "config", lambda: AutoConfig.from_pretrained(**from_pretrained_arguments(block, path))
         )
         if encoders.reads_texts_apart(FACTS[task].auto_class):
-            config.pooling = block.pooling or encoders.read_pooling(path or _hub_folder(block), config).mode
+            folder = path or _hub_folder(block)
+            usual = encoders.read_pooling(folder, config)
+            config.pooling = block.pooling or usual.mode
+            if FACTS[task].contrasts:
+                vars(config).update(sentence_files.read_sentence_settings(folder))
+            return cls(block, task, path, config, chat_template, has_processor, usual.why)
         return cls(block, task, path, config, chat_template, has_processor)
 
     @cached_property
@@ -104,6 +111,7 @@ class Base:
                 )
             tokenizer.pad_token = replacement
         tokenizer.padding_side = "right"
+        tokenizer.prompts = sentence_files.prompts_by_role(self.config)
         if self.chat_template is not None:
             try:
                 tokenizer.chat_template = Path(self.chat_template).read_text(encoding="utf-8")
@@ -169,6 +177,8 @@ def processor_fingerprint(processor: Any) -> str:
         return str(processor.to_json_string())
     parts = [processor.get_vocab(), str(processor.chat_template), list(processor.model_input_names)]
     parts.append({name: str(token) for name, token in processor.special_tokens_map.items()})
+    if any(getattr(processor, "prompts", {}).values()):
+        parts.append(processor.prompts)
     backend = getattr(processor, "backend_tokenizer", None)
     if backend is not None:  # normaliser, merges, special tokens around a text
         whole = json.loads(backend.to_str())
@@ -236,7 +246,7 @@ def _hub_folder(block: ModelBlock) -> Path:
     from transformers.utils.hub import cached_file
 
     options = {"revision": block.revision, "_raise_exceptions_for_missing_entries": False}
-    for name in ("modules.json", "1_Pooling/config.json"):
+    for name in sentence_files.FILES:
         cached_file(block.name, name, **options)
     return Path(str(cached_file(block.name, "config.json", revision=block.revision))).parent
 

@@ -99,6 +99,8 @@ def _class_for(config_class: type[PretrainedConfig], has_head: bool) -> type[Pre
     options = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(body_class).parameters else {}
 
     class TextEncoder(base):
+        reads_texts_apart = True
+
         def __init__(self, config: PretrainedConfig) -> None:
             super().__init__(config)
             setattr(self, self.base_model_prefix, body_class(config, **options))
@@ -118,11 +120,13 @@ def _class_for(config_class: type[PretrainedConfig], has_head: bool) -> type[Pre
             hidden = getattr(self, self.base_model_prefix)(**inputs).last_hidden_state
             vectors = pool(hidden, inputs["attention_mask"], self.config.pooling).unflatten(0, (rows, texts))
             if not has_head:
+                vectors = nn.functional.normalize(vectors, dim=-1) if self.config.normalize else vectors
                 return SequenceClassifierOutput(logits=vectors)
             return SequenceClassifierOutput(logits=self.classifier(join_vectors(vectors)))
 
-    kind = body_class.__name__.removesuffix("Model")
-    TextEncoder.__name__ = TextEncoder.__qualname__ = f"{kind}ForTextPairs" if has_head else f"{kind}ForEmbedding"
+    # Without a head it is saved as what it is: the body.
+    name = f"{body_class.__name__.removesuffix('Model')}ForTextPairs" if has_head else body_class.__name__
+    TextEncoder.__name__ = TextEncoder.__qualname__ = name
     return TextEncoder
 
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fulltune.errors import SetupError
 from fulltune.files import write_json
 
 if TYPE_CHECKING:
@@ -10,19 +12,47 @@ if TYPE_CHECKING:
 
 _MODES = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}
 _TYPE = "sentence_transformers.models"
+FILES = (MODULES, POOLING, SETTINGS) = ("modules.json", "1_Pooling/config.json", "config_sentence_transformers.json")
+_PROMPTS = ("prompts", "default_prompt_name")
+
+
+def read_sentence_settings(folder: Path) -> dict[str, object]:
+    """Return values for the config: the prompts, and whether vectors are normalised, as they are by default. Raise
+    `SetupError` for what would be lost in training."""
+    try:
+        texts = {name: file.read_text(encoding="utf-8") for name in FILES if (file := folder / name).exists()}
+        modules, pooling, values = (json.loads(texts.get(name, "{}")) for name in FILES)
+    except ValueError:
+        raise SetupError(f"model: {folder}: one of {', '.join(FILES)} is not valid JSON; copy it again") from None
+    kinds = [module["type"].rpartition(".")[2] for module in modules]
+    others = [f"a module '{kind}'" for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
+    others += [] if pooling.get("include_prompt", True) else ["include_prompt: false"]
+    if others:
+        raise SetupError(f"model: {folder}: has {others[0]}, which is not supported; use another model")
+    return {"normalize": "Normalize" in kinds or not kinds, **{name: values.get(name) for name in _PROMPTS}}
+
+
+def prompts_by_role(config: PretrainedConfig) -> dict[str, str]:
+    """Return the texts that belong before a `query`, a `document` and, as "", any other text."""
+    prompts = getattr(config, "prompts", None) or {}
+    default = prompts.get(getattr(config, "default_prompt_name", None), "")
+    document = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), default)
+    return {"query": prompts.get("query", default), "document": document, "": default}
 
 
 def write_sentence_files(folder: Path, config: PretrainedConfig, max_length: int) -> None:
-    """Write the files with which sentence-transformers (all versions) reads a saved encoder as one that pools as
-    `config.pooling` says."""
-    modules = (("", "Transformer"), ("1_Pooling", "Pooling"))
+    """Write the files with which sentence-transformers (all versions) reads a saved encoder as one that pools,
+    normalises and prompts as `config` says."""
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    modules += [("2_Normalize", "Normalize")] * getattr(config, "normalize", False)
     entries = [
         {"idx": number, "name": str(number), "path": path, "type": f"{_TYPE}.{name}"}
         for number, (path, name) in enumerate(modules)
     ]
-    write_json(folder / "modules.json", entries)
+    write_json(folder / MODULES, entries)
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
-    (folder / "1_Pooling").mkdir(exist_ok=True)
     pooling = {f"pooling_mode_{name}": mode == config.pooling for mode, name in _MODES.items()}
     size = config.get_text_config().hidden_size
-    write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": size, **pooling})
+    write_json(folder / POOLING, {"word_embedding_dimension": size, **pooling})
+    prompts = {name: value for name in _PROMPTS if (value := getattr(config, name, None)) is not None}
+    write_json(folder / SETTINGS, {**prompts, "similarity_fn_name": "cosine"})

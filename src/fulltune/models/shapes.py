@@ -44,6 +44,9 @@ class Shapes(Record):
     """Which labels keep their rows of the checkpoint's head; empty if none do."""
     plain_logits: bool = True
     """True if no config field scales or caps logits after the head; verified before step 1."""
+    pooling: str = ""
+    """How texts that are read apart are pooled; empty for other tasks."""
+    pooling_why: str = ""
     units: Units | None = None
     unit_sizes: dict[str, int] = Field(default_factory=dict)
     """Parameters of each unit by its path; empty if the model cannot be streamed."""
@@ -100,6 +103,8 @@ def measure_shapes(
         head_is_kept=not head.has_new_rows,
         head_note=head.description if head.order else "",
         plain_logits=not any(getattr(text, name, None) not in (None, 1, 1.0) for name in _AFTER_HEAD),
+        pooling=str(getattr(config, "pooling", "")) if base.pooling_why else "",
+        pooling_why=base.pooling_why,
         units=units,
         unit_sizes=counted,
         no_units=no_units,

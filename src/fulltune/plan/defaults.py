@@ -48,8 +48,8 @@ def default_learning_rate(method: Method, num_parameters: int, is_decoder: bool)
 
 def default_num_epochs(task: str, num_rows: int) -> DefaultWithReason:
     """Return the default number of epochs (more for fewer rows), and the reason."""
-    few, usual = (3.0, 2.0) if FACTS[task].writes else (5.0, 3.0)
-    if num_rows < 2_000 and not FACTS[task].writes:
+    few, usual = (3.0, 2.0) if FACTS[task].writes else (3.0, 1.0) if FACTS[task].contrasts else (5.0, 3.0)
+    if num_rows < 2_000 and FACTS[task].head_is_new:
         return 10.0, "fewer than 2,000 rows"
     return (few, "fewer than 10,000 rows") if num_rows < 10_000 else (usual, "10,000 rows or more")
 
@@ -64,12 +64,14 @@ def default_warmup(task: str, has_pretrained_head: bool) -> DefaultWithReason:
 MAX_LENGTH_EXPLAINED = 0.25
 
 
-def should_group_by_length(explained_share: float) -> tuple[bool, str]:
+def should_group_by_length(explained_share: float, contrasts: bool = False) -> tuple[bool, str]:
     """Return whether to batch rows of similar length, and the reason.
 
     `explained_share` is the share of the variance in row length that the labels explain. When labels depended on the
     length, F1 was 0.75 with grouping and 1.0 without (2026-11-24).
     """
+    if contrasts:
+        return False, "a batch's rows are each other's negatives, which should not be told apart by their length"
     share = f"the target explains {explained_share:.0%} of the variance in length"
     if explained_share >= MAX_LENGTH_EXPLAINED:
         return False, f"{share}: rows of similar length would have similar targets"

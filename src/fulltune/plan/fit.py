@@ -271,7 +271,7 @@ def _stage_seconds(
     answers = batches * generation_seconds(basis, plan, plan.eval_batch_size, work.tokens_per_row, most, flops)
     if recipe.evaluate.baselines:
         pretrained_rows = test  # rows through the pretrained model, for a classifier on embeddings
-        if not FACTS[summary.task].writes:
+        if FACTS[summary.task].head_is_new:
             pretrained_rows = time.probe_passes(summary) * test if not summary.form.has_windows else 0
             pretrained_rows += probed_rows if plan.head_init != "probe" else 0
             pretrained_rows += scored if plan.head_init is not None else 0  # with the probe as head

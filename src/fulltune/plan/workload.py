@@ -13,6 +13,7 @@ from fulltune.plan.gpus import Fleet
 from fulltune.plan.savings import why_loss_not_chunked
 from fulltune.plan.settings import Reasons, recipe_value, with_settings
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import MemoryNeed, MemorySettings
 from fulltune.system import parallel_layout
@@ -91,7 +92,7 @@ def make_basis(workload: Workload, fleet: Fleet, reasons: Reasons | None = None,
     global_batch = resolve.choose_global_batch_size(recipe, summary, reasons)
     steps = resolve.choose_steps(recipe, summary, global_batch, reasons)
     packing = resolve.choose_packing(recipe, summary, reasons, own_loss)
-    grouped, why = defaults.should_group_by_length(summary.length_explained)
+    grouped, why = defaults.should_group_by_length(summary.length_explained, FACTS[recipe.task].contrasts)
     grouped, why = (False, "packing leaves little padding") if packing else (grouped, why)
     grouped = reasons.add("train.group_by_length", train.group_by_length, grouped, why)
     footprint = workload.footprint(recipe.model.weights_dtype)
@@ -145,7 +146,8 @@ def make_basis(workload: Workload, fleet: Fleet, reasons: Reasons | None = None,
             footprint,
             grouped or packing,
             methods.max_virtual_tokens(recipe),
-            time.backward_cost(recipe.method.kind, shapes),
+            # Several micro batches are also read once without a gradient.
+            time.backward_cost(recipe.method.kind, shapes) + FACTS[recipe.task].contrasts,
         ),
     )
 

@@ -252,13 +252,15 @@ def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:
     columns, read = notes["columns"], columns_read(notes).values()
     if len(read) > 1:
         raise DataError(f"this model reads several columns; give a file with the columns {', '.join(read)}")
-    role = next(role for role in ("messages", "tokens", "prompt", "source", "image", "text") if role in columns)
+    role = next(
+        role for role in ("messages", "tokens", "prompt", "source", "image", "query", "text") if role in columns
+    )
     forms = {"messages": [{"role": "user", "content": text}], "tokens": token_classification.WORD.findall(text)}
     return {columns[role]: forms.get(role, text)}
 
 
-NOT_READ = ("label", "completion", "tools", "tags", "target", "answers")
+NOT_READ = ("label", "completion", "tools", "tags", "target", "answers", "positive", "negative")
 
 
 def columns_read(notes: Mapping[str, Any]) -> dict[str, str]:
-    return {role: column for role, column in notes["columns"].items() if role not in NOT_READ}
+    return {role: column for role, column in notes["columns"].items() if role.rstrip("0123456789") not in NOT_READ}

@@ -93,6 +93,14 @@ class DataBlock(Block):
     label: str | None = None
     """Column with the target: a class name, a list of class names, or a number. For multiple-choice: the number or text
     of the right choice."""
+    query: str | None = None
+    """Column with the query (embedding). Without queries, `text` and `label` are read: texts of one class are each
+    other's positives."""
+    positive: str | None = None
+    """Column with the text that the query should find (embedding)."""
+    negative: str | None = None
+    """Column with a text that the query should not find (embedding). Several, such as `negative1` and `negative2`, are
+    recognised too."""
     tokens: str | None = None
     """Column with the words of a sentence (token-classification), as a list or as text with spaces."""
     tags: str | None = None

@@ -262,8 +262,9 @@ def _other_problems(recipe: Recipe) -> list[str]:
         f"evaluate.generate_rows: 0, but evaluate.metric: {metric} compares answers; set a number above 0": (
             of_answers(recipe) and not recipe.evaluate.generate_rows
         ),
-        "data.train: images cannot be mixed in by weight yet; list the folders without weights": (
-            is_image and recipe.data.mixed_files
+        f"data.train: {'images' if is_image else 'pairs'} cannot be mixed in by weight yet; list the "
+        f"{'folders' if is_image else 'files'} without weights": (
+            (is_image or FACTS[recipe.task].contrasts) and recipe.data.mixed_files
         ),
         f"train.extra.dataloader_num_workers: expected 0 or more, found {workers}": (
             isinstance(workers, int) and workers < 0

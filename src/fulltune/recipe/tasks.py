@@ -31,6 +31,7 @@ _SHARED_CONTENT = {
     "choice0": "question",
     "tokens": "sentence",
     "image": "image",
+    "query": "query",
 }
 """Noun for the content that the rows of a group share, by column role. The default is `text`."""
 
@@ -110,12 +111,14 @@ class TaskFacts:
     types: tuple[ProblemType, ...]
     """Problem types that the rows may have. If rows are unknown, plans assume the first."""
     length_cap: int
-    scored_by: Literal["classifiers", "tagging", "spans", "language"]
+    scored_by: Literal["classifiers", "tagging", "spans", "language", "retrieval"]
     """Module of `fulltune.evaluate` that scores this task's models."""
     other_metrics: tuple[str, ...] = ()
     reads: Literal["text", "image"] = "text"
     writes: bool = False
     """True if the model generates text instead of having a head."""
+    contrasts: bool = False
+    """True if a row's loss depends on the other rows of the global batch, and the model has no head."""
     has_classes: bool = False
     has_forms: bool = False
     """True if one data set may mix rows of several problem types."""
@@ -125,7 +128,7 @@ class TaskFacts:
 
     @property
     def head_is_new(self) -> bool:
-        return not self.writes
+        return not (self.writes or self.contrasts)
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
@@ -65,6 +65,8 @@ class Target:
     logit_scale: tuple[float, float] = (0.0, 1.0)
     """`(shift, factor)`: `factor * logit + shift` is in the label's units. The default is kept unless the head was
     trained on standardised labels."""
+    loss_rows: int = 0
+    """Rows whose texts are each other's negatives in an evaluation's loss; 0 means the task's default."""
 
     @property
     def form(self) -> Form:
@@ -228,6 +230,16 @@ class Task(Protocol):
 
     def chance_loss(self, summary: DataSummary, class_weights: Sequence[float] | None) -> float:
         """Return the loss of a model that ignores its input."""
+
+    # ---- only tasks whose loss compares the rows of a global batch (`contrasts`) ------------------------------------
+
+    def row_losses(
+        self, vectors: Tensor, labels: Tensor, anchors: slice = slice(None), sizes: Sequence[int] = ()
+    ) -> Tensor:
+        """Compute the losses [anchors] of some rows from all rows' vectors [rows, texts, hidden] and labels."""
+
+    def with_positives(self, rows: Sequence[RowFeatures], where: str) -> Iterator[RowFeatures] | None:
+        """Yield a split's rows with their positives, or return None if they have them."""
 
     # ---- only tasks whose model writes its answers ----------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from fulltune.tasks import Row
 from fulltune.tasks.padding import LENGTHS, TRAINED, trained_positions
 from fulltune.text import first_few
 from fulltune.train import checkpoints
+from fulltune.train.loop.contrastive import ContrastiveLoss
 from fulltune.train.loop.guarded_step import Guarded
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.sampler import GlobalBatchSampler, MixedSource
@@ -84,6 +85,8 @@ class FullTrainer(Guarded, Trainer):
 
     head: SelectiveHead | None = None
     """Selective head, or None if the model computes all logits."""
+    contrast: ContrastiveLoss | None = None
+    """The loss, if it compares the rows of a global batch."""
     parts: Sequence[TrainingPart] = ()
 
     def __init__(
@@ -206,10 +209,13 @@ class FullTrainer(Guarded, Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Train on one micro batch. Before a step's first one, parts such as replay add their gradients."""
+        """Train on one micro batch. Before a step's first one, parts such as replay add their gradients, and a
+        contrastive loss compares all of them."""
         if not self.batches:
             for part in self.parts:
                 part.add_gradient()
+            if self.contrast is not None:
+                self.contrast.begin_step(model, self._micro_batches)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **keywords: Any) -> Any:
@@ -218,6 +224,8 @@ class FullTrainer(Guarded, Trainer):
         labels, trained, _ = inputs["labels"], inputs.pop(TRAINED, None), inputs.pop(LENGTHS, None)
         if self.head is not None and trained is not None:
             inputs["labels"] = self.head.target_ids(labels).flatten().index_select(0, trained)
+        if self.contrast is not None:
+            self.contrast.restore_random_state()
         with self.computing_needed_logits(labels, trained):
             return super().compute_loss(model, inputs, *rest, **keywords)
 
@@ -254,6 +262,7 @@ class FullTrainer(Guarded, Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
         # The Trainer counts every label that is not -100: each label of a row for multi_label, and no number -100.0 for
         # regression. Filled on the device: copying would make the host wait.
+        self._micro_batches = batch_samples
         count = torch.full((), sum(batch.pop(ITEMS) for batch in batch_samples), dtype=torch.int64, device=device)
         return self.accelerator.reduce(count, reduction="sum") if self.args.world_size > 1 else count
 

@@ -34,6 +34,7 @@ from fulltune.tasks.labels import class_weights
 from fulltune.train import checkpoints
 from fulltune.train.journal import PROBING
 from fulltune.train.loop.arguments import training_arguments
+from fulltune.train.loop.contrastive import ContrastiveLoss
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.sampler import MixedSource
 from fulltune.train.loop.streamed import StreamedTrainer
@@ -199,7 +200,7 @@ class LoadedModel:
 def load_for_training(inputs: AttemptInputs) -> LoadedModel:
     """Load model and rows, apply the method, and prepare them as planned."""
     plan, recipe, task, summary = inputs.plan, inputs.recipe, inputs.task, inputs.summary
-    target = Target.of(summary)
+    target = replace(Target.of(summary), loss_rows=plan.global_batch_size)
     inputs.recorder.phase("loading the model")
     transformers.logging.disable_progress_bar()
     if inputs.in_engine and inputs.layout is not None and inputs.is_main:
@@ -284,6 +285,8 @@ def make_trainer(inputs: AttemptInputs, loaded: LoadedModel) -> FullTrainer:
         head_modules=() if plan.head_learning_rate is None else head_paths(model, recipe.task, recipe.method.label),
         base_digest=loaded.base_digest,
     )
+    if objective.task.FACTS.contrasts and inputs.hooks.compute_loss is None:
+        trainer.contrast = trainer.compute_loss_func = ContrastiveLoss(objective.task.row_losses, trainer.accelerator)
     trainer.remove_callback(transformers.PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         # Its default is inside the checkpoints' folder, which is deleted; TENSORBOARD_LOGGING_DIR takes precedence.

@@ -21,7 +21,9 @@ from fulltune.files import write_json
 from fulltune.methods.folder import copy_permissions_from_config, save_method_folder
 from fulltune.models import sharding
 from fulltune.models.save import save_in_parts
+from fulltune.models.sentence_files import write_sentence_files
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
 from fulltune.records.training import ParameterChanges
 from fulltune.stream.training import streamed_of
@@ -194,6 +196,8 @@ def save_model(
     if recipe.method.kind != "full":
         notes["method"] = recipe.method.model_dump(mode="json")
         notes["base_model"] = recipe.model.model_dump(mode="json")
+    if recipe.method.kind == "full" and FACTS[recipe.task].contrasts:
+        write_sentence_files(part, applied.model.config, notes["max_length"])
     write_json(part / "fulltune.json", notes)
     copy_permissions_from_config(part)
     if folder.exists():

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy.sparse import csr_array
+from transformers import PreTrainedModel
+
+from fulltune.evaluate.scoring import WORST, Scored, Scoring
+from fulltune.records.scores import Answer
+from fulltune.tasks import Tokenizer, embedding
+
+K1, B = 1.2, 0.75
+"""BM25's usual parameters, as in Lucene."""
+
+
+def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
+    return {"baseline-bm25": lambda: _score_bm25(scoring)}
+
+
+def score_model(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> Scored:
+    """Score a model by the ranks that it gives to the test queries' positives."""
+    rows = embedding.row_scores(scoring.predict_split(model, tokenizer), scoring.target)
+    ids, queries, documents = _read_test_texts(scoring)
+    expected = np.searchsorted(ids[:, 2:].ravel()[embedding.corpus(ids)], ids[:, 2])
+    order = [row for row in np.argsort(rows["ndcg@10"], kind="stable") if rows["counted"][row]]
+    worst = tuple(
+        Answer(
+            text=queries[row],
+            expected=documents[expected[row]],
+            predicted=documents[rows["best"][row]],
+            loss=float(rows["loss"][row]),
+        )
+        for row in order[:WORST]
+        if rows["ndcg@10"][row] < 1
+    )
+    metrics = scoring.estimate_metrics(rows)
+    return scoring.make_scores(scoring.plan.trial, "trained", len(ids), metrics=metrics, worst=worst)
+
+
+def _score_bm25(scoring: Scoring) -> Scored:
+    ids, queries, documents = _read_test_texts(scoring)
+    asked, stored = bm25_terms(queries, documents)
+    rows = embedding.rank(ids, lambda some: (asked[some] @ stored.T).toarray())
+    return scoring.make_scores("BM25", "baseline", len(ids), metrics=scoring.estimate_metrics(rows))
+
+
+def _read_test_texts(scoring: Scoring) -> tuple[np.ndarray, list[str], list[str]]:
+    """Return the test rows' labels, their queries, and the texts of the corpus."""
+    ids = np.stack(scoring.rows("test")["labels"])
+    texts = [embedding.row_texts(row, scoring.target) for row in scoring.texts]
+    by_id = {embedding.text_id(text): text for row in texts for text in row}
+    return ids, [row[0] for row in texts], [by_id[one] for one in ids[:, 2:].ravel()[embedding.corpus(ids)]]
+
+
+def bm25_terms(queries: Sequence[str], documents: Sequence[str]) -> tuple[csr_array, csr_array]:
+    """Return the terms of queries and documents, both [texts, terms], whose products are the scores of BM25 (Robertson
+    and Zaragoza 2009). Terms are lower-cased words."""
+    counts = [[Counter(re.findall(r"\w+", text.lower())) for text in texts] for texts in (queries, documents)]
+    terms = {word: number for number, word in enumerate(sorted(set().union(*counts[1])))}
+
+    def matrix(texts: Sequence[Counter[str]]) -> csr_array:
+        entries = [(n, row, terms[word]) for row, of in enumerate(texts) for word, n in of.items() if word in terms]
+        values, *places = np.array(entries, np.int64).reshape(-1, 3).T
+        return csr_array((values.astype(np.float64), tuple(places)), shape=(len(texts), len(terms)))
+
+    asked, stored = map(matrix, counts)
+    length, frequency = stored.sum(axis=1), np.bincount(stored.indices, minlength=len(terms))
+    rarity = np.log1p((len(documents) - frequency + 0.5) / (frequency + 0.5))
+    norm = np.repeat(K1 * (1 - B + B * length / max(length.mean(), 1.0)), np.diff(stored.indptr))
+    stored.data = rarity[stored.indices] * stored.data * (K1 + 1) / (stored.data + norm)
+    return asked, stored

@@ -1,0 +1,292 @@
+"""Texts as vectors near those of their positives: rows are pairs of query and positive, or texts with a class."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+
+from fulltune.errors import DataError
+from fulltune.recipe import tasks as recipe_tasks
+from fulltune.recipe.data import DataBlock
+from fulltune.records.data import Preview
+from fulltune.tasks import (
+    LENGTH,
+    PLAIN_LOSS,
+    Example,
+    FromSums,
+    LossSettings,
+    Predictions,
+    Refused,
+    Row,
+    RowAnswer,
+    RowExamples,
+    RowFeatures,
+    RowTerms,
+    Target,
+    Tensor,
+    Tokenizer,
+    classes,
+    columns,
+    multiple_choice,
+)
+from fulltune.tasks.columns import as_text, normalised, why_cell_blank
+from fulltune.tasks.labels import is_empty, label_name
+from fulltune.tasks.padding import TEXT_LENGTHS, join_texts, pad_texts, tokenise_and_cut
+
+FACTS = recipe_tasks.FACTS["embedding"]
+collate = pad_texts
+SCALE = 20.0
+"""Factor of the cosines in the loss, as in sentence-transformers: a temperature of 0.05."""
+CUTOFF = 10
+_SCORES_AT_ONCE = 1_000_000
+
+# ---- rows --------------------------------------------------------------------------------------------------------
+
+
+def find_columns(names: Sequence[str], sample: Sequence[Row], data: DataBlock, file: str) -> dict[str, str]:
+    """Map `query`, `positive` and all `negative` columns, or else `text` and `label`, or raise `DataError`."""
+    ways = [("query", "positive"), ("text", "label")]
+    for roles in ways[::-1] if data.text or data.label else ways:
+        if all(columns.find_column(role, getattr(data, role), names, file) for role in roles):
+            break
+    else:
+        raise DataError(
+            f"{file}: no columns found for data.query and data.positive, nor for data.text and data.label; set them in "
+            f"the recipe (columns in the file: {columns.shown(names)})"
+        )
+    negatives = [name for name in names if re.fullmatch(r"negative[ _-]?\d{1,2}", name.lower().strip())]
+    negatives.sort(key=lambda name: int(re.sub(r"\D", "", name)))
+    one = columns.find_column("negative", data.negative, names, file)
+    by_role = columns.find_columns(roles, names, sample, data, file)
+    several = [] if "text" in by_role else negatives if one is None else [one]
+    return by_role | {f"negative{number or ''}": name for number, name in enumerate(several)}
+
+
+def find_target(rows: Iterable[Row], roles: Mapping[str, str], data: DataBlock, file: str) -> Target:
+    """Return the target, or raise `DataError` if no text can have a positive or a negative."""
+    name = roles.get("positive") or roles["label"]
+    cells = [label_name(row[name]) for row in rows if not is_empty(row.get(name))]
+    different, of_classes = len(set(cells)), "label" in roles
+    if different < 2:
+        what = "class" if of_classes else "positive"
+        raise DataError(f"{file}: column '{name}' has a single {what}, which has no negatives; add rows with others")
+    if of_classes and different == len(cells):
+        raise DataError(f"{file}: no two rows have the same '{name}', so no text has a positive; set data.label")
+    return Target("query_positive", roles)
+
+
+def why_unusable(row: Row, target: Target) -> Refused | None:
+    """Return the reason to drop a row with a blank text, or with one text in two roles, else None."""
+    if refused := why_cell_blank(row, target, *target.columns):
+        return refused
+    query, *others = (normalised(text) for text in row_texts(row, target))
+    if query in others[:1]:
+        return Refused("own positive", "the positive is the query itself")
+    if {query, *others[:1]} & {*others[1:]}:
+        return Refused("positive is a negative", "a negative is also the positive, or the query itself")
+    return None
+
+
+def why_unanswerable(row: Row, target: Target) -> Refused | None:
+    return why_cell_blank(row, target, next(iter(target.columns)))
+
+
+def with_placeholder_answer(row: Row, target: Target) -> Row:
+    first = next(iter(target.columns.values()))
+    return {first: row.get(first)}
+
+
+def row_texts(row: Row, target: Target) -> list[str]:
+    """Return a row's query, positive and negatives, or only the text that it has."""
+    return [as_text(row[name]) for role, name in target.columns.items() if role != "label" and name in row]
+
+
+def group_key(row: Row, target: Target) -> str:
+    return normalised(row_texts(row, target)[0])
+
+
+def display_text(row: Row, target: Target) -> str:
+    return " / ".join(row_texts(row, target))
+
+
+def row_labels(row: Row, target: Target) -> list[str]:
+    return []  # classes of held-out texts need not occur in train
+
+
+def text_id(text: str) -> int:
+    """Return a number of 63 bits that equal texts share, whatever their case and white space."""
+    return int.from_bytes(hashlib.sha256(normalised(text).encode()).digest()[:8]) >> 1
+
+
+def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
+    """Tokenise each text by itself, after the model's prompt for its role. Labels are numbers (int64) of the row's
+    query or class, which shares its positives, and of its texts."""
+    first, *rest = (role for role in target.columns if role != "label")
+    prompts = getattr(tokenizer, "prompts", {"": ""})
+    prefixes = [prompts.get(role, prompts[""]) for role in (first, *("document" for _ in rest))]
+    texts = [row_texts(row, target) for row in rows]
+    flat = [prefix + text for row in texts for prefix, text in zip(prefixes, row, strict=False)]
+    tokens, names, is_cut = tokenise_and_cut(tokenizer, [flat], max_length)
+    encoded, end = list[list[Example]](), 0
+    for row, of_row in zip(rows, texts, strict=True):
+        span, end = slice(end, end + len(of_row)), end + len(of_row)
+        ids, label = [text_id(text) for text in of_row], row.get(target.columns.get("label", ""))
+        shared = ids[0] if label is None else text_id(label_name(label))
+        features = {**join_texts({name: tokens[name][span] for name in names}), "labels": np.array([shared, *ids])}
+        cut, longest = any(is_cut[span]), max(features[TEXT_LENGTHS])
+        encoded.append([Example(features, trained_tokens=1, truncated=cut, longest=longest)])
+    return encoded
+
+
+def with_positives(rows: Sequence[RowFeatures], where: str) -> Iterator[RowFeatures] | None:
+    """Yield the features of each text of a split joined with its positive, or return None if rows have their own. The
+    positive is the next text of its class in the order of their numbers, which is arbitrary but fixed, and the first of
+    the last; a lone text is its own. Raise `DataError`, which names `where`, if no text has another."""
+    labels = np.array([row["labels"] for row in rows])
+    if labels.shape[1] > 2:
+        return None
+    order = np.lexsort((labels[:, 1], labels[:, 0]))
+    starts = np.flatnonzero(np.diff(labels[order, 0], prepend=-1))
+    following = np.roll(order, -1)
+    following[np.append(starts[1:], len(order)) - 1] = order[starts]
+    positives = following[np.argsort(order)]
+    if (labels[positives, 1] == labels[:, 1]).all():
+        raise DataError(f"{where}: no two of these rows have the same class, so no text has a positive; add rows")
+    return (_joined(row, rows[int(positive)]) for row, positive in zip(rows, positives, strict=True))
+
+
+def _joined(row: RowFeatures, positive: RowFeatures) -> RowFeatures:
+    tokens = {name: [row[name], positive[name]] for name in row if name not in ("labels", LENGTH, TEXT_LENGTHS)}
+    return {**join_texts(tokens), "labels": np.append(row["labels"], positive["labels"][1])}
+
+
+def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
+    return multiple_choice.preview({**features, "labels": 1}, target, tokenizer)
+
+
+def full_row(target: Target, length: int) -> RowFeatures:
+    texts = max(2, len(target.columns))
+    ids, labels = np.ones(length * texts, np.int64), np.arange(texts + 1)
+    return {"input_ids": ids, "labels": labels, TEXT_LENGTHS: np.full(texts, length)}
+
+
+def config_changes(target: Target, tokenizer: Tokenizer) -> dict[str, object]:
+    return {}
+
+
+# ---- loss --------------------------------------------------------------------------------------------------------
+
+
+def row_losses(vectors: Tensor, labels: Tensor, anchors: slice = slice(None), sizes: Sequence[int] = ()) -> Tensor:
+    """Compute the InfoNCE loss of each query among the `anchors`: the cross entropy of choosing its positive, by
+    cosines, among the positives and negatives of all rows.
+
+    Known false negatives never count: other positives of the same query or class, and texts equal to the query or to
+    one of these. The loss of a query whose positive is itself is 0. The losses of vectors cut to `sizes` are averaged.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    shared, query, positive, texts = labels[:, 0], labels[:, 1], labels[:, 2], labels[:, 2:].flatten()
+    own = torch.arange(len(labels), device=labels.device)[anchors, None] * (labels.shape[1] - 2)
+    known = (shared[anchors, None] == shared).float() @ (positive[:, None] == texts).float() > 0
+    masked = (known | (query[anchors, None] == texts)).scatter(1, own, False)
+    losses = []
+    for size in sizes or (vectors.shape[-1],):
+        units = F.normalize(vectors[..., :size].float(), dim=-1)
+        scores = SCALE * units[anchors, 0] @ units[:, 1:].flatten(0, 1).T
+        losses.append(F.cross_entropy(scores.masked_fill(masked, -torch.inf), own[:, 0], reduction="none"))
+    return torch.stack(losses).mean(dim=0) * (query != positive)[anchors]
+
+
+def loss(logits: Tensor, labels: Tensor, target: Target, settings: LossSettings = PLAIN_LOSS) -> Tensor:
+    return row_losses(logits, labels).sum()
+
+
+def count_items(labels: Tensor) -> int:
+    return max(1, int((labels[:, 1] != labels[:, 2]).sum()))
+
+
+# ---- evaluation --------------------------------------------------------------------------------------------------
+
+
+def reduce_logits(logits: Tensor, labels: Tensor, target: Target) -> dict[str, Tensor]:
+    return {"vectors": logits.float(), "ids": labels}
+
+
+def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
+    rows = row_scores(predictions, target)
+    sums = {name: of for name, of in metrics_from_sums(target, "").items() if name in rows}
+    return classes.over_all(sums, rows)
+
+
+def metrics_from_sums(target: Target, metric: str) -> Mapping[str, tuple[RowTerms, FromSums]]:
+    def terms(name: str, predictions: Predictions) -> np.ndarray:
+        rows = row_scores(predictions, target)
+        return classes.numbers(rows[name] * rows["counted"], rows["counted"])
+
+    return {name: (partial(terms, name), classes.ratio) for name in FACTS.metrics}
+
+
+def row_scores(predictions: Predictions, target: Target) -> Predictions:
+    """Replace vectors by each query's metrics and loss, which depend on other rows, and by whether it is `counted`."""
+    import torch
+
+    if "vectors" not in predictions:
+        return predictions
+    vectors, ids = predictions["vectors"], predictions["ids"]
+    units = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+    documents = units[:, 1:].reshape(-1, units.shape[-1])[corpus(ids)]
+    order, size = np.argsort(ids[:, 1]), target.loss_rows or len(ids)  # files may be sorted by class
+    parts = zip(*(torch.from_numpy(array[order]).split(size) for array in (vectors, ids)), strict=True)
+    losses = torch.cat([row_losses(*part) for part in parts]).double().numpy()
+    return {**rank(ids, lambda rows: units[rows, 0] @ documents.T), "loss": losses[np.argsort(order)]}
+
+
+def corpus(ids: np.ndarray) -> np.ndarray:
+    """Return the positions of the different positives and negatives in the flattened array of all [rows * texts]."""
+    return np.unique(ids[:, 2:].ravel(), return_index=True)[1]
+
+
+def rank(ids: np.ndarray, score: Callable[[slice], np.ndarray]) -> dict[str, np.ndarray]:
+    """Compute each query's metrics from its ranks of the relevant documents: all positives of the same query or class.
+
+    `score` returns the scores of some queries [rows, documents of `corpus`]. A document equal to the query is left out.
+    Recall at k is relative to min(k, relevant documents). Queries without a relevant document are not `counted`.
+    `best` is the number of the document that is ranked first.
+    """
+    from scipy.sparse import csr_array
+
+    names, (groups, group_of) = ids[:, 2:].ravel()[corpus(ids)], np.unique(ids[:, 0], return_inverse=True)
+    places = group_of, np.searchsorted(names, ids[:, 2])
+    is_positive = csr_array((np.ones(len(ids), np.int32), places), shape=(len(groups), len(names)))
+    top, gains = min(CUTOFF, len(names)), 1 / np.log2(np.arange(CUTOFF) + 2)
+    parts, at_once = list[dict[str, np.ndarray]](), max(1, _SCORES_AT_ONCE // len(names))
+    for rows in (slice(start, start + at_once) for start in range(0, len(ids), at_once)):
+        is_query = ids[rows, 1, None] == names
+        relevant = (is_positive[group_of[rows]].toarray() > 0) & ~is_query
+        scores = np.where(is_query, -np.inf, score(rows))
+        first = np.argpartition(-scores, top - 1, axis=1)[:, :top]
+        order = np.argsort(-np.take_along_axis(scores, first, axis=1), axis=1, kind="stable")
+        first = np.take_along_axis(first, order, axis=1)
+        hits, total = np.take_along_axis(relevant, first, axis=1), relevant.sum(axis=1)
+        ideal = np.append(0.0, gains.cumsum())[np.minimum(total, CUTOFF)]
+        recalls = {f"recall@{k}": classes.share(hits[:, :k].sum(axis=1), np.minimum(total, k)) for k in (1, CUTOFF)}
+        scored = {
+            "ndcg@10": classes.share(hits @ gains[:top], ideal),
+            "mrr@10": np.where(hits.any(axis=1), 1 / (hits.argmax(axis=1) + 1), 0.0),
+            "counted": (total > 0).astype(np.float64),
+            "best": first[:, 0],
+        }
+        parts.append(scored | recalls)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def answers(
+    predictions: Predictions, rows: Sequence[Row], examples: RowExamples, target: Target, temperature: float
+) -> list[RowAnswer]:
+    return [{"embedding": vector.tolist()} for vector in predictions["vectors"][:, 0]]
