@@ -151,6 +151,7 @@ _DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "positio
 MODELS = {
     "deberta": Family("DebertaV2Config", lambda _: label_rows(), CLASSES, {**NO_DROPOUT, **_DEBERTA}, save_encoder),
     "vit": Family("vit", image_rows, IMAGES, {"initializer_range": 0.02}, save_images),
+    "embedding": Family("bert", lambda _: label_rows(), {"method": RATE, "task": "embedding"}, NO_DROPOUT),
 }
 """Others than those of `FAMILIES`, whose blocks have other names or whose tensors are tied in other ways."""
 

@@ -86,6 +86,7 @@ CASES = {
     "multi_label": ("bert", NO_DROPOUT, several_label_rows, {"method": RANDOM}),
     "regression": ("bert", NO_DROPOUT, number_rows, {"method": RANDOM, "data": {"label": "score"}}),
     "answers": ("llama", {}, answer_rows, {"task": "causal-lm"}),
+    "texts of a class": ("bert", NO_DROPOUT, label_rows, {"task": "embedding", "method": {"learning_rate": 3e-4}}),
 }
 
 

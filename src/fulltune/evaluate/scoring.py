@@ -81,6 +81,8 @@ class Scoring:
     ) -> dict[str, Resampled]:
         """Compute `metrics` (default: the task's) on all test rows, or those at `positions`, on bootstrap resamples,
         and by value of `slice_by`. Return them by name."""
+        if self.task.FACTS.contrasts:
+            predictions = self.task.row_scores(predictions, self.target)
         scored = slice(None) if positions is None else np.asarray(positions, np.int64)
         clusters, in_train = (np.load(self.data / "test" / name)[scored] for name in (CLUSTERS, IN_TRAIN))
         most = self.recipe.evaluate.bootstrap_samples

@@ -20,6 +20,8 @@ def why_impossible(source: Source) -> str | None:
     facts = source.scoring.task.FACTS
     if facts.writes or facts.reads != "text" or source.model.config.is_encoder_decoder:
         return f"needs a text encoder, but the model is for {source.scoring.recipe.task}"
+    if facts.contrasts:
+        return f"{source.request.model_folder} is such a folder already; with a method such as LoRA choose --to hf"
     return None
 
 

@@ -24,6 +24,7 @@ from fulltune.pipeline import Run
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.recipe.rules import of_answers
+from fulltune.recipe.tasks import FACTS
 from fulltune.recipe.training import PER_TENSOR_OPTIMIZERS
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
@@ -82,6 +83,8 @@ def unsupported_settings(recipe: Recipe) -> list[str]:
         problems.append(f"method.kind: Lightning supports only full, not '{recipe.method.kind}'; use 'fulltune run'")
     if of_answers(recipe):
         problems.append("evaluate.metric: only 'fulltune run' generates answers during training; use loss")
+    if FACTS[recipe.task].contrasts:
+        problems.append(f"task: only 'fulltune run' compares all rows of a global batch, as {recipe.task} needs")
     if recipe.is_searched:
         problems.append("search: only 'fulltune run' can search; set a value instead")
     if recipe.is_cross_validated:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -35,7 +36,7 @@ from fulltune.tasks import (
 )
 from fulltune.tasks.columns import as_text, normalised, why_cell_blank
 from fulltune.tasks.labels import is_empty, label_name
-from fulltune.tasks.padding import TEXT_LENGTHS, join_texts, pad_texts, tokenise_and_cut
+from fulltune.tasks.padding import TEXT_LENGTHS, encode_apart, join_texts, pad_texts
 
 FACTS = recipe_tasks.FACTS["embedding"]
 collate = pad_texts
@@ -60,9 +61,9 @@ def find_columns(names: Sequence[str], sample: Sequence[Row], data: DataBlock, f
         )
     negatives = [name for name in names if re.fullmatch(r"negative[ _-]?\d{1,2}", name.lower().strip())]
     negatives.sort(key=lambda name: int(re.sub(r"\D", "", name)))
-    one = columns.find_column("negative", data.negative, names, file)
+    named = columns.find_column("negative", data.negative, names, file)
     by_role = columns.find_columns(roles, names, sample, data, file)
-    several = [] if "text" in by_role else negatives if one is None else [one]
+    several = [] if "text" in by_role else negatives if named is None else [named]
     return by_role | {f"negative{number or ''}": name for number, name in enumerate(several)}
 
 
@@ -129,16 +130,12 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
     prompts = getattr(tokenizer, "prompts", {"": ""})
     prefixes = [prompts.get(role, prompts[""]) for role in (first, *("document" for _ in rest))]
     texts = [row_texts(row, target) for row in rows]
-    flat = [prefix + text for row in texts for prefix, text in zip(prefixes, row, strict=False)]
-    tokens, names, is_cut = tokenise_and_cut(tokenizer, [flat], max_length)
-    encoded, end = list[list[Example]](), 0
-    for row, of_row in zip(rows, texts, strict=True):
-        span, end = slice(end, end + len(of_row)), end + len(of_row)
+    prompted = [[prefix + text for prefix, text in zip(prefixes, row, strict=False)] for row in texts]
+    encoded = list[list[Example]]()
+    for row, of_row, example in zip(rows, texts, encode_apart(prompted, tokenizer, max_length), strict=True):
         ids, label = [text_id(text) for text in of_row], row.get(target.columns.get("label", ""))
         shared = ids[0] if label is None else text_id(label_name(label))
-        features = {**join_texts({name: tokens[name][span] for name in names}), "labels": np.array([shared, *ids])}
-        cut, longest = any(is_cut[span]), max(features[TEXT_LENGTHS])
-        encoded.append([Example(features, trained_tokens=1, truncated=cut, longest=longest)])
+        encoded.append([replace(example, features={**example.features, "labels": np.array([shared, *ids])})])
     return encoded
 
 

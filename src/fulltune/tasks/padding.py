@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulltune.tasks import LENGTH, RowFeatures, Tensor, Tokenizer
+from fulltune.tasks import LENGTH, Example, RowFeatures, Tensor, Tokenizer
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding
@@ -45,6 +45,22 @@ def join_texts(tokens: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
     lengths = [len(ids) for ids in tokens["input_ids"]]
     joined = {name: [token for ids in texts for token in ids] for name, texts in tokens.items()}
     return {**joined, TEXT_LENGTHS: lengths, LENGTH: max(lengths) * len(lengths)}  # padded to the longest
+
+
+def encode_apart(texts: Sequence[Sequence[str]], tokenizer: Tokenizer, max_length: int) -> list[Example]:
+    """Tokenise each text of each row by itself, truncated to `max_length`. The examples lack labels."""
+    flat = [cut_long_text(text, tokenizer, max_length) for row in texts for text in row]
+    tokens, names, is_cut = tokenise_and_cut(tokenizer, [flat], max_length)
+    names = [name for name in names if name == "input_ids" or any(map(any, tokens[name]))]  # token types are all 0
+    empty = {name: [0] for name in names} | {"input_ids": [tokenizer.pad_token_id]}
+    examples, end = list[Example](), 0
+    for row in texts:
+        span, end = slice(end, end + len(row)), end + len(row)
+        # Some tokenizers make no tokens of an empty text.
+        features = join_texts({name: [part or empty[name] for part in tokens[name][span]] for name in names})
+        longest = max(features[TEXT_LENGTHS])
+        examples.append(Example(features, trained_tokens=1, truncated=any(is_cut[span]), longest=longest))
+    return examples
 
 
 def split_texts(features: RowFeatures) -> list[np.ndarray]:

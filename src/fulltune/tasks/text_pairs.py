@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,24 +11,8 @@ from fulltune.errors import DataError
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
-from fulltune.tasks import (
-    Example,
-    Row,
-    RowExamples,
-    RowFeatures,
-    Target,
-    Tokenizer,
-    classes,
-    text_classification,
-)
-from fulltune.tasks.padding import (
-    TEXT_LENGTHS,
-    cut_long_text,
-    join_texts,
-    pad_texts,
-    split_texts,
-    tokenise_and_cut,
-)
+from fulltune.tasks import Row, RowExamples, RowFeatures, Target, Tokenizer, classes, text_classification
+from fulltune.tasks.padding import TEXT_LENGTHS, encode_apart, pad_texts, split_texts
 
 FACTS = recipe_tasks.FACTS["text-pairs"]
 find_target, row_labels = text_classification.find_target, text_classification.row_labels
@@ -52,21 +37,13 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
     """Tokenise both texts of each row, each by itself and truncated to `max_length`."""
-    pairs = [text_classification.text_and_pair(row, target) for row in rows]
-    texts = [cut_long_text(text, tokenizer, max_length) for pair in pairs for text in pair]
-    tokens, names, is_cut = tokenise_and_cut(tokenizer, [texts], max_length)
-    names = [name for name in names if name == "input_ids" or any(map(any, tokens[name]))]  # token types are all 0
-    empty = {name: [0] for name in names} | {"input_ids": [tokenizer.pad_token_id]}
+    examples = encode_apart([text_classification.text_and_pair(row, target) for row in rows], tokenizer, max_length)
     ids = {name: position for position, name in enumerate(target.labels)}
-    encoded = []
-    for number, row in enumerate(rows):
-        pair = slice(2 * number, 2 * number + 2)
-        # Some tokenizers make no tokens of an empty text.
-        features = join_texts({name: [part or empty[name] for part in tokens[name][pair]] for name in names})
-        features["labels"] = text_classification.label_value(row, target, ids)
-        longest = max(features[TEXT_LENGTHS])
-        encoded.append([Example(features, trained_tokens=1, truncated=any(is_cut[pair]), longest=longest)])
-    return encoded
+    labels = [text_classification.label_value(row, target, ids) for row in rows]
+    return [
+        [replace(example, features={**example.features, "labels": label})]
+        for example, label in zip(examples, labels, strict=True)
+    ]
 
 
 def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:

@@ -100,7 +100,7 @@ def _build_front_matter(view: RunView, scores: Scores | None) -> str:
     base = next((name for name in names if _HUB_ID.fullmatch(name) and not name.endswith(".gguf")), None)
     data = ModelCardData(
         base_model=base,
-        library_name="transformers",
+        library_name="sentence-transformers" if facts and facts.contrasts else "transformers",
         pipeline_tag=facts.hub if facts else None,
         tags=["fulltune"],
         datasets=on_hub or None,
@@ -182,6 +182,8 @@ def build_loading_blocks(folder: str, view: RunView) -> tuple[Element, ...]:
     # A method's name may differ from its kind.
     kinds = (str(one.value) for one in (view.plan.settings if view.plan else ()) if one.name == "method.kind")
     kind = next(kinds, "full")
+    if view.task in FACTS and FACTS[view.task].contrasts and kind != "full":
+        kind = ONLY_OURS[0]  # PEFT would not pool
     ask = view.summary.form.how_to_ask if view.summary else ""
     blocks: list[Element] = [Paragraph(one) for one in (ask, HOW_TO_LOAD.get(kind, HOW_TO_LOAD["peft"])) if one]
     if kind not in ONLY_OURS:

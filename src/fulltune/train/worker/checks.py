@@ -62,6 +62,8 @@ def run_checks(inputs: AttemptInputs, loaded: LoadedModel, trainer: FullTrainer)
         problem = _bf16_resolution_problem(loaded.scaled, summary.scale)
         result = problem or "; ".join(filter(None, [origin, new_rows, loaded.scale_note]))
         checks.append(Check(name="head", result=result, passed=problem is None))
+    if inputs.task.FACTS.contrasts:
+        checks.append(_count_batches_with_negatives(trainer, np.stack(rows["labels"])))
     if recipe.model.new_tokens:
         checks.append(_count_new_tokens(Base.from_block(recipe.model, recipe.task).new_tokens, recipe.task, rows))
     if writes:
@@ -126,6 +128,14 @@ def _describe_dropout(model: PreTrainedModel) -> Check:
     shares = ", ".join(sorted({f"{module.p:g} becomes {drop_threshold(module.p) / STEPS:.6g}" for module in modules}))
     ours = f"{counted(len(modules), 'module')} with faster 16-bit random numbers ({shares})"
     return Check(name="dropout", result=ours if modules else "PyTorch's, or none", passed=True)
+
+
+def _count_batches_with_negatives(trainer: FullTrainer, labels: np.ndarray) -> Check:
+    """Count an epoch's global batches with rows of several queries or classes, or with negatives of their own."""
+    batches = list(trainer.sampler.batches_of_steps(0, trainer.sampler.steps_per_epoch))
+    without = sum(len(np.unique(labels[rows, 0])) == 1 for rows in batches) if labels.shape[1] == 3 else 0
+    result = f"{len(batches) - without:,} of {counted(len(batches), 'global batch', 'global batches')}"
+    return Check(name="batches with negatives", result=result, passed=without < len(batches))
 
 
 def _count_new_tokens(new_tokens: Pieces, task: TaskName, rows: Rows) -> Check:

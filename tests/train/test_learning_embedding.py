@@ -1,0 +1,151 @@
+"""Embeddings are trained, scored against the untouched model and BM25, saved for sentence-transformers and asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fulltune import pipeline, predict
+from fulltune.errors import DataError, RecipeError, SetupError
+from fulltune.models.sentence_files import FILES
+from tests import tiny
+from tests.train import runs
+
+TRAIN = {"num_train_epochs": 4, "global_batch_size": 16, "micro_batch_size": 4}
+RATE = {"learning_rate": 5e-3}
+
+
+def pair_rows(count: int = 120) -> list[dict[str, str]]:
+    """A query shares no word with its positive, which BM25 would need."""
+    places = [(word, place) for word in tiny.WEATHER for place in tiny.PLACES]
+    return [
+        {"query": f"{place} {word} {number // 80}", "positive": f"{word[::-1]}s {place.upper()}ed{number // 80}"}
+        for number in range(count)
+        for word, place in [places[number % 80]]
+    ]
+
+
+@pytest.fixture(scope="module")
+def reached(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("embedding")
+    model = tiny.save_model(folder / "model", "bert")
+    settings = {"prompts": {"query": "ask: ", "passage": "doc: "}, "default_prompt_name": None}
+    (model / FILES[2]).write_text(json.dumps(settings), encoding="utf-8")
+    with runs.without_tracing():
+        return runs.run(folder, model, pair_rows(), until="report", task="embedding", train=TRAIN, method=RATE)
+
+
+@pytest.mark.slow
+def test_it_is_better_than_without_training(reached: Any) -> None:
+    runs.assert_report_is_whole(reached)
+    scores = {score.name: score.metrics["ndcg@10"].value for score in reached.scores}
+    assert scores["full-seed42"] > scores["before training"] + 0.1
+    assert scores["full-seed42"] > scores["BM25"] + 0.1
+    report = (reached.folder / "report.md").read_text(encoding="utf-8")
+    assert "| BM25 " in report
+    assert "Test queries whose positives rank lowest" in report
+    assert "[CLS]ask: " in report
+    assert "[CLS]doc: " in report
+    card = (reached.folder / "models" / "full" / "README.md").read_text(encoding="utf-8")
+    assert 'SentenceTransformer("full")' in card
+    assert "library_name: sentence-transformers" in card
+    assert reached.plan is not None
+    pooling = next(setting for setting in reached.plan.settings if setting.name == "model.pooling")
+    assert (pooling.value, pooling.reason) == (
+        "mean",
+        "the model names no pooling; encoders are usually pooled by the mean over tokens",
+    )
+
+
+@pytest.mark.slow
+def test_saved_folder_names_the_body_its_prompts_and_pooling(reached: Any) -> None:
+    folder = reached.folder / "models" / "full"
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert (config["architectures"], config["pooling"], config["normalize"]) == (["BertModel"], "mean", True)
+    modules, pooling, settings = (json.loads((folder / name).read_text(encoding="utf-8")) for name in FILES)
+    assert [module["type"].rpartition(".")[2] for module in modules] == ["Transformer", "Pooling", "Normalize"]
+    assert pooling["pooling_mode_mean_tokens"] is True
+    assert settings["prompts"] == {"query": "ask: ", "passage": "doc: "}
+    [answer] = predict.load_predictor(reached.folder).predict([{"query": "the sun"}])
+    assert np.linalg.norm(answer["embedding"]) == pytest.approx(1, abs=1e-5)
+    assert predict.row_from_text("the sun", predict.load_predictor(reached.folder).notes) == {"query": "the sun"}
+
+
+@pytest.mark.long
+def test_answers_are_those_of_sentence_transformers(reached: Any) -> None:
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel
+
+    folder, texts = reached.folder / "models" / "full", ["the sun", "rain " * 200, "SNOW"]
+    answers = predict.load_predictor(reached.folder).predict([{"query": text} for text in texts])
+    theirs = SentenceTransformer(str(folder), device="cpu").encode(texts, prompt_name="query")
+    assert np.abs(theirs - [answer["embedding"] for answer in answers]).max() < 1e-5
+    assert type(AutoModel.from_pretrained(folder)).__name__ == "BertModel"
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_lora_of_a_decoder_is_merged_into_a_folder_of_sentence_transformers(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    from fulltune.methods import folder as folders
+
+    model = tiny.save_model(tmp_path / "model", "llama", tokenizer=tiny.decoder_tokenizer(bos="<s>"))
+    train = {"max_steps": 4, "global_batch_size": 8, "micro_batch_size": 2}
+    with runs.without_tracing():
+        runs.run(
+            tmp_path, model, tiny.topic_rows(60), until="report", task="embedding", train=train, method={"kind": "lora"}
+        )
+    folders.merge_into_pretrained(tmp_path / "run" / "models" / "lora", tmp_path / "merged")
+    rows = [{"text": text} for text in ("the sun", "soup and bread")]
+    ours = [answer["embedding"] for answer in predict.load_predictor(tmp_path / "run").predict(rows)]
+    theirs = SentenceTransformer(str(tmp_path / "merged"), device="cpu").encode([row["text"] for row in rows])
+    assert np.abs(theirs - ours).max() < 1e-5
+    card = (tmp_path / "run" / "models" / "lora" / "README.md").read_text(encoding="utf-8")
+    assert "which 'fulltune predict' adds to the pretrained model" in card
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        (
+            {"train": {"global_batch_size": 1}},
+            "train.global_batch_size: 1, but the other rows of a batch are a query's",
+        ),
+        ({"train": {"placement": "stream"}}, "train.placement: stream is not supported for embedding yet"),
+        ({"data": {"packing": True}}, "data.packing: is impossible for embedding"),
+        ({"data": {"folds": 3}}, "data.folds: is not supported for embedding yet"),
+        ({"method": {"kind": "head"}}, "head"),
+        ({"evaluate": {"metric": "accuracy"}}, "evaluate.metric: 'accuracy' is not available for embedding"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(tmp_path: Path, blocks: Any, message: str) -> None:
+    with pytest.raises((RecipeError, SetupError), match=message):
+        runs.run(
+            tmp_path, tiny.save_model(tmp_path / "m", "bert"), pair_rows(), until="plan", task="embedding", **blocks
+        )
+
+
+def test_rows_whose_positive_is_the_query_are_listed_and_too_many_refused(tmp_path: Path) -> None:
+    model, rows = tiny.save_model(tmp_path / "model", "bert"), pair_rows()
+    rows[3]["positive"] = rows[3]["query"].upper()
+    job = runs.job(tmp_path, model, rows, task="embedding")
+    summary = pipeline.prepare(job)
+    assert summary.dropped == {"own positive": 1}
+    for row in rows[:20]:
+        row["positive"] = row["query"]
+    (tmp_path / "few").mkdir()
+    with pytest.raises(DataError, match=r"own positive: 20.*the positive is the query itself"):
+        pipeline.prepare(runs.job(tmp_path / "few", model, rows, task="embedding"))
+
+
+def test_module_that_would_be_lost_is_refused(tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", "bert")
+    modules = [{"type": f"sentence_transformers.models.{name}", "path": ""} for name in ("Transformer", "Dense")]
+    (model / FILES[0]).write_text(json.dumps(modules), encoding="utf-8")
+    with pytest.raises(SetupError, match="has a module 'Dense', which is not supported; use another model"):
+        runs.run(tmp_path, model, pair_rows(), until="plan", task="embedding")
