@@ -85,10 +85,11 @@ class RowReader:
             if not is_out_of_memory(error):
                 raise
             raise NoProbe(OUT_OF_MEMORY) from error
-        if features.mean is None:
+        values = features.mean if features.mean is not None else features.pair
+        if values is None:
             raise NoProbe("this model returns fewer hidden states than tokens")
         positions = np.array(sample.positions if isinstance(sample, RowSubset) else range(len(rows)))
-        self._read[split] = self.extractor.items(features.mean, features), positions
+        self._read[split] = self.extractor.items(values, features), positions
         return self._read[split]
 
 

@@ -49,7 +49,7 @@ MAX_LOSSES, MAX_LOSS_SHARE = 100, 0.1
 
 def checks_that_need_model(summary: DataSummary) -> set[str]:
     checks = {LABEL} if summary.form.one_label else set[str]()
-    return checks | {OUTLIER} if summary.task in ("text-classification", "image-classification") else checks
+    return checks | {OUTLIER} if summary.form.labels_rows or summary.form.is_number else checks
 
 
 def audit_rows(reader: RowReader, uses_model: bool) -> Audit:

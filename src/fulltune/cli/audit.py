@@ -241,7 +241,7 @@ def make_open_decision(issues: Issues) -> RowDecision:
 
 def _make_label_prompt(summary: DataSummary) -> Callable[[], Remedy | None] | None:
     """Return a function that asks for a row's label, or None unless each row has its own label."""
-    if not summary.form.one_label or summary.task != "text-classification":
+    if not summary.form.one_label or "text" not in summary.columns:
         return None
 
     def ask_label() -> Remedy | None:

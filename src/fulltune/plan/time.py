@@ -9,7 +9,7 @@ from fulltune.footprint.records import BYTES, Footprint
 from fulltune.models.shapes import Shapes
 from fulltune.plan import fsdp2, memory, stream
 from fulltune.plan.gpus import Fleet
-from fulltune.recipe.tasks import FACTS
+from fulltune.recipe.tasks import FACTS, TEXT_PAIRS
 from fulltune.records import probe
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import MemorySettings
@@ -177,7 +177,7 @@ def dry_run_extra_seconds(training: float) -> float:
 
 def probe_passes(summary: DataSummary) -> int:
     """Return the maximum number of times that a probe runs each row through the model."""
-    return 2 if "text_pair" in summary.columns else 1
+    return 2 if "text_pair" in summary.columns and summary.task != TEXT_PAIRS else 1
 
 
 def linear_probe_cost(summary: DataSummary, hidden_size: int) -> tuple[int, int, float]:
@@ -185,17 +185,18 @@ def linear_probe_cost(summary: DataSummary, hidden_size: int) -> tuple[int, int,
     form, train, passes = summary.form, summary.splits["train"], probe_passes(summary)
     words = max(1.0, train.trained_tokens / max(1, train.rows))
     per_row = probe.items_per_row(form.name, words, summary.num_choices)
-    features = round(hidden_size * probe.PAIRS) if passes == 2 else hidden_size
+    width = hidden_size * (probe.APART if "text_pair" in summary.columns else 1)
+    features = round(hidden_size * probe.PAIRS) if passes == 2 else width
     rows = min(train.rows, probe.max_probe_rows(form.name, per_row, features))
     items = round(rows * per_row)
     outputs = form.num_outputs or len(summary.labels)
     held_out = summary.splits["eval"].rows
     rows += min(held_out, probe.MOST_HELD_OUT) if held_out >= probe.LEAST_HELD_OUT else 0
     num_bytes = round(PROBE_PARTS * 4 * (2 if form.tags_words else 3) * features * items)
-    solver = probe.solver_bytes(form.name, items, outputs, hidden_size)
+    solver = probe.solver_bytes(form.name, items, outputs, width)
     if solver > probe.MOST_SOLVER_BYTES:  # nothing is fitted
         return passes * rows, num_bytes, PROBE_SECONDS
-    seconds = PROBE_SECONDS + 4 * PROBE_PASSES * items * outputs * hidden_size / PROBE_FLOPS
+    seconds = PROBE_SECONDS + 4 * PROBE_PASSES * items * outputs * width / PROBE_FLOPS
     return passes * rows, num_bytes + solver, seconds
 
 

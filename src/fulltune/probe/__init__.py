@@ -166,7 +166,7 @@ def fit_probe(
     hidden = getattr(extractor.model.config.get_text_config(), "hidden_size", None) or 0
     last_layer: Any = None if layers is None else extractor.model.get_submodule(layers[0])
     width = max(hidden, 0 if last_layer is None else last_layer.in_features) or _USUAL_HIDDEN_SIZE
-    width = round(width * (PAIRS if extractor.pair_separators else 1))
+    width = round(width * (PAIRS if extractor.pair_separators and not extractor.reads_apart else 1))
     train_rows = sample_rows(rows, extractor.kind, extractor.target.num_choices, width)
     try:
         try:
@@ -234,7 +234,7 @@ def _fit_head(
         """Return the last layer's inputs after the dense layer is replaced by `dense`."""
         assert features.last is not None, "extracted with `layers`"
         if dense is None or features.dense is None or after is None:
-            return extractor.items(features.last, features)
+            return extractor.items(features.last, features, extractor.reads_apart)
         return extractor.items(after[1](dense(features.dense)), features)
 
     spaces = {
@@ -269,16 +269,16 @@ def fit_best_baseline(
 ) -> tuple[FrozenBaseline, LinearClassifier] | None:
     """Fit classifiers on pooled embeddings. Return the record and classifier of the best one on held-out rows, or in
     cross-validation if `held_out` is None. Return None if there are no embeddings."""
-    if train.mean is None:
+    if not _pooled_embeddings(train):
         return None
     selection = None if held_out is None else _pooled_embeddings(held_out)
     spaces = {
         name: (
-            extractor.items(features, train),
+            extractor.items(features, train, name == "pair"),
             None if selection is None or held_out is None else extractor.items(selection[name], held_out),
         )
         for name, features in _pooled_embeddings(train).items()
-        if name != "pair"  # twice as wide as the others
+        if name != "pair"  # four times as wide as the others
         or solver_bytes(extractor.kind, len(features), extractor.num_outputs, features.shape[1]) <= MOST_SOLVER_BYTES
     }
     pooling, least, _, classifier = select_features(spaces, fit_at_strengths, error_rate)
@@ -290,7 +290,7 @@ def _pooled_embeddings(features: Features) -> dict[Pooling, np.ndarray]:
     """Map the available kinds of pooling to their embeddings [items, hidden]."""
     embeddings: dict[Pooling, np.ndarray] = {} if features.mean is None else {"mean": features.mean}
     position = features.last if features.dense is None else features.dense
-    if position is not None:
+    if position is not None and features.mean is not None:  # the head of pairs reads the features of pairs
         embeddings["head"] = position / np.maximum(np.linalg.norm(position, axis=1, keepdims=True), 1e-12)
     if features.pair is not None:
         embeddings["pair"] = features.pair

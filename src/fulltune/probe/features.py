@@ -16,6 +16,7 @@ from fulltune.inference.run import (
     row_lengths,
 )
 from fulltune.models import evaluation_mode
+from fulltune.models.encoders import join_vectors, pool, reads_texts_apart
 from fulltune.models.sharding import needs_all_ranks
 from fulltune.probe.layers import HeadLayers, HiddenStates, run_and_read_hidden
 from fulltune.probe.linear import Items, NoProbe
@@ -49,7 +50,7 @@ class Features:
     for the answer's first and last token [items, 2]."""
     rows: np.ndarray
     pair: np.ndarray | None = None
-    """Features of pairs whose texts are read separately, [items, 2 hidden + 1]."""
+    """Features of pairs whose texts are read separately, [items, 4 hidden]: what a head of `TextPairs` reads."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,11 @@ class FeatureExtractor:
     def num_outputs(self) -> int:
         return self.target.form.num_outputs or len(self.target.labels)
 
+    @property
+    def reads_apart(self) -> bool:
+        """True if the model reads each text of a row by itself, so that there is no mean over a row's tokens."""
+        return reads_texts_apart(self.task.FACTS.auto_class)
+
     def features(self, rows: EncodedRows, layers: HeadLayers | None) -> Features:
         return self.retry_with_smaller_batches(lambda size: concatenate_features(self.batches(rows, layers, size)))
 
@@ -88,8 +94,8 @@ class FeatureExtractor:
             return run(self.batch_size)
         return run_with_smaller_batches("linear probe", self.batch_size, run)
 
-    def items(self, features: np.ndarray, source: Features) -> Items:
-        return Items(self.kind, features, source.labels, source.rows, self.num_outputs, self.class_weights)
+    def items(self, features: np.ndarray, source: Features, is_pair: bool = False) -> Items:
+        return Items(self.kind, features, source.labels, source.rows, self.num_outputs, self.class_weights, is_pair)
 
     def batches(
         self, rows: EncodedRows, layers: HeadLayers | None, batch_size: int, with_pairs: bool = True
@@ -110,12 +116,15 @@ class FeatureExtractor:
                 with torch.no_grad(), autocast(model, self.precision):
                     states = run_and_read_hidden(model, layers, batch)
                     features = _item_features(states, batch, labels, batch_rows, self.kind, np.asarray(positions))
-                    if with_pairs and self.pair_separators and features.mean is not None:
-                        features = replace(features, pair=self._pair_features(batch_rows))
+                    if self.reads_apart:
+                        vectors = pool(states[0], batch["attention_mask"].flatten(0, 1), model.config.pooling)
+                        features = replace(features, pair=_pair_features(vectors.unflatten(0, (len(batch_rows), -1))))
+                    elif with_pairs and self.pair_separators and features.mean is not None:
+                        features = replace(features, pair=self._read_pairs(batch_rows))
                 yield features
 
-    def _pair_features(self, rows: EncodedRows) -> np.ndarray:
-        """Read the pairs' texts alone; combine their means: difference, product, cosine: [rows, 2 hidden + 1]."""
+    def _read_pairs(self, rows: EncodedRows) -> np.ndarray:
+        """Read the pairs' texts alone, and join their means: [rows, 4 hidden]."""
         import torch
 
         texts = split_pairs(rows, self.pair_separators)
@@ -125,10 +134,7 @@ class FeatureExtractor:
             mean = _mean_embedding(run_and_read_hidden(self.model, None, batch)[0], batch)
             assert mean is not None, "the pair has one"
             means.append(mean)
-        first, second = means
-        product = first * second
-        combined = torch.cat([(first - second).abs(), product, product.sum(dim=1, keepdim=True)], dim=1)
-        return _check_finite(combined.cpu().numpy())
+        return _pair_features(torch.stack(means, dim=1))
 
     def _collate(self, rows: EncodedRows) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Return a batch of the model's inputs, and its labels on the CPU."""
@@ -207,6 +213,10 @@ def _item_features(
         targets,
         np.repeat(positions, counts),
     )
+
+
+def _pair_features(vectors: torch.Tensor) -> np.ndarray:
+    return _check_finite(join_vectors(vectors).cpu().numpy())
 
 
 def _check_finite(values: np.ndarray) -> np.ndarray:

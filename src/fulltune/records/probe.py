@@ -10,9 +10,9 @@ MOST_FEATURE_BYTES = 2**28
 MOST_SOLVER_BYTES = 2**30
 OTHER_TOKENS = 8
 """Number of random tokens used from each window, besides the answer's first and last token."""
-PAIRS = 5 / 3
-"""Size of a pair's features relative to a single text's: five vectors instead of three, because each text is also read
-alone."""
+PAIRS, APART = 7 / 3, 4
+"""Size of a pair's features relative to a single text's: seven vectors instead of three, because each text is also read
+alone, which makes four vectors."""
 LEAST_HELD_OUT, MOST_HELD_OUT = 200, 2_000
 """Minimum and maximum number of eval rows for selecting regularisation and features. With fewer, cross-validation
 selects them."""

@@ -8,10 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulltune.probe import load_baseline_classifier, load_or_fit_probe, predict_baseline
+from fulltune.models.encoders import TextPairs
+from fulltune.probe import (
+    fit_probe,
+    initialise_head_from_probe,
+    load_baseline_classifier,
+    load_or_fit_probe,
+    predict_baseline,
+)
 from fulltune.probe.features import FeatureExtractor, pair_separators, split_pairs
 from fulltune.tasks import Target
-from tests.unit.probe.models import LABELS, PAD, model_of
+from fulltune.tasks.padding import TEXT_LENGTHS
+from tests.unit.probe.models import CONFIGS, LABELS, PAD, model_of
 
 CLS, SEP = 2, 3
 TARGET = Target("single_label", {"text": "a", "text_pair": "b", "label": "same"}, LABELS[:2])
@@ -109,3 +117,64 @@ def test_no_pass_has_more_rows_than_a_batch() -> None:
     )
     assert extractor.features(_pairs(40), None).pair is not None
     assert max(sizes) == 16
+
+
+# ---- the model itself reads the texts apart ----------------------------------------------------------------------
+
+
+def _apart(name: str, num_labels: int, pooling: str = "mean") -> Any:
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**CONFIGS[name], num_labels=num_labels)
+    config.pooling = pooling
+    return TextPairs.from_config(config).eval()
+
+
+def _alike(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Two texts and the share of their words that are the same, with noise."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for number in range(count):
+        first, second = random.integers(10, 90, (2, 8))
+        same = number % 9
+        ids = [CLS, *first, SEP, CLS, *first[:same], *second[same:], SEP]
+        noise = random.normal(0, 0.2)
+        rows.append({"input_ids": ids, TEXT_LENGTHS: [10, 10], "length": 20, "labels": same / 8 + noise})
+    return rows
+
+
+def _extractor(model: Any, target: Target) -> FeatureExtractor:
+    return FeatureExtractor(model, "text-pairs", target, PAD, 16, "fp32")
+
+
+@pytest.mark.parametrize("name", ["Bert", "DistilBert", "ModernBert", "DebertaV2", "MPNet", "GPT2", "Llama"])
+def test_the_head_starts_from_the_probe_of_what_it_reads(name: str, tmp_path: Path) -> None:
+    model, rows = _apart(name, 2, "last" if name in ("GPT2", "Llama") else "mean"), _alike(120)
+    rows = [{**row, "labels": int(row["labels"] > 0.5)} for row in rows]
+    probed = load_or_fit_probe(tmp_path, lambda: _extractor(model, TARGET), rows, [])
+    assert probed.failure is None
+    assert probed.head is not None
+    assert probed.baseline is not None
+    assert probed.baseline.pooling == "pair"
+    initialise_head_from_probe(model, tmp_path)
+    batch = _extractor(model, TARGET).task.collate(rows, PAD)
+    labels = batch.pop("labels").numpy()
+    assert np.mean(model(**batch).logits.argmax(dim=1).numpy() == labels) > 0.75
+
+
+def test_few_rows_start_no_lower_than_the_cosine_of_the_untouched_model() -> None:
+    """With fewer rows than features a ridge regression without a cosine of its own ranks other rows far worse."""
+    from scipy.stats import spearmanr
+
+    model, target = _apart("Bert", 1), Target("regression", {"text": "a", "text_pair": "b", "label": "n"})
+    rows, others = _alike(45), _alike(400, seed=1)
+    _, head, start, _ = fit_probe(_extractor(model, target), rows, [])
+    features, numbers = (_extractor(model, target).features(others, None).pair, [row["labels"] for row in others])
+    assert features is not None
+    assert not start
+    ranked = spearmanr(features @ head["classifier.weight"][0], numbers).statistic
+    cosine = spearmanr(features[:, 96:].sum(axis=1), numbers).statistic
+    assert cosine > 0.5
+    assert ranked > cosine - 0.02
