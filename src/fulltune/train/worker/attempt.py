@@ -134,7 +134,10 @@ def _train_and_save(training: Training) -> Fields:
     decision = judge_parameter_changes(changes, bool(trainer.tensors_with_gradient), trainer.largest_grad_norm)
     if decision.action == "stop":
         raise GuardStop(decision.reason)
-    best = load_best_weights(inputs, trainer, state)
+    # A random head is no candidate, and an engine's weights are spread over other tensors than the saved ones.
+    has_start = loaded.head_start is not None and loaded.head_start.head is not None and not inputs.in_engine
+    start = initial if has_start and isinstance(initial, weights.InitialWeights) else None
+    best = load_best_weights(inputs, trainer, state, start)
     if training.answers is not None and (why := training.answers.reason_for(best["best_step"])):
         best["weights_reason"] = why
     # Unless the weights are sharded, only rank 0 is left: it scores all rows.

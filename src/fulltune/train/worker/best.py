@@ -9,20 +9,31 @@ from fulltune.stats.curves import CHANCE_STANDARD_ERRORS, standard_error_of_shar
 from fulltune.text import counted
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer
+from fulltune.train.worker.weights import InitialWeights
 
 Fields = dict[str, Any]
 SCHEDULES_ENDING_NEAR_ZERO = ("linear", "cosine", "polynomial")
 
 
-def load_best_weights(inputs: AttemptInputs, trainer: FullTrainer, state: TrainerState) -> Fields:
-    """Load the best checkpoint's weights unless the last are as good; return the choice as fields of `Outcome`."""
-    best, best_metric = state.best_global_step, state.best_metric
+def load_best_weights(
+    inputs: AttemptInputs, trainer: FullTrainer, state: TrainerState, start: InitialWeights | None = None
+) -> Fields:
+    """Load the best checkpoint's weights unless the last are as good; return the choice as fields of `Outcome`. With
+    `start`, the weights before step 1 can be the best."""
     if not inputs.recipe.train.load_best_model_at_end:
         return _fields_of_last_weights(inputs, state)
+    if start is not None and (at_start := _metric_at(0, inputs, state)) is not None and state.best_metric is not None:
+        sign = 1 if inputs.plan.greater_is_better else -1
+        if sign * at_start > sign * state.best_metric:
+            state.best_global_step, state.best_metric = 0, at_start
+    best, best_metric = state.best_global_step, state.best_metric
     if best is None or best == state.global_step:
         return {"best_step": state.global_step, "best_metric": best_metric}
     if as_good := _keep_last_if_as_good(inputs, state):
         return as_good
+    if best == 0 and start is not None:
+        start.restore(trainer.model)
+        return {"best_step": 0, "best_metric": best_metric}
     folder = inputs.request.checkpoints / f"checkpoint-{best}"
     problem = trainer.agreed(files.find_damage(folder) if inputs.is_main else None)
     if problem is not None:
@@ -36,9 +47,12 @@ def load_best_weights(inputs: AttemptInputs, trainer: FullTrainer, state: Traine
 
 def _fields_of_last_weights(inputs: AttemptInputs, state: TrainerState) -> Fields:
     """Return the last step and its metric as fields of `Outcome`."""
+    return {"best_step": state.global_step, "best_metric": _metric_at(state.global_step, inputs, state)}
+
+
+def _metric_at(step: int, inputs: AttemptInputs, state: TrainerState) -> float | None:
     name = f"eval_{inputs.plan.metric}"
-    scored = [entry[name] for entry in state.log_history if name in entry and entry["step"] == state.global_step]
-    return {"best_step": state.global_step, "best_metric": scored[-1] if scored else None}
+    return next((entry[name] for entry in reversed(state.log_history) if name in entry and entry["step"] == step), None)
 
 
 def _keep_last_if_as_good(inputs: AttemptInputs, state: TrainerState) -> Fields | None:

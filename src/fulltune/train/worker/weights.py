@@ -23,7 +23,6 @@ from fulltune.models import sharding
 from fulltune.models.save import save_in_parts
 from fulltune.models.sentence_files import write_sentence_files
 from fulltune.recipe.fields import Recipe
-from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
 from fulltune.records.training import ParameterChanges
 from fulltune.stream.training import streamed_of
@@ -95,6 +94,12 @@ class InitialWeights:
         if self._is_sharded:
             counts = distributed.sum_counts(counts)
         return ParameterChanges.from_counts(counts)
+
+    def restore(self, model: PreTrainedModel) -> None:
+        """Set the trainable weights to those before step 1."""
+        sharding.free_gathered_weights(model)
+        for name, parameter in methods.trainable_parameters(model).items():
+            sharding.local_tensor(parameter.detach()).copy_(self._initial_values(name))
 
     def _is_counted_here(self, number: int, parameter: torch.nn.Parameter) -> bool:
         """Return whether this rank stores and counts a parameter. Replicated parameters are assigned to ranks by
@@ -196,7 +201,7 @@ def save_model(
     if recipe.method.kind != "full":
         notes["method"] = recipe.method.model_dump(mode="json")
         notes["base_model"] = recipe.model.model_dump(mode="json")
-    if recipe.method.kind == "full" and FACTS[recipe.task].contrasts:
+    if recipe.method.kind == "full" and hasattr(applied.model.config, "pooling"):
         write_sentence_files(part, applied.model.config, notes["max_length"])
     write_json(part / "fulltune.json", notes)
     copy_permissions_from_config(part)
