@@ -19,12 +19,14 @@ from fulltune.footprint.records import Footprint, LiveMemory
 from fulltune.footprint.trace import trace_or_estimate
 from fulltune.models import dropout
 from fulltune.models.base import Base
+from fulltune.models.encoders import model_class
 from fulltune.recipe.model import ModelBlock
 from fulltune.tasks import Target, task_named
 from tests import tiny
 
 TARGETS = {
     "text-classification": Target("single_label", {}, labels=("a", "b", "c")),
+    "text-pairs": Target("single_label", {}, labels=("a", "b", "c")),
     "token-classification": Target("tags", {}, labels=("O", "B-x", "I-x")),
     "question-answering": Target("span", {}),
     "multiple-choice": Target("choice", {}, num_choices=3),
@@ -49,12 +51,13 @@ def config_of(kind: str, task: str, **changes: Any) -> Any:
         found = tiny.config(kind, tokenizer, **changes)
     for name, value in task_named(task).config_changes(TARGETS[task], tokenizer).items():
         setattr(found, name, value)
+    found.pooling = "mean"
     return found
 
 
 def count(config: Any, task: str) -> int:
     with torch.device("meta"):
-        model = getattr(transformers, task_named(task).FACTS.auto_class).from_config(config)
+        model = model_class(task_named(task).FACTS.auto_class).from_config(config)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -85,7 +88,16 @@ def test_every_task_is_traced(task: str) -> None:
     assert highest(variant.later, 8, 64) >= many
     assert highest(found.evaluation["fp32"], 8, 64) < many
     assert found.flops_per_token > 0
-    assert found.sequences_per_row == (3 if task == "multiple-choice" else 1)
+    assert found.sequences_per_row == {"multiple-choice": 3, "text-pairs": 2}.get(task, 1)
+
+
+def test_texts_read_apart_need_the_memory_and_work_of_as_many_rows() -> None:
+    """The plan counts sequences: a pair is two of them."""
+    rows, pairs = (traced(config_of("bert", task), task, checkpointing=(False,)) for task in list(TARGETS)[:2])
+    for many in (8, 64):
+        memory = [highest(one.variant("fp32", False).first, many, 64) for one in (rows, pairs)]
+        assert memory[1] == pytest.approx(memory[0], rel=0.1)
+    assert pairs.flops_per_token == pytest.approx(rows.flops_per_token, rel=0.01)
 
 
 @pytest.mark.long
@@ -101,7 +113,8 @@ def test_further_layers_add_what_the_third_added() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "task"), [("llama", "causal-lm"), ("gpt2", "causal-lm"), ("bert", "text-classification")]
+    ("kind", "task"),
+    [("llama", "causal-lm"), ("gpt2", "causal-lm"), ("bert", "text-classification"), ("bert", "text-pairs")],
 )
 def test_what_the_forward_pass_keeps_is_what_a_real_one_saves(kind: str, task: str) -> None:
     config = config_of(kind, task)

@@ -128,12 +128,16 @@ def has_tokens(case: TraceCase) -> bool:
     return case.task.FACTS.reads == "text"
 
 
+def sequences_per_row(case: TraceCase) -> int:
+    return len(case.task.full_row(case.target, 1).get(TEXT_LENGTHS, (1,)))
+
+
 def tensor_fields(case: TraceCase, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
     """Return the fields of `Footprint` that depend only on the case and the trained tensors' shapes."""
     return {
         "weights_dtype": case.weights_dtype,
         "largest_tensor": max(map(math.prod, shapes)),
-        "sequences_per_row": len(case.task.full_row(case.target, 1).get(TEXT_LENGTHS, (1,))),
+        "sequences_per_row": sequences_per_row(case),
         "tensors": dict(Counter(map(math.prod, shapes))),
     }
 

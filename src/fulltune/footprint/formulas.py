@@ -17,6 +17,7 @@ from fulltune.footprint.allocations import (
     has_tokens,
     layer_counts,
     layer_types,
+    sequences_per_row,
     tensor_fields,
     trace_copy,
 )
@@ -117,26 +118,28 @@ def trace_footprint(case: TraceCase) -> Footprint:
     """Trace a model's evaluation and training steps, and fit its footprint to the traces."""
     # An image has length 1.
     points = list(itertools.product(ROWS, _LENGTHS if has_tokens(case) else (1,)))
+    each = sequences_per_row(case)
+    sequences = [(rows * each, length) for rows, length in points]  # what formulas and plans count
     evaluated = trace_model(case, points, recomputed=False, training=False)
     variants, of_training = [], 0.0
     for recomputed in case.checkpointing:
         stepped = trace_model(case, points, recomputed=recomputed, training=True)
-        first = _candidate_peaks(stepped, points)
+        first = _candidate_peaks(stepped, sequences)
         later = _memory_of_later_micro_batches(
             first, stepped.shapes if case.num_trainable is None else stepped.trained, BYTES[case.weights_dtype]
         )
         if not recomputed:
-            of_training = _flops_per_token(stepped, points, case)
+            of_training = _flops_per_token(stepped, sequences, case)
         variants.append(
             Variant(precision=case.precision, activation_checkpointing=recomputed, first=first, later=later)
         )
     return Footprint(
         **tensor_fields(case, evaluated.shapes if case.num_trainable is None else evaluated.trained),
         variants=tuple(variants),
-        evaluation={case.precision: _candidate_peaks(evaluated, points)},
-        flops_per_token=_flops_per_token(evaluated, points, case),
+        evaluation={case.precision: _candidate_peaks(evaluated, sequences)},
+        flops_per_token=_flops_per_token(evaluated, sequences, case),
         train_flops_per_token=of_training,
-        attention_flops_per_pair=float(_fit_coefficients(evaluated.flops[:, None], points)[3, 0]),
+        attention_flops_per_pair=float(_fit_coefficients(evaluated.flops[:, None], sequences)[3, 0]),
     )
 
 

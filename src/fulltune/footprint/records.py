@@ -51,7 +51,7 @@ class Footprint(Record):
     largest_tensor: int
     """Number of values of the largest trained parameter."""
     sequences_per_row: int
-    """Number of choices of a multiple-choice row, otherwise 1."""
+    """Number of texts of a row that the model reads apart, such as choices; otherwise 1."""
     variants: tuple[Variant, ...]
     evaluation: dict[str, tuple[LiveMemory, ...]]
     """Points in a forward pass without gradients, by precision."""
