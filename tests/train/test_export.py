@@ -28,6 +28,7 @@ from fulltune.export import gguf as gguf_format
 from fulltune.export import hf, onnx, sentence_transformers
 from fulltune.recipe.tasks import FACTS
 from tests import tiny
+from tests.cases import others_long
 from tests.contract.command import Result, fulltune
 from tests.train import runs, small_comparisons
 
@@ -57,6 +58,10 @@ CASES: dict[str, tuple[str, str, Sequence[Mapping[str, Any]], dict[str, Any]]] =
     # case: kind of model, task, rows, blocks of the recipe
     "labels": ("bert", "text-classification", TOPICS, {}),
     "pairs": ("bert", "text-classification", [{**row, "text_pair": words(i)} for i, row in enumerate(TOPICS)], {}),
+    "pairs apart": (
+        *("bert", "text-classification"),
+        *([{**row, "text_pair": words(i)} for i, row in enumerate(TOPICS)], {"model": {"pairs": "apart"}}),
+    ),
     "several labels": (
         *("bert", "text-classification"),
         *([{"text": text, "label": [["a"], ["a", "b"], ["b"]][i % 3]} for i, text in enumerate(TEXTS)], {}),
@@ -219,6 +224,13 @@ def test_onnx_graph_answers_as_the_model_for_another_batch_size_and_length(
     names = [one.name for one in session.get_inputs()]
     for actual, values in zip(session.run(None, {name: inputs[name].numpy() for name in names}), expected, strict=True):
         np.testing.assert_allclose(actual, values.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("to", others_long(["hf", "onnx"], "hf"))
+def test_pairs_read_apart_are_exported_and_verified(to: str, exported: Callable[[str, str], Path]) -> None:
+    verification = json.loads((exported("pairs apart", to) / "verify.json").read_text(encoding="utf-8"))
+    assert all(check["passed"] for check in verification["checks"])
+    assert verification["rows"] > 0
 
 
 @pytest.mark.long

@@ -1,5 +1,4 @@
-"""Write an encoder's body as a sentence-transformers folder that pools token embeddings, by their mean unless the
-model pools them itself."""
+"""Write an encoder's body as a sentence-transformers folder that averages token embeddings."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from typing import Any
 
 from fulltune.export.source import Source
 from fulltune.export.texts import check_processor, sample_texts
-from fulltune.models.encoders import TokenPooling, pool
+from fulltune.inference.run import mean_pool
 from fulltune.records.export import ExportCheck
 
 PACKAGES = ("sentence-transformers",)
@@ -21,7 +20,7 @@ def why_impossible(source: Source) -> str | None:
     facts = source.scoring.task.FACTS
     if facts.writes or facts.reads != "text" or source.model.config.is_encoder_decoder:
         return f"needs a text encoder, but the model is for {source.scoring.recipe.task}"
-    if facts.contrasts:
+    if hasattr(source.model.config, "pooling"):
         return f"{source.request.model_folder} is such a folder already; with a method such as LoRA choose --to hf"
     return None
 
@@ -35,13 +34,8 @@ def write(source: Source, folder: Path) -> None:
         body.save_pretrained(scratch)
         source.processor.save_pretrained(scratch)
         encoder = Transformer(scratch, max_seq_length=source.notes["max_length"])
-        mode = {"last": "lasttoken"}.get(pooling := _pooling(source), pooling)
-        modules = [encoder, Pooling(body.config.hidden_size, pooling_mode=mode)]
+        modules = [encoder, Pooling(body.config.hidden_size, pooling_mode="mean")]
         SentenceTransformer(modules=modules, device="cpu").save(str(folder), create_model_card=False)
-
-
-def _pooling(source: Source) -> TokenPooling:
-    return getattr(source.model.config, "pooling", "mean")
 
 
 def load(source: Source, folder: Path) -> None:
@@ -49,7 +43,7 @@ def load(source: Source, folder: Path) -> None:
 
 
 def check(source: Source, folder: Path, exported: None) -> list[ExportCheck]:
-    """Check the tokenizer, and the embeddings of texts against the pooled last hidden states of the source."""
+    """Check the tokenizer, and the embeddings of texts against the mean of the source's last hidden states."""
     import torch
     from sentence_transformers import SentenceTransformer
 
@@ -60,7 +54,7 @@ def check(source: Source, folder: Path, exported: None) -> list[ExportCheck]:
         inputs = source.processor([text], truncation=True, max_length=source.notes["max_length"], return_tensors="pt")
         with torch.no_grad():
             hidden = source.model.base_model(**inputs).last_hidden_state
-        expected = pool(hidden, inputs["attention_mask"], _pooling(source))[0]
+        expected = mean_pool(hidden, inputs["attention_mask"])[0]
         largest = max(largest, float((embedding - expected).abs().max() / expected.abs().max()))
     same = ExportCheck(
         name=f"largest relative difference of {len(texts)} embeddings",
@@ -74,5 +68,5 @@ def check(source: Source, folder: Path, exported: None) -> list[ExportCheck]:
 def usage(source: Source, folder: str) -> str:
     return f"""from sentence_transformers import SentenceTransformer
 
-# The body of the model, without its head.
+# The body of the model, without its head; embeddings are means over tokens.
 embeddings = SentenceTransformer("{folder}").encode(["a text", "another text"])"""
