@@ -35,6 +35,7 @@ OWN_ROWS = {
     "entities": ("tags", 80, ("O", "B-LOC", "B-PER", "B-TIME", "I-LOC", "I-PER", "I-TIME")),
     "raw_text": ("text", 29, ()),
     "pairs": ("single_label", 60, ("contradicts", "follows", "open")),
+    "embedding": ("query_positive", 90, ()),
     "multiple_choice": ("choice", 40, ()),
     "images": ("single_label", 60, ("disc", "square", "triangle")),
     "summarise": ("source_target", 90, ()),
@@ -132,7 +133,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     encoder, decoder = tiny.save_model(folder / "bert", "bert"), tiny.save_model(folder / "llama", "llama")
     by_task = dict.fromkeys(
-        ("text-classification", "token-classification", "question-answering", "multiple-choice"), encoder
+        ("text-classification", "token-classification", "question-answering", "multiple-choice", "embedding"), encoder
     )
     return by_task | {
         "causal-lm": decoder,

@@ -42,6 +42,7 @@ KNOWN = {
     "data_loader.py: __iter__": "the seed of an epoch, which lies on the host",
     "masking_utils.py: _ignore_bidirectional_mask_sdpa": "transformers asks whether anything is padded",
     "masking_utils.py: _ignore_causal_mask_sdpa": "likewise",
+    "encoders.py: forward": "on a CPU alone: how long queries and documents are",
 }
 """Who may ask, and why."""
 

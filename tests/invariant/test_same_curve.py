@@ -80,13 +80,20 @@ def answer_rows() -> list[dict[str, Any]]:
     ]
 
 
+def query_rows() -> list[dict[str, Any]]:
+    """Of which several share a positive."""
+    return [
+        {"query": row["text"], "positive": f"{row['label']} {number % 16}"} for number, row in enumerate(label_rows())
+    ]
+
+
 CASES = {
     "single_label": ("bert", NO_DROPOUT, label_rows, {"method": RANDOM}),
     "decoder": ("llama", {}, label_rows, {}),
     "multi_label": ("bert", NO_DROPOUT, several_label_rows, {"method": RANDOM}),
     "regression": ("bert", NO_DROPOUT, number_rows, {"method": RANDOM, "data": {"label": "score"}}),
     "answers": ("llama", {}, answer_rows, {"task": "causal-lm"}),
-    "texts of a class": ("bert", NO_DROPOUT, label_rows, {"task": "embedding", "method": {"learning_rate": 3e-4}}),
+    "queries": ("bert", NO_DROPOUT, query_rows, {"task": "embedding"}),
 }
 
 

@@ -125,7 +125,6 @@ def write_splits(
 
 
 def _add_positives(folder: Path, task: Task, where: str) -> None:
-    """Rewrite a split whose rows get their positives from other rows."""
     if (joined := task.with_positives(Rows(folder), f"{where}: {folder.name}")) is None:
         return
     stored = chain.from_iterable(batch.column(ROW_JSON).to_pylist() for batch in read_record_batches(folder))

@@ -12,8 +12,7 @@ from fulltune.evaluate.scoring import WORST, Scored, Scoring
 from fulltune.records.scores import Answer
 from fulltune.tasks import Tokenizer, embedding
 
-K1, B = 1.2, 0.75
-"""BM25's usual parameters, as in Lucene."""
+K1, B = 1.2, 0.75  # BM25's usual parameters, as in Lucene
 
 
 def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
@@ -21,11 +20,11 @@ def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
 
 
 def score_model(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> Scored:
-    """Score a model by the ranks that it gives to the test queries' positives."""
-    rows = embedding.row_scores(scoring.predict_split(model, tokenizer), scoring.target)
+    outputs = scoring.predict_split(model, tokenizer)
+    rows = embedding.row_scores(outputs, scoring.target)
     ids, queries, documents = _read_test_texts(scoring)
     expected = np.searchsorted(ids[:, 2:].ravel()[embedding.corpus(ids)], ids[:, 2])
-    order = [row for row in np.argsort(rows["ndcg@10"], kind="stable") if rows["counted"][row]]
+    wrong = np.flatnonzero(rows["counted"] * (rows["ndcg@10"] < 1))
     worst = tuple(
         Answer(
             text=queries[row],
@@ -33,10 +32,12 @@ def score_model(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) 
             predicted=documents[rows["best"][row]],
             loss=float(rows["loss"][row]),
         )
-        for row in order[:WORST]
-        if rows["ndcg@10"][row] < 1
+        for row in wrong[np.argsort(rows["ndcg@10"][wrong], kind="stable")][:WORST]
     )
     metrics = scoring.estimate_metrics(rows)
+    for size in scoring.recipe.train.matryoshka:
+        cut = scoring.estimate_metrics({**outputs, "vectors": outputs["vectors"][..., :size]})
+        metrics |= {f"{name}_of_{size}": cut[name] for name in ("ndcg@10", "recall@10")}
     return scoring.make_scores(scoring.plan.trial, "trained", len(ids), metrics=metrics, worst=worst)
 
 
@@ -48,7 +49,6 @@ def _score_bm25(scoring: Scoring) -> Scored:
 
 
 def _read_test_texts(scoring: Scoring) -> tuple[np.ndarray, list[str], list[str]]:
-    """Return the test rows' labels, their queries, and the texts of the corpus."""
     ids = np.stack(scoring.rows("test")["labels"])
     texts = [embedding.row_texts(row, scoring.target) for row in scoring.texts]
     by_id = {embedding.text_id(text): text for row in texts for text in row}

@@ -46,7 +46,7 @@ class Base:
     chat_template: str | None = None
     has_processor: bool = True
     pooling_why: str = ""
-    """Why texts are pooled as the config says, if the recipe does not; empty if texts are not read apart."""
+    """Why texts that are read apart are usually pooled as they are."""
 
     @classmethod
     def from_block(
@@ -60,18 +60,15 @@ class Base:
         False if only the config is available."""
         from transformers import AutoConfig
 
-        path = find_model_path(block)
+        path, why = find_model_path(block), ""
         config = load_with_advice(
             block, "config", lambda: AutoConfig.from_pretrained(**from_pretrained_arguments(block, path))
         )
         if encoders.reads_texts_apart(FACTS[task].auto_class):
-            folder = path or _hub_folder(block)
-            usual = encoders.read_pooling(folder, config)
-            config.pooling = block.pooling or usual.mode
-            if FACTS[task].contrasts:
-                vars(config).update(sentence_files.read_sentence_settings(folder))
-            return cls(block, task, path, config, chat_template, has_processor, usual.why)
-        return cls(block, task, path, config, chat_template, has_processor)
+            usual = encoders.read_pooling(folder := path or _hub_folder(block), config)
+            vars(config).update(sentence_files.read_sentence_settings(folder) if FACTS[task].contrasts else {})
+            config.pooling, why = block.pooling or usual.mode, usual.why
+        return cls(block, task, path, config, chat_template, has_processor, why)
 
     @cached_property
     def processor(self) -> Any:

@@ -90,6 +90,7 @@ def join_vectors(vectors: torch.Tensor) -> torch.Tensor:
 @cache
 def _class_for(config_class: type[PretrainedConfig], has_head: bool) -> type[PreTrainedModel]:
     """Return the model class for a body's config; with `has_head`, its logits are those of pairs."""
+    import torch
     from torch import nn
     from transformers import AutoModel
     from transformers.modeling_outputs import SequenceClassifierOutput
@@ -112,17 +113,22 @@ def _class_for(config_class: type[PretrainedConfig], has_head: bool) -> type[Pre
             self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: torch.Tensor
         ) -> SequenceClassifierOutput:
             """Read `input_ids[rows, texts, tokens]`; return logits [rows, labels] or vectors [rows, texts, hidden]."""
+            inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
             rows, texts = input_ids.shape[:2]
-            inputs = {
-                name: value.flatten(0, 1) if getattr(value, "shape", ())[:2] == (rows, texts) else value
-                for name, value in {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}.items()
-            }
+            read = {name: one for name, one in inputs.items() if getattr(one, "shape", ())[:2] == (rows, texts)}
+            if not has_head and texts > 1 and type(input_ids) is torch.Tensor and input_ids.device.type == "cpu":
+                # Queries are often shorter than documents; on a GPU, the host would wait for their lengths.
+                widths = attention_mask.amax(dim=0).sum(dim=-1).tolist()
+                cut = [{name: read[name][:, [n], :width] for name in read} for n, width in enumerate(widths)]
+                parts = [type(self).forward(self, **inputs | one).logits for one in cut]
+                return SequenceClassifierOutput(logits=torch.cat(parts, dim=1))
+            inputs |= {name: value.flatten(0, 1) for name, value in read.items()}
             hidden = getattr(self, self.base_model_prefix)(**inputs).last_hidden_state
             vectors = pool(hidden, inputs["attention_mask"], self.config.pooling).unflatten(0, (rows, texts))
-            if not has_head:
-                vectors = nn.functional.normalize(vectors, dim=-1) if self.config.normalize else vectors
-                return SequenceClassifierOutput(logits=vectors)
-            return SequenceClassifierOutput(logits=self.classifier(join_vectors(vectors)))
+            if has_head:
+                return SequenceClassifierOutput(logits=self.classifier(join_vectors(vectors)))
+            vectors = nn.functional.normalize(vectors, dim=-1) if self.config.normalize else vectors
+            return SequenceClassifierOutput(logits=vectors)
 
     # Without a head it is saved as what it is: the body.
     name = f"{body_class.__name__.removesuffix('Model')}ForTextPairs" if has_head else body_class.__name__

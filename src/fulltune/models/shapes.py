@@ -44,9 +44,8 @@ class Shapes(Record):
     """Which labels keep their rows of the checkpoint's head; empty if none do."""
     plain_logits: bool = True
     """True if no config field scales or caps logits after the head; verified before step 1."""
-    pooling: str = ""
-    """How texts that are read apart are pooled; empty for other tasks."""
-    pooling_why: str = ""
+    pooling: tuple[str, str] | None = None
+    """How texts that are read apart are pooled, and why."""
     units: Units | None = None
     unit_sizes: dict[str, int] = Field(default_factory=dict)
     """Parameters of each unit by its path; empty if the model cannot be streamed."""
@@ -103,8 +102,7 @@ def measure_shapes(
         head_is_kept=not head.has_new_rows,
         head_note=head.description if head.order else "",
         plain_logits=not any(getattr(text, name, None) not in (None, 1, 1.0) for name in _AFTER_HEAD),
-        pooling=str(getattr(config, "pooling", "")) if base.pooling_why else "",
-        pooling_why=base.pooling_why,
+        pooling=(config.pooling, base.pooling_why) if base.pooling_why else None,
         units=units,
         unit_sizes=counted,
         no_units=no_units,

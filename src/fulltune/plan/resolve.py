@@ -186,14 +186,13 @@ def choose_global_batch_size(recipe: Recipe, summary: DataSummary, reasons: Reas
     """Choose the number of rows per step; small data sets get fewer."""
     train = recipe.train
     per_pass = (train.micro_batch_size or 1) * train.num_processes
-    facts = FACTS[recipe.task]
-    usual = 16 if facts.writes else 64 if facts.contrasts else 32
+    usual = 16 if FACTS[recipe.task].writes else 64 if FACTS[recipe.task].contrasts else 32
     # Small data needs at least eight steps per epoch to get enough updates.
     while usual > 4 and summary.rows_per_epoch < 8 * usual:
         usual //= 2
     rounded = math.ceil(usual / per_pass) * per_pass
     why = f"usual for {recipe.task} with this many rows"
-    why += ": the other rows are a query's negatives, whatever the micro batch" if facts.contrasts else ""
+    why += ": the other rows are a query's negatives, whatever the micro batch" if FACTS[recipe.task].contrasts else ""
     why = why if rounded == usual else f"{usual} is {why}; rounded up to a multiple of {counted(per_pass, 'row')}"
     return int(reasons.add("train.global_batch_size", train.global_batch_size, rounded, why))
 
@@ -291,7 +290,9 @@ def record_parts(recipe: Recipe, shapes: Shapes, summary: DataSummary, reasons: 
     """Add to `reasons` how texts are pooled, how many tokens are new, how many parameters are frozen, and how often
     rare rows repeat."""
     if shapes.pooling:
-        reasons.add("model.pooling", recipe.model.pooling, shapes.pooling, shapes.pooling_why)
+        reasons.add("model.pooling", recipe.model.pooling, *shapes.pooling)
+    if shapes.hidden_size < (largest := max(recipe.train.matryoshka, default=0)):
+        raise RecipeError(f"train.matryoshka: {largest}, but vectors have {shapes.hidden_size} values; remove it")
     if count := len(recipe.model.new_tokens):
         reasons.add("model.new_tokens", None, count, "rows of new tokens start as the mean of the rows of their pieces")
     if recipe.method.kind == "full" and recipe.method.freeze and shapes.num_trainable is not None:

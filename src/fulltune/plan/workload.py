@@ -146,8 +146,7 @@ def make_basis(workload: Workload, fleet: Fleet, reasons: Reasons | None = None,
             footprint,
             grouped or packing,
             methods.max_virtual_tokens(recipe),
-            # Several micro batches are also read once without a gradient.
-            time.backward_cost(recipe.method.kind, shapes) + FACTS[recipe.task].contrasts,
+            time.backward_cost(recipe.method.kind, shapes) + FACTS[recipe.task].contrasts,  # vectors first
         ),
     )
 

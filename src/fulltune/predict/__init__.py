@@ -252,9 +252,8 @@ def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:
     columns, read = notes["columns"], columns_read(notes).values()
     if len(read) > 1:
         raise DataError(f"this model reads several columns; give a file with the columns {', '.join(read)}")
-    role = next(
-        role for role in ("messages", "tokens", "prompt", "source", "image", "query", "text") if role in columns
-    )
+    names = ("messages", "tokens", "prompt", "source", "image", "query", "text")
+    role = next(name for name in names if name in columns)
     forms = {"messages": [{"role": "user", "content": text}], "tokens": token_classification.WORD.findall(text)}
     return {columns[role]: forms.get(role, text)}
 

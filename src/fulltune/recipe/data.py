@@ -94,8 +94,7 @@ class DataBlock(Block):
     """Column with the target: a class name, a list of class names, or a number. For multiple-choice: the number or text
     of the right choice."""
     query: str | None = None
-    """Column with the query (embedding). Without queries, `text` and `label` are read: texts of one class are each
-    other's positives."""
+    """Column with the query (embedding). Without queries, texts with the same `label` are each other's positives."""
     positive: str | None = None
     """Column with the text that the query should find (embedding)."""
     negative: str | None = None

@@ -233,13 +233,14 @@ class Task(Protocol):
 
     # ---- only tasks whose loss compares the rows of a global batch (`contrasts`) ------------------------------------
 
-    def row_losses(
-        self, vectors: Tensor, labels: Tensor, anchors: slice = slice(None), sizes: Sequence[int] = ()
-    ) -> Tensor:
-        """Compute the losses [anchors] of some rows from all rows' vectors [rows, texts, hidden] and labels."""
-
     def with_positives(self, rows: Sequence[RowFeatures], where: str) -> Iterator[RowFeatures] | None:
-        """Yield a split's rows with their positives, or return None if they have them."""
+        """Yield the rows of a split with positives from other rows, or return None if rows have their own."""
+
+    def row_losses(self, vectors: Tensor, labels: Tensor, anchors: slice, sizes: Sequence[int]) -> Tensor:
+        """Compute the losses [anchors] of some rows from the vectors [rows, texts, hidden] of all."""
+
+    def row_scores(self, predictions: Predictions, target: Target) -> Predictions:
+        """Reduce predictions to the metrics of each row, which depend on the other rows."""
 
     # ---- only tasks whose model writes its answers ----------------------------------------------------------------
 

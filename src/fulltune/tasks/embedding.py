@@ -17,7 +17,6 @@ from fulltune.records.data import Preview
 from fulltune.tasks import (
     LENGTH,
     PLAIN_LOSS,
-    Example,
     FromSums,
     LossSettings,
     Predictions,
@@ -34,16 +33,13 @@ from fulltune.tasks import (
     columns,
     multiple_choice,
 )
-from fulltune.tasks.columns import as_text, normalised, why_cell_blank
 from fulltune.tasks.labels import is_empty, label_name
 from fulltune.tasks.padding import TEXT_LENGTHS, encode_apart, join_texts, pad_texts
 
 FACTS = recipe_tasks.FACTS["embedding"]
-collate = pad_texts
-SCALE = 20.0
-"""Factor of the cosines in the loss, as in sentence-transformers: a temperature of 0.05."""
-CUTOFF = 10
-_SCORES_AT_ONCE = 1_000_000
+collate, config_changes = pad_texts, classes.config_changes
+SCALE = 20.0  # of the cosines, as in sentence-transformers: a temperature of 0.05
+CUTOFF, _SCORES_AT_ONCE = 10, 1_000_000
 
 # ---- rows --------------------------------------------------------------------------------------------------------
 
@@ -70,21 +66,20 @@ def find_columns(names: Sequence[str], sample: Sequence[Row], data: DataBlock, f
 def find_target(rows: Iterable[Row], roles: Mapping[str, str], data: DataBlock, file: str) -> Target:
     """Return the target, or raise `DataError` if no text can have a positive or a negative."""
     name = roles.get("positive") or roles["label"]
-    cells = [label_name(row[name]) for row in rows if not is_empty(row.get(name))]
-    different, of_classes = len(set(cells)), "label" in roles
-    if different < 2:
-        what = "class" if of_classes else "positive"
+    cells = [text_id(label_name(row[name])) for row in rows if not is_empty(row.get(name))]
+    if len(set(cells)) < 2:
+        what = "class" if "label" in roles else "positive"
         raise DataError(f"{file}: column '{name}' has a single {what}, which has no negatives; add rows with others")
-    if of_classes and different == len(cells):
+    if "label" in roles and len(set(cells)) == len(cells):
         raise DataError(f"{file}: no two rows have the same '{name}', so no text has a positive; set data.label")
     return Target("query_positive", roles)
 
 
 def why_unusable(row: Row, target: Target) -> Refused | None:
     """Return the reason to drop a row with a blank text, or with one text in two roles, else None."""
-    if refused := why_cell_blank(row, target, *target.columns):
+    if refused := columns.why_cell_blank(row, target, *target.columns):
         return refused
-    query, *others = (normalised(text) for text in row_texts(row, target))
+    query, *others = (columns.normalised(text) for text in row_texts(row, target))
     if query in others[:1]:
         return Refused("own positive", "the positive is the query itself")
     if {query, *others[:1]} & {*others[1:]}:
@@ -93,21 +88,20 @@ def why_unusable(row: Row, target: Target) -> Refused | None:
 
 
 def why_unanswerable(row: Row, target: Target) -> Refused | None:
-    return why_cell_blank(row, target, next(iter(target.columns)))
+    return columns.why_cell_blank(row, target, next(iter(target.columns)))
 
 
 def with_placeholder_answer(row: Row, target: Target) -> Row:
-    first = next(iter(target.columns.values()))
-    return {first: row.get(first)}
+    return {name: row.get(name) for name in [*target.columns.values()][:1]}
 
 
 def row_texts(row: Row, target: Target) -> list[str]:
     """Return a row's query, positive and negatives, or only the text that it has."""
-    return [as_text(row[name]) for role, name in target.columns.items() if role != "label" and name in row]
+    return [columns.as_text(row[name]) for role, name in target.columns.items() if role != "label" and name in row]
 
 
 def group_key(row: Row, target: Target) -> str:
-    return normalised(row_texts(row, target)[0])
+    return columns.normalised(row_texts(row, target)[0])
 
 
 def display_text(row: Row, target: Target) -> str:
@@ -120,18 +114,18 @@ def row_labels(row: Row, target: Target) -> list[str]:
 
 def text_id(text: str) -> int:
     """Return a number of 63 bits that equal texts share, whatever their case and white space."""
-    return int.from_bytes(hashlib.sha256(normalised(text).encode()).digest()[:8]) >> 1
+    return int.from_bytes(hashlib.sha256(columns.normalised(text).encode()).digest()[:8]) >> 1
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-    """Tokenise each text by itself, after the model's prompt for its role. Labels are numbers (int64) of the row's
-    query or class, which shares its positives, and of its texts."""
+    """Tokenise each text by itself, after the model's prompt for its role. Labels are the numbers of the row's query or
+    class, which shares its positives, and of its texts: int64 [1 + texts]."""
     first, *rest = (role for role in target.columns if role != "label")
     prompts = getattr(tokenizer, "prompts", {"": ""})
     prefixes = [prompts.get(role, prompts[""]) for role in (first, *("document" for _ in rest))]
     texts = [row_texts(row, target) for row in rows]
     prompted = [[prefix + text for prefix, text in zip(prefixes, row, strict=False)] for row in texts]
-    encoded = list[list[Example]]()
+    encoded: RowExamples = []
     for row, of_row, example in zip(rows, texts, encode_apart(prompted, tokenizer, max_length), strict=True):
         ids, label = [text_id(text) for text in of_row], row.get(target.columns.get("label", ""))
         shared = ids[0] if label is None else text_id(label_name(label))
@@ -140,9 +134,9 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
 
 
 def with_positives(rows: Sequence[RowFeatures], where: str) -> Iterator[RowFeatures] | None:
-    """Yield the features of each text of a split joined with its positive, or return None if rows have their own. The
-    positive is the next text of its class in the order of their numbers, which is arbitrary but fixed, and the first of
-    the last; a lone text is its own. Raise `DataError`, which names `where`, if no text has another."""
+    """Yield each text joined with its positive: the next of its class in the order of their numbers, which is arbitrary
+    but fixed, or the first; a lone text is its own. Return None if rows have positives, or raise `DataError`, which
+    names `where`, if no text has one."""
     labels = np.array([row["labels"] for row in rows])
     if labels.shape[1] > 2:
         return None
@@ -171,10 +165,6 @@ def full_row(target: Target, length: int) -> RowFeatures:
     return {"input_ids": ids, "labels": labels, TEXT_LENGTHS: np.full(texts, length)}
 
 
-def config_changes(target: Target, tokenizer: Tokenizer) -> dict[str, object]:
-    return {}
-
-
 # ---- loss --------------------------------------------------------------------------------------------------------
 
 
@@ -182,8 +172,8 @@ def row_losses(vectors: Tensor, labels: Tensor, anchors: slice = slice(None), si
     """Compute the InfoNCE loss of each query among the `anchors`: the cross entropy of choosing its positive, by
     cosines, among the positives and negatives of all rows.
 
-    Known false negatives never count: other positives of the same query or class, and texts equal to the query or to
-    one of these. The loss of a query whose positive is itself is 0. The losses of vectors cut to `sizes` are averaged.
+    Known false negatives never count: other positives of the same query or class, and texts equal to these or to the
+    query. A query that is its own positive has no loss. The losses of vectors cut to `sizes` are averaged.
     """
     import torch
     import torch.nn.functional as F
@@ -216,9 +206,8 @@ def reduce_logits(logits: Tensor, labels: Tensor, target: Target) -> dict[str, T
 
 
 def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
-    rows = row_scores(predictions, target)
-    sums = {name: of for name, of in metrics_from_sums(target, "").items() if name in rows}
-    return classes.over_all(sums, rows)
+    rows, sums = row_scores(predictions, target), metrics_from_sums(target, "")
+    return classes.over_all({name: sums[name] for name in sums if name in rows}, rows)
 
 
 def metrics_from_sums(target: Target, metric: str) -> Mapping[str, tuple[RowTerms, FromSums]]:
@@ -252,9 +241,8 @@ def corpus(ids: np.ndarray) -> np.ndarray:
 def rank(ids: np.ndarray, score: Callable[[slice], np.ndarray]) -> dict[str, np.ndarray]:
     """Compute each query's metrics from its ranks of the relevant documents: all positives of the same query or class.
 
-    `score` returns the scores of some queries [rows, documents of `corpus`]. A document equal to the query is left out.
-    Recall at k is relative to min(k, relevant documents). Queries without a relevant document are not `counted`.
-    `best` is the number of the document that is ranked first.
+    `score` returns the scores of some queries [rows, documents of `corpus`]. Documents equal to the query are left out.
+    Recall at k is relative to min(k, relevant documents); queries without these are not `counted`. `best` is first.
     """
     from scipy.sparse import csr_array
 

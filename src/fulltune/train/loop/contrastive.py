@@ -1,6 +1,3 @@
-"""Losses that compare all rows of a global batch, with exact gradients at any micro batch size (GradCache, Gao et al.
-2021, arXiv 2101.06983)."""
-
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,28 +10,24 @@ from transformers.utils.generic import ModelOutput
 from fulltune.stream.randomness import random_state, set_random_state
 
 ANCHORS_AT_ONCE = 1024
-RowLosses = Callable[[Tensor, Tensor, slice], Tensor]
 
 
 class ContrastiveLoss:
-    """A Trainer's `compute_loss_func` for losses of all texts in the global batch.
+    """A Trainer's `compute_loss_func` that compares all rows of a global batch, with exact gradients at any micro batch
+    size (GradCache, Gao et al. 2021, arXiv 2101.06983).
 
-    At the beginning of a step with several micro batches, all of them are embedded without a graph. The loss and its
-    gradient with respect to all vectors are computed once. Each micro batch then runs with a graph, the same random
-    numbers and its share of that gradient. The loss of a micro batch is its share of the global batch's.
+    A step first embeds all micro batches without a graph, and computes the loss and its gradient with respect to their
+    vectors. Each then runs with a graph, the same random numbers and its share of that gradient and of the loss.
     """
 
-    def __init__(self, row_losses: RowLosses, accelerator: Accelerator) -> None:
-        """`row_losses` computes the losses [anchors] of some rows from all vectors and labels."""
+    def __init__(self, row_losses: Callable[[Tensor, Tensor, slice], Tensor], accelerator: Accelerator) -> None:
         self.row_losses, self.accelerator = row_losses, accelerator
         self._random: list[Sequence[Tensor]] = []
         self._shares: list[tuple[Tensor, Tensor]] = []
 
     def begin_step(self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
-        """Embed a step's micro batches, unless a single one is the whole step of this process."""
-        self._random, self._shares, vectors = [], [], list[Tensor]()
-        if len(batches) == 1:
-            return
+        """Embed a step's micro batches. A single one needs it not, because its vectors are compared after its pass."""
+        self._random, vectors = [], list[Tensor]()
         model.train()
         with torch.no_grad():
             for batch in batches:
@@ -54,12 +47,10 @@ class ContrastiveLoss:
             self._shares = self._share_out([vectors.detach()], [labels])
         value, gradient = self._shares.pop(0)
         surrogate = (vectors * gradient).sum()
-        summed = surrogate + (value - surrogate).detach()
-        return summed / (1 if num_items_in_batch is None else num_items_in_batch)
+        return (surrogate + (value - surrogate).detach()) / (1 if num_items_in_batch is None else num_items_in_batch)
 
     def _share_out(self, vectors: Sequence[Tensor], labels: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Return each micro batch's summed loss, and the gradient of the loss of all rows on all ranks with respect to
-        its vectors."""
+        """Return each micro batch's summed loss, and the gradient of all ranks' loss with respect to its vectors."""
         sizes = [len(part) for part in vectors]
         (everything, start), (all_labels, _) = (self._gather(torch.cat(list(parts))) for parts in (vectors, labels))
         everything = everything.detach().float().requires_grad_()

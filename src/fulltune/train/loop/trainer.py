@@ -86,7 +86,6 @@ class FullTrainer(Guarded, Trainer):
     head: SelectiveHead | None = None
     """Selective head, or None if the model computes all logits."""
     contrast: ContrastiveLoss | None = None
-    """The loss, if it compares the rows of a global batch."""
     parts: Sequence[TrainingPart] = ()
 
     def __init__(
@@ -113,6 +112,7 @@ class FullTrainer(Guarded, Trainer):
             plan.rollbacks,
             mixed,
             cast("Any", self.train_dataset)["labels"] if inputs.recipe.train.sampling == "balanced" else None,
+            inputs.task.FACTS.contrasts,
         )
         if self.is_shared:
             # The cache would keep a 16-bit copy of each weight until the forward pass ends, and each unit is gathered
@@ -209,12 +209,11 @@ class FullTrainer(Guarded, Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Train on one micro batch. Before a step's first one, parts such as replay add their gradients, and a
-        contrastive loss compares all of them."""
+        """Train on one micro batch. Before a step's first one, parts add gradients; a contrastive loss reads all."""
         if not self.batches:
             for part in self.parts:
                 part.add_gradient()
-            if self.contrast is not None:
+            if self.contrast is not None and len(self._micro_batches) > 1:
                 self.contrast.begin_step(model, self._micro_batches)
         return super().training_step(model, inputs, num_items_in_batch)
 

@@ -90,9 +90,8 @@ class Evaluator(TrainingPart):
         """Loss of the dry run, or None if unknown. For a new head it is at least the chance loss, because a head from a
         linear probe starts lower."""
         inputs = self.inputs
-        if inputs.task.FACTS.contrasts:  # a micro batch alone has fewer negatives than a global batch
-            return None
-        measured = inputs.usage.dry_run_loss
+        # A micro batch alone has fewer negatives than a global batch.
+        measured = None if inputs.task.FACTS.contrasts else inputs.usage.dry_run_loss
         if not self.head_is_new:
             return measured
         weights = class_weights(inputs.recipe, inputs.summary)

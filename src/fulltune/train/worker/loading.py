@@ -286,7 +286,8 @@ def make_trainer(inputs: AttemptInputs, loaded: LoadedModel) -> FullTrainer:
         base_digest=loaded.base_digest,
     )
     if objective.task.FACTS.contrasts and inputs.hooks.compute_loss is None:
-        trainer.contrast = trainer.compute_loss_func = ContrastiveLoss(objective.task.row_losses, trainer.accelerator)
+        losses = partial(objective.task.row_losses, sizes=recipe.train.matryoshka)
+        trainer.contrast = trainer.compute_loss_func = ContrastiveLoss(losses, trainer.accelerator)
     trainer.remove_callback(transformers.PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         # Its default is inside the checkpoints' folder, which is deleted; TENSORBOARD_LOGGING_DIR takes precedence.
