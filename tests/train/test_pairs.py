@@ -63,6 +63,15 @@ def test_a_run_saves_an_encoder_that_predicts_and_that_sentence_transformers_rea
     logits = features @ weights["classifier.weight"].T + weights["classifier.bias"]
     labels = np.array(reached.summary.labels)[logits.argmax(dim=1).numpy()]
     assert [answer["label"] for answer in answers] == labels.tolist()
+    # The card says how to do the same in plain transformers.
+    code = (folder / "README.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    code = code.replace('folder = "full"', f"folder = {str(folder)!r}")
+    for name in ("text", "text_pair"):
+        shown = '["a text"]' if name == "text" else '["another text"]'
+        code = code.replace(shown, repr([row[name] for row in rows[:9]]))
+    values: dict[str, Any] = {}
+    exec(code, values)  # the card's own code
+    torch.testing.assert_close(values["logits"], logits, rtol=1e-4, atol=1e-4)
 
 
 def test_training_that_only_harms_keeps_its_start(tiny_encoder: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from fulltune.models.encoders import reads_texts_apart
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary, RemoteSource
 from fulltune.records.export import Verification
@@ -170,6 +171,8 @@ def _build_versions_section(view: RunView) -> Section | None:
 ONLY_OURS = ("head", "adapter")
 HOW_TO_LOAD = {
     "full": "The model is a plain Hugging Face folder that transformers loads without fulltune:",
+    "text-pairs": "The folder is an encoder for transformers and sentence-transformers, with the weights of a head on "
+    "two texts' vectors beside it, which this code computes:",
     "peft": "The folder holds the trained weights in PEFT's format. PEFT adds them to the pretrained model:",
     **dict.fromkeys(
         ONLY_OURS, "The folder holds the trained weights, which 'fulltune predict' adds to the pretrained model."
@@ -182,10 +185,11 @@ def build_loading_blocks(folder: str, view: RunView) -> tuple[Element, ...]:
     # A method's name may differ from its kind.
     kinds = (str(one.value) for one in (view.plan.settings if view.plan else ()) if one.name == "method.kind")
     kind = next(kinds, "full")
-    if view.task in FACTS and FACTS[view.task].contrasts and kind != "full":
+    if view.task in FACTS and reads_texts_apart(FACTS[view.task].auto_class) and kind != "full":
         kind = ONLY_OURS[0]  # PEFT would not pool
     ask = view.summary.form.how_to_ask if view.summary else ""
-    blocks: list[Element] = [Paragraph(one) for one in (ask, HOW_TO_LOAD.get(kind, HOW_TO_LOAD["peft"])) if one]
+    how = HOW_TO_LOAD.get(view.task if kind == "full" else kind) or HOW_TO_LOAD.get(kind, HOW_TO_LOAD["peft"])
+    blocks: list[Element] = [Paragraph(one) for one in (ask, how) if one]
     if kind not in ONLY_OURS:
         code = build_loading_code(folder, view.task, view.summary, "" if kind == "full" else view.model)
         blocks.append(Code(code, "python"))
