@@ -24,7 +24,8 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.audit import Audit
 from fulltune.records.data import DataSummary
 from fulltune.records.events import DataPrepared, Listener, Message, PhaseBegan, Planned
-from fulltune.records.plan import MemoryNeed, Plan
+from fulltune.records.plan import MemoryNeed, Plan, Setting
+from fulltune.records.run import PairsChoice
 from fulltune.records.scores import Scores
 from fulltune.records.training import Outcome
 from fulltune.system import hardware, run_folder
@@ -59,6 +60,23 @@ class Run:
     group: MachineGroup | None = None
     """All machines of a multi-machine run, on the first machine; otherwise None."""
 
+    def __post_init__(self) -> None:
+        """Read pairs as an earlier command on this folder chose."""
+        if (choice := self.pairs_choice) is not None:
+            object.__setattr__(self, "recipe", self.recipe.read(choice.pairs))
+
+    @property
+    def pairs_choice(self) -> PairsChoice | None:
+        return run_folder.load_pairs_choice(self.recipe, self.folder)
+
+    def with_choices(self, trial: Plan) -> Plan:
+        """Add what was chosen before the plan to its settings."""
+        if (choice := self.pairs_choice) is None:
+            return trial
+        pairs = Setting(name="model.pairs", value=choice.pairs, reason=choice.reason, is_automatic=True)
+        settings = (pairs, *(setting for setting in trial.settings if setting.name != pairs.name))
+        return trial.model_copy(update={"settings": settings})
+
     @property
     def plan_path(self) -> Path:
         return self.folder / "plan" / f"{self.recipe.method.label}.json"
@@ -91,7 +109,11 @@ class Run:
         return start_in_new_process if self.group is None else self.group.start
 
 
-def run(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
+Choose = Callable[[Run, DataSummary], Run]
+"""Chooses how the texts of pairs are read; returns the run, whose rows are prepared again if its recipe changes."""
+
+
+def run(job: Run, until: Until = "report", measure: bool = False, choose: Choose | None = None) -> RunResult:
     """Run the stages up to `until`, resuming an interrupted run, and return their records. With `measure`, settings are
     timed before training, and the fastest are used."""
     if until not in ("data", "plan") and job.recipe.methods:
@@ -109,7 +131,7 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
                 job.group.wait_before_first_attempt(job.phase)
         # A plan that does not fit stays in the folder, from which its alternatives are shown.
         with run_folder.remove_new_run_on_error(job.folder, *((DoesNotFitError,) if until == "plan" else ())):
-            summary = prepare(job, runs_here=until != "data")
+            job, summary = prepare_as_chosen(job, choose, runs_here=until != "data")
             if until == "data":
                 return RunResult(job.folder, summary)
             delete_outdated_plan(job.folder, job.plan_path)
@@ -130,6 +152,13 @@ def run(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
         if until == "evaluate":
             return RunResult(job.folder, summary, trial, outcome, scores)
         return RunResult(job.folder, summary, trial, outcome, scores, write_report(job))
+
+
+def prepare_as_chosen(job: Run, choose: Choose | None, runs_here: bool = True) -> tuple[Run, DataSummary]:
+    """Run the data stage, for pairs of texts again if they turn out to be read in another way."""
+    summary = prepare(job, runs_here)
+    chosen = job if choose is None else choose(job, summary)
+    return chosen, summary if chosen.recipe == job.recipe else prepare(chosen, runs_here)
 
 
 def prepare(job: Run, runs_here: bool = True) -> DataSummary:
@@ -243,6 +272,7 @@ def make_plan(job: Run, summary: DataSummary) -> Plan:
             there = {"state_disk_bytes": hardware.disk_free_bytes(where), "disk_speed": measure_disk(where, needed)}
             fleet = fleet.model_copy(update=there)
             trial = fit.make_plan(workload, fleet, own_loss, started_seconds)
+        trial = job.with_choices(trial)
         if before is not None:
             trial = changed.with_new_placement(before, trial)
         run_folder.describe_environment(machine, job.recipe).save(job.folder / run_folder.ENVIRONMENT)

@@ -187,7 +187,7 @@ class Context:
     def _fit(self, recipe: Recipe, shapes: Shapes, traced: Footprint) -> Plan:
         fleet = gpus.local_hardware(self.machine, hardware.disk_free_bytes(self.folder), disk_at=str(self.folder))
         workload = Workload(recipe, shapes, lambda weights_dtype: traced, self.summary, may_stream=False)
-        return fit.make_plan(workload, fleet)
+        return self.job.with_choices(fit.make_plan(workload, fleet))
 
     def trial_recipe(self, trial: Trial) -> Recipe:
         """Return a trial's recipe, with its learning rate, seed and share of the steps."""

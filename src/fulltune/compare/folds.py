@@ -16,7 +16,7 @@ from fulltune.evaluate.scoring import Scoring, compute_outputs
 from fulltune.files import write_text
 from fulltune.inference.store import CLUSTERS
 from fulltune.methods.folder import read_notes
-from fulltune.pipeline import Run, Until
+from fulltune.pipeline import Choose, Run, Until
 from fulltune.plan.settings import with_settings
 from fulltune.records.data import SOURCES
 from fulltune.records.events import Listener, Message, only_steps_and_warnings
@@ -31,12 +31,14 @@ from fulltune.tasks import PLACE, Example, Predictions
 ANSWERS = "out_of_fold.jsonl"
 
 
-def run_folds(job: Run, until: Until, measure: bool) -> RunResult:
-    """Run or resume all folds, and score all rows' answers together. The stages `data` and `plan` are fold 1's."""
+def run_folds(job: Run, until: Until, measure: bool, choose: Choose | None = None) -> RunResult:
+    """Run or resume all folds, and score all rows' answers together. The stages `data` and `plan`, and the way in which
+    pairs are read, are fold 1's."""
     count, pooled = job.recipe.data.folds or 0, job.folder / FOLDS
     if measure:
         raise SetupError("data.folds: 'plan --measure' measures a single run; set data.fold=1 as well")
-    reached = pipeline.run(job, "data" if until == "report" else until)
+    reached = pipeline.run(job, "data" if until == "report" else until, choose=choose)
+    job = replace(job)  # reads what was chosen
     if until != "report":
         job.listener(Message(text=f"this is fold 1 of {count}; 'fulltune run' trains a model for each fold"))
         return reached

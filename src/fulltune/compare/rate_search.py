@@ -10,6 +10,7 @@ from fulltune import pipeline
 from fulltune.compare import budget
 from fulltune.compare.context import Context
 from fulltune.compare.folds import run_folds
+from fulltune.compare.pairs import announce_choice, choose_pairs
 from fulltune.compare.rates import share_of_steps
 from fulltune.compare.seeds import MOST_WHOLE_RUNS_ALONE, SeedRuns, search_all_rates
 from fulltune.compare.trials import delete_trial_files
@@ -36,17 +37,18 @@ _RUNS = f"2 to {MOST_WHOLE_RUNS_ALONE} whole runs"
 def run_recipe(job: Run, until: Until = "report", measure: bool = False) -> RunResult:
     """Run or resume all stages up to `until`, after searching the learning rate if the recipe asks for it. `measure`
     tries out settings in the plan stage."""
+    choose = {"data": None, "plan": announce_choice}.get(until, choose_pairs)
     if job.recipe.is_cross_validated:
-        return run_folds(job, until, measure)
+        return run_folds(job, until, measure, choose)
     if not job.recipe.is_searched:
-        return pipeline.run(job, until, measure)
+        return pipeline.run(job, until, measure, choose)
     if measure or (job.folder / "plan" / "measured.json").exists():
         raise SetupError(
             "search: each run of a search is planned without 'plan --measure'; run 'plan --measure' on a recipe "
             "without a search, and copy the settings that it shows into this recipe"
         )
     if until in ("data", "plan"):
-        reached = pipeline.run(job, until)
+        reached = pipeline.run(job, until, choose=choose)
         if (plan := reached.plan) is not None:
             time = (
                 f", about {format_seconds(round(MOST_WHOLE_RUNS_ALONE * plan.time.whole_seconds))}" if plan.time else ""
@@ -56,7 +58,8 @@ def run_recipe(job: Run, until: Until = "report", measure: bool = False) -> RunR
         return reached
     record = job.folder / RECORD
     if not record.exists():
-        summary = pipeline.run(job, "plan").summary
+        summary = pipeline.run(job, "plan", choose=choose).summary
+        job = replace(job)  # reads what was chosen
         with run_folder.explain_os_errors(job.folder), run_folder.lock_folder(job.folder):
             try:
                 searched = _search_rate(job, summary)

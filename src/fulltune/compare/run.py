@@ -9,6 +9,7 @@ from fulltune import pipeline, report
 from fulltune.compare.budget import EXPECTATION, load_or_plan_design, why_not_resumable
 from fulltune.compare.conclude import judge_on_test_rows
 from fulltune.compare.context import RECORD, TEST_LOG, Context
+from fulltune.compare.pairs import choose_pairs
 from fulltune.compare.seeds import SeedRuns, search_all_rates
 from fulltune.errors import RecipeError
 from fulltune.files import read_json_lines
@@ -46,7 +47,7 @@ def run_comparison(job: Run, command: str, budget: str | None = None) -> Compare
         openings = finished.openings if finished else ()
         with fork_server() as start:
             with run_folder.remove_new_run_on_error(job.folder):
-                summary = pipeline.prepare(job)
+                job, summary = pipeline.prepare_as_chosen(job, choose_pairs)
             alpha_left = openings[-1].left if openings else None
             context = Context(job, summary, command, seconds, start, began, alpha_left=alpha_left)
             if busy := context.method_setup(context.full.label).plan.busy:

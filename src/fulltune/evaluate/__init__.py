@@ -71,20 +71,22 @@ def score_baselines(scoring: Scoring) -> list[Scores]:
 def _probe_baselines(scoring: Scoring, scorer: ModuleType) -> dict[str, Callable[[], Scored]]:
     """Map names of score files to functions that score the pretrained model with the linear probe as head, and a
     classifier on its embeddings."""
-    with_head = scoring.plan.head_init is not None
-    if not with_head and scoring.target.form.has_windows:
+    if scoring.plan.head_init is None and scoring.target.form.has_windows:
         return {}
-    rows, eval_rows = (with_decoded_images(scoring.rows(split), scoring.base.processor) for split in ("train", "eval"))
-    # The probe is in the run folder if training needed it, otherwise it is fitted here.
-    fitted = probe.load_or_fit_probe(
-        scoring.data.parent, lambda: _feature_extractor(scoring), rows, eval_rows, with_head
-    )
+    fitted = load_or_fit_probe(scoring)
     scorers: dict[str, Callable[[], Scored]] = {}
     if (baseline := fitted.baseline) is not None:
         scorers["baseline-frozen"] = lambda: _score_frozen_classifier(scoring, scorer, fitted, baseline)
     if fitted.head is not None:
         scorers["baseline-probe"] = lambda: _score_probe_head(scoring, scorer)
     return scorers
+
+
+def load_or_fit_probe(scoring: Scoring) -> Probe:
+    """Load the probe from the run folder, where it is if training needed it, or fit it."""
+    rows, eval_rows = (with_decoded_images(scoring.rows(split), scoring.base.processor) for split in ("train", "eval"))
+    with_head = scoring.plan.head_init is not None
+    return probe.load_or_fit_probe(scoring.data.parent, lambda: _feature_extractor(scoring), rows, eval_rows, with_head)
 
 
 def _feature_extractor(scoring: Scoring) -> FeatureExtractor:

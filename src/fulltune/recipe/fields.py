@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -64,8 +64,9 @@ class Recipe(Block):
         expanded = dict(values)
         if isinstance(values.get("model"), str):
             expanded["model"] = {"name": values["model"]}
-        if isinstance(model := expanded.get("model"), dict) and model.get("pairs") == "apart":
-            expanded["task"] = TEXT_PAIRS if values.get("task") == TEXT_CLASSIFICATION else values.get("task")
+        if isinstance(model := expanded.get("model"), dict) and values.get("task") in (TEXT_CLASSIFICATION, TEXT_PAIRS):
+            expanded["model"] = model = {"pairs": "apart", **model} if values["task"] == TEXT_PAIRS else model
+            expanded["task"] = TEXT_PAIRS if model.get("pairs") == "apart" else values["task"]
         if isinstance(values.get("method"), str):
             expanded["method"] = {"kind": values["method"]}
         elif isinstance(values.get("method"), dict):
@@ -115,6 +116,10 @@ class Recipe(Block):
             settings["train"]["stream"] = stream["gradients"]  # the others change memory and disk alone
         settings["compare"]["budget"] = None  # more time continues the same comparison
         return settings
+
+    def read(self, pairs: Literal["joint", "apart"]) -> Recipe:
+        """Return the recipe of a run that reads the two texts of a row so."""
+        return self.model_copy(update={"task": TEXT_PAIRS if pairs == "apart" else TEXT_CLASSIFICATION})
 
     def compared_kind(self, method: ComparedMethod) -> MethodKind:
         """Return a compared method's kind, or `variant` for every `full` in `methods` that is not the reference."""

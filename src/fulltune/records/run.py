@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, ValidationError
 
@@ -29,6 +29,17 @@ class Environment(Record):
     seconds: float | None = None
     functions: dict[str, str] = Field(default_factory=dict)
     """Hash of the file of each function, `module:function`, that the recipe names."""
+
+
+class PairsChoice(Record):
+    """How a run reads the two texts of a row if `model.pairs` is `auto`."""
+
+    pairs: Literal["joint", "apart"]
+    reason: str
+    losses: dict[str, float] = Field(default_factory=dict)
+    """Held-out loss of a linear probe of the pretrained model, by way of reading."""
+    metrics: dict[str, float] = Field(default_factory=dict)
+    """Metric on the eval rows after a short training, by way of reading."""
 
 
 class Access(Record):

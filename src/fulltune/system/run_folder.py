@@ -25,7 +25,7 @@ from fulltune.recipe.functions import IMPORTED, import_functions
 from fulltune.records.comparison import Comparison
 from fulltune.records.data import SOURCES, DataSummary
 from fulltune.records.plan import Plan
-from fulltune.records.run import Environment
+from fulltune.records.run import Environment, PairsChoice
 from fulltune.records.scores import Scores
 from fulltune.records.training import Outcome
 from fulltune.system import parallel_layout
@@ -37,7 +37,7 @@ IDENTITY = "recipe.json"
 REPORT = "report.html"
 ENVIRONMENT = "environment.json"
 CARD = "card.html"
-FOLDS = "folds.json"
+FOLDS, PAIRS = "folds.json", "pairs.json"
 COMPARISONS = ("compare/comparison.json", "proof.json")
 """Files with the record of a finished comparison; the second is a copy."""
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "scikit-learn", "numpy")
@@ -230,11 +230,18 @@ def load_run_recipe(folder: Path) -> Recipe:
     if not identity.exists():
         raise SetupError(f"{folder}: is not a run folder of fulltune ({IDENTITY} is missing)")
     try:
-        return Recipe.model_validate(json.loads(identity.read_text(encoding="utf-8"))["recipe"])
+        recipe = Recipe.model_validate(json.loads(identity.read_text(encoding="utf-8"))["recipe"])
     except (ValueError, KeyError, TypeError, OSError):  # pydantic's ValidationError is a ValueError
         raise SetupError(
             f"{identity}: is damaged or was written by another version of fulltune; start a new run from the recipe"
         ) from None
+    choice = load_pairs_choice(recipe, folder)
+    return recipe if choice is None else recipe.read(choice.pairs)
+
+
+def load_pairs_choice(recipe: Recipe, folder: Path) -> PairsChoice | None:
+    """Return how an earlier command chose to read the texts of pairs, or None if it did not."""
+    return PairsChoice.load(folder / PAIRS) if recipe.model.pairs == "auto" and (folder / PAIRS).exists() else None
 
 
 def is_comparison(folder: Path) -> bool:
@@ -329,7 +336,7 @@ def remove_new_run_on_error(folder: Path, *except_for: type[FulltuneError]) -> I
     try:
         yield
     except FulltuneError as error:
-        if not began and not isinstance(error, (InterruptedRun, *except_for)):
+        if not began and not any(folder.glob("pairs*")) and not isinstance(error, (InterruptedRun, *except_for)):
             for own in ("data", "plan"):
                 shutil.rmtree(folder / own, ignore_errors=True)
             for name in (IDENTITY, "recipe.yaml", ENVIRONMENT, ".lock"):

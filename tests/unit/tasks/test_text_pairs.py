@@ -61,6 +61,7 @@ def test_the_way_of_reading_decides_the_task_and_survives_saving() -> None:
     apart = recipe(pairs="apart")
     assert apart.task == "text-pairs"
     assert Recipe.model_validate(apart.model_dump(mode="json")) == apart
+    assert recipe("text-pairs") == apart
     assert recipe(pairs="joint").task == recipe().task == "text-classification"
     assert len({one.fingerprint() for one in (apart, recipe(), recipe(pairs="joint"))}) == 3
 
@@ -69,7 +70,7 @@ def test_the_way_of_reading_decides_the_task_and_survives_saving() -> None:
     ("task", "pairs", "problem"),
     [
         ("causal-lm", "apart", "model.pairs: has no effect for causal-lm"),
-        ("text-pairs", "auto", "model.pairs: auto, but task: text-pairs means apart"),
+        ("text-pairs", "joint", "model.pairs: joint, but task: text-pairs means apart"),
     ],
 )
 def test_other_tasks_have_no_pairs(task: str, pairs: str, problem: str) -> None:
