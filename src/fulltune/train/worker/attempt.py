@@ -134,8 +134,10 @@ def _train_and_save(training: Training) -> Fields:
     decision = judge_parameter_changes(changes, bool(trainer.tensors_with_gradient), trainer.largest_grad_norm)
     if decision.action == "stop":
         raise GuardStop(decision.reason)
-    # A random head is no candidate, and an engine's weights are spread over other tensors than the saved ones.
+    # Vectors that were made to be compared may be the best that few rows can give. A random head is no such start, and
+    # an engine's weights are spread over other tensors than the saved ones.
     has_start = loaded.head_start is not None and loaded.head_start.head is not None and not inputs.in_engine
+    has_start = has_start and hasattr(trainer.model.config, "pooling")
     start = initial if has_start and isinstance(initial, weights.InitialWeights) else None
     best = load_best_weights(inputs, trainer, state, start)
     if training.answers is not None and (why := training.answers.reason_for(best["best_step"])):
