@@ -19,6 +19,8 @@ ENCODERS = ("bert", "distilbert", "roberta")
 DECODERS = ("gpt2", "llama", "qwen2", "opt", "bloom", "gpt_neox", "mistral")
 WRITERS = ("t5", "bart", "marian")
 """Encoder-decoders."""
+MIXTURES = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss")
+"""Decoders with four experts in each block, two of which each token goes through."""
 POSITIONS = 128
 """Longest row of the models that have a limit, in tokens."""
 
@@ -186,6 +188,7 @@ def config(kind: str, tokenizer: Any, **changes: Any) -> Any:
     spread = {"initializer_range": 0.2} if kind in ENCODERS else {}
     pair = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in _SIDE.items()}
     pair |= {"d_model": 32, "max_position_embeddings": POSITIONS, "forced_eos_token_id": tokenizer.eos_token_id}
+    few = size | wide | {"num_key_value_heads": 2, "num_experts_per_tok": 2}
     name, values = {
         "bert": ("BertConfig", size | wide),
         "distilbert": (
@@ -205,6 +208,10 @@ def config(kind: str, tokenizer: Any, **changes: Any) -> Any:
             "OPTConfig",
             size | {"ffn_dim": 64, "max_position_embeddings": POSITIONS, "word_embed_proj_dim": 32},
         ),
+        "qwen3_moe": ("Qwen3MoeConfig", few | {"head_dim": 8, "num_experts": 4, "moe_intermediate_size": 32}),
+        "mixtral": ("MixtralConfig", few | {"num_local_experts": 4}),
+        "olmoe": ("OlmoeConfig", few | {"num_experts": 4}),
+        "gpt_oss": ("GptOssConfig", few | {"head_dim": 8, "num_local_experts": 4}),
         "bloom": ("BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
         "gpt_neox": ("GPTNeoXConfig", size | wide),
         "t5": (

@@ -150,6 +150,7 @@ FAMILIES = {
 _DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 32, "share_att_key": True}
 MODELS = {
     "deberta": Family("DebertaV2Config", lambda _: label_rows(), CLASSES, {**NO_DROPOUT, **_DEBERTA}, save_encoder),
+    "experts": Family("qwen3_moe", lambda _: answer_rows(), ANSWERS),
     "vit": Family("vit", image_rows, IMAGES, {"initializer_range": 0.02}, save_images),
     "embedding": Family("bert", lambda _: label_rows(), {"method": RATE, "task": "embedding"}, NO_DROPOUT),
 }

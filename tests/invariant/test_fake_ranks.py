@@ -17,6 +17,11 @@ SIZE = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "i
 LLAMA = Cell("llama", SIZE | {"num_key_value_heads": 2, "vocab_size": 4000}, rows=2, length=128)
 TIED = Cell("qwen2", LLAMA.config | {"num_hidden_layers": 4, "tie_word_embeddings": True}, ranks=8, rows=4, length=256)
 BERT = Cell("bert", SIZE | {"num_hidden_layers": 4, "intermediate_size": 1024, "vocab_size": 8000}, ranks=8, rows=4)
+EXPERTS = Cell(
+    "qwen3_moe",
+    LLAMA.config | {"head_dim": 64, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 352},
+    **{"ranks": 8, "rows": 4, "length": 256, "weights_dtype": "bf16"},
+)
 T5_SIZE = {
     "d_model": 256,
     "num_layers": 3,
@@ -44,6 +49,10 @@ LONG = {
     "tied, whole logits": replace(TIED, chunked=False),
     "several micro batches": replace(TIED, accumulation=2, precision="fp32"),
     "bert, recomputed": replace(BERT, task="text-classification", ranks=64, recomputed=True, precision="fp32"),
+    # In bf16: torch's shape function of the experts' products takes nothing else.
+    "experts": replace(EXPERTS, ranks=1),
+    "experts, 8": EXPERTS,
+    "experts, recomputed": replace(EXPERTS, recomputed=True),
     "t5": Cell("t5", T5_SIZE, task="seq2seq", ranks=8, rows=4, length=128),
 }
 

@@ -17,7 +17,7 @@ from fulltune.footprint import formulas as traced_whole
 from fulltune.footprint.allocations import TraceCase
 from fulltune.footprint.records import Footprint, LiveMemory
 from fulltune.footprint.trace import trace_or_estimate
-from fulltune.models import dropout
+from fulltune.models import dropout, experts
 from fulltune.models.base import Base
 from fulltune.models.encoders import model_class
 from fulltune.recipe.model import ModelBlock
@@ -114,7 +114,10 @@ def test_further_layers_add_what_the_third_added() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "task"),
-    [("llama", "causal-lm"), ("gpt2", "causal-lm"), ("bert", "text-classification"), ("bert", "text-pairs")],
+    [
+        *(("llama", "causal-lm"), ("qwen3_moe", "causal-lm"), ("gpt2", "causal-lm")),
+        *(("bert", "text-classification"), ("bert", "text-pairs")),
+    ],
 )
 def test_what_the_forward_pass_keeps_is_what_a_real_one_saves(kind: str, task: str) -> None:
     config = config_of(kind, task)
@@ -139,13 +142,17 @@ def _saved_bytes(case: TraceCase) -> int:
         return tensor
 
     head = tracing._selective_head(case.task, model)
+    experts.watch(model)
+    router_loss = experts.find_router_loss(model)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         if head is None:
             loss = case.task.loss(model(**batch).logits, labels, case.target)
         else:
-            with head.computing_only(labels):
+            with head.computing_only(labels), experts.recording() as routing:
                 logits = model(**batch).logits
             loss = case.task.loss(logits, labels, case.target)
+            if router_loss:
+                loss = loss + router_loss(routing, batch["attention_mask"])
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     assert loss.requires_grad
     return sum(size for pointer, size in saved.items() if pointer not in weights)

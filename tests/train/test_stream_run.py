@@ -45,6 +45,8 @@ def case(folder: Path, family: str) -> tuple[Path, Sequence[Mapping[str, Any]], 
             return tiny.save_model(folder, "bert", **NO_DROPOUT), tiny.topic_rows(), RANDOM_HEAD
         case "decoder":
             return decoder(folder, tie_word_embeddings=False)
+        case "experts":
+            return tiny.save_model(folder, "qwen3_moe"), tiny.chat_rows(), {"task": "causal-lm"}
         case "tied decoder":
             return decoder(folder, tie_word_embeddings=True)
         case "images":
@@ -96,8 +98,8 @@ def train(
 @pytest.mark.parametrize(
     ("family", "clipping"),
     others_long(
-        itertools.product(["encoder-decoder", "encoder", "decoder", "tied decoder"], [0.0, 0.5]),
-        *(("encoder-decoder", 0.5), ("tied decoder", 0.0)),
+        itertools.product(["encoder-decoder", "encoder", "decoder", "tied decoder", "experts"], [0.0, 0.5]),
+        *(("encoder-decoder", 0.5), ("tied decoder", 0.0), ("experts", 0.5)),
     ),
 )
 def test_losses_and_weights_are_those_of_a_run_in_memory(tmp_path: Path, family: str, clipping: float) -> None:

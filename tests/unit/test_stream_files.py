@@ -161,17 +161,16 @@ def test_refusals_say_what_to_do(tmp_path: Path) -> None:
     assert "quantized weights and GGUF files cannot be read in parts" in refusal()
 
 
-def test_weights_that_transformers_converts_are_refused(tmp_path: Path) -> None:
+def test_experts_are_read_from_either_format(tmp_path: Path) -> None:
     experts = transformers.MixtralConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
         num_local_experts=2, vocab_size=64,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(experts)
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(SetupError, match=r"cannot be streamed.*save_pretrained\(folder, save_original_format=False\)"):
-        skeleton(base_of(tmp_path / "model"), {}, head_is_new=False)
-    model.save_pretrained(tmp_path / "advised", save_original_format=False)
-    assert_same(*both(base_of(tmp_path / "advised"), {}, False))
+    assert_same(*both(base_of(tmp_path / "model"), {}, False))
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    assert_same(*both(base_of(tmp_path / "fused"), {}, False))
 
 
 def test_random_weights_depend_on_the_seed_and_the_unit_only(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from fulltune.footprint.records import KINDS
 from fulltune.inference.run import autocast, extract_logits
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.models.encoders import model_class
+from fulltune.models.experts import expert_modules
 from fulltune.models.load import torch_dtype
 from fulltune.models.pixels import PIXELS
 from fulltune.tasks import Target, Task, seq2seq
@@ -230,6 +231,10 @@ class AllocationLog(TorchDispatchMode):
             args = (args[0], _replace_boolean_masks(args[1], self.num_targets), *args[2:])
         if func is _aten.nonzero.default:
             out = args[0].new_empty((self.num_targets, args[0].dim()), dtype=torch.int64)
+        elif func is _aten._grouped_mm.default:  # torch 2.13's own shape function takes only bf16
+            of_weight = args[2].shape if args[1].dim() == 2 else ()  # a gradient has a matrix per expert
+            out = args[0].new_empty((*of_weight, len(args[0]), args[1].shape[-1]))
+            self.flops += 2.0 * args[0].numel() * args[1].shape[-1]
         elif func is _aten.rand.default and not args[0]:
             out = torch.tensor(1.0)  # LayerDrop, the only random draw whose value is read: keep the layer
         else:
@@ -380,8 +385,12 @@ def _trace_micro_batch(
     loss = case.task.loss(logits, labels, case.target)
     del logits
     if training:
+        # The router loss keeps two probabilities per token and expert.
+        experts = sum(len(next(module.parameters())) for module in expert_modules(model))
+        of_router = [labels.new_empty((labels.numel(), 2 * experts), dtype=torch.float32)] if experts else []
         log.place = "backward head"
         loss.backward()
+        of_router.clear()
         log.label_gradients(list(model.parameters()))
 
 

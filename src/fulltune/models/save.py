@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from fulltune.files import write_json
+from fulltune.models import sharding
 
 FILE_BYTES = 2**28
 
@@ -41,23 +43,42 @@ def write_safetensors(
         write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)
 
 
-def names_by_key(model: PreTrainedModel) -> dict[str, str]:
-    """Return the name of each saved tensor by its key in files, as `save_pretrained` chooses it."""
-    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors_to_save(model).items()}
-    names = {id(tensor): name for name, tensor in shapes.items()}
-    keys = {key: names.get(id(tensor), "") for key, tensor in revert_weight_conversion(model, shapes).items()}
-    # If it would compute tensors from several ones, all keep their names, which transformers reads too.
-    return keys if all(keys.values()) else {name: name for name in shapes}
-
-
 @torch.no_grad()
-def save_in_parts(model: PreTrainedModel, folder: Path, read: Callable[[str], torch.Tensor]) -> None:
-    """Save a model with the parameters' values that `read` returns by name, one file's tensors at a time."""
-    parameters, tensors, names = dict(model.named_parameters()), tensors_to_save(model), names_by_key(model)
-    model.save_pretrained(folder, state_dict={})  # config and generation config
-    shapes = {key: torch.empty_like(tensors[name], device="meta") for key, name in names.items()}
+def save_in_parts(
+    model: PreTrainedModel,
+    folder: Path,
+    read: Callable[[str], torch.Tensor],
+    *,
+    original_format: bool = True,
+    is_writer: bool = True,
+    in_fp32: bool = False,
+) -> None:
+    """Save a model with the parameters' values that `read` returns by name, one file's tensors at a time. All ranks
+    must call this if `read` gathers; `in_fp32` is True if it converts to fp32."""
+    sharding.free_gathered_weights(model)
+    parameters, tensors = dict(model.named_parameters()), tensors_to_save(model)
+    if is_writer:
+        model.save_pretrained(folder, state_dict={})  # config and generation config
+    shapes = {
+        name: torch.empty(
+            getattr(tensor, "ds_shape", tensor.shape),
+            dtype=torch.float32 if in_fp32 and tensor.is_floating_point() else tensor.dtype,
+            device="meta",
+        )
+        for name, tensor in tensors.items()
+    }
+    converted = {name: revert_weight_conversion(model, {name: one}) for name, one in shapes.items()}
+    names = {key: name for name in converted for key in converted[name]}
+    # If it would compute tensors from several ones, all keep their names, which transformers reads too.
+    is_apart = original_format and sum(map(len, converted.values())) == len(names)
+    is_apart = is_apart and names.keys() == revert_weight_conversion(model, shapes).keys()
+    if not is_apart:
+        converted, names = {name: {name: one} for name, one in shapes.items()}, {name: name for name in shapes}
 
-    def values(key: str) -> torch.Tensor:
-        return read(names[key]) if names[key] in parameters else tensors[names[key]]
+    @lru_cache(1)  # what becomes of one tensor, such as a layer's experts, is written together
+    def parts(name: str) -> Mapping[str, torch.Tensor]:
+        values = {name: read(name) if name in parameters else tensors[name]}
+        return revert_weight_conversion(model, values) if is_apart else values
 
-    write_safetensors(folder, shapes, values, FILE_BYTES)
+    keyed = {key: one for by_key in converted.values() for key, one in by_key.items()}
+    write_safetensors(folder, keyed, lambda key: parts(names[key])[key], FILE_BYTES, is_writer)

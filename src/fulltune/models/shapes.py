@@ -10,6 +10,7 @@ from fulltune.errors import SetupError
 from fulltune.models import sharding
 from fulltune.models.base import Base, load_with_advice
 from fulltune.models.encoders import is_decoder, reads_texts_apart
+from fulltune.models.experts import expert_modules, routers
 from fulltune.models.load import predict_head_origin
 from fulltune.models.sharding import Units
 from fulltune.recipe.fields import Recipe
@@ -147,13 +148,26 @@ def check_model(recipe: Recipe, base: Base) -> None:
             f"model: {base.block.name}: the folder contains only trained parameters; merge them (LoRA, head) into the "
             f"pretrained model with 'fulltune export {base.path} --to hf -o MERGED', and set model: MERGED"
         )
-    problem = why_unfit_for_task(base.config, FACTS[recipe.task])
-    experts = [getattr(base.config.get_text_config(), name, None) for name in ("num_local_experts", "num_experts")]
-    if problem is None and any(isinstance(count, int) and count > 1 for count in experts):
-        # transformers 5.24 saves experts under other names than it trains them: a resumed run would lose them.
-        problem = "mixtures of experts are not supported yet"
+    problem = why_unfit_for_task(base.config, FACTS[recipe.task]) or _why_experts_do_not_train(recipe, base)
     if problem is not None:
         raise SetupError(f"model: {recipe.model.name}: {problem}")
+
+
+def _why_experts_do_not_train(recipe: Recipe, base: Base) -> str | None:
+    """Return the reason why a mixture of experts cannot be trained, or None if it can or the model is none."""
+    import torch
+
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    if all(getattr(base.config.get_text_config(), name, None) in (None, 0, 1) for name in names):
+        return None
+    with torch.device("meta"):
+        model = load_with_advice(base.block, "model", lambda: base.auto_model_class.from_config(base.copy_config({})))
+    if expert_modules(model):
+        by = recipe.train.zero_enabled_by
+        return (
+            f"{by}: DeepSpeed has not been tried with mixtures of experts; set train.placement: fsdp2" if by else None
+        )
+    return f"{type(model).__name__} has no tensors that hold all experts of a layer" if routers(model) else None
 
 
 def why_unfit_for_task(config: PretrainedConfig, facts: TaskFacts) -> str | None:

@@ -87,6 +87,7 @@ class StepLogged(Event):
     total_steps: int = 0
     epoch: float = 0.0
     loss: float | None = None
+    router_loss: float | None = None
     grad_norm: float | None = None
     learning_rate: float | None = None
     tokens_per_second: float = 0.0

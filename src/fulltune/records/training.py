@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from fulltune.records.base import Record
 from fulltune.records.plan import Phase, TimeNeed
+from fulltune.text import first_few
 
 OutcomeStatus = Literal[
     "done",
@@ -57,6 +59,19 @@ class ParameterChanges(Record):
         return self.num_values_changed / max(1, self.num_values_with_gradient)
 
 
+def expert_shares(tokens: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Return each expert's share (0 to 1) of its layer's `tokens[layer][expert]`, by name."""
+    layers = [(number, of, max(1, sum(of))) for number, of in enumerate(tokens)]
+    return {f"{one} of layer {layer}": count / total for layer, of, total in layers for one, count in enumerate(of)}
+
+
+def describe_unreached(shares: Mapping[str, float]) -> str:
+    """Say which experts have no token, or return an empty string if all have some."""
+    names = [name for name, share in shares.items() if not share]
+    none = f"{len(names):,} of {len(shares):,} experts ({first_few(names)}) received no token"
+    return f"{none}: only weight decay changed them" if names else ""
+
+
 class LostMachine(Record):
     """A machine that failed before it could report how its attempt ended."""
 
@@ -82,6 +97,8 @@ class Outcome(Record):
     tokens_by_source: tuple[int, ...] = ()
     """Number of training tokens by source (task or mixed-in), or empty without mixed-in sources."""
     parameter_changes: ParameterChanges | None = None
+    expert_tokens: tuple[tuple[int, ...], ...] = ()
+    """Tokens that trained each expert, by layer; empty without a mixture of experts."""
     checks: tuple[Check, ...] = ()
     train_seconds: float = 0.0
     tokens_per_second: float = 0.0

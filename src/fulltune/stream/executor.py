@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fulltune.errors import SetupError
+from fulltune.models.experts import expert_modules, with_routing
 from fulltune.stream.randomness import derived_random_state, random_state, set_random_state
 from fulltune.stream.threads import single_core_threads
 from fulltune.stream.units import Unit, placeholder
@@ -430,4 +431,5 @@ def install(model: nn.Module, executor: Executor) -> None:
     for number, unit in enumerate(executor.units):
         module = model.get_submodule(unit.path)
         call = partial(executor.call, number)
-        vars(module).update(forward=partial(call, module.forward), call_with_weights=call)
+        forward = with_routing(module.forward, call) if expert_modules(module) else partial(call, module.forward)
+        vars(module).update(forward=forward, call_with_weights=call)

@@ -1,18 +1,20 @@
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
@@ -43,30 +45,54 @@ class StoredTensor:
         return values
 
 
-def files_digest(tensors: Mapping[str, StoredTensor]) -> str:
+@dataclass(frozen=True)
+class JoinedTensor:
+    """A tensor that transformers computes from several ones of the files, such as all experts of a layer."""
+
+    name: str
+    shape: tuple[int, ...]
+    converter: WeightConverter
+    model: PreTrainedModel
+    parts: dict[str, tuple[str, StoredTensor]] = field(default_factory=dict)
+    """What matched a key in the files, and its tensor, by key in transformers' order."""
+
+    def read(self) -> torch.Tensor:
+        converter = copy.deepcopy(self.converter)
+        for key, (pattern, part) in self.parts.items():
+            converter.add_tensor(self.name, key, pattern, part.read())  # type: ignore[arg-type]  # no future is needed
+        [values] = converter.convert(self.name, model=self.model, config=self.model.config).values()
+        return values[0] if isinstance(values, list) else values
+
+
+def files_digest(tensors: Mapping[str, StoredTensor | JoinedTensor]) -> str:
     """Return a hash of tensors' names, types and shapes, and of each tensor's first values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        first = replace(tensor, shape=(min(_DIGEST_VALUES, math.prod(tensor.shape)),)).read()
-        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + first.view(torch.uint8).numpy().tobytes())
+        for part in [tensor] if isinstance(tensor, StoredTensor) else (part for _, part in tensor.parts.values()):
+            first = replace(part, shape=(min(_DIGEST_VALUES, math.prod(part.shape)),)).read()
+            digest.update(f"{name} {part.dtype} {part.shape}".encode() + first.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def tensors_in_files(base: Base, empty: PreTrainedModel) -> dict[str, StoredTensor]:
+def tensors_in_files(base: Base, empty: PreTrainedModel) -> dict[str, StoredTensor | JoinedTensor]:
     """Find a model's parameters and buffers in its safetensors by their names in `empty`, the model on the meta device,
     or raise `SetupError` if they cannot be read one by one."""
     conversions, expected = get_model_conversion_mapping(empty), empty.state_dict()
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    tensors = dict[str, StoredTensor]()
-    for key, tensor in read_headers(base).items():
-        name, converter = rename_source_key(key, renamings, converters, empty.base_model_prefix, expected)
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    tensors = dict[str, StoredTensor | JoinedTensor]()
+    for key, tensor in sorted(read_headers(base).items(), key=lambda item: dot_natural_key(item[0])):
+        name, pattern = rename_source_key(key, renamings, converters, empty.base_model_prefix, expected)
         if name not in expected and key in expected:
-            name, converter = key, None
-        if name in expected and converter is not None:
-            advice = "save the model once with save_pretrained(folder, save_original_format=False)"
-            raise _refused(base, f"transformers computes {name} from several tensors of the files; {advice}")
-        if name in expected:
+            name, pattern = key, None
+        if name in expected and pattern is not None:
+            if len(by_pattern[pattern].target_patterns) > 1:
+                advice = "save the model once with save_pretrained(folder, save_original_format=False)"
+                raise _refused(base, f"transformers computes several tensors from {key}; {advice}")
+            joined = JoinedTensor(name, tuple(expected[name].shape), by_pattern[pattern], empty)
+            cast("JoinedTensor", tensors.setdefault(name, joined)).parts[key] = pattern, tensor
+        elif name in expected:
             tensors[name] = tensor
     # What transformers keeps for saving.
     vars(empty)["_weight_conversions"] = [entry for entry in conversions if entry.was_used()]

@@ -15,7 +15,7 @@ from fulltune.models.base import Base
 from fulltune.models.load import HeadOrigin, find_label_axes, load_model, torch_dtype
 from fulltune.models.shapes import measure_shapes
 from fulltune.stream.executor import Executor, install
-from fulltune.stream.files import ReadAhead, StoredTensor, tensors_in_files
+from fulltune.stream.files import JoinedTensor, ReadAhead, StoredTensor, tensors_in_files
 from fulltune.stream.units import find_units, placeholder, use_placeholders
 from fulltune.system.hardware import total_and_free_memory
 from fulltune.system.memory import status_bytes
@@ -31,7 +31,7 @@ class Skeleton:
     """A model whose parameters are placeholders, and where their values are."""
 
     model: PreTrainedModel
-    stored: Mapping[str, StoredTensor]
+    stored: Mapping[str, StoredTensor | JoinedTensor]
     """By parameter; empty for random weights."""
     new: Mapping[str, torch.Tensor]
     """Values of parameters that the files lack, or have for labels in another order."""
@@ -58,7 +58,7 @@ def skeleton(
     `model.random_weights`, no file is read and no head is new."""
     if base.new_tokens:
         raise SetupError(f"model.new_tokens: {base.block.name} cannot be streamed with new tokens; save it with them")
-    stored = dict[str, StoredTensor]()
+    stored = dict[str, StoredTensor | JoinedTensor]()
     reorders = head_is_new and "id2label" in config_changes
 
     def from_placeholders(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from fulltune.errors import SetupError
-from fulltune.models import sharding
+from fulltune.models import save, sharding
 from fulltune.train.optim import fsdp2
 from tests import tiny
 
@@ -155,17 +155,19 @@ def test_other_models_tensors_are_refused(tmp_path: Path) -> None:
         fsdp2.load_weights(made(n_positions=64), tmp_path)
 
 
+def write_gathered(model: Any, folder: Path) -> None:
+    parameters = dict(model.named_parameters())
+    save.save_in_parts(model, folder, lambda name: sharding.full_tensor(parameters[name]))
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
 def test_put_together_model_has_tied_tensors_once(kind: str, tmp_path: Path) -> None:
     with process_group(tmp_path):
         model = made(kind)
-        found = fsdp2.gathered_state_dict(share_out(model) if kind == "gpt2" else model, sharding.full_tensor)
-    expected = made(kind).state_dict()
-    assert_equal(found, dict(expected))
-    assert len({one.data_ptr() for one in found.values()}) == len({one.data_ptr() for one in expected.values()})
-    model.save_pretrained(tmp_path / "model", state_dict=found)
+        write_gathered(share_out(model) if kind == "gpt2" else model, tmp_path / "model")
     made(kind).save_pretrained(tmp_path / "plain")
     assert names_in(tmp_path / "model") == names_in(tmp_path / "plain")
+    assert_equal(*(load_file(tmp_path / folder / "model.safetensors") for folder in ("model", "plain")))
 
 
 @pytest.mark.parametrize("most_bytes", [2**30, 40_000])
@@ -176,9 +178,8 @@ def test_shared_out_model_is_written_file_by_file(
     with process_group(tmp_path):
         model = share_out(made())
         expected = weights_of(model)
-        model.config.save_pretrained(tmp_path)
-        monkeypatch.setattr(fsdp2, "FILE_BYTES", most_bytes)
-        fsdp2.write_gathered(model, tmp_path, sharding.full_tensor, in_fp32=False)
+        monkeypatch.setattr(save, "FILE_BYTES", most_bytes)
+        write_gathered(model, tmp_path)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert (len(files) > 1) == (tmp_path / "model.safetensors.index.json").exists() == (most_bytes == 40_000)
     assert names_in(tmp_path) == sorted(expected)

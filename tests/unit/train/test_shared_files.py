@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from fulltune.models.save import FILE_BYTES
+from fulltune.models.save import FILE_BYTES, write_safetensors
 from fulltune.plan import fsdp2 as planned
 from fulltune.train.optim import fsdp2
 
 
 @pytest.mark.parametrize(("most_bytes", "files"), [(130, 2), (10, 4), (2**28, 1)])
-def test_whole_tensors_are_read_as_parts_are(
-    most_bytes: int, files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fsdp2, "is_first", lambda: True)
-    monkeypatch.setattr(fsdp2, "FILE_BYTES", most_bytes)
+def test_whole_tensors_are_read_as_parts_are(most_bytes: int, files: int, tmp_path: Path) -> None:
     tensors = {f"weights.{name}": torch.randn(3, 5) for name in "ab"}
     tensors |= {"weights.transposed": torch.randn(4, 6).T, "optimizer.a.step": torch.tensor([7.0])}
     folder = tmp_path / fsdp2.FOLDER
     folder.mkdir()
 
-    monkeypatch.setattr(fsdp2, "tensors_to_save", lambda model: tensors)
-    fsdp2.write_gathered(cast("Any", torch.nn.Linear(1, 1)), folder, lambda tensor: tensor, in_fp32=False)
+    write_safetensors(folder, tensors, lambda name: tensors[name], most_bytes)
 
     written = list(folder.glob("*.safetensors"))
     assert len(written) == files

@@ -6,7 +6,7 @@ from typing import Any
 from fulltune.records.events import PhaseBegan
 from fulltune.records.forgetting import OF_GENERIC_TEXT
 from fulltune.records.plan import Plan
-from fulltune.records.training import Check, Outcome
+from fulltune.records.training import Check, Outcome, describe_unreached, expert_shares
 from fulltune.report.format import words
 from fulltune.report.format.blocks import (
     Bullets,
@@ -158,7 +158,16 @@ def training_facts(view: RunView, outcome: Outcome) -> list[NameAndValue]:
     if changes:
         values = f"{changes.num_values_changed:,} of {changes.num_values_with_gradient:,} that received a gradient"
         facts.append(("parameter values changed", f"{format_share(changes.share)} ({values})"))
+    if outcome.expert_tokens:
+        facts.append(("tokens of each expert", _describe_experts(outcome.expert_tokens)))
     return facts
+
+
+def _describe_experts(tokens: Sequence[Sequence[int]]) -> str:
+    shares = expert_shares(tokens)
+    least, *_, most = (f"{format_share(shares[name])} ({name})" for name in sorted(shares, key=shares.__getitem__))
+    even = f"{least} to {most} of their layer's, an even share is {format_share(1 / len(tokens[0]))}"
+    return "; ".join(filter(None, (even, describe_unreached(shares))))
 
 
 def _build_outcome_blocks(view: RunView, outcome: Outcome) -> list[Element]:

@@ -32,7 +32,8 @@ from fulltune.system.memory import is_out_of_memory
 from fulltune.tasks import causal_lm
 from fulltune.tasks.padding import IGNORED, pad_right
 from fulltune.train.loop.inputs import AttemptInputs
-from fulltune.train.loop.trainer import FullTrainer, TrainingPart
+from fulltune.train.loop.parts import TrainingPart
+from fulltune.train.loop.trainer import FullTrainer
 
 TOP_TOKENS = 64
 """Number of most likely next tokens whose probability is stored."""

@@ -90,6 +90,7 @@ class Progress(TrainerCallback):
                 total_steps=args.max_steps,
                 epoch=round(state.epoch or 0.0, 4),
                 loss=logs["loss"],
+                router_loss=logs.get("router_loss"),
                 grad_norm=logs.get("grad_norm"),
                 learning_rate=logs.get("learning_rate"),
                 tokens_per_second=speed,

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Trainer
 
 from fulltune.errors import SetupError
-from fulltune.models.save import names_by_key, save_in_parts
+from fulltune.models.save import save_in_parts
 from fulltune.records.events import RowsRead
 from fulltune.stream.layout import WEIGHTS
 from fulltune.stream.randomness import random_state, set_random_state
@@ -151,7 +151,7 @@ class StreamedTrainer(FullTrainer, StepwiseTrainer):
         folder = Path(str(output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         if self._keeps_best and self.state.best_global_step == self.state.global_step:
-            save_in_parts(self.model, folder, self.streamed.weights)
+            save_in_parts(self.model, folder, self.streamed.weights, original_format=False)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         step, state = number_in(Path(resume_from_checkpoint)), self.streamed.state
@@ -164,10 +164,9 @@ class StreamedTrainer(FullTrainer, StepwiseTrainer):
 
     def load_weights(self, checkpoint: Path) -> None:
         """Replace the weights in the state by a checkpoint's."""
-        names = names_by_key(self.model)
         for file in sorted(checkpoint.glob("*.safetensors")):
             with safe_open(file, "pt") as tensors:
-                keys = {names[key]: key for key in list(tensors.keys())}
+                names = set(tensors.keys())
                 for number, unit in enumerate(self.streamed.units):
-                    if own := {name: {WEIGHTS: tensors.get_tensor(keys[name])} for name in unit.names if name in keys}:
+                    if own := {name: {WEIGHTS: tensors.get_tensor(name)} for name in unit.names if name in names}:
                         self.streamed.state.write(number, own)

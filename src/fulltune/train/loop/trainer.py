@@ -18,6 +18,7 @@ from transformers.trainer import SCHEDULER_NAME
 
 from fulltune.inference.selective_head import SelectiveHead
 from fulltune.models import sharding
+from fulltune.models.experts import recording
 from fulltune.records.events import StepSkipped
 from fulltune.tasks import Row
 from fulltune.tasks.padding import LENGTHS, TRAINED, trained_positions
@@ -26,6 +27,7 @@ from fulltune.train import checkpoints
 from fulltune.train.loop.contrastive import ContrastiveLoss
 from fulltune.train.loop.guarded_step import Guarded
 from fulltune.train.loop.inputs import AttemptInputs
+from fulltune.train.loop.parts import ExpertLoad, TrainingPart
 from fulltune.train.loop.sampler import GlobalBatchSampler, MixedSource
 from fulltune.train.loop.step_guard import StepHistory, StepVerdict, learning_rate_factor
 from fulltune.train.optim import fsdp2, optimizers
@@ -58,28 +60,6 @@ def collate_with_counts(
     return batch
 
 
-class TrainingPart(TrainerCallback):
-    """A Trainer callback with five additional hooks."""
-
-    def add_gradient(self) -> None:
-        """Add gradients before a step's first micro batch."""
-
-    def scores(self) -> Mapping[str, float]:
-        """Return the metrics of an evaluation, without the `eval_` prefix."""
-        return {}
-
-    def chosen_step(self) -> tuple[int, float] | None:
-        """Return the step whose weights to keep and its metric, or None if this part does not choose."""
-        return None
-
-    def state(self) -> Mapping[str, Any]:
-        """Return values and arrays for the checkpoint, under names that no other part uses."""
-        return {}
-
-    def resume(self, state: Mapping[str, Any]) -> None:
-        """Restore this part from `state`, a checkpoint's values of all parts."""
-
-
 class FullTrainer(Guarded, Trainer):
     """The `transformers.Trainer` of a run."""
 
@@ -87,6 +67,7 @@ class FullTrainer(Guarded, Trainer):
     """Selective head, or None if the model computes all logits."""
     contrast: ContrastiveLoss | None = None
     parts: Sequence[TrainingPart] = ()
+    experts: ExpertLoad | None = None
 
     def __init__(
         self,
@@ -221,12 +202,21 @@ class FullTrainer(Guarded, Trainer):
         """Compute the loss; with a selective head, only from trained tokens' logits."""
         inputs = dict(inputs)
         labels, trained, _ = inputs["labels"], inputs.pop(TRAINED, None), inputs.pop(LENGTHS, None)
+        items = inputs.pop(ITEMS, 1)
         if self.head is not None and trained is not None:
             inputs["labels"] = self.head.target_ids(labels).flatten().index_select(0, trained)
         if self.contrast is not None:
             self.contrast.restore_random_state()
-        with self.computing_needed_logits(labels, trained):
-            return super().compute_loss(model, inputs, *rest, **keywords)
+        with self.computing_needed_logits(labels, trained), recording() as routing:
+            loss = super().compute_loss(model, inputs, *rest, **keywords)
+        if self.experts is not None:
+            share = items / keywords.get("num_items_in_batch", 1)
+            loss = loss + self.experts.after_pass(routing, inputs.get("attention_mask"), share)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the router loss apart from the loss."""
+        super().log(logs | (self.experts.logged() if self.experts is not None and "loss" in logs else {}), start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         # This is not logged, and the Trainer would walk through all modules at each micro batch.
@@ -261,8 +251,8 @@ class FullTrainer(Guarded, Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
         # The Trainer counts every label that is not -100: each label of a row for multi_label, and no number -100.0 for
         # regression. Filled on the device: copying would make the host wait.
-        self._micro_batches = batch_samples
-        count = torch.full((), sum(batch.pop(ITEMS) for batch in batch_samples), dtype=torch.int64, device=device)
+        self._micro_batches = [{name: one for name, one in batch.items() if name != ITEMS} for batch in batch_samples]
+        count = torch.full((), sum(batch[ITEMS] for batch in batch_samples), dtype=torch.int64, device=device)
         return self.accelerator.reduce(count, reduction="sum") if self.args.world_size > 1 else count
 
     def load_weights(self, checkpoint: Path) -> None:
@@ -317,12 +307,14 @@ class FullTrainer(Guarded, Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the processor and the weights (for LoRA and similar methods, only the trained ones)."""
-        if not self.trained_only:
-            super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir or ".")
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir or ".")
+        if self.trained_only:
             checkpoints.save_trained_weights(self.model, folder)
-            cast("Any", self.processing_class).save_pretrained(folder)
+        else:  # under the names that are trained: in the original format experts have others
+            self.model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+        cast("Any", self.processing_class).save_pretrained(folder)
 
     def evaluate(self, *_: object, **__: object) -> dict[str, float]:
         """Score the eval rows without changing the random state; return metrics prefixed with `eval_`."""

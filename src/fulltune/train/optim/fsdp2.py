@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,14 +11,13 @@ from transformers import PreTrainedModel
 from fulltune import methods
 from fulltune.errors import SetupError
 from fulltune.models import sharding
-from fulltune.models.save import FILE_BYTES, tensors_to_save, write_safetensors
+from fulltune.models.save import tensors_to_save
 from fulltune.train.optim.optimizers import AdamW, to_torch_state
 
 FOLDER = "shared"
 MIN_FILE_BYTES, MAX_FILES = 2**24, 64
 WEIGHTS = "weights."
 OPTIMIZER = "optimizer."
-Gather = Callable[[torch.Tensor], torch.Tensor]
 
 
 def is_sharded_checkpoint(checkpoint: Path) -> bool:
@@ -78,44 +77,6 @@ def tensor_types(checkpoint: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     metadata = HuggingFaceStorageReader(str(checkpoint / FOLDER)).read_metadata().state_dict_metadata
     tensors = {name: entry for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
     return {name: (entry.size, entry.properties.dtype) for name, entry in tensors.items()}
-
-
-@torch.no_grad()
-def write_gathered(model: PreTrainedModel, folder: Path, gather: Gather, in_fp32: bool) -> None:
-    """Write a sharded model as plain safetensors, gathering one file's tensors at a time; all ranks must call this.
-
-    `in_fp32` is True if `gather` converts to fp32."""
-    sharding.free_gathered_weights(model)
-    tensors = tensors_to_save(model)
-    shapes = {
-        name: torch.empty(
-            getattr(tensor, "ds_shape", tensor.shape),
-            dtype=torch.float32 if in_fp32 and tensor.is_floating_point() else tensor.dtype,
-            device="meta",
-        )
-        for name, tensor in tensors.items()
-    }
-    write_safetensors(folder, shapes, lambda name: gather(tensors[name]), FILE_BYTES, is_first())
-
-
-def is_first() -> bool:
-    return torch.distributed.get_rank() == 0
-
-
-def gathered_state_dict(model: PreTrainedModel, gather: Gather) -> dict[str, torch.Tensor]:
-    """Gather a sharded model's state dict on rank 0's CPU; tied weights share a tensor. Other ranks return {}."""
-    sharding.free_gathered_weights(model)
-    state: dict[str, torch.Tensor] = {}
-    first_name: dict[int, str] = {}
-    for name, values in model.state_dict(keep_vars=True).items():
-        if (tied := first_name.setdefault(id(values), name)) != name:
-            state |= {name: state[tied]} if is_first() else {}
-            continue
-        with torch.no_grad():
-            gathered = gather(values)
-        if is_first():
-            state[name] = gathered.detach().cpu()
-    return state
 
 
 def _weights_by_key(model: PreTrainedModel, trained_only: bool) -> dict[str, torch.Tensor]:

@@ -25,7 +25,8 @@ from fulltune.tasks import Target
 from fulltune.tasks.padding import object_array
 from fulltune.text import counted, format_metric
 from fulltune.train.loop.inputs import AttemptInputs
-from fulltune.train.loop.trainer import FullTrainer, TrainingPart
+from fulltune.train.loop.parts import TrainingPart
+from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.worker import distributed, weights
 
 SHOWN = 5

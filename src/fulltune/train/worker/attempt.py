@@ -9,6 +9,7 @@ from transformers import TrainerState
 
 from fulltune import methods
 from fulltune.errors import GuardStop, InterruptedRun, SetupError
+from fulltune.models.experts import expert_modules
 from fulltune.records.events import Forecast
 from fulltune.records.training import Check
 from fulltune.train import checkpoints
@@ -17,6 +18,7 @@ from fulltune.train.forgetting.within_budget import keep_within_budget
 from fulltune.train.journal import CHECKS, SCORING
 from fulltune.train.loop.callbacks import Checkpoints, Progress, UpdateMeter
 from fulltune.train.loop.inputs import AttemptInputs
+from fulltune.train.loop.parts import ExpertLoad
 from fulltune.train.loop.step_guard import judge_parameter_changes, short_notice_warning
 from fulltune.train.loop.trackers import close_trackers, guard_trackers
 from fulltune.train.loop.trainer import FullTrainer
@@ -60,6 +62,7 @@ def train_attempt(inputs: AttemptInputs) -> Fields:
         checks=[],
     )
     guard_trackers(trainer, inputs.warn)
+    trainer.experts = ExpertLoad(inputs, trainer) if expert_modules(trainer.model) else None
     trainer.add_parts(
         [
             Progress(
@@ -75,6 +78,7 @@ def train_attempt(inputs: AttemptInputs) -> Fields:
             *([] if training.answers is None else [training.answers]),
             training.monitor,
             *create_replay(inputs, training.monitor),
+            *([] if trainer.experts is None else [trainer.experts]),
             training.checkpoints,
             inputs.stop,
         ]
@@ -164,6 +168,7 @@ def _train_and_save(training: Training) -> Fields:
         **best,
         "tokens_by_source": trainer.sampler.tokens_by_source(state.global_step) if inputs.summary.mixed else (),
         "parameter_changes": changes,
+        "expert_tokens": trainer.experts.tokens.tolist() if trainer.experts else (),
         "checks": tuple(training.checks),
         "model_folder": str(request.model_folder.relative_to(request.run_folder)),
     }

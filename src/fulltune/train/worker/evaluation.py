@@ -24,7 +24,8 @@ from fulltune.tasks import Predictions, Row, Target
 from fulltune.tasks.labels import class_weights
 from fulltune.train.loop.callbacks import logged
 from fulltune.train.loop.inputs import AttemptInputs
-from fulltune.train.loop.trainer import FullTrainer, TrainingPart
+from fulltune.train.loop.parts import TrainingPart
+from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.worker import distributed
 
 MAX_SAVED_TERMS_PER_ROW = 8

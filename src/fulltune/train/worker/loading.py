@@ -18,7 +18,7 @@ from fulltune import methods, probe
 from fulltune.inference.run import autocast, extract_logits, model_batch, positions_by_length
 from fulltune.inference.store import MIXED, Rows
 from fulltune.methods.head import find_output_layer, head_paths, rescale_outputs, rescaled_parameters
-from fulltune.models import dropout, evaluation_mode, load, sharding
+from fulltune.models import dropout, evaluation_mode, experts, load, sharding
 from fulltune.models.base import Base, with_decoded_images
 from fulltune.models.kernels import apply_liger_kernels, compile_blocks
 from fulltune.models.load import HeadOrigin, initialise_missing, initialise_missing_from_seed, load_model
@@ -228,6 +228,7 @@ def load_for_training(inputs: AttemptInputs) -> LoadedModel:
     applied = apply_method(model, recipe)
     model = applied.model
     install_speedups(model, recipe, plan, summary)
+    experts.watch(model)
     if inputs.is_streamed:
         streamed.open_state(inputs, model, source)
         base_digest = files_digest(source.stored)

@@ -20,6 +20,7 @@ from fulltune import methods
 from fulltune.files import write_json
 from fulltune.methods.folder import copy_permissions_from_config, save_method_folder
 from fulltune.models import sharding
+from fulltune.models.experts import expert_modules
 from fulltune.models.save import save_in_parts
 from fulltune.models.sentence_files import write_sentence_files
 from fulltune.recipe.fields import Recipe
@@ -211,23 +212,20 @@ def save_model(
 
 
 def _save_full(model: PreTrainedModel, folder: Path, is_main: bool) -> None:
-    """Save the model as `save_pretrained` does. Sharded and streamed weights are written file by file, so that no rank
-    holds all of them."""
+    """Save the model as `save_pretrained` does, but sharded and streamed weights file by file: no rank holds all of
+    them."""
     if (streamed := streamed_of(model)) is not None:
         save_in_parts(model, folder, streamed.weights)
         return
-    in_engine = zero.is_in_use(model)
-    gather = zero.gather_tensor if in_engine else sharding.full_tensor
-    is_shared = in_engine or sharding.is_fsdp2_sharded(model)
-    # `save_pretrained` converts tensors that have other names in files.
-    at_once = is_shared and getattr(model, "_weight_conversions", None)
-    state = fsdp2.gathered_state_dict(model, gather) if at_once else {}
+    in_engine, parameters = zero.is_in_use(model), dict(model.named_parameters())
     # With this entry `save_pretrained` would gather the shards itself.
     vars(model.config).pop("distributed_config", None)
-    if is_main:
-        model.save_pretrained(folder, state_dict=state if is_shared else None)
-    if is_shared and not at_once:
-        fsdp2.write_gathered(model, folder, gather, in_fp32=in_engine)
+    # `save_pretrained` would copy all experts at once to save them apart.
+    if in_engine or sharding.is_fsdp2_sharded(model) or expert_modules(model):
+        gather = zero.gather_tensor if in_engine else sharding.full_tensor
+        save_in_parts(model, folder, lambda name: gather(parameters[name]), is_writer=is_main, in_fp32=in_engine)
+    elif is_main:
+        model.save_pretrained(folder)
     if is_main and in_engine:
         # transformers writes the dtype that the engine computes in.
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
