@@ -7,7 +7,6 @@ import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
 
 from fulltune import evaluate, pipeline
 from fulltune.compare.context import Context
@@ -16,6 +15,7 @@ from fulltune.data.prepare import link_cached_rows
 from fulltune.models.shapes import why_unfit_for_task
 from fulltune.pipeline import Run
 from fulltune.plan.settings import with_settings
+from fulltune.recipe.model import PairsReading
 from fulltune.recipe.tasks import FACTS, TEXT_PAIRS
 from fulltune.records.comparison import Trial
 from fulltune.records.data import SOURCES, DataSummary
@@ -27,8 +27,7 @@ FOLDER = "pairs"
 LEAST_TRAIN, LEAST_EVAL = 1_000, 100
 """Minimum numbers of rows for short trainings; with fewer, the probe decides."""
 SHARE = 1 / 3
-_Way = Literal["joint", "apart"]
-_WAYS: tuple[_Way, ...] = ("joint", "apart")  # the first if both are equal
+_WAYS: tuple[PairsReading, ...] = ("joint", "apart")  # the first if both are equal
 
 
 def choose_pairs(job: Run, summary: DataSummary) -> Run:
@@ -76,7 +75,7 @@ def _why_joint(job: Run) -> str | None:
     return None
 
 
-def _context(job: Run, way: _Way) -> Context:
+def _context(job: Run, way: PairsReading) -> Context:
     """Prepare the rows as they are read in one of the ways, in a folder of its own."""
     folder = job.folder / FOLDER / way
     recipe = with_settings(job.recipe.read(way), {"model.pairs": way})
@@ -89,7 +88,7 @@ def _context(job: Run, way: _Way) -> Context:
     return Context(inner, pipeline.prepare(inner), "")
 
 
-def _compare(contexts: Mapping[_Way, Context]) -> PairsChoice:
+def _compare(contexts: Mapping[PairsReading, Context]) -> PairsChoice:
     """Choose by the checkpoint's head, else by short trainings, else by the probe."""
     setups = {way: context.method_setup(context.full.label) for way, context in contexts.items()}
     for way, setup in setups.items():
@@ -102,7 +101,7 @@ def _compare(contexts: Mapping[_Way, Context]) -> PairsChoice:
     if splits["train"].rows < LEAST_TRAIN or splits["eval"].rows < LEAST_EVAL:
         why = f"a linear probe of the pretrained model has a held-out loss of {_both(losses)}"
         return PairsChoice(pairs=best, reason=f"{why}; more rows would be tried in training", losses=losses)
-    plan, metrics = setups[best].plan, dict[_Way, float]()
+    plan, metrics = setups[best].plan, dict[PairsReading, float]()
     for way, context in contexts.items():
         rate, seed = setups[way].plan.learning_rate, setups[way].plan.seed
         trial = Trial(name=way, method=context.full.label, learning_rate=rate, seed=seed, share=SHARE, searches=True)
@@ -114,5 +113,5 @@ def _compare(contexts: Mapping[_Way, Context]) -> PairsChoice:
     return PairsChoice(pairs=best, reason=why, losses=losses, metrics=metrics)
 
 
-def _both(values: Mapping[_Way, float]) -> str:
+def _both(values: Mapping[PairsReading, float]) -> str:
     return f"{values['apart']:.3g} if they are read apart, {values['joint']:.3g} if jointly"

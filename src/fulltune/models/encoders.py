@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -95,8 +95,8 @@ def _class_for(config_class: type[PretrainedConfig], has_head: bool) -> type[Pre
     from transformers import AutoModel
     from transformers.modeling_outputs import SequenceClassifierOutput
 
-    body_class = AutoModel._model_mapping[config_class]
-    base = body_class.__bases__[0]
+    body_class: Any = AutoModel._model_mapping[config_class]
+    base: Any = body_class.__bases__[0]
     options = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(body_class).parameters else {}
 
     class TextEncoder(base):
@@ -106,7 +106,7 @@ def _class_for(config_class: type[PretrainedConfig], has_head: bool) -> type[Pre
             super().__init__(config)
             setattr(self, self.base_model_prefix, body_class(config, **options))
             if has_head:
-                self.classifier = nn.Linear(4 * config.hidden_size, config.num_labels)
+                self.classifier = nn.Linear(4 * config.hidden_size, int(config.num_labels or 1))
             self.post_init()
 
         def forward(
@@ -142,12 +142,17 @@ class _EncoderClass:
     has_head: bool
 
     @classmethod
+    def _of(cls, config: PretrainedConfig) -> type[PreTrainedModel]:
+        return _class_for(type(config), cls.has_head)  # type: ignore[arg-type]  # a class has a hash
+
+    @classmethod
     def from_config(cls, config: PretrainedConfig, *, trust_remote_code: bool = False, **options: object) -> object:
-        return _class_for(type(config), cls.has_head)._from_config(config, **options)
+        return cls._of(config)._from_config(config, **options)
 
     @classmethod
     def from_pretrained(cls, *names: str, config: PretrainedConfig, **options: object) -> object:
-        return _class_for(type(config), cls.has_head).from_pretrained(*names, config=config, **options)
+        load: Callable[..., object] = cls._of(config).from_pretrained
+        return load(*names, config=config, **options)
 
 
 class TextPairs(_EncoderClass):

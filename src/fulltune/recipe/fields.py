@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,7 @@ from fulltune.recipe.model import (
     CompareBlock,
     EvaluateBlock,
     ModelBlock,
+    PairsReading,
     PlainSettings,
     PreserveBlock,
     raise_for_problems,
@@ -117,7 +118,7 @@ class Recipe(Block):
         settings["compare"]["budget"] = None  # more time continues the same comparison
         return settings
 
-    def read(self, pairs: Literal["joint", "apart"]) -> Recipe:
+    def read(self, pairs: PairsReading) -> Recipe:
         """Return the recipe of a run that reads the two texts of a row so."""
         return self.model_copy(update={"task": TEXT_PAIRS if pairs == "apart" else TEXT_CLASSIFICATION})
 

@@ -41,6 +41,9 @@ def raise_for_problems(problems: Mapping[str, object]) -> None:
         raise ValueError("\n".join(texts))
 
 
+PairsReading = Literal["joint", "apart"]
+
+
 class ModelBlock(Block):
     """Settings for loading the pretrained model."""
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, ValidationError
 
 from fulltune.files import read_json_lines
+from fulltune.recipe.model import PairsReading
 from fulltune.records.base import Record
 
 ACCESSES = "test-rows-scored.jsonl"
@@ -34,11 +35,11 @@ class Environment(Record):
 class PairsChoice(Record):
     """How a run reads the two texts of a row if `model.pairs` is `auto`."""
 
-    pairs: Literal["joint", "apart"]
+    pairs: PairsReading
     reason: str
-    losses: dict[str, float] = Field(default_factory=dict)
+    losses: dict[PairsReading, float] = Field(default_factory=dict)
     """Held-out loss of a linear probe of the pretrained model, by way of reading."""
-    metrics: dict[str, float] = Field(default_factory=dict)
+    metrics: dict[PairsReading, float] = Field(default_factory=dict)
     """Metric on the eval rows after a short training, by way of reading."""
 
 

@@ -129,7 +129,8 @@ def _apart(name: str, num_labels: int, pooling: str = "mean") -> Any:
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**CONFIGS[name], num_labels=num_labels)
     config.pooling = pooling
-    return TextPairs.from_config(config).eval()
+    model: Any = TextPairs.from_config(config)
+    return model.eval()
 
 
 def _alike(count: int, seed: int = 0) -> list[dict[str, Any]]:
