@@ -22,6 +22,7 @@ from fulltune.records.data import SOURCES, DataSummary
 from fulltune.records.events import Message, only_steps_and_warnings
 from fulltune.records.run import PairsChoice
 from fulltune.system import run_folder
+from fulltune.system.memory import release_unused
 
 FOLDER = "pairs"
 LEAST_TRAIN, LEAST_EVAL = 1_000, 100
@@ -96,6 +97,7 @@ def _compare(contexts: Mapping[PairsReading, Context]) -> PairsChoice:
             return PairsChoice(pairs=way, reason="the checkpoint has a head for these labels that reads pairs so")
     probes = {way: evaluate.load_or_fit_probe(context.scoring).head for way, context in contexts.items()}
     losses = {way: math.inf if start is None else start.loss for way, start in probes.items()}
+    release_unused()  # by the models that the probes read
     best = min(_WAYS, key=losses.__getitem__)
     splits = contexts[best].summary.splits
     if splits["train"].rows < LEAST_TRAIN or splits["eval"].rows < LEAST_EVAL:
