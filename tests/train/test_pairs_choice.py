@@ -20,7 +20,7 @@ from fulltune.system.run_folder import RunResult, load_run_recipe
 from tests import tiny
 from tests.train import runs, small_comparisons
 from tests.train.test_pairs import pair_rows
-from tests.train.test_resume import ask_to_stop
+from tests.train.test_resume import ask_to_stop, assert_same
 
 TRAIN: dict[str, Any] = {"max_steps": 6, "logging_steps": 1}
 
@@ -58,6 +58,9 @@ def test_the_probe_of_few_rows_chooses_once_and_all_commands_know(tiny_encoder: 
     assert settings_of(reached)["model.pairs"] == ("apart", choice.reason)
     assert reached.summary.task == "text-pairs"
     assert not (tmp_path / "run" / "pairs").exists()
+
+    run(tmp_path / "explicit", tiny_encoder, rows, model={"pairs": "apart"})
+    assert_same(runs.final_weights(tmp_path), runs.final_weights(tmp_path / "explicit"))
 
     texts.clear()
     again = run(tmp_path, tiny_encoder, rows, listener=listener)
