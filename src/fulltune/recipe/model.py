@@ -65,8 +65,8 @@ class ModelBlock(Block):
     """Dropout probability of all dropout layers. Default: the model's own values."""
     pairs: Literal["auto", "joint", "apart"] = "auto"
     """How text-classification reads a row's two texts: `joint` in one sequence, or `apart`, each by itself, with a head
-    on the two vectors. `auto` chooses by a linear probe of both ways or, with at least 1,000 train and 100 eval rows, by
-    two trainings of a third of the steps."""
+    on the two vectors. `auto` chooses by a linear probe of both ways or, from 1,000 train and 100 eval rows on, by two
+    trainings of a third of the steps."""
     pooling: Literal["mean", "cls", "last"] | None = None
     """How a text's token states become one vector, if each text is read by itself. Default: as the model's
     `1_Pooling/config.json` says, else `mean` (encoders) or `last` (decoders)."""
