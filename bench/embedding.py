@@ -33,30 +33,33 @@ Row = dict[str, str]
 
 
 def docstrings() -> Iterator[Row]:
-    """Yield the first lines of docstrings with the code below them."""
-    for package in PACKAGES:
-        spec = find_spec(package)
-        [folder] = (spec.submodule_search_locations or ()) if spec else ("/nowhere",)
-        for file in sorted(Path(folder).rglob("*.py")):
-            try:
-                text = file.read_text(encoding="utf-8")
-                tree = ast.parse(text)
-            except (SyntaxError, ValueError):
-                continue
-            for node in ast.walk(tree):
-                if isinstance(node, ast.FunctionDef) and len(node.body) > 2 and (words := ast.get_docstring(node)):
-                    lines = text.splitlines()[node.body[1].lineno - 1 : node.end_lineno]
-                    summary = words.splitlines()[0].strip()
-                    if len(summary.split()) >= 4 and len(lines) >= 3:
-                        module = f"{package}/{file.relative_to(folder)}"
-                        yield {"query": summary, "positive": "\n".join(lines)[:1000], "module": module}
+    """Yield the first lines of docstrings with the code below them, of the packages' files in a fixed order."""
+    folders = [Path(spec.submodule_search_locations[0]) for name in PACKAGES if (spec := find_spec(name))]
+    for file in shuffled(sorted(file for folder in folders for file in folder.rglob("*.py"))):
+        try:
+            text = file.read_text(encoding="utf-8")
+            tree = ast.parse(text)
+        except (SyntaxError, ValueError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and len(node.body) > 2 and (words := ast.get_docstring(node)):
+                code = "\n".join(text.splitlines()[node.body[1].lineno - 1 : node.end_lineno])
+                summary = words.splitlines()[0].strip()
+                if len(summary.split()) >= 4 and code.count("\n") >= 2:
+                    yield {"query": summary, "positive": code[:1000], "module": str(file)}
 
 
 def write_docstrings(folder: Path, count: int) -> None:
     """Write so many rows, one of each summary and of each body."""
-    by_summary = {row["query"].lower(): row for row in docstrings()}
-    rows = list({row["positive"]: row for row in by_summary.values()}.values())
-    tiny.write_jsonl(folder / "rows.jsonl", shuffled(rows)[:count])
+    rows, known = list[Row](), set[str]()
+    for row in docstrings():
+        texts = {row["query"].lower(), row["positive"]}
+        if len(rows) < count and not texts & known:
+            rows.append(row)
+            known |= texts
+        if len(rows) == count:
+            break
+    tiny.write_jsonl(folder / "rows.jsonl", shuffled(rows))
 
 
 def trained(folder: Path, name: str, quick: bool) -> dict[str, Any]:
@@ -67,8 +70,8 @@ def trained(folder: Path, name: str, quick: bool) -> dict[str, Any]:
         banking77(folder, 800 if quick else 0, 0.1 if quick else 1.0)
         data = {part: f"{part}.csv" for part in ("train", "eval", "test")} | {"text": "text", "label": "category"}
     else:
-        write_docstrings(folder, 900 if quick else 12_000)
-    train = {"global_batch_size": GLOBAL, "device": "cpu", "num_train_epochs": 1}
+        write_docstrings(folder, 640 if quick else 12_000)
+    train = {"global_batch_size": GLOBAL, "micro_batch_size": MICRO, "device": "cpu", "num_train_epochs": 1}
     blocks = {"model": MINILM, "task": "embedding", "data": data, "train": train, "preserve": {"drift": False}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(blocks), encoding="utf-8")
     run(fulltune("evaluate", folder / "recipe.yaml", "--run-folder", folder / "run"))

@@ -120,7 +120,7 @@ def _class_for(config_class: type[PretrainedConfig], has_head: bool) -> type[Pre
                 # Queries are often shorter than documents; on a GPU, the host would wait for their lengths.
                 widths = attention_mask.amax(dim=0).sum(dim=-1).tolist()
                 cut = [{name: read[name][:, [n], :width] for name in read} for n, width in enumerate(widths)]
-                parts = [type(self).forward(self, **inputs | one).logits for one in cut]
+                parts = [type(self).forward(self, **inputs | one)[0] for one in cut]
                 return SequenceClassifierOutput(logits=torch.cat(parts, dim=1))
             inputs |= {name: value.flatten(0, 1) for name, value in read.items()}
             hidden = getattr(self, self.base_model_prefix)(**inputs).last_hidden_state

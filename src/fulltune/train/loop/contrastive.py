@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
+from fulltune.inference.run import extract_logits
 from fulltune.stream.randomness import random_state, set_random_state
 
 ANCHORS_AT_ONCE = 1024
@@ -42,7 +43,7 @@ class ContrastiveLoss:
             set_random_state(self._random.pop(0), self.accelerator.device)
 
     def __call__(self, outputs: ModelOutput, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        vectors = outputs.logits
+        vectors = extract_logits(outputs)
         if not self._shares:
             self._shares = self._share_out([vectors.detach()], [labels])
         value, gradient = self._shares.pop(0)
