@@ -68,7 +68,9 @@ class Basis:
         return budget.memory_need(self.shapes, self.footprint, full, self.layout)
 
     def step_seconds(self, settings: MemorySettings) -> dict[str, float]:
-        return time.step_seconds(self.fleet, self.shapes, self.work, self.global_batch_size, settings, self.layout)
+        reads_twice = FACTS[self.recipe.task].contrasts and settings.gradient_accumulation_steps > 1
+        work = replace(self.work, backward=self.work.backward + reads_twice)
+        return time.step_seconds(self.fleet, self.shapes, work, self.global_batch_size, settings, self.layout)
 
     def tokens_per_second(self, settings: MemorySettings) -> float | None:
         """Estimate tokens per second over all devices, or return None if the speed is unknown."""
@@ -146,7 +148,7 @@ def make_basis(workload: Workload, fleet: Fleet, reasons: Reasons | None = None,
             footprint,
             grouped or packing,
             methods.max_virtual_tokens(recipe),
-            time.backward_cost(recipe.method.kind, shapes) + FACTS[recipe.task].contrasts,  # vectors first
+            time.backward_cost(recipe.method.kind, shapes),
         ),
     )
 

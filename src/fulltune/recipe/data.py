@@ -98,8 +98,7 @@ class DataBlock(Block):
     positive: str | None = None
     """Column with the text that the query should find (embedding)."""
     negative: str | None = None
-    """Column with a text that the query should not find (embedding). Several, such as `negative1` and `negative2`, are
-    recognised too."""
+    """Column with a text that the query should not find (embedding). `negative1`, `negative2` ... are found too."""
     tokens: str | None = None
     """Column with the words of a sentence (token-classification), as a list or as text with spaces."""
     tags: str | None = None
