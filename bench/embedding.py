@@ -102,7 +102,7 @@ def steps_of_ours(batches: Sequence[Sequence[Row]]) -> list[float]:
 
     base = Base.from_block(ModelBlock(name=MINILM, dropout=0.0), "embedding")
     model = load_model(base, {}, head_is_new=False)
-    target = Target("query_positive", {"query": "query", "positive": "positive"})
+    target = Target("query_and_positive", {"query": "query", "positive": "positive"})
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
     contrast, losses = ContrastiveLoss(embedding.row_losses, Accelerator(cpu=True)), []
     for rows in batches:

@@ -35,7 +35,7 @@ OWN_ROWS = {
     "entities": ("tags", 80, ("O", "B-LOC", "B-PER", "B-TIME", "I-LOC", "I-PER", "I-TIME")),
     "raw_text": ("text", 29, ()),
     "pairs": ("single_label", 60, ("contradicts", "follows", "open")),
-    "embedding": ("query_positive", 90, ()),
+    "embedding": ("query_and_positive", 90, ()),
     "multiple_choice": ("choice", 40, ()),
     "images": ("single_label", 60, ("disc", "square", "triangle")),
     "summarise": ("source_target", 90, ()),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pyarrow import parquet
 
 from fulltune import pipeline, predict
 from fulltune.errors import DataError, RecipeError, SetupError
 from fulltune.models.sentence_files import FILES
 from tests import tiny
+from tests.contract.command import fulltune
 from tests.train import runs
 
 TRAIN = {"num_train_epochs": 4, "global_batch_size": 16, "micro_batch_size": 4}
@@ -75,6 +78,25 @@ def test_saved_folder_names_the_body_its_prompts_and_pooling(reached: Any) -> No
     assert predict.row_from_text("the sun", predict.load_predictor(reached.folder).notes) == {"query": "the sun"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
+def test_vectors_are_printed_and_written(reached: Any, tmp_path: Path, suffix: str) -> None:
+    rows, output = tiny.write_csv(tmp_path / "rows.csv", [{"query": "the sun"}]), tmp_path / f"vectors.{suffix}"
+    printed = fulltune("predict", reached.folder, "the sun")
+    assert printed.code == 0, printed.err
+    vector = json.loads(printed.out)
+    written = fulltune("predict", reached.folder, "--file", rows, "--output", output)
+    assert written.code == 0, written.err
+    if suffix == "parquet":
+        [read] = parquet.read_table(output).column("predicted_embedding").to_pylist()
+    elif suffix == "csv":
+        read = json.loads(next(csv.DictReader(output.open(encoding="utf-8")))["predicted_embedding"])
+    else:
+        read = json.loads(output.read_text(encoding="utf-8"))["predicted_embedding"]
+    assert read == pytest.approx(vector, abs=1e-6)
+    assert len(vector) == 32
+
+
 @pytest.mark.long
 def test_answers_are_those_of_sentence_transformers(reached: Any) -> None:
     from sentence_transformers import SentenceTransformer
@@ -128,6 +150,17 @@ def test_settings_that_cannot_be_are_refused(tmp_path: Path, blocks: Any, messag
         runs.run(
             tmp_path, tiny.save_model(tmp_path / "m", "bert"), pair_rows(), until="plan", task="embedding", **blocks
         )
+
+
+def test_recipe_is_written_for_a_file_of_anchors_and_positives(tmp_path: Path) -> None:
+    rows = [{"anchor": row["query"], "positive": row["positive"]} for row in pair_rows(20)]
+    file, recipe = tiny.write_csv(tmp_path / "pairs.csv", rows), tmp_path / "recipe.yaml"
+    result = fulltune("init", file, "--output", recipe)
+    assert result.code == 0, result.err
+    text = recipe.read_text(encoding="utf-8")
+    assert "task: embedding" in text
+    assert "query: anchor\n  positive: positive" in text
+    assert "20 rows, query and positive" in text
 
 
 def test_rows_whose_positive_is_the_query_are_listed_and_too_many_refused(tmp_path: Path) -> None:

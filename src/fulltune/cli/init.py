@@ -55,6 +55,7 @@ FORMS: tuple[tuple[TaskName, str], ...] = (
     ("causal-lm", "completion"),
     ("seq2seq", "target"),
     ("causal-lm", "text"),
+    ("embedding", "positive"),
 )
 """Tasks with the column role that identifies each, the most distinctive first."""
 _HEAD, _FEW = 1000, 100

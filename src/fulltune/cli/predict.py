@@ -237,8 +237,8 @@ def _warn(line: str) -> None:
 
 
 def _format_answer(answer: Row) -> str:
-    if "answer" in answer:
-        return str(answer["answer"])
+    if "answer" in answer or "embedding" in answer:
+        return str(answer.get("answer", answer.get("embedding")))
     if "entities" in answer:
         entities = [f"{entity['text']} ({entity['type']} {entity['probability']:.1%})" for entity in answer["entities"]]
         return ", ".join(entities) or "(none)"
@@ -326,7 +326,7 @@ def _open_parquet_writer(
     part: Path, own_columns: Sequence[str], added: Columns, parquet_types: Row
 ) -> Iterator[RowWriter]:
     kinds = {"list": pa.list_(pa.string()), "json": pa.string(), "string": pa.string()}
-    kinds |= {"double": pa.float64(), "int64": pa.int64()}
+    kinds |= {"double": pa.float64(), "int64": pa.int64(), "vector": pa.list_(pa.float32())}
     fields = {name: parquet_types.get(name, pa.string()) for name in own_columns}
     schema = pa.schema(fields | {name: kinds[kind] for name, (_, kind) in added.items()})
     waiting: list[dict[str, Any]] = []

@@ -72,11 +72,10 @@ def find_target(rows: Iterable[Row], roles: Mapping[str, str], data: DataBlock, 
         raise DataError(f"{file}: column '{name}' has a single {what}, which has no negatives; add rows with others")
     if "label" in roles and len(set(cells)) == len(cells):
         raise DataError(f"{file}: no two rows have the same '{name}', so no text has a positive; set data.label")
-    return Target("query_positive", roles)
+    return Target("query_and_positive", roles)
 
 
 def why_unusable(row: Row, target: Target) -> Refused | None:
-    """Return the reason to drop a row with a blank text, or with one text in two roles, else None."""
     if refused := columns.why_cell_blank(row, target, *target.columns):
         return refused
     query, *others = (columns.normalised(text) for text in row_texts(row, target))

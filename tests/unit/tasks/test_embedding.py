@@ -17,8 +17,8 @@ from fulltune.stats.bootstrap import find_metric
 from fulltune.tasks import Target, embedding
 from tests import tiny
 
-PAIRS = Target("query_positive", {"query": "q", "positive": "p", "negative": "n1", "negative1": "n2"})
-TEXTS = Target("query_positive", {"text": "text", "label": "intent"})
+PAIRS = Target("query_and_positive", {"query": "q", "positive": "p", "negative": "n1", "negative1": "n2"})
+TEXTS = Target("query_and_positive", {"text": "text", "label": "intent"})
 ROW = {"q": "a question", "p": "its answer", "n1": "another", "n2": "a third"}
 
 

@@ -21,7 +21,7 @@ from fulltune.train.loop.contrastive import ContrastiveLoss
 from tests import tiny
 
 Gradients = Mapping[str, torch.Tensor]
-TARGET = Target("query_positive", {"query": "query", "positive": "positive", "negative": "negative"})
+TARGET = Target("query_and_positive", {"query": "query", "positive": "positive", "negative": "negative"})
 ROWS = [
     {"query": f"where is the {food}?", "positive": f"{food} in the {place}", "negative": f"no {place} {number}"}
     for number, (food, place) in enumerate(zip(tiny.FOOD[:7], tiny.PLACES[:7], strict=True))
@@ -124,7 +124,7 @@ def test_loss_and_gradients_are_those_of_sentence_transformers(folder: Path, rol
     prefix = f"{load_model(base, {}, head_is_new=False).base_model_prefix}."
     expected = {prefix + name: tensor for name, tensor in gradients(theirs[0].model).items()}
 
-    target = Target("query_positive", {role: role for role in roles})
+    target = Target("query_and_positive", {role: role for role in roles})
     features = [example.features for [example] in embedding.encode(ROWS, target, base.processor, 32)]
     batches = [embedding.collate(part, base.processor.pad_token_id) for part in (features[:4], features[4:])]
     ours, found = one_step(load_model(base, {}, head_is_new=False), batches)
