@@ -31,6 +31,7 @@ without weights (test_plan.py), one compares, two read rows from a Hub and a buc
 ONE_PROCESS = [path for path in RECIPES if path.stem not in ELSEWHERE]
 OWN_ROWS = {
     "chat": ("chat", 40, ()),
+    "experts": ("chat", 40, ()),
     "regression": ("regression", 60, ()),
     "entities": ("tags", 80, ("O", "B-LOC", "B-PER", "B-TIME", "I-LOC", "I-PER", "I-TIME")),
     "raw_text": ("text", 29, ()),
@@ -80,6 +81,8 @@ def test_example_with_own_rows_is_prepared_and_planned(
     model = tiny_decoder if name in ("chat", "raw_text") else tiny_encoder
     if name == "images":
         model = tiny.save_image_model(tmp_path / "vit")
+    if name == "experts":
+        model = tiny.save_model(tmp_path / "mixture", "qwen3_moe")
     if name == "summarise":
         model = tiny.save_model(tmp_path / "t5", "t5")
     with runs.without_tracing():  # of which the runs to the end do enough
@@ -129,7 +132,7 @@ def _stand_ins(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny model for each task."""
+    """A tiny model for each task, and a mixture of experts."""
     folder = tmp_path_factory.mktemp("models")
     encoder, decoder = tiny.save_model(folder / "bert", "bert"), tiny.save_model(folder / "llama", "llama")
     by_task = dict.fromkeys(
@@ -137,6 +140,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     )
     return by_task | {
         "causal-lm": decoder,
+        "experts": tiny.save_model(folder / "mixture", "qwen3_moe"),
         "seq2seq": tiny.save_model(folder / "t5", "t5"),
         "image-classification": tiny.save_image_model(folder / "vit"),
     }
@@ -156,7 +160,7 @@ def test_example_runs_end_to_end(path: Path, tmp_path: Path, models: dict[str, P
     _stand_ins(tmp_path / "bench")
     recipe = load_recipe(path)
     settings = {
-        "model": models[recipe.task],
+        "model": models.get(path.stem) or models[recipe.task],
         "data.max_length": 64 if recipe.data.max_length else "null",
         "train.num_train_epochs": "null",
         "train.max_steps": 2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from fulltune.report.run.about_training import training_facts
 from fulltune.train.loop.parts import ExpertLoad
 from tests import tiny
 from tests.cases import others_long
+from tests.contract.command import fulltune
 from tests.train import runs
 
 MIXTURE = "qwen3_moe"
@@ -207,3 +209,18 @@ def test_lora_trains_and_finds_the_experts_again(tmp_path: Path) -> None:
     loaded = [one for name, one in load_predictor(folder).model.named_parameters() if "experts" in name]
     assert [name for name, one in saved.items() if not any(torch.equal(one, other) for other in loaded)] == []
     assert reached.scores[-1].metrics
+
+
+def test_plan_for_gpus_shares_experts_out_without_deepspeed(tmp_path: Path) -> None:
+    shape = {"hidden_size": 1024, "num_hidden_layers": 8, "num_experts": 32, "moe_intermediate_size": 1024}
+    tokenizer = tiny.usual_tokenizer(MIXTURE)
+    tiny.config(MIXTURE, tokenizer, **shape, architectures=["Qwen3MoeForCausalLM"]).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    recipe = tiny.write_recipe(tmp_path / "r.yaml", tmp_path / "model", "rows.jsonl", task="causal-lm", train={})
+    words = ("plan", recipe, "--rows", "1000", "--tokens", "64", "--for", "2x A100-80GB", "--json")
+    with runs.without_tracing():
+        result = fulltune(*words, "--set", "train.device=auto", "--set", "train.precision=auto")
+    assert result.code == 0, result.err
+    names = {option["name"] for option in json.loads(result.out)["survey"]["placements"]}
+    assert "FSDP2" in names
+    assert not any("ZeRO" in name for name in names)

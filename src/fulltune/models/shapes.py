@@ -47,6 +47,7 @@ class Shapes(Record):
     """True if no config field scales or caps logits after the head; verified before step 1."""
     pooling: tuple[str, str] | None = None
     """How texts that are read apart are pooled, and why."""
+    has_experts: bool = False
     units: Units | None = None
     unit_sizes: dict[str, int] = Field(default_factory=dict)
     """Parameters of each unit by its path; empty if the model cannot be streamed."""
@@ -104,6 +105,7 @@ def measure_shapes(
         head_note=head.description if head.order else "",
         plain_logits=not any(getattr(text, name, None) not in (None, 1, 1.0) for name in _AFTER_HEAD),
         pooling=(config.pooling, base.pooling_why) if base.pooling_why else None,
+        has_experts=bool(expert_modules(model)),
         units=units,
         unit_sizes=counted,
         no_units=no_units,

@@ -53,7 +53,7 @@ def _placements_to_compare(basis: Basis) -> Iterator[dict[str, Any]]:
     if many and basis.shapes.units is not None and not train.use_liger_kernel:
         yield plain | {PLACEMENT: "fsdp2"}
         yield plain | {PLACEMENT: "fsdp2"} | small
-    if not basis.fleet.machine.gpus or train.use_liger_kernel or train.torch_compile:
+    if not basis.fleet.machine.gpus or train.use_liger_kernel or train.torch_compile or basis.shapes.has_experts:
         return
     unchunked = {"train.chunked_loss": None} if train.chunked_loss else {}  # ZeRO cannot chunk the loss
     on_devices = (("zero2", "none"), ("zero3", "none")) if many else ()

@@ -215,7 +215,6 @@ class FullTrainer(Guarded, Trainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the router loss apart from the loss."""
         super().log(logs | (self.experts.logged() if self.experts is not None and "loss" in logs else {}), start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

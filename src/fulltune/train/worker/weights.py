@@ -212,8 +212,7 @@ def save_model(
 
 
 def _save_full(model: PreTrainedModel, folder: Path, is_main: bool) -> None:
-    """Save the model as `save_pretrained` does, but sharded and streamed weights file by file: no rank holds all of
-    them."""
+    """Save the model as `save_pretrained` does, but sharded and streamed weights are written file by file."""
     if (streamed := streamed_of(model)) is not None:
         save_in_parts(model, folder, streamed.weights)
         return
