@@ -95,12 +95,11 @@ class Case:
         watch(self.model)
         self.warnings = list[str]()
         self.trainer: Any = SimpleNamespace(
-            model=self.model,
             args=SimpleNamespace(device=torch.device("cpu")),
             is_in_train=True,
             accelerator=SimpleNamespace(num_processes=1, reduce=lambda sums, reduction: sums),
         )
-        self.load = ExpertLoad(SimpleNamespace(warn=self.warnings.append), self.trainer)  # type: ignore[arg-type]
+        self.load = ExpertLoad(SimpleNamespace(warn=self.warnings.append), self.trainer, self.model)  # type: ignore[arg-type]
         tokens = torch.randint(5, 300, (2, 12), generator=torch.Generator().manual_seed(0))
         self.batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         self.batch["attention_mask"][1, 8:] = 0
@@ -197,6 +196,7 @@ def test_mixtures_that_cannot_be_trained_are_refused(tmp_path: Path) -> None:
         check(tmp_path / "apart")
 
 
+@pytest.mark.long
 def test_lora_trains_and_finds_the_experts_again(tmp_path: Path) -> None:
     model = tiny.save_model(tmp_path / "model", MIXTURE)
     with runs.without_tracing():

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fulltune.models.experts import Routing, expert_modules, find_router_loss
 from fulltune.records.training import describe_unreached, expert_shares
@@ -38,9 +38,9 @@ class TrainingPart(TrainerCallback):
 class ExpertLoad(TrainingPart):
     """Balances the experts of a mixture with the router loss, and counts the tokens that train each, over all ranks."""
 
-    def __init__(self, inputs: AttemptInputs, trainer: Trainer) -> None:
-        modules = expert_modules(trainer.model)
-        self._inputs, self._trainer, self._loss = inputs, trainer, find_router_loss(trainer.model)
+    def __init__(self, inputs: AttemptInputs, trainer: Trainer, model: PreTrainedModel) -> None:
+        modules = expert_modules(model)
+        self._inputs, self._trainer, self._loss = inputs, trainer, find_router_loss(model)
         sizes = 3, len(modules), len(next(modules[0].parameters()))  # since step 1, before this epoch, in this step
         self._counts = torch.zeros(sizes, dtype=torch.int64, device=trainer.args.device)
         self.tokens, self._before_epoch, self._of_step = self._counts

@@ -62,7 +62,7 @@ def train_attempt(inputs: AttemptInputs) -> Fields:
         checks=[],
     )
     guard_trackers(trainer, inputs.warn)
-    trainer.experts = ExpertLoad(inputs, trainer) if expert_modules(trainer.model) else None
+    trainer.experts = ExpertLoad(inputs, trainer, loaded.applied.model) if expert_modules(trainer.model) else None
     trainer.add_parts(
         [
             Progress(
