@@ -75,7 +75,7 @@ def test_copies_of_weights_that_are_shared_out_are_not_kept(shared: bool, monkey
         plan=plan(precision="bf16"),
         recipe=Recipe.model_validate({"model": "m", "task": "text-classification", "data": {"train": "t.csv"}}),
         **dict.fromkeys(("journal", "recorder"), None),
-        task=SimpleNamespace(count_items=None),
+        task=SimpleNamespace(count_items=None, FACTS=SimpleNamespace(contrasts=False)),
         has_own_loss=False,
     )
     trainer = FullTrainer(inputs, lengths=np.ones(8, np.int64))

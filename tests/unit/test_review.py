@@ -158,7 +158,10 @@ def test_label_is_one_that_there_is_or_a_new_one_typed_twice(
     typed: list[str], value: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     summary = DataSummary.model_construct(
-        task="text-classification", problem_type="single_label", columns={"label": "topic"}, labels=("old", "new")
+        task="text-classification",
+        problem_type="single_label",
+        columns={"text": "text", "label": "topic"},
+        labels=("old", "new"),
     )
     waiting = iter(typed)
     monkeypatch.setattr(audit.out, "input", lambda prompt: next(waiting))

@@ -67,6 +67,11 @@ def questions(chance: np.random.Generator) -> Kept:
     return {"f1": chance.random(ROWS), "exact_match": chance.integers(0, 2, ROWS), "loss": chance.random(ROWS)}
 
 
+def queries(chance: np.random.Generator) -> Kept:
+    metrics = task_named("embedding").FACTS.metrics
+    return {name: chance.random(ROWS) for name in metrics} | {"counted": chance.integers(0, 2, ROWS).astype(float)}
+
+
 def tokens(chance: np.random.Generator) -> Kept:
     count = chance.integers(0, 30, ROWS).astype(float)
     return {"nll": chance.random(ROWS) * 3 * count, "tokens": count, "right": np.floor(chance.random(ROWS) * count)}
@@ -91,11 +96,13 @@ CASES: list[tuple[TaskName, Target, Any, str]] = [
     ("token-classification", Target("tags", {}, NAMES), entities, "f1 precision recall f1_macro accuracy loss"),
     ("question-answering", Target("span", {}), windows, "f1 exact_match loss"),
     ("question-answering", Target("span", {}), questions, "f1 exact_match loss"),
+    ("embedding", Target("query_and_positive", {}), queries, "ndcg@10 mrr@10 recall@1 recall@10 loss"),
     ("causal-lm", Target("text", {}), tokens, "loss perplexity token_accuracy"),
     ("causal-lm", Target("chat", {}), generated, " ".join(OF_ANSWERS)),
     ("seq2seq", Target("source_target", {}), tokens, "loss perplexity token_accuracy"),
     ("seq2seq", Target("source_target", {}), generated, " ".join(OF_ANSWERS)),
 ]
+CASES += [("text-pairs", *rest) for task, *rest in CASES if task == "text-classification"]
 EACH = [(task, target, make, metric) for task, target, make, metrics in CASES for metric in metrics.split()]
 ANEW = {"spearman", "kendall", "roc_auc", "average_precision"}
 
