@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 
-from fulltune.errors import FulltuneError, SetupError
+from fulltune.errors import FulltuneError, RecipeError, SetupError
+from fulltune.lightning import prepare
 from fulltune.models import save
 from fulltune.models.base import Base
 from fulltune.models.experts import recording, watch
@@ -194,6 +195,13 @@ def test_mixtures_that_cannot_be_trained_are_refused(tmp_path: Path) -> None:
     apart.save_pretrained(tmp_path / "apart")
     with pytest.raises(SetupError, match="Llama4ForCausalLM has no tensors that hold all experts of a layer"):
         check(tmp_path / "apart")
+
+
+def test_lightning_would_leave_the_router_loss_out(tmp_path: Path) -> None:
+    model, rows = tiny.save_model(tmp_path / "model", MIXTURE), tiny.write_jsonl(tmp_path / "r.jsonl", tiny.chat_rows())
+    recipe = tiny.write_recipe(tmp_path / "r.yaml", model, rows, task="causal-lm", output=str(tmp_path))
+    with runs.without_tracing(), pytest.raises(RecipeError, match="only 'fulltune run' trains a mixture of experts"):
+        prepare(recipe)
 
 
 @pytest.mark.long

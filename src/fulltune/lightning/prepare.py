@@ -19,6 +19,7 @@ from fulltune.inference import selective_head
 from fulltune.inference.run import model_batch, positions_by_length
 from fulltune.inference.store import Rows
 from fulltune.lightning.module import PREFIX, FineTuningData, FineTuningModule
+from fulltune.models.experts import expert_modules
 from fulltune.models.packing import find_packing_leak, rows_for_check
 from fulltune.pipeline import Run
 from fulltune.recipe.fields import Recipe
@@ -218,6 +219,8 @@ def _load_objective_and_rows(
     objective = Objective(recipe, plan, summary, task, model, tokenizer.pad_token_id, target)
     if plan.head_init != "random" and new is not None and new.has_new_rows:
         loading.init_head_from_probe(objective, new, tokenizer, job.folder, torch.device(plan.device))
+    if expert_modules(model):
+        raise RecipeError("model: only 'fulltune run' trains a mixture of experts, with its router loss")
     loading.apply_method(model, recipe)
     loading.install_speedups(model, recipe, plan, summary)
     if plan.activation_checkpointing:

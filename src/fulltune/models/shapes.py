@@ -156,7 +156,6 @@ def check_model(recipe: Recipe, base: Base) -> None:
 
 
 def _why_experts_do_not_train(recipe: Recipe, base: Base) -> str | None:
-    """Return the reason why a mixture of experts cannot be trained, or None if it can or the model is none."""
     import torch
 
     names = ("num_experts", "num_local_experts", "n_routed_experts")

@@ -98,7 +98,6 @@ class Outcome(Record):
     """Number of training tokens by source (task or mixed-in), or empty without mixed-in sources."""
     parameter_changes: ParameterChanges | None = None
     expert_tokens: tuple[tuple[int, ...], ...] = ()
-    """Tokens that trained each expert, by layer; empty without a mixture of experts."""
     checks: tuple[Check, ...] = ()
     train_seconds: float = 0.0
     tokens_per_second: float = 0.0

@@ -47,14 +47,13 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class JoinedTensor:
-    """A tensor that transformers computes from several ones of the files, such as all experts of a layer."""
+    """A tensor that transformers computes from several `parts` in the files: by key, what matched it and its tensor."""
 
     name: str
     shape: tuple[int, ...]
     converter: WeightConverter
     model: PreTrainedModel
     parts: dict[str, tuple[str, StoredTensor]] = field(default_factory=dict)
-    """What matched a key in the files, and its tensor, by key in transformers' order."""
 
     def read(self) -> torch.Tensor:
         converter = copy.deepcopy(self.converter)
