@@ -198,7 +198,7 @@ def _make_assumed_summary(recipe: Recipe, rows: int, tokens: int) -> DataSummary
         )
 
     splits: Any = {name: make_split(number) for name, number in {"train": rows, **counts}.items()}
-    labels = ("a", "b") if recipe.task.endswith("classification") else ()
+    labels = ("a", "b") if FACTS[recipe.task].has_classes else ()
     target = Target(form.name if form else FACTS[recipe.task].types[0], {}, labels, num_choices=choices)
     return DataSummary(
         task=recipe.task,

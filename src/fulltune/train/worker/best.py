@@ -19,21 +19,20 @@ def load_best_weights(
     inputs: AttemptInputs, trainer: FullTrainer, state: TrainerState, start: InitialWeights | None = None
 ) -> Fields:
     """Load the best checkpoint's weights unless the last are as good; return the choice as fields of `Outcome`. With
-    `start`, the weights before step 1 can be the best."""
+    `start`, the weights before step 1 are kept unless later ones are better."""
     if not inputs.recipe.train.load_best_model_at_end:
         return _fields_of_last_weights(inputs, state)
-    if start is not None and (at_start := _metric_at(0, inputs, state)) is not None and state.best_metric is not None:
-        sign = 1 if inputs.plan.greater_is_better else -1
-        if sign * at_start > sign * state.best_metric:
-            state.best_global_step, state.best_metric = 0, at_start
     best, best_metric = state.best_global_step, state.best_metric
+    at_start = None if start is None else _metric_at(0, inputs, state)
+    if start is not None and at_start is not None and best_metric is not None:
+        sign = 1 if inputs.plan.greater_is_better else -1
+        if sign * at_start >= sign * best_metric:
+            start.restore(trainer.model)
+            return {"best_step": 0, "best_metric": at_start}
     if best is None or best == state.global_step:
         return {"best_step": state.global_step, "best_metric": best_metric}
-    if as_good := _keep_last_if_as_good(inputs, state):
+    if as_good := _keep_last_if_as_good(inputs, state, at_start):
         return as_good
-    if best == 0 and start is not None:
-        start.restore(trainer.model)
-        return {"best_step": 0, "best_metric": best_metric}
     folder = inputs.request.checkpoints / f"checkpoint-{best}"
     problem = trainer.agreed(files.find_damage(folder) if inputs.is_main else None)
     if problem is not None:
@@ -55,9 +54,9 @@ def _metric_at(step: int, inputs: AttemptInputs, state: TrainerState) -> float |
     return next((entry[name] for entry in reversed(state.log_history) if name in entry and entry["step"] == step), None)
 
 
-def _keep_last_if_as_good(inputs: AttemptInputs, state: TrainerState) -> Fields | None:
+def _keep_last_if_as_good(inputs: AttemptInputs, state: TrainerState, at_least: float | None) -> Fields | None:
     """Return fields of `Outcome` for the last weights if the learning rate decayed to almost 0 and their metric is
-    within two standard errors of the best, else None."""
+    within two standard errors of the best and not below `at_least`, else None."""
     plan, rows = inputs.plan, inputs.summary.splits["eval"].rows
     if plan.metric not in inputs.summary.form.row_shares:
         return None
@@ -65,7 +64,8 @@ def _keep_last_if_as_good(inputs: AttemptInputs, state: TrainerState) -> Fields 
     step, last = next((entry["step"], entry[name]) for entry in reversed(state.log_history) if name in entry)
     is_complete = step == state.global_step >= plan.total_steps
     errors = CHANCE_STANDARD_ERRORS * standard_error_of_share(best, rows)
-    if not is_complete or plan.lr_scheduler_type not in SCHEDULES_ENDING_NEAR_ZERO or last < best - errors:
+    lowest = best - errors if at_least is None else max(at_least, best - errors)
+    if not is_complete or plan.lr_scheduler_type not in SCHEDULES_ENDING_NEAR_ZERO or last < lowest:
         return None
     why = (
         f"the best {plan.metric} was {best:.1%} at step {state.best_global_step:,}, but the difference is less than "
