@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from fulltune.recipe.file import load_recipe
+from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
 from fulltune.records.scores import Scores
 from tests import tiny
@@ -37,6 +38,7 @@ OWN_ROWS = {
     "raw_text": ("text", 29, ()),
     "pairs": ("single_label", 60, ("contradicts", "follows", "open")),
     "embedding": ("query_and_positive", 90, ()),
+    "reranking": ("ranking", 90, ()),
     "multiple_choice": ("choice", 40, ()),
     "images": ("single_label", 60, ("disc", "square", "triangle")),
     "summarise": ("source_target", 90, ()),
@@ -135,9 +137,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny model for each task, and a mixture of experts."""
     folder = tmp_path_factory.mktemp("models")
     encoder, decoder = tiny.save_model(folder / "bert", "bert"), tiny.save_model(folder / "llama", "llama")
-    by_task = dict.fromkeys(
-        ("text-classification", "token-classification", "question-answering", "multiple-choice", "embedding"), encoder
-    )
+    by_task = {name: encoder for name, facts in FACTS.items() if facts.reads == "text" and not facts.writes}
     return by_task | {
         "causal-lm": decoder,
         "experts": tiny.save_model(folder / "mixture", "qwen3_moe"),

@@ -242,8 +242,8 @@ def _format_answer(answer: Row) -> str:
     if "entities" in answer:
         entities = [f"{entity['text']} ({entity['type']} {entity['probability']:.1%})" for entity in answer["entities"]]
         return ", ".join(entities) or "(none)"
-    if "value" in answer:
-        return f"{answer['value']:.4g}"
+    if "value" in answer or "score" in answer:
+        return f"{answer.get('value', answer.get('score')):.4g}"
     if "labels" in answer:
         return ", ".join(f"{name} ({answer['probabilities'][name]:.1%})" for name in answer["labels"]) or "(none)"
     return f"{answer['text'] if 'index' in answer else answer['label']} ({answer['probability']:.1%})"
@@ -268,7 +268,8 @@ def choose_added_columns(model_notes: Row, own_columns: Collection[str]) -> Colu
     """Return the added columns: `predicted_...` (`predicted2_...` if taken), then the reason for a missing answer."""
     target = Target.from_notes(model_notes)
     columns: dict[str, tuple[tuple[Any, ...], str]] = {name: ((name,), kind) for name, kind in target.form.answer}
-    each = range(target.num_choices) if target.num_choices else target.labels if target.form.labels_rows else ()
+    choices = range(target.num_choices if target.form.is_calibrated else 0)
+    each = target.labels if target.form.labels_rows else choices
     columns |= {f"probability_{key}": (("probabilities", key), "double") for key in each}
     columns["error"] = (("error",), "string")
     prefixes = ("predicted" if number == 1 else f"predicted{number}" for number in count(1))

@@ -196,7 +196,7 @@ def _prepare_uncached(
     dropped_later = chain(rows_dropped_by_time_split(block, splits["train"].source, late), also_held_out)
     with (folder / DROPPED).open("a", encoding="utf-8") as file:
         file.writelines(map(dropped_row_as_json_line, dropped_later))
-    written = write_splits(folder, task, splits, limit if packed else None, int(late.sum()))
+    written = write_splits(folder, job, splits, packed, int(late.sum()))
     mixed_in = write_mixed_in_rows(recipe, folder, job, mixed, packed)
     remarks += note_forbidden_texts(forbidden, splits["train"], mixed)
     for source in encoded.values():
@@ -204,6 +204,8 @@ def _prepare_uncached(
     scale, explained = target_statistics(target, splits["train"], folder / "train")
     remarks += [_note_on_packing(splits["train"], written["train"], limit)] if packed else []
     longest = max(source.longest for source in encoded.values())
+    if target.num_choices:  # rows may have been completed with longer texts
+        longest = max(split.length_percentiles["max"] for split in written.values()) // target.num_choices
     shrinks = not packed and not block.max_length and longest < limit
     summary = DataSummary(
         task=recipe.task,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from itertools import chain, islice, pairwise, starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ from fulltune.inference.store import (
 from fulltune.recipe.data import rows_per_epoch
 from fulltune.recipe.fields import Recipe
 from fulltune.records.data import MixedSummary, Preview, SplitName, SplitSummary
-from fulltune.tasks import PLACE, Target, Task, Tokenizer, task_named
+from fulltune.tasks import PLACE, IncompleteRows, Target, Task, Tokenizer, task_named
 from fulltune.tasks.columns import in_batches
 from fulltune.text import counted
 
@@ -99,18 +100,18 @@ def summarise_split(split: Split, lengths: np.ndarray, dropped_rows: int) -> Spl
 
 
 def write_splits(
-    folder: Path, task: Task, splits: Mapping[SplitName, Split], pack_length: int | None, num_dropped_by_time: int
+    folder: Path, job: Job, splits: Mapping[SplitName, Split], packed: bool, num_dropped_by_time: int
 ) -> dict[SplitName, SplitSummary]:
-    """Write each split, and return the summaries; train rows are packed to `pack_length` tokens unless it is None."""
-    summaries: dict[SplitName, SplitSummary] = {}
+    """Write each split, and return the summaries; train rows are packed if `packed` is set."""
+    task, summaries = task_named(job.task), dict[SplitName, SplitSummary]()
     for name in SPLITS:
         split, source = splits[name], splits[name].source
         if not split.examples.any():
             raise DataError(f"{source.where}: all rows of {name} are longer than data.max_length; raise it")
         parts = iterate_examples(split, task, with_test_features=name == "test")
-        write_rows(folder / name, pack_texts(parts, pack_length) if pack_length and name == "train" else parts)
-        if task.FACTS.contrasts:
-            _add_positives(folder / name, task, source.where)
+        write_rows(folder / name, pack_texts(parts, job.max_length) if packed and name == "train" else parts)
+        if task.FACTS.completes_rows:
+            _complete_rows(folder / name, job, f"{source.where}: {name}")
         if name != "train":
             clusters = np.unique(source.split_groups[source.row_of][split.examples], return_inverse=True)[1]
             np.save(folder / name / CLUSTERS, clusters.astype(np.int64))
@@ -124,8 +125,10 @@ def write_splits(
     return summaries
 
 
-def _add_positives(folder: Path, task: Task, where: str) -> None:
-    if (joined := task.with_positives(Rows(folder), f"{where}: {folder.name}")) is None:
+def _complete_rows(folder: Path, job: Job, where: str) -> None:
+    own, train = (partial(read_original_rows, path) for path in (folder, folder.with_name("train")))
+    split = IncompleteRows(Rows(folder), own, train, job.target, job.tokenizer, job.max_length, where)
+    if (joined := task_named(job.task).complete_rows(split)) is None:
         return
     stored = chain.from_iterable(batch.column(ROW_JSON).to_pylist() for batch in read_record_batches(folder))
     parts = (zip(*part, strict=True) for part in in_batches(zip(joined, stored, strict=True)))

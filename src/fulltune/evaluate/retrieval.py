@@ -1,18 +1,14 @@
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
-from scipy.sparse import csr_array
 from transformers import PreTrainedModel
 
 from fulltune.evaluate.scoring import WORST, Scored, Scoring
 from fulltune.records.scores import Answer
 from fulltune.tasks import Tokenizer, embedding
-
-K1, B = 1.2, 0.75  # BM25's usual parameters, as in Lucene
+from fulltune.tasks.bm25 import bm25_terms
 
 
 def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
@@ -53,22 +49,3 @@ def _read_test_texts(scoring: Scoring) -> tuple[np.ndarray, list[str], list[str]
     texts = [embedding.row_texts(row, scoring.target) for row in scoring.texts]
     by_id = {embedding.text_id(text): text for row in texts for text in row}
     return ids, [row[0] for row in texts], [by_id[one] for one in ids[:, 2:].ravel()[embedding.corpus(ids)]]
-
-
-def bm25_terms(queries: Sequence[str], documents: Sequence[str]) -> tuple[csr_array, csr_array]:
-    """Return the terms of queries and documents, both [texts, terms], whose products are the scores of BM25 (Robertson
-    and Zaragoza 2009). Terms are lower-cased words."""
-    counts = [[Counter(re.findall(r"\w+", text.lower())) for text in texts] for texts in (queries, documents)]
-    terms = {word: number for number, word in enumerate(sorted(set().union(*counts[1])))}
-
-    def matrix(texts: Sequence[Counter[str]]) -> csr_array:
-        entries = [(n, row, terms[word]) for row, of in enumerate(texts) for word, n in of.items() if word in terms]
-        values, *places = np.array(entries, np.int64).reshape(-1, 3).T
-        return csr_array((values.astype(np.float64), tuple(places)), shape=(len(texts), len(terms)))
-
-    asked, stored = map(matrix, counts)
-    length, frequency = stored.sum(axis=1), np.bincount(stored.indices, minlength=len(terms))
-    rarity = np.log1p((len(documents) - frequency + 0.5) / (frequency + 0.5))
-    norm = np.repeat(K1 * (1 - B + B * length / max(length.mean(), 1.0)), np.diff(stored.indptr))
-    stored.data = rarity[stored.indices] * stored.data * (K1 + 1) / (stored.data + norm)
-    return asked, stored

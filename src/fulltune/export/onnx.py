@@ -28,8 +28,9 @@ _MAX_KL = 0.1
 def why_impossible(source: Source) -> str | None:
     if source.scoring.task.FACTS.writes:
         return "an ONNX graph does not generate text; choose --to gguf (not for encoder-decoders) or --to hf"
-    if source.scoring.task.FACTS.contrasts:
-        return "sentence-transformers writes embedding models as ONNX: SentenceTransformer(FOLDER, backend='onnx')"
+    if source.scoring.task.FACTS.completes_rows:
+        loader = "SentenceTransformer" if source.scoring.task.FACTS.contrasts else "CrossEncoder"
+        return f"sentence-transformers writes such models as ONNX: {loader}(FOLDER, backend='onnx')"
     return None
 
 

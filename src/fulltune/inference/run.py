@@ -352,7 +352,7 @@ def _run_and_capture_body(model: nn.Module, unwrapped_model: Any, body: nn.Modul
     """Run the whole model, which gathers sharded weights outside of its blocks, and return the body's output."""
     if unwrapped_model.config.is_encoder_decoder:
         inputs = {**inputs, "decoder_input_ids": inputs["input_ids"][:, :1]}
-    if type(unwrapped_model).__name__.endswith("MultipleChoice") or hasattr(unwrapped_model, "reads_texts_apart"):
+    if type(unwrapped_model).__name__.endswith("MultipleChoice") or hasattr(unwrapped_model, "reads_several_texts"):
         inputs = {name: tensor.unsqueeze(1) for name, tensor in inputs.items()}
     outputs: list[Any] = []
     with body.register_forward_hook(lambda _, __, output: outputs.append(output)):

@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -100,7 +100,7 @@ def _class_for(config_class: type[PretrainedConfig], has_head: bool) -> type[Pre
     options = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(body_class).parameters else {}
 
     class TextEncoder(base):
-        reads_texts_apart = True
+        reads_several_texts = True
 
         def __init__(self, config: PretrainedConfig) -> None:
             super().__init__(config)
@@ -136,38 +136,73 @@ def _class_for(config_class: type[PretrainedConfig], has_head: bool) -> type[Pre
     return TextEncoder
 
 
-class _EncoderClass:
+@cache
+def _reranker_class(config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:
+    """Return a sequence classifier's class that scores the texts of each row, and is saved as that classifier."""
+    from transformers import AutoModelForSequenceClassification
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
+    base: Any = AutoModelForSequenceClassification._model_mapping[config_class]
+
+    class ListClassifier(base):
+        reads_several_texts = True
+
+        def forward(self, input_ids: torch.Tensor, **inputs: torch.Tensor) -> SequenceClassifierOutput:
+            """Read `input_ids[rows, texts, tokens]`, each a query with a document; return logits [rows, texts]."""
+            rows, texts = input_ids.shape[:2]
+            inputs["input_ids"] = input_ids
+            read = {name: one for name, one in inputs.items() if getattr(one, "shape", ())[:2] == (rows, texts)}
+            inputs |= {name: value.flatten(0, 1) for name, value in read.items()}
+            return SequenceClassifierOutput(logits=super().forward(**inputs).logits.view(rows, texts))
+
+    ListClassifier.__name__ = ListClassifier.__qualname__ = base.__name__
+    return ListClassifier
+
+
+class _OwnClass:
     """Stands where an auto class of transformers does."""
 
-    has_head: bool
-
-    @classmethod
-    def _of(cls, config: PretrainedConfig) -> type[PreTrainedModel]:
-        return _class_for(type(config), cls.has_head)  # type: ignore[arg-type]  # a class has a hash
+    of_config: Callable[[type[PretrainedConfig]], type[PreTrainedModel]]
 
     @classmethod
     def from_config(cls, config: PretrainedConfig, *, trust_remote_code: bool = False, **options: object) -> object:
-        return cls._of(config)._from_config(config, **options)
+        return cls.of_config(type(config))._from_config(config, **options)
 
     @classmethod
     def from_pretrained(cls, *names: str, config: PretrainedConfig, **options: object) -> object:
-        load: Callable[..., object] = cls._of(config).from_pretrained
+        load: Callable[..., object] = cls.of_config(type(config)).from_pretrained
         return load(*names, config=config, **options)
 
 
-class TextPairs(_EncoderClass):
-    has_head = True
+class TextPairs(_OwnClass):
+    of_config = staticmethod(partial(_class_for, has_head=True))
 
 
-class TextEmbedding(_EncoderClass):
-    has_head = False
+class TextEmbedding(_OwnClass):
+    of_config = staticmethod(partial(_class_for, has_head=False))
+
+
+class Reranker(_OwnClass):
+    of_config = staticmethod(_reranker_class)
+
+
+_OWN = {
+    "TextPairs": (TextPairs, "AutoModel"),
+    "TextEmbedding": (TextEmbedding, "AutoModel"),
+    "Reranker": (Reranker, "AutoModelForSequenceClassification"),
+}
 
 
 def model_class(name: str) -> Any:
     """Return a task's `auto_class`: one of this module or of transformers."""
     import transformers
 
-    return {"TextPairs": TextPairs, "TextEmbedding": TextEmbedding}.get(name) or getattr(transformers, name)
+    return _OWN[name][0] if name in _OWN else getattr(transformers, name)
+
+
+def saved_as(name: str) -> str:
+    """Return the auto class of transformers that loads what a task's `auto_class` saves."""
+    return _OWN[name][1] if name in _OWN else name
 
 
 def reads_texts_apart(name: str) -> bool:

@@ -184,16 +184,16 @@ def linear_probe_cost(summary: DataSummary, hidden_size: int) -> tuple[int, int,
     """Estimate a linear probe's cost: rows passed through the model, host memory in bytes, and seconds of fitting."""
     form, train, passes = summary.form, summary.splits["train"], probe_passes(summary)
     words = max(1.0, train.trained_tokens / max(1, train.rows))
-    per_row = probe.items_per_row(form.name, words, summary.num_choices)
+    per_row = probe.items_per_row(form.probed_as, words, summary.num_choices)
     width = hidden_size * (probe.APART if "text_pair" in summary.columns else 1)
     features = round(hidden_size * probe.PAIRS) if passes == 2 else width
-    rows = min(train.rows, probe.max_probe_rows(form.name, per_row, features))
+    rows = min(train.rows, probe.max_probe_rows(form.probed_as, per_row, features))
     items = round(rows * per_row)
     outputs = form.num_outputs or len(summary.labels)
     held_out = summary.splits["eval"].rows
     rows += min(held_out, probe.MOST_HELD_OUT) if held_out >= probe.LEAST_HELD_OUT else 0
     num_bytes = round(PROBE_PARTS * 4 * (2 if form.tags_words else 3) * features * items)
-    solver = probe.solver_bytes(form.name, items, outputs, width)
+    solver = probe.solver_bytes(form.probed_as, items, outputs, width)
     if solver > probe.MOST_SOLVER_BYTES:  # nothing is fitted
         return passes * rows, num_bytes, PROBE_SECONDS
     seconds = PROBE_SECONDS + 4 * PROBE_PASSES * items * outputs * width / PROBE_FLOPS

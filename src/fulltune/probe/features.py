@@ -74,7 +74,7 @@ class FeatureExtractor:
 
     @property
     def kind(self) -> ProblemType:
-        return self.target.form.name
+        return self.target.form.probed_as
 
     @property
     def num_outputs(self) -> int:

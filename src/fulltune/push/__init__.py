@@ -7,6 +7,7 @@ from pathlib import Path
 from fulltune.errors import SetupError
 from fulltune.methods.folder import CONFIG, NOTES, WEIGHTS
 from fulltune.models.base import read_json_object
+from fulltune.models.encoders import saved_as
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.export import VERIFICATION
 from fulltune.records.training import Check
@@ -111,7 +112,8 @@ def _check_model(folder: Path, names: set[str], tensors: set[str]) -> Iterator[C
     notes = read_json_object(folder / NOTES)
     model_class = getattr(transformers, name := (config.architectures or ["none"])[0], None)
     if not {CONFIG, "modules.json", "export.json"} & names:
-        right = getattr(transformers, FACTS[notes["task"]].auto_class)._model_mapping.get(type(config), type).__name__
+        auto_class = getattr(transformers, saved_as(FACTS[notes["task"]].auto_class))
+        right = auto_class._model_mapping.get(type(config), type).__name__
         yield _check("architecture", name == right, name, f"expected {right}")
         yield _check("dtype", not hasattr(config, "quantization_config"), str(config.dtype), "has quantization_config")
     fused = next((name for name in tensors if name.endswith("experts.gate_up_proj")), "")

@@ -94,11 +94,16 @@ class DataBlock(Block):
     """Column with the target: a class name, a list of class names, or a number. For multiple-choice: the number or text
     of the right choice."""
     query: str | None = None
-    """Column with the query (embedding). Without queries, texts with the same `label` are each other's positives."""
+    """Column with the query (embedding, reranking). Without queries, texts with the same `label` are each other's
+    positives (embedding)."""
     positive: str | None = None
-    """Column with the text that the query should find (embedding)."""
+    """Column with the text that the query should find (embedding, reranking)."""
     negative: str | None = None
-    """Column with a text that the query should not find (embedding). `negative1`, `negative2` ... are found too."""
+    """Column with a text that the query should not find (embedding, reranking). `negative1`, `negative2` ... are found
+    too."""
+    candidates: int = Field(default=16, ge=2, le=100)
+    """Texts among which a query's positive is ranked (reranking): the positive, the row's negatives, and those of other
+    rows that BM25 ranks highest for the query."""
     tokens: str | None = None
     """Column with the words of a sentence (token-classification), as a list or as text with spaces."""
     tags: str | None = None

@@ -264,7 +264,7 @@ def _other_problems(recipe: Recipe) -> list[str]:
         ),
         f"data.train: {'images' if is_image else 'pairs'} cannot be mixed in by weight yet; list the "
         f"{'folders' if is_image else 'files'} without weights": (
-            (is_image or FACTS[recipe.task].contrasts) and recipe.data.mixed_files
+            (is_image or FACTS[recipe.task].completes_rows) and recipe.data.mixed_files
         ),
         f"train.extra.dataloader_num_workers: expected 0 or more, found {workers}": (
             isinstance(workers, int) and workers < 0

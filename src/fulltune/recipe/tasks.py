@@ -66,6 +66,8 @@ class Form:
     """True if each row has one right label, so that a temperature can calibrate its probability."""
     one_label: bool = False
     several_labels: bool = False
+    like: str = ""
+    """Name of the form whose linear probe also fits these rows."""
     tags_words: bool = False
     row_shares: tuple[str, ...] = ()
     """Metrics that are proportions of the rows or of a similar number of items."""
@@ -82,6 +84,10 @@ class Form:
     def labels_rows(self) -> bool:
         """True if whole rows (not words) have labels with probabilities."""
         return self.one_label or self.several_labels
+
+    @property
+    def probed_as(self) -> ProblemType:
+        return self.like or self.name
 
     @property
     def words(self) -> str:
@@ -111,7 +117,7 @@ class TaskFacts:
     types: tuple[ProblemType, ...]
     """Problem types that the rows may have. If rows are unknown, plans assume the first."""
     length_cap: int
-    scored_by: Literal["classifiers", "tagging", "spans", "language", "retrieval"]
+    scored_by: Literal["classifiers", "tagging", "spans", "language", "retrieval", "reranking"]
     """Module of `fulltune.evaluate` that scores this task's models."""
     other_metrics: tuple[str, ...] = ()
     reads: Literal["text", "image"] = "text"
@@ -119,6 +125,8 @@ class TaskFacts:
     """True if the model generates text instead of having a head."""
     contrasts: bool = False
     """True if a row's loss depends on the other rows of the global batch, and the model has no head."""
+    completes_rows: bool = False
+    """True if rows are completed with texts of other rows, as positives or negatives."""
     has_classes: bool = False
     has_forms: bool = False
     """True if one data set may mix rows of several problem types."""

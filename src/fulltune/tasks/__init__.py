@@ -134,6 +134,20 @@ class LossSettings:
 PLAIN_LOSS = LossSettings()
 
 
+@dataclass(frozen=True)
+class IncompleteRows:
+    """The rows of a split, to be completed with texts of other rows of this split and of train."""
+
+    features: Sequence[RowFeatures]
+    own: Callable[[], Iterable[Row]]
+    """Reads the rows in the user's columns."""
+    train: Callable[[], Iterable[Row]]
+    target: Target
+    tokenizer: Tokenizer
+    max_length: int
+    where: str
+
+
 class Task(Protocol):
     """Functions of a task module. A new task is a module `fulltune/tasks/<name>.py` and an entry in
     `fulltune/recipe/tasks.toml`."""
@@ -231,10 +245,12 @@ class Task(Protocol):
     def chance_loss(self, summary: DataSummary, class_weights: Sequence[float] | None) -> float:
         """Return the loss of a model that ignores its input."""
 
-    # ---- only tasks whose loss compares the rows of a global batch (`contrasts`) ------------------------------------
+    # ---- only tasks whose rows take texts of others (`completes_rows`) ----------------------------------------------
 
-    def with_positives(self, rows: Sequence[RowFeatures], where: str) -> Iterator[RowFeatures] | None:
-        """Yield the rows of a split with positives from other rows, or return None if rows have their own."""
+    def complete_rows(self, split: IncompleteRows) -> Iterator[RowFeatures] | None:
+        """Yield the rows of a split with positives or negatives from other rows, or return None if none are missing."""
+
+    # ---- only tasks whose loss compares the rows of a global batch (`contrasts`) ------------------------------------
 
     def row_losses(self, vectors: Tensor, labels: Tensor, anchors: slice, sizes: Sequence[int]) -> Tensor:
         """Compute the losses [anchors] of some rows from the vectors [rows, texts, hidden] of all."""

@@ -18,6 +18,7 @@ from fulltune.tasks import (
     LENGTH,
     PLAIN_LOSS,
     FromSums,
+    IncompleteRows,
     LossSettings,
     Predictions,
     Refused,
@@ -55,12 +56,17 @@ def find_columns(names: Sequence[str], sample: Sequence[Row], data: DataBlock, f
             f"{file}: no columns found for data.query and data.positive, nor for data.text and data.label; set them in "
             f"the recipe (columns in the file: {columns.shown(names)})"
         )
+    by_role = columns.find_columns(roles, names, sample, data, file)
+    return by_role | ({} if "text" in by_role else find_negatives(names, data, file))
+
+
+def find_negatives(names: Sequence[str], data: DataBlock, file: str) -> dict[str, str]:
+    """Map `negative`, `negative1` ... to the columns that `data.negative` names, or that are named so."""
     negatives = [name for name in names if re.fullmatch(r"negative[ _-]?\d{1,2}", name.lower().strip())]
     negatives.sort(key=lambda name: int(re.sub(r"\D", "", name)))
     named = columns.find_column("negative", data.negative, names, file)
-    by_role = columns.find_columns(roles, names, sample, data, file)
-    several = [] if "text" in by_role else negatives if named is None else [named]
-    return by_role | {f"negative{number or ''}": name for number, name in enumerate(several)}
+    several = negatives if named is None else [named]
+    return {f"negative{number or ''}": name for number, name in enumerate(several)}
 
 
 def find_target(rows: Iterable[Row], roles: Mapping[str, str], data: DataBlock, file: str) -> Target:
@@ -132,10 +138,11 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
     return encoded
 
 
-def with_positives(rows: Sequence[RowFeatures], where: str) -> Iterator[RowFeatures] | None:
+def complete_rows(split: IncompleteRows) -> Iterator[RowFeatures] | None:
     """Yield each text joined with its positive: the next of its class in the order of their numbers, which is arbitrary
-    but fixed, or the first; a lone text is its own. Return None if rows have positives, or raise `DataError`, which
-    names `where`, if no text has one."""
+    but fixed, or the first; a lone text is its own. Return None if rows have positives, or raise `DataError` if no text
+    has one."""
+    rows = split.features
     labels = np.array([row["labels"] for row in rows])
     if labels.shape[1] > 2:
         return None
@@ -145,7 +152,7 @@ def with_positives(rows: Sequence[RowFeatures], where: str) -> Iterator[RowFeatu
     following[np.append(starts[1:], len(order)) - 1] = order[starts]
     positives = following[np.argsort(order)]
     if (labels[positives, 1] == labels[:, 1]).all():
-        raise DataError(f"{where}: no two of these rows have the same class, so no text has a positive; add rows")
+        raise DataError(f"{split.where}: no two of these rows have the same class, so no text has a positive; add rows")
     return (_joined(row, rows[int(positive)]) for row, positive in zip(rows, positives, strict=True))
 
 

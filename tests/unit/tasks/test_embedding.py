@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from fulltune.errors import DataError
-from fulltune.evaluate.retrieval import bm25_terms
 from fulltune.recipe.data import DataBlock
 from fulltune.stats.bootstrap import find_metric
-from fulltune.tasks import Target, embedding
+from fulltune.tasks import IncompleteRows, RowFeatures, Target, embedding
+from fulltune.tasks.bm25 import bm25_terms
 from tests import tiny
 
 PAIRS = Target("query_and_positive", {"query": "q", "positive": "p", "negative": "n1", "negative1": "n2"})
@@ -104,7 +104,11 @@ def test_texts_of_a_class_are_paired_in_a_circle() -> None:
     rows = [{"text": f"text {number}", "intent": name} for number, name in enumerate("abbabbc")]
     tokenizer = tiny.encoder_tokenizer()
     features = [example.features for [example] in embedding.encode(rows, TEXTS, tokenizer, 32)]
-    joined = embedding.with_positives(features, "rows.csv: train")
+
+    def complete(some: Sequence[RowFeatures], where: str) -> Iterator[RowFeatures] | None:
+        return embedding.complete_rows(IncompleteRows(some, list, list, TEXTS, tokenizer, 32, where))
+
+    joined = complete(features, "rows.csv: train")
     assert joined is not None
     labels = np.array([row["labels"] for row in joined])
     own = [row["labels"][1] for row in features]
@@ -113,11 +117,11 @@ def test_texts_of_a_class_are_paired_in_a_circle() -> None:
     assert sorted(partners) == list(range(7))
     assert [one == number for number, one in enumerate(partners)] == [False] * 6 + [True]
     assert embedding.count_items(torch.tensor(labels)) == 6
-    again = embedding.with_positives(features[::-1], "rows.csv: train")
+    again = complete(features[::-1], "rows.csv: train")
     assert again is not None
     assert {tuple(row["labels"]) for row in again} == set(map(tuple, labels))
     with pytest.raises(DataError, match=r"rows\.csv: eval: no two of these rows have the same class"):
-        embedding.with_positives(features[-1:], "rows.csv: eval")
+        complete(features[-1:], "rows.csv: eval")
 
 
 def test_known_false_negatives_never_count() -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from fulltune.models.encoders import reads_texts_apart
+from fulltune.models.encoders import reads_texts_apart, saved_as
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary, RemoteSource
 from fulltune.records.export import Verification
@@ -101,7 +101,7 @@ def _build_front_matter(view: RunView, scores: Scores | None) -> str:
     base = next((name for name in names if _HUB_ID.fullmatch(name) and not name.endswith(".gguf")), None)
     data = ModelCardData(
         base_model=base,
-        library_name="sentence-transformers" if facts and facts.contrasts else "transformers",
+        library_name="sentence-transformers" if facts and facts.completes_rows else "transformers",
         pipeline_tag=facts.hub if facts else None,
         tags=["fulltune"],
         datasets=on_hub or None,
@@ -206,7 +206,7 @@ def build_loading_code(folder: str, task: str, summary: DataSummary | None, base
     pretrained = json.dumps(words.strip_folders(base_model), ensure_ascii=False) if base_model else ""
     return TEMPLATES.get_template(LOADING).render(
         task=task,
-        auto_class=facts.auto_class,
+        auto_class=saved_as(facts.auto_class),
         processor="AutoImageProcessor" if facts.reads == "image" else "AutoTokenizer",
         folder=json.dumps(folder, ensure_ascii=False),
         package=package,
