@@ -177,19 +177,23 @@ def _raise_if_recipe_or_tokens_invalid(recipe: Recipe, base: Base, summary: Data
 
 def _make_assumed_summary(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
     """Return a summary for `rows` assumed rows of `tokens` tokens each."""
-    from fulltune.tasks import Target
+    from fulltune.tasks import Target, task_named
+    from fulltune.tasks.padding import TEXT_LENGTHS
 
     data, form = recipe.data, form_of(recipe)
     length = min(tokens, data.max_length or tokens)
     parts = {"eval": 0 if data.eval else data.eval_fraction, "test": 0 if data.test else data.test_fraction}
     counts = {name: min(2000, max(1, round(rows * part) or rows // 10)) for name, part in parts.items()}
     percentiles = {"p50": length, "p95": length, "max": length}
-    choices = USUAL_CHOICES if recipe.task == "multiple-choice" else 0
+    choices = {"multiple-choice": USUAL_CHOICES, "reranking": data.candidates}.get(recipe.task, 0)
+    labels = ("a", "b") if FACTS[recipe.task].has_classes else ()
+    target = Target(form.name if form else FACTS[recipe.task].types[0], {}, labels, num_choices=choices)
+    num_texts = len(task_named(recipe.task).full_row(target, length).get(TEXT_LENGTHS, (length,)))
 
     def make_split(num_rows: int) -> SplitSummary:
         return SplitSummary(
             rows=num_rows,
-            tokens=num_rows * length * max(1, choices),
+            tokens=num_rows * length * num_texts,
             trained_tokens=num_rows * length,
             trained_p95=length,
             truncated_rows=num_rows if tokens > length else 0,
@@ -198,8 +202,6 @@ def _make_assumed_summary(recipe: Recipe, rows: int, tokens: int) -> DataSummary
         )
 
     splits: Any = {name: make_split(number) for name, number in {"train": rows, **counts}.items()}
-    labels = ("a", "b") if FACTS[recipe.task].has_classes else ()
-    target = Target(form.name if form else FACTS[recipe.task].types[0], {}, labels, num_choices=choices)
     return DataSummary(
         task=recipe.task,
         **target.in_summary(),

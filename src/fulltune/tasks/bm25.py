@@ -11,14 +11,16 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 K1, B = 1.2, 0.75  # BM25's usual parameters, as in Lucene
+_WITHOUT_SPACES = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff"  # Thai, Lao, Japanese, Chinese
+_TERMS = re.compile(rf"[{_WITHOUT_SPACES}]|[^\W{_WITHOUT_SPACES}]+")
 
 
 def bm25_terms(queries: Sequence[str], documents: Sequence[str]) -> tuple[csr_array, csr_array]:
     """Return the terms of queries and documents, both [texts, terms], whose products are the scores of BM25 (Robertson
-    and Zaragoza 2009). Terms are lower-cased words."""
+    and Zaragoza 2009). Terms are lower-cased words, or letters of scripts without spaces."""
     from scipy.sparse import csr_array
 
-    counts = [[Counter(re.findall(r"\w+", text.lower())) for text in texts] for texts in (queries, documents)]
+    counts = [[Counter(_TERMS.findall(text.lower())) for text in texts] for texts in (queries, documents)]
     terms = {word: number for number, word in enumerate(sorted(set().union(*counts[1])))}
 
     def matrix(texts: Sequence[Counter[str]]) -> csr_array:

@@ -32,7 +32,7 @@ from fulltune.tasks import (
 )
 from fulltune.tasks.bm25 import bm25_terms
 from fulltune.tasks.embedding import row_texts, text_id
-from fulltune.tasks.padding import TEXT_LENGTHS, join_texts, pad_texts, tokenise_and_cut
+from fulltune.tasks.padding import TEXT_LENGTHS, cut_long_text, join_texts, pad_texts, tokenise_and_cut
 
 FACTS = recipe_tasks.FACTS["reranking"]
 why_unusable, group_key, row_labels = embedding.why_unusable, embedding.group_key, embedding.row_labels
@@ -41,7 +41,7 @@ loss, count_items, chance_loss = classes.loss, classes.count_items, classes.chan
 reduce_logits = classes.reduce_logits
 CANDIDATES, FIRST_STAGE = "candidates", "first_stage"
 """Features of a row: the ids of its candidates, and their scores by BM25."""
-CUTOFF, _SCORES_AT_ONCE = embedding.CUTOFF, 10_000_000
+CUTOFF, MOST_DOCUMENTS, _SCORES_AT_ONCE = embedding.CUTOFF, 200_000, 10_000_000
 
 # ---- rows --------------------------------------------------------------------------------------------------------
 
@@ -54,6 +54,8 @@ def find_columns(names: Sequence[str], sample: Sequence[Row], data: DataBlock, f
 
 
 def find_target(rows: Iterable[Row], roles: Mapping[str, str], data: DataBlock, file: str) -> Target:
+    if len(roles) > data.candidates + 1:
+        raise DataError(f"{file}: {len(roles) - 1} documents in a row; set data.candidates: {len(roles) - 1} or more")
     return Target("ranking", roles, num_choices=data.candidates)
 
 
@@ -73,7 +75,8 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
 
 def _encode_lists(lists: Sequence[tuple[str, list[str]]], tokenizer: Tokenizer, max_length: int) -> Iterator[Example]:
     """Yield queries with each of their documents, the positive first, whose label is 0."""
-    pairs = [[query for query, of in lists for _ in of], [text for _, of in lists for text in of]]
+    flat = [(query, text) for query, of in lists for text in of]
+    pairs = [[cut_long_text(text, tokenizer, max_length) for text in column] for column in zip(*flat, strict=True)]
     tokens, names, is_cut = tokenise_and_cut(tokenizer, pairs, max_length)
     end = 0
     for _, documents in lists:
@@ -89,11 +92,16 @@ def complete_rows(split: IncompleteRows) -> Iterator[RowFeatures]:
     target, count = split.target, split.target.num_choices
     texts, positives, by_id = [], dict[int, set[int]](), dict[int, str]()
     for row in chain(split.own(), split.train()):
-        query, *documents = row_texts(row, target)
+        query, *documents = filter(str.strip, row_texts(row, target))  # a row may have fewer negatives
         texts.append((query, documents))
         positives.setdefault(text_id(query), set()).add(text_id(documents[0]))
         by_id |= {text_id(text): text for text in documents}
     ids = sorted(by_id)  # in an arbitrary order, in which documents without a common word stay
+    if len(ids) > MOST_DOCUMENTS:
+        raise DataError(
+            f"{split.where}: {len(ids):,} different documents, but BM25 compares at most {MOST_DOCUMENTS:,}; set "
+            "data.max_rows"
+        )
     place_of = {one: place for place, one in enumerate(ids)}
     own = texts[: len(split.features)]
     asked, stored = bm25_terms([query for query, _ in own], [by_id[one] for one in ids])
@@ -102,8 +110,10 @@ def complete_rows(split: IncompleteRows) -> Iterator[RowFeatures]:
         scores = (asked[start : start + at_once] @ stored.T).toarray()
         lists, chosen = list[tuple[str, list[str]]](), list[list[int]]()
         for (query, documents), of_row in zip(own[start : start + at_once], scores, strict=True):
-            given = list(dict.fromkeys(map(text_id, documents)))[:count]
-            barred = {text_id(query), *given, *positives[text_id(query)]}
+            barred = {text_id(query), *positives[text_id(query)]}
+            given = [one for one in dict.fromkeys(map(text_id, documents[1:])) if one not in barred]
+            given.insert(0, text_id(documents[0]))
+            barred.update(given)
             most = min(len(ids), count + len(barred))
             best = np.argpartition(-of_row, most - 1)[:most]
             best = best[np.lexsort((best, -of_row[best]))]

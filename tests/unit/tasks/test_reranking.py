@@ -13,6 +13,7 @@ from fulltune.errors import DataError
 from fulltune.models.encoders import model_class
 from fulltune.recipe.data import DataBlock
 from fulltune.tasks import IncompleteRows, Row, Target, reranking
+from fulltune.tasks.bm25 import bm25_terms
 from fulltune.tasks.embedding import text_id
 from tests import tiny
 
@@ -101,3 +102,24 @@ def test_model_scores_each_pair_as_the_classifier_does() -> None:
         expected = plain(input_ids=ids.flatten(0, 1), attention_mask=mask.flatten(0, 1)).logits.view(2, 3)
     assert type(model).__name__ == "BertForSequenceClassification"
     assert torch.equal(scores, expected)
+
+
+def test_negative_that_is_a_positive_of_the_query_elsewhere_is_no_candidate() -> None:
+    [row] = complete([{"q": "sun in rome", "p": "the sun shines", "n": "rome is hot"}], 3)
+    assert "rome is hot" not in texts(row)
+    assert texts(row)[0] == "the sun shines"
+
+
+def test_row_with_more_documents_than_candidates_is_refused() -> None:
+    roles = ROLES | {"negative1": "m"}
+    with pytest.raises(DataError, match=r"f: 3 documents in a row; set data\.candidates: 3 or more"):
+        reranking.find_target(ROWS, roles, DataBlock(train="x", candidates=2), "f")
+    assert reranking.find_target(ROWS, roles, DataBlock(train="x", candidates=3), "f").num_choices == 3
+
+
+def test_terms_of_scripts_without_spaces_are_letters() -> None:
+    asked, stored = bm25_terms(["東京の天気", "東京tower"], ["大阪の天気です", "東京 Tower", "雨"])
+    scores = (asked @ stored.T).toarray()
+    assert scores[0].argmax() == 0
+    assert scores[1].argmax() == 1
+    assert not scores[:, 2].any()
