@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from fulltune.export.source import Source
 from fulltune.export.texts import check_processor, sample_texts
 from fulltune.inference.run import mean_pool
+from fulltune.models.sentence_files import write_sentence_files
 from fulltune.records.export import ExportCheck
 
 PACKAGES = ("sentence-transformers",)
@@ -26,16 +26,11 @@ def why_impossible(source: Source) -> str | None:
 
 
 def write(source: Source, folder: Path) -> None:
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Pooling, Transformer
-
     body: Any = source.model.base_model
-    with TemporaryDirectory() as scratch:
-        body.save_pretrained(scratch)
-        source.processor.save_pretrained(scratch)
-        encoder = Transformer(scratch, max_seq_length=source.notes["max_length"])
-        modules = [encoder, Pooling(body.config.hidden_size, pooling_mode="mean")]
-        SentenceTransformer(modules=modules, device="cpu").save(str(folder), create_model_card=False)
+    body.save_pretrained(folder)
+    source.processor.save_pretrained(folder)
+    body.config.pooling = "mean"
+    write_sentence_files(folder, body.config, source.notes["max_length"])
 
 
 def load(source: Source, folder: Path) -> None:

@@ -65,9 +65,9 @@ class Base:
             block, "config", lambda: AutoConfig.from_pretrained(**from_pretrained_arguments(block, path))
         )
         if encoders.reads_texts_apart(FACTS[task].auto_class):
-            usual = encoders.read_pooling(folder := path or _hub_folder(block), config)
+            folder, given = path or _hub_folder(block), (block.pooling, "from the recipe")
+            config.pooling, why = given if block.pooling else sentence_files.read_pooling(folder, config)
             vars(config).update(sentence_files.read_sentence_settings(folder) if FACTS[task].contrasts else {})
-            config.pooling, why = block.pooling or usual.mode, usual.why
         return cls(block, task, path, config, chat_template, has_processor, why)
 
     @cached_property

@@ -4,21 +4,16 @@ vectors. Their class derives from that of the body's other heads, so it saves, l
 from __future__ import annotations
 
 import inspect
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-from fulltune.errors import SetupError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 TokenPooling = Literal["mean", "cls", "last"]
-_MODES: Mapping[str, TokenPooling] = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "last"}
 
 
 def is_decoder(config: PretrainedConfig) -> bool:
@@ -32,37 +27,6 @@ def is_decoder(config: PretrainedConfig) -> bool:
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return bool(getattr(config, "is_decoder", False))
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-
-@dataclass(frozen=True)
-class PoolingFound:
-    """How a model pools the tokens of a text, and where that is said."""
-
-    mode: TokenPooling
-    why: str
-
-
-def read_pooling(folder: Path, config: PretrainedConfig) -> PoolingFound:
-    """Return the pooling that a sentence-transformers folder names, or else the usual one of such models."""
-    if (saved := getattr(config, "pooling", None)) is not None:
-        return PoolingFound(saved, "config.json")
-    modules = folder / "modules.json"
-    for module in json.loads(modules.read_text(encoding="utf-8")) if modules.exists() else ():
-        if module["type"].rpartition(".")[2] == "Pooling":
-            file = folder / module["path"] / "config.json"
-            values = json.loads(file.read_text(encoding="utf-8"))
-            names = [values["pooling_mode"]] if "pooling_mode" in values else []
-            names += [name.removeprefix("pooling_mode_") for name, value in values.items() if value is True]
-            known = [_MODES.get(name, name) for name in names if name in _MODES or name in _MODES.values()]
-            if len(known) != 1:
-                raise SetupError(
-                    f"model: {file}: pools by {', '.join(map(str, names)) or 'nothing'}, expected one of "
-                    f"{', '.join(_MODES)}; set model.pooling"
-                )
-            return PoolingFound(known[0], f"{module['path']}/config.json")
-    if is_decoder(config):
-        return PoolingFound("last", "the model names no pooling; decoders are usually pooled at the last token")
-    return PoolingFound("mean", "the model names no pooling; encoders are usually pooled by the mean over tokens")
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, mode: TokenPooling) -> torch.Tensor:
@@ -159,37 +123,24 @@ def _reranker_class(config_class: type[PretrainedConfig]) -> type[PreTrainedMode
     return ListClassifier
 
 
+@dataclass(frozen=True)
 class _OwnClass:
     """Stands where an auto class of transformers does."""
 
     of_config: Callable[[type[PretrainedConfig]], type[PreTrainedModel]]
+    saved_as: str = "AutoModel"
 
-    @classmethod
-    def from_config(cls, config: PretrainedConfig, *, trust_remote_code: bool = False, **options: object) -> object:
-        return cls.of_config(type(config))._from_config(config, **options)
+    def from_config(self, config: PretrainedConfig, *, trust_remote_code: bool = False, **options: object) -> object:
+        return self.of_config(type(config))._from_config(config, **options)
 
-    @classmethod
-    def from_pretrained(cls, *names: str, config: PretrainedConfig, **options: object) -> object:
-        load: Callable[..., object] = cls.of_config(type(config)).from_pretrained
-        return load(*names, config=config, **options)
-
-
-class TextPairs(_OwnClass):
-    of_config = staticmethod(partial(_class_for, has_head=True))
-
-
-class TextEmbedding(_OwnClass):
-    of_config = staticmethod(partial(_class_for, has_head=False))
-
-
-class Reranker(_OwnClass):
-    of_config = staticmethod(_reranker_class)
+    def from_pretrained(self, *names: str, config: PretrainedConfig, **options: object) -> object:
+        return self.of_config(type(config)).from_pretrained(*names, config=config, **options)
 
 
 _OWN = {
-    "TextPairs": (TextPairs, "AutoModel"),
-    "TextEmbedding": (TextEmbedding, "AutoModel"),
-    "Reranker": (Reranker, "AutoModelForSequenceClassification"),
+    "TextPairs": _OwnClass(partial(_class_for, has_head=True)),
+    "TextEmbedding": _OwnClass(partial(_class_for, has_head=False)),
+    "Reranker": _OwnClass(_reranker_class, "AutoModelForSequenceClassification"),
 }
 
 
@@ -197,12 +148,12 @@ def model_class(name: str) -> Any:
     """Return a task's `auto_class`: one of this module or of transformers."""
     import transformers
 
-    return _OWN[name][0] if name in _OWN else getattr(transformers, name)
+    return _OWN[name] if name in _OWN else getattr(transformers, name)
 
 
 def saved_as(name: str) -> str:
     """Return the auto class of transformers that loads what a task's `auto_class` saves."""
-    return _OWN[name][1] if name in _OWN else name
+    return _OWN[name].saved_as if name in _OWN else name
 
 
 def reads_texts_apart(name: str) -> bool:

@@ -2,34 +2,62 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import SetupError
 from fulltune.files import write_json
+from fulltune.models.encoders import TokenPooling, is_decoder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_MODES = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}
+_MODES: dict[TokenPooling, str] = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}
 _TYPE = "sentence_transformers.models"
 FILES = (MODULES, POOLING, SETTINGS) = ("modules.json", "1_Pooling/config.json", "config_sentence_transformers.json")
 _PROMPTS = ("prompts", "default_prompt_name")
 
 
+def read_pooling(folder: Path, config: PretrainedConfig) -> tuple[TokenPooling, str]:
+    """Return how a model pools the tokens of a text, and where that is said; by default as such models usually do."""
+    if (saved := getattr(config, "pooling", None)) is not None:
+        return saved, "config.json"
+    if place := next((module["path"] for module in _read(folder / MODULES) if _kind(module) == "Pooling"), None):
+        values = _read(file := folder / place / "config.json")
+        flags = [name for name, value in values.items() if value is True and name.startswith("pooling_mode_")]
+        names = [values["pooling_mode"]] if "pooling_mode" in values else [flag[13:] for flag in flags]
+        known = [mode for mode, name in _MODES.items() if [mode] == names or [name] == names]
+        if not known:
+            raise SetupError(
+                f"model: {file}: pools by {', '.join(map(str, names)) or 'nothing'}, expected one of "
+                f"{', '.join(_MODES.values())}; set model.pooling"
+            )
+        return known[0], f"{place}/config.json"
+    if is_decoder(config):
+        return "last", "the model names no pooling; decoders are usually pooled at the last token"
+    return "mean", "the model names no pooling; encoders are usually pooled by the mean over tokens"
+
+
 def read_sentence_settings(folder: Path) -> dict[str, object]:
     """Return values for the config: the prompts, and whether vectors are normalised, as they are by default. Raise
     `SetupError` for what would be lost in training."""
-    try:
-        texts = {name: file.read_text(encoding="utf-8") for name in FILES if (file := folder / name).exists()}
-        modules, pooling, values = (json.loads(texts.get(name, "{}")) for name in FILES)
-    except ValueError:
-        raise SetupError(f"model: {folder}: one of {', '.join(FILES)} is not valid JSON; copy it again") from None
-    kinds = [module["type"].rpartition(".")[2] for module in modules]
+    modules, pooling, values = (_read(folder / name) for name in FILES)
+    kinds = [*map(_kind, modules)]
     others = [f"a module '{kind}'" for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
     others += [] if pooling.get("include_prompt", True) else ["include_prompt: false"]
     if others:
         raise SetupError(f"model: {folder}: has {others[0]}, which is not supported; use another model")
     return {"normalize": "Normalize" in kinds or not kinds, **{name: values.get(name) for name in _PROMPTS}}
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError:
+        raise SetupError(f"model: {file}: is not valid JSON; copy it again") from None
+
+
+def _kind(module: dict[str, str]) -> str:
+    return module["type"].rpartition(".")[2]
 
 
 def prompts_by_role(config: PretrainedConfig) -> dict[str, str]:

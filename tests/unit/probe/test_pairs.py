@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulltune.models.encoders import TextPairs
+from fulltune.models.encoders import model_class
 from fulltune.probe import (
     fit_probe,
     initialise_head_from_probe,
@@ -129,7 +129,7 @@ def _apart(name: str, num_labels: int, pooling: str = "mean") -> Any:
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**CONFIGS[name], num_labels=num_labels)
     config.pooling = pooling
-    model: Any = TextPairs.from_config(config)
+    model: Any = model_class("TextPairs").from_config(config)
     return model.eval()
 
 
