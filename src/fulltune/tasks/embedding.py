@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -130,12 +129,11 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
     prefixes = [prompts.get(role, prompts[""]) for role in (first, *("document" for _ in rest))]
     texts = [row_texts(row, target) for row in rows]
     prompted = [[prefix + text for prefix, text in zip(prefixes, row, strict=False)] for row in texts]
-    encoded: RowExamples = []
-    for row, of_row, example in zip(rows, texts, encode_apart(prompted, tokenizer, max_length), strict=True):
+    labels = []
+    for row, of_row in zip(rows, texts, strict=True):
         ids, label = [text_id(text) for text in of_row], row.get(target.columns.get("label", ""))
-        shared = ids[0] if label is None else text_id(label_name(label))
-        encoded.append([replace(example, features={**example.features, "labels": np.array([shared, *ids])})])
-    return encoded
+        labels.append(np.array([ids[0] if label is None else text_id(label_name(label)), *ids]))
+    return encode_apart(prompted, labels, tokenizer, max_length)
 
 
 def complete_rows(split: IncompleteRows) -> Iterator[RowFeatures] | None:

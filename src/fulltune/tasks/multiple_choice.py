@@ -12,7 +12,6 @@ from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
 from fulltune.tasks import (
-    Example,
     Predictions,
     Refused,
     Row,
@@ -26,7 +25,7 @@ from fulltune.tasks import (
 from fulltune.tasks.columns import CHOICE_NAMES, as_text, find_column, missing_column, normalised
 from fulltune.tasks.labels import is_empty, label_name, parse_list
 from fulltune.tasks.labels import row_labels as labels_of_row
-from fulltune.tasks.padding import TEXT_LENGTHS, join_texts, pad_texts, split_texts, tokenise_and_cut
+from fulltune.tasks.padding import TEXT_LENGTHS, join_rows, pad_texts, split_texts, tokenise_and_cut
 
 FACTS = recipe_tasks.FACTS["multiple-choice"]
 row_labels, config_changes, collate = labels_of_row, classes.config_changes, pad_texts
@@ -100,15 +99,9 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
     if any(questions):
         texts.insert(0, [question for question, row in zip(questions, choices, strict=True) for _ in row])
     tokens, names, is_cut = tokenise_and_cut(tokenizer, texts, max_length)
-    encoded = []
-    for number, row in enumerate(rows):
-        members = range(number * target.num_choices, (number + 1) * target.num_choices)
-        right = index_of_right_choice(row, target.columns, choices[number])
-        # Only rows to predict have no right choice.
-        features = join_texts({name: [tokens[name][i] for i in members] for name in names}) | {"labels": right or 0}
-        cut = any(is_cut[i] for i in members)
-        encoded.append([Example(features, trained_tokens=1, truncated=cut, longest=max(features[TEXT_LENGTHS]))])
-    return encoded
+    # Only rows to predict have no right choice.
+    right = [index_of_right_choice(row, target.columns, of) or 0 for row, of in zip(rows, choices, strict=True)]
+    return join_rows({name: tokens[name] for name in names}, is_cut, map(len, choices), right)
 
 
 def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence, Sized
+from collections.abc import Collection, Iterable, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulltune.tasks import LENGTH, Example, RowFeatures, Tensor, Tokenizer
+from fulltune.tasks import LENGTH, Example, RowExamples, RowFeatures, Tensor, Tokenizer
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding
@@ -47,20 +47,33 @@ def join_texts(tokens: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
     return {**joined, TEXT_LENGTHS: lengths, LENGTH: max(lengths) * len(lengths)}  # padded to the longest
 
 
-def encode_apart(texts: Sequence[Sequence[str]], tokenizer: Tokenizer, max_length: int) -> list[Example]:
-    """Tokenise each text of each row by itself, truncated to `max_length`. The examples lack labels."""
+def join_rows(
+    tokens: Mapping[str, Sequence[Sequence[int]]],
+    is_cut: Sequence[bool],
+    counts: Iterable[int],
+    labels: Iterable[object],
+) -> RowExamples:
+    """Join the tokenised texts of each row, of which there are `counts`, to an example with the row's label."""
+    rows, end = RowExamples(), 0
+    for count, label in zip(counts, labels, strict=True):
+        span, end = slice(end, end + count), end + count
+        features = join_texts({name: texts[span] for name, texts in tokens.items()})
+        cut, longest = any(is_cut[span]), max(features[TEXT_LENGTHS])
+        rows.append([Example({**features, "labels": label}, trained_tokens=1, truncated=cut, longest=longest)])
+    return rows
+
+
+def encode_apart(
+    texts: Sequence[Sequence[str]], labels: Iterable[object], tokenizer: Tokenizer, max_length: int
+) -> RowExamples:
+    """Tokenise each text of each row by itself, truncated to `max_length`."""
     flat = [cut_long_text(text, tokenizer, max_length) for row in texts for text in row]
     tokens, names, is_cut = tokenise_and_cut(tokenizer, [flat], max_length)
     names = [name for name in names if name == "input_ids" or any(map(any, tokens[name]))]  # token types are all 0
     empty = {name: [0] for name in names} | {"input_ids": [tokenizer.pad_token_id]}
-    examples, end = list[Example](), 0
-    for row in texts:
-        span, end = slice(end, end + len(row)), end + len(row)
-        # Some tokenizers make no tokens of an empty text.
-        features = join_texts({name: [part or empty[name] for part in tokens[name][span]] for name in names})
-        longest = max(features[TEXT_LENGTHS])
-        examples.append(Example(features, trained_tokens=1, truncated=any(is_cut[span]), longest=longest))
-    return examples
+    # Some tokenizers make no tokens of an empty text.
+    filled = {name: [part or empty[name] for part in tokens[name]] for name in names}
+    return join_rows(filled, is_cut, map(len, texts), labels)
 
 
 def split_texts(features: RowFeatures) -> list[np.ndarray]:

@@ -12,7 +12,6 @@ from fulltune.errors import DataError
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.tasks import (
-    Example,
     FromSums,
     IncompleteRows,
     Predictions,
@@ -32,7 +31,7 @@ from fulltune.tasks import (
 )
 from fulltune.tasks.bm25 import bm25_terms
 from fulltune.tasks.embedding import row_texts, text_id
-from fulltune.tasks.padding import TEXT_LENGTHS, cut_long_text, join_texts, pad_texts, tokenise_and_cut
+from fulltune.tasks.padding import cut_long_text, join_rows, pad_texts, tokenise_and_cut
 
 FACTS = recipe_tasks.FACTS["reranking"]
 why_unusable, group_key, row_labels = embedding.why_unusable, embedding.group_key, embedding.row_labels
@@ -69,21 +68,16 @@ def with_placeholder_answer(row: Row, target: Target) -> Row:
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
     """Tokenise the query with each text of a row; `complete_rows` adds other candidates."""
-    texts = [row_texts(row, target) for row in rows]
-    return [[example] for example in _encode_lists([(row[0], row[1:]) for row in texts], tokenizer, max_length)]
+    return _encode_lists([row_texts(row, target) for row in rows], tokenizer, max_length)
 
 
-def _encode_lists(lists: Sequence[tuple[str, list[str]]], tokenizer: Tokenizer, max_length: int) -> Iterator[Example]:
-    """Yield queries with each of their documents, the positive first, whose label is 0."""
-    flat = [(query, text) for query, of in lists for text in of]
+def _encode_lists(lists: Sequence[list[str]], tokenizer: Tokenizer, max_length: int) -> RowExamples:
+    """Tokenise queries with each of the documents after them, the positive first, whose label is 0."""
+    flat = [(query, text) for query, *documents in lists for text in documents]
     pairs = [[cut_long_text(text, tokenizer, max_length) for text in column] for column in zip(*flat, strict=True)]
     tokens, names, is_cut = tokenise_and_cut(tokenizer, pairs, max_length)
-    end = 0
-    for _, documents in lists:
-        span, end = slice(end, end + len(documents)), end + len(documents)
-        features = join_texts({name: tokens[name][span] for name in names}) | {"labels": 0}
-        cut, longest = any(is_cut[span]), max(features[TEXT_LENGTHS])
-        yield Example(features, trained_tokens=1, truncated=cut, longest=longest)
+    counts = [len(row) - 1 for row in lists]
+    return join_rows({name: tokens[name] for name in names}, is_cut, counts, [0] * len(lists))
 
 
 def complete_rows(split: IncompleteRows) -> Iterator[RowFeatures]:
@@ -108,7 +102,7 @@ def complete_rows(split: IncompleteRows) -> Iterator[RowFeatures]:
     at_once = max(1, _SCORES_AT_ONCE // len(ids))
     for start in range(0, len(own), at_once):
         scores = (asked[start : start + at_once] @ stored.T).toarray()
-        lists, chosen = list[tuple[str, list[str]]](), list[list[int]]()
+        lists, chosen = list[list[str]](), list[list[int]]()
         for (query, documents), of_row in zip(own[start : start + at_once], scores, strict=True):
             barred = {text_id(query), *positives[text_id(query)]}
             given = [one for one in dict.fromkeys(map(text_id, documents[1:])) if one not in barred]
@@ -124,10 +118,10 @@ def complete_rows(split: IncompleteRows) -> Iterator[RowFeatures]:
                     f"{split.where}: {len(candidates)} documents to rank for '{query[:60]}', expected {count}; set "
                     f"data.candidates: {max(2, len(candidates))}, or add rows"
                 )
-            lists.append((query, [by_id[one] for one in candidates]))
+            lists.append([query, *(by_id[one] for one in candidates)])
             chosen.append(candidates)
         examples = _encode_lists(lists, split.tokenizer, split.max_length)
-        for example, candidates, of_row in zip(examples, chosen, scores, strict=True):
+        for [example], candidates, of_row in zip(examples, chosen, scores, strict=True):
             first_stage = of_row[[place_of[one] for one in candidates]].astype(np.float32)
             yield {**example.features, CANDIDATES: np.array(candidates), FIRST_STAGE: first_stage}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -37,13 +36,9 @@ def find_columns(columns: Sequence[str], sample: Sequence[Row], data: DataBlock,
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
     """Tokenise both texts of each row, each by itself and truncated to `max_length`."""
-    examples = encode_apart([text_classification.text_and_pair(row, target) for row in rows], tokenizer, max_length)
     ids = {name: position for position, name in enumerate(target.labels)}
-    labels = [text_classification.label_value(row, target, ids) for row in rows]
-    return [
-        [replace(example, features={**example.features, "labels": label})]
-        for example, label in zip(examples, labels, strict=True)
-    ]
+    labels = (text_classification.label_value(row, target, ids) for row in rows)
+    return encode_apart([text_classification.text_and_pair(row, target) for row in rows], labels, tokenizer, max_length)
 
 
 def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
