@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fulltune.errors import SetupError
 from fulltune.models.base import Base
 from fulltune.models.encoders import TokenPooling
 from fulltune.models.load import load_model
@@ -45,3 +47,15 @@ def test_sentence_transformers_reads_the_vectors_that_the_model_computes(
     encoder = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     encoded = encoder.encode(TEXTS, convert_to_tensor=True, normalize_embeddings=True)
     torch.testing.assert_close(encoded, vectors.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_folder_that_pools_otherwise_is_refused_unless_the_recipe_says_how(tmp_path: Path) -> None:
+    folder = tiny.save_model(tmp_path / "model", "bert")
+    (folder / "1_Pooling").mkdir()
+    modules = [{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
+    (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    modes = {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True, "include_prompt": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(modes), encoding="utf-8")
+    with pytest.raises(SetupError, match=r"pools by mean_tokens, max_tokens, expected one of .*; set model.pooling"):
+        Base.from_block(ModelBlock(name=str(folder)), "embedding")
+    assert Base.from_block(ModelBlock(name=str(folder), pooling="cls"), "embedding").config.pooling == "cls"
