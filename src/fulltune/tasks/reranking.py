@@ -40,7 +40,8 @@ loss, count_items, chance_loss = classes.loss, classes.count_items, classes.chan
 reduce_logits = classes.reduce_logits
 CANDIDATES, FIRST_STAGE = "candidates", "first_stage"
 """Features of a row: the ids of its candidates, and their scores by BM25."""
-CUTOFF, MOST_DOCUMENTS, _SCORES_AT_ONCE = embedding.CUTOFF, 200_000, 10_000_000
+CUTOFF, MOST_DOCUMENTS = embedding.CUTOFF, 200_000
+_ROWS_AT_ONCE, _SCORES_AT_ONCE = 256, 10_000_000
 
 # ---- rows --------------------------------------------------------------------------------------------------------
 
@@ -84,10 +85,10 @@ def complete_rows(split: IncompleteRows) -> Iterator[RowFeatures]:
     """Yield rows with their positive, their negatives, and the documents of this split and of train that BM25 ranks
     highest for the query and that are not its positives. Raise `DataError` if there are too few."""
     target, count = split.target, split.target.num_choices
-    texts, positives, by_id = [], dict[int, set[int]](), dict[int, str]()
+    own, positives, by_id = list[tuple[str, list[str]]](), dict[int, set[int]](), dict[int, str]()
     for row in chain(split.own(), split.train()):
         query, *documents = filter(str.strip, row_texts(row, target))  # a row may have fewer negatives
-        texts.append((query, documents))
+        own += [(query, documents)] if len(own) < len(split.features) else []
         positives.setdefault(text_id(query), set()).add(text_id(documents[0]))
         by_id |= {text_id(text): text for text in documents}
     ids = sorted(by_id)  # in an arbitrary order, in which documents without a common word stay
@@ -97,9 +98,8 @@ def complete_rows(split: IncompleteRows) -> Iterator[RowFeatures]:
             "data.max_rows"
         )
     place_of = {one: place for place, one in enumerate(ids)}
-    own = texts[: len(split.features)]
     asked, stored = bm25_terms([query for query, _ in own], [by_id[one] for one in ids])
-    at_once = max(1, _SCORES_AT_ONCE // len(ids))
+    at_once = max(1, min(_ROWS_AT_ONCE, _SCORES_AT_ONCE // len(ids)))
     for start in range(0, len(own), at_once):
         scores = (asked[start : start + at_once] @ stored.T).toarray()
         lists, chosen = list[list[str]](), list[list[int]]()
