@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pyarrow import parquet
+from safetensors.torch import load_file
 
 from fulltune import pipeline, predict
 from fulltune.errors import DataError, RecipeError, SetupError
@@ -129,6 +131,22 @@ def test_lora_of_a_decoder_is_merged_into_a_folder_of_sentence_transformers(tmp_
     assert np.abs(theirs - ours).max() < 1e-5
     card = (tmp_path / "run" / "models" / "lora" / "README.md").read_text(encoding="utf-8")
     assert "which 'fulltune predict' adds to the pretrained model" in card
+
+
+def test_training_that_only_harms_keeps_the_model_as_it_was(tiny_encoder: Path, tmp_path: Path) -> None:
+    train = {"max_steps": 4, "warmup_steps": 0, "eval_strategy": "steps", "eval_steps": 2}
+    rows = [{"query": row["text"], "positive": row["text"] + " again"} for row in tiny.topic_rows(60)]
+    with runs.without_tracing():
+        reached = runs.run(
+            tmp_path, tiny_encoder, rows, until="report", task="embedding", train=train, method={"learning_rate": 0.5}
+        )
+    assert reached.outcome is not None
+    assert reached.outcome.best_step == 0
+    before, after = load_file(tiny_encoder / "model.safetensors"), runs.final_weights(tmp_path)
+    assert after
+    assert all(torch.equal(tensor, before[name.removeprefix("bert.")]) for name, tensor in after.items())
+    report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    assert "on the eval rows; no later weights were better" in report
 
 
 @pytest.mark.parametrize(

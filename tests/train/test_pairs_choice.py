@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fulltune import pipeline
-from fulltune.compare import pairs
+from fulltune.compare import pairs, rate_search
 from fulltune.compare.rate_search import run_recipe
 from fulltune.compare.run import run_comparison
 from fulltune.errors import InterruptedRun
 from fulltune.pipeline import Until
+from fulltune.records.data import DataSummary
 from fulltune.records.events import Event, Message
 from fulltune.records.run import PairsChoice
 from fulltune.system import run_folder
@@ -117,6 +120,31 @@ def test_models_that_cannot_read_apart_read_jointly(tmp_path: Path) -> None:
     choice = PairsChoice.load(tmp_path / "run" / "pairs.json")
     assert choice.pairs == "joint"
     assert choice.reason.startswith("a 'bart' model cannot read texts apart")
+
+
+@pytest.mark.long
+def test_each_fold_chooses_by_its_own_rows(tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fold 1's train and eval rows are test rows of other folds."""
+
+    def choose(job: pipeline.Run, summary: DataSummary) -> pipeline.Run:
+        if job.pairs_choice is None:
+            read: Any = "apart" if job.recipe.data.fold == 2 else "joint"
+            PairsChoice(pairs=read, reason=f"of fold {job.recipe.data.fold}").save(job.folder / run_folder.PAIRS)
+        return replace(job)
+
+    monkeypatch.setattr(rate_search, "choose_pairs", choose)
+    with runs.without_tracing():
+        reached = run(tmp_path, tiny_encoder, pair_rows(60), "report", data={"folds": 3}, train={"max_steps": 2})
+    tasks = [load_run_recipe(tmp_path / "run" / "folds" / str(fold)).task for fold in (1, 2, 3)]
+    assert tasks == ["text-classification", "text-pairs", "text-classification"]
+    lines = (tmp_path / "run" / "out_of_fold.jsonl").read_text(encoding="utf-8").splitlines()
+    answers = [json.loads(line) for line in lines]
+    right = sum(answer["label"] == answer["expected"] for answer in answers)
+    assert len(answers) == 60
+    assert reached.scores[-1].metrics["accuracy"].value == pytest.approx(right / 60)
+    assert not (tmp_path / "run" / run_folder.PAIRS).exists()
+    again = run(tmp_path, tiny_encoder, pair_rows(60), "report", data={"folds": 3}, train={"max_steps": 2})
+    assert again.scores == reached.scores
 
 
 @pytest.mark.long

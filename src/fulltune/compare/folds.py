@@ -32,13 +32,13 @@ ANSWERS = "out_of_fold.jsonl"
 
 
 def run_folds(job: Run, until: Until, measure: bool, choose: Choose | None = None) -> RunResult:
-    """Run or resume all folds, and score all rows' answers together. The stages `data` and `plan`, and the way in which
-    pairs are read, are fold 1's."""
+    """Run or resume all folds, and score all rows' answers together. The stages `data` and `plan` are fold 1's; each
+    fold chooses by its own rows how pairs are read."""
     count, pooled = job.recipe.data.folds or 0, job.folder / FOLDS
     if measure:
         raise SetupError("data.folds: 'plan --measure' measures a single run; set data.fold=1 as well")
-    reached = pipeline.run(job, "data" if until == "report" else until, choose=choose)
-    job = replace(job)  # reads what was chosen
+    stage, chooses = ("data", None) if until == "report" else (until, choose)
+    reached = pipeline.run(job, stage, choose=chooses)
     if until != "report":
         job.listener(Message(text=f"this is fold 1 of {count}; 'fulltune run' trains a model for each fold"))
         return reached
@@ -47,10 +47,10 @@ def run_folds(job: Run, until: Until, measure: bool, choose: Choose | None = Non
         for fold in jobs:  # rows are refused before any fold is trained
             pipeline.run(fold, "data")
         folds = [
-            _run_fold(fold, f"fold {number} of {count}", job.listener) for number, fold in enumerate(jobs, start=1)
+            _run_fold(fold, f"fold {number} of {count}", job.listener, choose) for number, fold in enumerate(jobs, 1)
         ]
         if not pooled.exists():
-            _score_together(job, folds).save(pooled)
+            _score_together(job, [*map(replace, jobs)], folds).save(pooled)  # read as each fold chose
         scores = (*(fold.scores[-1] for fold in folds), Scores.load(pooled))
         return RunResult(job.folder, reached.summary, scores=scores, report=report.write_run_report(job.folder))
 
@@ -66,12 +66,12 @@ def _open_fold(job: Run, number: int) -> Run:
     return replace(job, recipe=recipe, folder=folder, listener=listener, began=None)
 
 
-def _run_fold(job: Run, name: str, listener: Listener) -> RunResult:
+def _run_fold(job: Run, name: str, listener: Listener, choose: Choose | None) -> RunResult:
     """Run or resume a fold, or load its results."""
     if (reached := run_folder.load_finished_run(job.recipe, job.folder)) is None:
         listener(Message(text=name, level="progress"))
         release_unused()  # by the model that scored the last fold
-        reached = pipeline.run(job)
+        reached = pipeline.run(job, choose=choose)
     trained, metric = reached.scores[-1], reached.scores[-1].main_metric
     if metric in trained.metrics:
         name += f": {metric_name(metric)} {format_estimate(metric, trained.metrics[metric])}"
@@ -79,14 +79,14 @@ def _run_fold(job: Run, name: str, listener: Listener) -> RunResult:
     return reached
 
 
-def _score_together(job: Run, folds: Sequence[RunResult]) -> Scores:
+def _score_together(job: Run, jobs: Sequence[Run], folds: Sequence[RunResult]) -> Scores:
     """Write all rows' answers, each by the model that did not train on the row, and return their scores."""
     lines, outputs, clusters = list[str](), list[Predictions](), list[np.ndarray]()
     job.phase("answering each fold's test rows")
-    for number, reached in enumerate(folds, start=1):
+    for number, (fold, reached) in enumerate(zip(jobs, folds, strict=True), start=1):
         assert reached.plan is not None
         model_folder = reached.folder / reached.plan.model_folder
-        scoring = evaluate.make_scoring(job.recipe, reached.plan, reached.summary, reached.folder, job.base)
+        scoring = evaluate.make_scoring(fold.recipe, reached.plan, reached.summary, reached.folder, fold.base)
         predictions = compute_outputs(scoring, model_folder, (), 0, ("test",))[0]["test"]
         answers = _answers(scoring, predictions, read_notes(model_folder).get("temperature", 1.0))
         lines += [json.dumps({"fold": number, **answer}, ensure_ascii=False) + "\n" for answer in answers]

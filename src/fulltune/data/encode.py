@@ -30,7 +30,7 @@ from fulltune.recipe.data import DataBlock
 from fulltune.recipe.tasks import TaskName
 from fulltune.system.hardware import num_cores
 from fulltune.tasks import LENGTH, Example, Refused, Row, Target, Task, task_named
-from fulltune.tasks.columns import in_batches, why_unreadable
+from fulltune.tasks.columns import in_batches, normalised, why_unreadable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -91,6 +91,8 @@ class EncodedSource:
     truncated: np.ndarray
     groups: np.ndarray
     """Hash of each row's group key, equal for near duplicates: uint64 [rows]."""
+    pairs: np.ndarray
+    """Hash of each row's query and positive, in any order: uint64 [rows]."""
     split_groups: np.ndarray
     """Number of each row's group, which must stay in one split: uint64 [rows]."""
     signatures: np.ndarray
@@ -123,7 +125,7 @@ class EncodedSource:
 
 _ARRAY_FIELDS = (
     *("lengths", "trained_tokens", "truncated"),
-    *("groups", "signatures", "group_values", "times", "holds_forbidden"),
+    *("groups", "pairs", "signatures", "group_values", "times", "holds_forbidden"),
 )
 Chunk = tuple[EncodedSource, "pa.RecordBatch | None", list[DroppedRow]]
 
@@ -207,6 +209,7 @@ def encode_chunk(job: Job, chunk: list[LocatedRow]) -> Chunk:
     labels = [sets.setdefault(tuple(task.row_labels(row, job.target)), len(sets)) for _, row in rows]
     _add_text_flaws_to_tally(job, (row for _, row in rows), tally)
     groups = np.array([hash_to_number(block.split_seed, key) for key in keys], np.uint64)
+    both = [task.row_texts(row, job.target)[:2] for _, row in rows] if task.FACTS.completes_rows else []
     numbers = EncodedSource(
         where=job.where,
         target=job.target,
@@ -216,6 +219,7 @@ def encode_chunk(job: Job, chunk: list[LocatedRow]) -> Chunk:
         trained_tokens=np.array([example.trained_tokens for example in examples], np.int32),
         truncated=np.array([example.truncated for example in examples], bool),
         groups=groups,
+        pairs=np.array([hash_to_number(block.split_seed, str(sorted(map(normalised, of)))) for of in both], np.uint64),
         split_groups=groups,
         signatures=minhash(keys if block.near_duplicates < 1 else []),
         group_values=values,
@@ -292,16 +296,17 @@ def encode_source(
 
 
 def join_groups_of_sources(sources: Mapping[str, EncodedSource], threshold: float) -> dict[str, EncodedSource]:
-    """Return the sources with new `groups`, which join near duplicates within and across sources, and `split_groups`,
+    """Return the sources with new `groups`, which join near duplicates and mirrored pairs, and `split_groups`,
     which also join rows of equal `data.group`. `threshold` is a Jaccard similarity."""
-    if threshold >= 1 and not any(len(source.group_values) for source in sources.values()):
+    if threshold >= 1 and not any(len(one.group_values) + len(one.pairs) for one in sources.values()):
         return dict(sources)
     ends = np.cumsum([source.num_rows for source in sources.values()])[:-1]
-    groups, signed, values = (
+    groups, pairs, signed, values = (
         np.concatenate([getattr(source, name) for source in sources.values()])
-        for name in ("groups", "signatures", "group_values")
+        for name in ("groups", "pairs", "signatures", "group_values")
     )
     groups = join_near_duplicates(groups, signed, threshold) if threshold < 1 else groups
+    groups = join_by_value(pairs, groups) if len(pairs) else groups
     split_groups = join_by_value(groups, values) if len(values) else groups
     parts = zip(np.split(groups, ends), np.split(split_groups, ends), strict=True)
     return {

@@ -247,6 +247,9 @@ class Task(Protocol):
 
     # ---- only tasks whose rows take texts of others (`completes_rows`) ----------------------------------------------
 
+    def row_texts(self, row: Row, target: Target) -> list[str]:
+        """Return the query, its positive and negatives, or the only text. Mirrored pairs stay in one split."""
+
     def complete_rows(self, split: IncompleteRows) -> Iterator[RowFeatures] | None:
         """Yield the rows of a split with positives or negatives from other rows, or return None if none are missing."""
 

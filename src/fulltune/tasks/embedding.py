@@ -55,17 +55,25 @@ def find_columns(names: Sequence[str], sample: Sequence[Row], data: DataBlock, f
             f"{file}: no columns found for data.query and data.positive, nor for data.text and data.label; set them in "
             f"the recipe (columns in the file: {columns.shown(names)})"
         )
-    by_role = columns.find_columns(roles, names, sample, data, file)
-    return by_role | ({} if "text" in by_role else find_negatives(names, data, file))
+    find = find_pairs if "query" in roles else partial(columns.find_columns, roles)
+    return find(names, sample, data, file)
 
 
-def find_negatives(names: Sequence[str], data: DataBlock, file: str) -> dict[str, str]:
-    """Map `negative`, `negative1` ... to the columns that `data.negative` names, or that are named so."""
+def find_pairs(names: Sequence[str], sample: Sequence[Row], data: DataBlock, file: str) -> dict[str, str]:
+    """Map `query`, `positive` and all `negative` columns; raise `DataError` if a label says which rows match."""
+    by_role = columns.find_columns(("query", "positive"), names, sample, data, file)
+    label = columns.find_usual_column(columns.USUAL_NAMES["label"], names, file)
+    pair = tuple(name.lower().strip() for name in by_role.values())
+    if label is not None and pair in columns.USUAL_PAIRS and None in (data.query, data.positive):
+        raise DataError(
+            f"{file}: '{label}' seems to say which rows of {pair} match, but with this task all rows do. Write task: "
+            "text-classification, or keep the rows that match (data.where) and set data.query and data.positive"
+        )
     negatives = [name for name in names if re.fullmatch(r"negative[ _-]?\d{1,2}", name.lower().strip())]
     negatives.sort(key=lambda name: int(re.sub(r"\D", "", name)))
     named = columns.find_column("negative", data.negative, names, file)
-    several = negatives if named is None else [named]
-    return {f"negative{number or ''}": name for number, name in enumerate(several)}
+    several = dict.fromkeys(filter(None, [named, *negatives]))
+    return by_role | {f"negative{number or ''}": name for number, name in enumerate(several)}
 
 
 def find_target(rows: Iterable[Row], roles: Mapping[str, str], data: DataBlock, file: str) -> Target:
@@ -199,7 +207,7 @@ def loss(logits: Tensor, labels: Tensor, target: Target, settings: LossSettings 
 
 
 def count_items(labels: Tensor) -> int:
-    return max(1, int((labels[:, 1] != labels[:, 2]).sum()))
+    return int((labels[:, 1] != labels[:, 2]).sum())
 
 
 # ---- evaluation --------------------------------------------------------------------------------------------------

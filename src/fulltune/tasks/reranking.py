@@ -48,9 +48,8 @@ _ROWS_AT_ONCE, _SCORES_AT_ONCE = 256, 10_000_000
 
 def find_columns(names: Sequence[str], sample: Sequence[Row], data: DataBlock, file: str) -> dict[str, str]:
     """Map `query`, `document` (the positive) and all `negative` columns, or raise `DataError`."""
-    by_role = columns.find_columns(("query", "positive"), names, sample, data, file)
-    negatives = embedding.find_negatives(names, data, file)
-    return {"query": by_role["query"], "document": by_role["positive"], **negatives}
+    by_role = embedding.find_pairs(names, sample, data, file)
+    return {"query": by_role.pop("query"), "document": by_role.pop("positive"), **by_role}
 
 
 def find_target(rows: Iterable[Row], roles: Mapping[str, str], data: DataBlock, file: str) -> Target:

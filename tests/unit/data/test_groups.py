@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
@@ -321,3 +321,25 @@ def test_column_that_says_whose_rows_are_plays_no_other_role(tmp_path: Path, dec
     prepare(tmp_path, rows, decoder_tokenizer, group="chat", task="causal-lm")
     sides = Counter(chat for rows in of_splits(tmp_path).values() for chat in {row["chat"] for row in rows})
     assert set(sides.values()) == {1}
+
+
+@pytest.mark.parametrize("task", ["embedding", "reranking"])
+def test_pairs_and_their_mirror_images_stay_in_one_split(task: str, tmp_path: Path, encoder_tokenizer: Any) -> None:
+    """So do all rows of one query; rows of different queries that share a positive may be apart."""
+    pairs = [(f"query {number}", f"text {number}") for number in range(40)]
+    shared = [(f"query {number}", f"other text {number % 3}") for number in range(20, 60)]
+    rows = [{"query": one, "positive": other} for one, other in (*pairs, *(pair[::-1] for pair in pairs[:20]), *shared)]
+    settings: dict[str, Any] = {"candidates": 4} if task == "reranking" else {}
+    prepare(tmp_path, rows, encoder_tokenizer, task, eval_fraction=0.2, test_fraction=0.2, **settings)
+    names_of = defaultdict[str, set[str]](set)
+    for name, of_split in of_splits(tmp_path).items():
+        for row in of_split:
+            names_of[row["query"]].add(name)
+            names_of[row["positive"]].add(name)
+    assert all(len(names_of.pop(f"other text {number}")) > 1 for number in range(3))
+    assert all(len(names) == 1 for names in names_of.values())
+    assert set.union(*names_of.values()) == {"train", "eval", "test"}
+
+    test = [{"query": row["positive"], "positive": row["query"]} for row in rows[:7]]
+    summary = prepare(tmp_path / "own", rows[20:], encoder_tokenizer, task, eval=rows[:20], test=test, **settings)
+    assert any("7 of 7 test rows have a query that also occurs in eval" in note for note in summary.notes)

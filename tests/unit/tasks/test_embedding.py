@@ -13,7 +13,7 @@ import torch
 from fulltune.errors import DataError
 from fulltune.recipe.data import DataBlock
 from fulltune.stats.bootstrap import find_metric
-from fulltune.tasks import IncompleteRows, RowFeatures, Target, embedding
+from fulltune.tasks import IncompleteRows, RowFeatures, Target, embedding, reranking
 from fulltune.tasks.bm25 import bm25_terms
 from tests import tiny
 
@@ -37,6 +37,22 @@ def columns(names: Sequence[str], **data: str) -> dict[str, str]:
             {},
             {"query": "query", "positive": "positive", "negative": "negative_2", "negative1": "Negative_10"},
         ),
+        (
+            ("query", "positive", "neg", "negative_1"),
+            {},
+            {"query": "query", "positive": "positive", "negative": "neg", "negative1": "negative_1"},
+        ),
+        (
+            ("query", "positive", "negative_1", "negative_2"),
+            {"negative": "negative_2"},
+            {"query": "query", "positive": "positive", "negative": "negative_2", "negative1": "negative_1"},
+        ),
+        (("title", "body", "category"), {}, {"query": "title", "positive": "body"}),
+        (
+            ("question1", "question2", "is_duplicate"),
+            {"query": "question1", "positive": "question2"},
+            {"query": "question1", "positive": "question2"},
+        ),
         (("text", "category"), {}, {"text": "text", "label": "category"}),
         (("question", "answer", "topic"), {"label": "topic"}, {"text": "question", "label": "topic"}),
         (("a", "b"), {"query": "b", "positive": "a"}, {"query": "b", "positive": "a"}),
@@ -50,6 +66,18 @@ def test_file_without_pairs_or_classes_is_refused() -> None:
     message = r"rows\.csv: no columns found for data\.query and data\.positive, nor for data\.text and data\.label"
     with pytest.raises(DataError, match=message):
         columns(("a", "b"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("question1", "question2", "is_duplicate"), ("Sentence1", "sentence2", "score"), ("query", "document", "label")],
+)
+@pytest.mark.parametrize("task", [embedding, reranking])
+def test_labelled_pairs_are_not_all_trained_as_positives(task: Any, names: Sequence[str]) -> None:
+    with pytest.raises(
+        DataError, match=rf"rows\.csv: '{names[2]}' seems to say .*: text-classification, or keep the rows"
+    ):
+        task.find_columns(names, [], DataBlock(train="x"), "rows.csv")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,7 @@ class GlobalBatchSampler:
     mixed: tuple[MixedSource, ...] = ()
     classes: Sequence[int] | None = None
     """Class of each task row, of which an epoch has equally many. None: each row once."""
-    epoch: int = 0
+    epoch: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.lengths = np.asarray(self.lengths)

@@ -93,7 +93,6 @@ class FullTrainer(Guarded, Trainer):
             plan.rollbacks,
             mixed,
             cast("Any", self.train_dataset)["labels"] if inputs.recipe.train.sampling == "balanced" else None,
-            inputs.task.FACTS.contrasts,
         )
         if self.is_shared:
             # The cache would keep a 16-bit copy of each weight until the forward pass ends, and each unit is gathered
@@ -252,7 +251,8 @@ class FullTrainer(Guarded, Trainer):
         # regression. Filled on the device: copying would make the host wait.
         self._micro_batches = [{name: one for name, one in batch.items() if name != ITEMS} for batch in batch_samples]
         count = torch.full((), sum(batch[ITEMS] for batch in batch_samples), dtype=torch.int64, device=device)
-        return self.accelerator.reduce(count, reduction="sum") if self.args.world_size > 1 else count
+        count = self.accelerator.reduce(count, reduction="sum") if self.args.world_size > 1 else count
+        return count.clamp(min=1)  # none if no row of an embedding's batch has a positive
 
     def load_weights(self, checkpoint: Path) -> None:
         """Load a checkpoint's weights, sharded or not."""

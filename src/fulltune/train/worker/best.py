@@ -28,7 +28,7 @@ def load_best_weights(
         sign = 1 if inputs.plan.greater_is_better else -1
         if sign * at_start >= sign * best_metric:
             start.restore(trainer.model)
-            return {"best_step": 0, "best_metric": at_start}
+            return {"best_step": 0, "best_metric": at_start, "weights_reason": "no later weights were better"}
     if best is None or best == state.global_step:
         return {"best_step": state.global_step, "best_metric": best_metric}
     if as_good := _keep_last_if_as_good(inputs, state, at_start):

@@ -231,7 +231,7 @@ class PassTimer:
         self.model.train()
         batch = send_to_device(trainer.collated([rows[i] for i in positions]), trainer.args.device)
         # All ranks run the same rows, and the Trainer multiplies the loss by their number.
-        num_items = torch.tensor(batch.pop(ITEMS) * trainer.args.world_size, device=trainer.args.device)
+        num_items = torch.tensor(max(1, batch.pop(ITEMS)) * trainer.args.world_size, device=trainer.args.device)
         if trainer.contrast is not None and self.inputs.plan.gradient_accumulation_steps > 1:
             trainer.contrast.begin_step(self.model, [batch])
         loss = trainer.compute_loss(self.model, batch, num_items_in_batch=num_items)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ from fulltune.models.base import Base
 from fulltune.models.load import load_model
 from fulltune.models.sentence_files import write_sentence_files
 from fulltune.recipe.model import ModelBlock
-from fulltune.tasks import Target, embedding
+from fulltune.tasks import Row, Target, embedding
 from fulltune.train.loop import contrastive
 from fulltune.train.loop.contrastive import ContrastiveLoss
+from fulltune.train.loop.trainer import ITEMS, FullTrainer
 from tests import tiny
 
 Gradients = Mapping[str, torch.Tensor]
@@ -33,8 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_model(tmp_path_factory.mktemp("model") / "bert", "bert")
 
 
-def micro_batches(base: Base, size: int) -> list[dict[str, torch.Tensor]]:
-    features = [example.features for [example] in embedding.encode(ROWS, TARGET, base.processor, 32)]
+def micro_batches(base: Base, size: int, rows: Sequence[Row] = ROWS) -> list[dict[str, torch.Tensor]]:
+    features = [example.features for [example] in embedding.encode(rows, TARGET, base.processor, 32)]
     parts = [features[start : start + size] for start in range(0, len(features), size)]
     return [embedding.collate(part, base.processor.pad_token_id) for part in parts]
 
@@ -47,12 +49,15 @@ def gradients(model: Any) -> Gradients:
 
 def one_step(model: Any, batches: Sequence[dict[str, torch.Tensor]]) -> tuple[float, Gradients]:
     """What the Trainer does in a step of these micro batches."""
+    counted = [batch | {ITEMS: embedding.count_items(batch["labels"])} for batch in batches]
+    trainer: Any = SimpleNamespace(args=SimpleNamespace(world_size=1))
+    items = FullTrainer._get_num_items_in_batch(trainer, counted, torch.device("cpu"))
     contrast, total = ContrastiveLoss(embedding.row_losses, Accelerator(cpu=True)), 0.0
     contrast.begin_step(model, batches)
     for batch in batches:
         contrast.restore_random_state()
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        loss = contrast(model(**inputs), batch["labels"], len(ROWS))
+        loss = contrast(model(**inputs), batch["labels"], items)
         loss.backward()
         total += float(loss.detach())
     return total, gradients(model)
@@ -61,7 +66,8 @@ def one_step(model: Any, batches: Sequence[dict[str, torch.Tensor]]) -> tuple[fl
 def whole_graph(model: Any, batches: Sequence[dict[str, torch.Tensor]]) -> tuple[float, Gradients]:
     model.train()
     vectors = [model(**{name: one for name, one in batch.items() if name != "labels"}).logits for batch in batches]
-    loss = embedding.row_losses(torch.cat(vectors), torch.cat([batch["labels"] for batch in batches])).mean()
+    labels = torch.cat([batch["labels"] for batch in batches])
+    loss = embedding.row_losses(torch.cat(vectors), labels).sum() / (labels[:, 1] != labels[:, 2]).sum()
     loss.backward()
     return float(loss.detach()), gradients(model)
 
@@ -86,6 +92,22 @@ def test_gradients_do_not_depend_on_the_micro_batch(folder: Path, monkeypatch: p
     parts = [embedding.loss(model(**batch).logits, labels, TARGET) for batch, labels in split(micro_batches(base, 3))]
     (sum(parts) / len(ROWS)).backward()
     assert largest_difference(gradients(model), expected) > 0.01
+
+
+def test_rows_without_a_positive_change_the_mean_at_no_micro_batch(folder: Path) -> None:
+    """A text alone in its class is its own positive."""
+    base = Base.from_block(ModelBlock(name=str(folder), dropout=0.0), "embedding")
+    rows = [{**row, "positive": row["query"]} if number % 2 else row for number, row in enumerate(ROWS)]
+    model = load_model(base, {}, head_is_new=False)
+    loss, expected = whole_graph(model, micro_batches(base, len(rows), rows))
+    for size in (1, 2, len(rows)):
+        value, found = one_step(model, micro_batches(base, size, rows))
+        assert value == pytest.approx(loss, rel=1e-6)
+        assert largest_difference(found, expected) < 1e-6
+    alone = [{**row, "positive": row["query"]} for row in ROWS]
+    value, found = one_step(model, micro_batches(base, 2, alone))
+    assert value == 0
+    assert all(torch.count_nonzero(gradient) == 0 for gradient in found.values())
 
 
 def split(batches: Sequence[dict[str, torch.Tensor]]) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:

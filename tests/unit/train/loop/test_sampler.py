@@ -62,6 +62,11 @@ def test_order_without_mixed_rows_is_that_of_earlier_versions(
     assert plain.batches_of_epoch() == expected
 
 
+def test_first_epoch_is_the_first_for_every_caller() -> None:
+    with pytest.raises(TypeError, match="positional arguments"):
+        GlobalBatchSampler(range(1, 21), 8, 4, 42, True, 1, (), (), None, True)  # type: ignore[call-arg,misc]
+
+
 def test_rows_that_are_drawn_stay_the_same() -> None:
     """A run that goes on with a later version draws what it would have drawn."""
     drawn = [MixedSource(range(20, 27), 5).rows_of_epoch(42, epoch) for epoch in range(3)]
