@@ -201,12 +201,12 @@ LARGE = (
 def large(here: Here, folder: Path, rows: Rows) -> None:
     """Plan each shape and way for a card of 24 GB and its host, and measure those that fit here.
 
-    Without a card, the two smallest shapes are planned.
+    Without a card, the smallest shape is planned.
     """
     fresh(folder)
     host = round(here.host_bytes / 1e9) if here.cards else STAND_IN_HOST
     hardware = f"{CARD}, {host}GB host"
-    planned = SHAPES if here.cards else SHAPES[:2]
+    planned = SHAPES if here.cards else SHAPES[:1]
     with ProcessPoolExecutor(min(len(planned), num_cores()), mp_context=multiprocessing.get_context("spawn")) as pool:
         surveys = list(pool.map(_survey, planned, [folder] * len(planned), [hardware] * len(planned)))
     plans = {

@@ -15,8 +15,11 @@ from unittest import mock
 
 import pytest
 import torch
-from bench.gpu_day import day, here, page, parts
+from bench.gpu_day import day, here, page, parts, speed
+from bench.gpu_day.__main__ import _run_part as run_part
 from bench.gpu_day.here import Card, Here
+
+from fulltune.files import read_json_lines
 
 GIB = 2**30
 H100 = Card("NVIDIA H100 80GB HBM3", 79 * GIB, 78 * GIB, (9, 0))
@@ -280,13 +283,16 @@ def test_random_weights_are_written_whole_and_without_making_the_model(kind: str
 # ---- to its end ----------------------------------------------------------------------------------------------------
 
 
+def assert_nothing_of_a_gpu(rows: list[dict[str, Any]]) -> None:
+    assert rows
+    measured = {name for row in rows for name, value in row["figures"].items() if value is not None}
+    assert measured <= {"planned_bytes", "planned_host_bytes", "in_24_GB"}, "arithmetic needs no card, all else does"
+    assert not any(row["ok"] is False for row in rows)
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("half", [parts.PARTS[:6], parts.PARTS[6:]])
-def test_a_day_without_a_card_runs_to_its_end_and_measures_nothing_of_a_gpu(
-    half: tuple[parts.Part, ...], tmp_path: Path
-) -> None:
-    names = [part.name for part in half]
-    command = [sys.executable, "-m", "bench.gpu_day", "--folder", str(tmp_path / "day"), "--only", *names]
+def test_the_command_without_a_card_runs_to_its_page(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.gpu_day", "--folder", str(tmp_path / "day"), "--only", "tests"]
     root = Path(__file__).parents[2]
     # Even on a machine with a card this is about one without.
     variables = os.environ | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "80"}
@@ -294,18 +300,32 @@ def test_a_day_without_a_card_runs_to_its_end_and_measures_nothing_of_a_gpu(
     done = subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True, check=False)
 
     assert done.returncode == 0, done.stdout + done.stderr
-    kept = day.load(tmp_path / "day")
-    assert len(kept["results"]) == len(half)
-    assert {result["status"] for result in kept["results"].values()} == {"done"}
-    assert all(result["rows"] for result in kept["results"].values())
-    measured = {
-        name
-        for result in kept["results"].values()
-        for row in result["rows"]
-        for name, value in row["figures"].items()
-        if value is not None
-    }
-    assert measured <= {"planned_bytes", "planned_host_bytes", "in_24_GB"}, "arithmetic needs no card, all else does"
+    [result] = day.load(tmp_path / "day")["results"].values()
+    assert result["status"] == "done"
+    assert_nothing_of_a_gpu(result["rows"])
     *lines, page_at = done.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     assert page_at.startswith("the page: ")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [part.name for part in parts.PARTS[1:]])
+def test_each_other_part_without_a_card_runs_to_its_end_and_measures_nothing_of_a_gpu(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, as the command does it in another; and so do all contestants of a race but one."""
+    alone = speed._contestant
+
+    def contestant(name: str, run: Path, precision: str) -> float:
+        if name == speed.OURS:
+            return alone(name, run, precision)
+        return float(speed._trained(name, run, precision)["tokens_per_second"])
+
+    monkeypatch.setattr(speed, "_contestant", contestant)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    seen = replace(here.look(tmp_path), cards=())
+    (tmp_path / "here.json").write_text(json.dumps(seen.as_json()), encoding="utf-8")
+
+    run_part(name, tmp_path, 60 * parts.STAND_IN_MINUTES)
+
+    assert_nothing_of_a_gpu(read_json_lines(tmp_path / "parts" / f"{name}.jsonl"))
