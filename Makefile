@@ -58,8 +58,8 @@ test-fast: $(VENV)/dev
 
 # The tests that compute, once more, with the plainest kernels of a CPU: what rests on last digits fails here. Left out is
 # what looks at sizes, files and processes, or is given its results.
-NO_DIGITS := train/test_child train/test_compare_rates train/test_finished train/test_footprint train/test_guide_settings \
-	train/test_line train/test_side_by_side invariant/test_host_reads
+NO_DIGITS := train/test_child train/test_compare train/test_compare_rates train/test_data_audit train/test_finished \
+	train/test_footprint train/test_guide_settings train/test_line train/test_side_by_side invariant/test_host_reads
 test-plain: $(VENV)/dev
 	ATEN_CPU_CAPABILITY=default HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(WORKERS) -m "not long" tests/train tests/invariant \
 		$(NO_DIGITS:%=--ignore=tests/%.py)

@@ -13,8 +13,8 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -102,9 +102,10 @@ def count_of(config: Any, task: Task) -> int:
 # ---- as planned --------------------------------------------------------------------------------------------------
 
 
-def sizes_of(cell: Cell) -> dict[str, Any]:
-    """What a plan knows of the model: its shapes and its footprint, as they are kept beside a plan."""
-    case = cell.case
+def sizes_of(cells: Sequence[Cell]) -> dict[str, Any]:
+    """What a plan knows of the model of these cells: its shapes and its footprint, as they are kept beside a plan."""
+    cell = cells[0]
+    case = replace(cell.case, checkpointing=tuple({one.recomputed for one in cells}))
     base = Base(ModelBlock(name="model"), cell.task, None, case.config)
     return {"shapes": measure_shapes(base, {}).model_dump(), "footprint": trace_footprint(case).model_dump()}
 

@@ -21,6 +21,7 @@ from fulltune.train.worker import loading
 from tests import tiny
 from tests.train import runs
 
+STEPS = 8
 EACH_KIND = 3
 """Compilations of a kind of block where sizes differ: for batches with padding, without, and of a single row."""
 
@@ -36,7 +37,7 @@ def few_compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def train(folder: Path, model: Path, rows: Any, *, compile: bool, **blocks: Any) -> Any:
-    train = {"max_steps": 20, "logging_steps": 1, "torch_compile": compile, **blocks.pop("train", {})}
+    train = {"max_steps": STEPS, "logging_steps": 1, "torch_compile": compile, **blocks.pop("train", {})}
     reached = runs.run(folder, model, rows, train=train, **blocks)
     assert reached.outcome is not None
     return reached.outcome
@@ -46,7 +47,7 @@ def assert_same_curve(folder: Path, model: Path, rows: Any, **blocks: Any) -> An
     """Steps, evaluations and the loss with and without; returns the compiled run's outcome."""
     outcomes = [train(folder / str(on), model, rows, compile=on, **blocks) for on in (False, True)]
     losses = [[event["loss"] for event in runs.events(folder / str(on), "train")] for on in (False, True)]
-    assert len(losses[0]) == 20
+    assert len(losses[0]) == STEPS
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[0][0] != losses[0][-1]
     assert counters["stats"]["unique_graphs"] > 0
@@ -89,7 +90,7 @@ def test_dropout_draws_the_same_again_where_blocks_are_recomputed(tmp_path: Path
         curves.append([event["loss"] for event in runs.events(folder, "train")])
         assert not counters["graph_break"]
 
-    assert len(curves[0]) == 20
+    assert len(curves[0]) == STEPS
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 

@@ -153,7 +153,8 @@ def test_rows_of_the_highest_loss_are_listed_by_the_trained_model(tmp_path: Path
         assert result.code != 0
         assert said in result.err
         assert "Traceback" not in result.err
-    result = fulltune("train", recipe, "--run-folder", str(run))
+    with runs.in_this_process():
+        result = fulltune("train", recipe, "--run-folder", str(run))
     assert result.code == 0, result.err
     result = fulltune("data", str(run), "--losses", "--no-labels")
     assert result.code == 0, result.err

@@ -127,8 +127,9 @@ def test_ssh_trains_a_model_on_two_machines_is_told_to_save_and_goes_on(
     place = Place(tmp_path)
     place.program("fulltune", f'#!/bin/sh\nexec {sys.executable} -m fulltune.cli.app "$@"\n')
     tiny.write_csv(place.work / "train.csv", tiny.topic_rows(64))
-    train = {"num_machines": 2, "num_processes": 2, "max_steps": 20, "save_steps": 2, "oversubscribe": True}
-    tiny.write_recipe(place.recipe, tiny_encoder, "train.csv", train=train)
+    train = {"num_machines": 2, "num_processes": 2, "max_steps": 12, "save_steps": 2, "oversubscribe": True}
+    evaluate = {"baselines": False, "bootstrap_samples": 100}
+    tiny.write_recipe(place.recipe, tiny_encoder, "train.csv", train=train, evaluate=evaluate)
     script = machines(place, server, "127.0.0.1", "localhost", recipe_as_it_is=True)
     words = ["bash", str(script)]
     with (place.notes / "said").open("w") as said:
