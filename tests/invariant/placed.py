@@ -152,7 +152,9 @@ MODELS = {
     "deberta": Family("DebertaV2Config", lambda _: label_rows(), CLASSES, {**NO_DROPOUT, **_DEBERTA}, save_encoder),
     "experts": Family("qwen3_moe", lambda _: answer_rows(), ANSWERS),
     "vit": Family("vit", image_rows, IMAGES, {"initializer_range": 0.02}, save_images),
-    "embedding": Family("bert", lambda _: label_rows(), {"method": RATE, "task": "embedding"}, NO_DROPOUT),
+    "embedding": Family(
+        "bert", lambda _: label_rows(), {"method": RATE, "task": "embedding", "data": {"hard_negatives": 2}}, NO_DROPOUT
+    ),
 }
 """Others than those of `FAMILIES`, whose blocks have other names or whose tensors are tied in other ways."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from pyarrow import parquet
 from safetensors.torch import load_file
 
 from fulltune import pipeline, predict
-from fulltune.errors import DataError, RecipeError, SetupError
+from fulltune.errors import DataError, FulltuneError, RecipeError, SetupError
+from fulltune.inference.store import Rows
 from fulltune.models.sentence_files import FILES
+from fulltune.train.journal import CHOOSING
+from fulltune.train.worker.loading import NEGATIVES
 from tests import tiny
 from tests.contract.command import fulltune
 from tests.train import runs
@@ -200,3 +204,28 @@ def test_module_that_would_be_lost_is_refused(tmp_path: Path) -> None:
     (model / FILES[0]).write_text(json.dumps(modules), encoding="utf-8")
     with pytest.raises(SetupError, match="has a module 'Dense', which is not supported; use another model"):
         runs.run(tmp_path, model, pair_rows(), until="plan", task="embedding")
+
+
+@pytest.mark.slow
+def test_hard_negatives_are_chosen_once_and_a_broken_run_ends_with_the_same_weights(tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", "bert")
+    train = {"max_steps": 6, "global_batch_size": 16, "micro_batch_size": 8, "logging_steps": 1, "save_steps": 3}
+    blocks: dict[str, Any] = {"task": "embedding", "train": train, "method": RATE, "data": {"hard_negatives": 2}}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    with runs.without_tracing():
+        reached = runs.run(whole, model, pair_rows(), until="report", **blocks)
+        with pytest.raises(FulltuneError):
+            runs.run(broken, model, pair_rows(), options={"listener": runs.at_step(4, runs.fail)}, **blocks)
+        chosen = (broken / "run" / NEGATIVES).read_bytes()
+        runs.run(broken, model, pair_rows(), **blocks)
+    assert (broken / "run" / NEGATIVES).read_bytes() == chosen
+    assert [event["name"] for event in runs.events(broken, "phase")].count(CHOOSING) == 1
+    weights = runs.final_weights(whole)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in runs.final_weights(broken).items())
+    labels = np.stack(Rows(whole / "run" / "negatives")["labels"])
+    assert labels.shape == (reached.summary.splits["train"].rows, 5)
+    assert not (labels[:, 3:] == labels[:, 2:3]).any()
+    report = (reached.folder / "report.md").read_text(encoding="utf-8")
+    assert re.search(r"\| hard negatives +\| passed +\| 2 in each row; [\d.]+% of the nearest may be false", report)

@@ -178,17 +178,18 @@ def _raise_if_recipe_or_tokens_invalid(recipe: Recipe, base: Base, summary: Data
 def _make_assumed_summary(recipe: Recipe, rows: int, tokens: int) -> DataSummary:
     """Return a summary for `rows` assumed rows of `tokens` tokens each."""
     from fulltune.tasks import Target, task_named
-    from fulltune.tasks.padding import TEXT_LENGTHS
+    from fulltune.tasks.padding import texts_per_row
 
     data, form = recipe.data, form_of(recipe)
     length = min(tokens, data.max_length or tokens)
     parts = {"eval": 0 if data.eval else data.eval_fraction, "test": 0 if data.test else data.test_fraction}
     counts = {name: min(2000, max(1, round(rows * part) or rows // 10)) for name, part in parts.items()}
     percentiles = {"p50": length, "p95": length, "max": length}
-    choices = {"multiple-choice": USUAL_CHOICES, "reranking": data.candidates}.get(recipe.task, 0)
+    of_task = {"multiple-choice": USUAL_CHOICES, "reranking": data.candidates, "embedding": 1 + data.hard_negatives}
+    choices = of_task.get(recipe.task, 0)
     labels = ("a", "b") if FACTS[recipe.task].has_classes else ()
     target = Target(form.name if form else FACTS[recipe.task].types[0], {}, labels, num_choices=choices)
-    num_texts = len(task_named(recipe.task).full_row(target, length).get(TEXT_LENGTHS, (length,)))
+    num_texts = texts_per_row(task_named(recipe.task), target)
 
     def make_split(num_rows: int) -> SplitSummary:
         return SplitSummary(

@@ -68,6 +68,7 @@ from fulltune.records.data import DataSummary, SplitSummary
 from fulltune.records.events import Listener, Message, RowsRead
 from fulltune.tasks import Target, task_named
 from fulltune.tasks.columns import shown
+from fulltune.tasks.padding import texts_per_row
 from fulltune.text import counted, format_percent
 
 if TYPE_CHECKING:
@@ -204,8 +205,8 @@ def _prepare_uncached(
     scale, explained = target_statistics(target, splits["train"], folder / "train")
     remarks += [_note_on_packing(splits["train"], written["train"], limit)] if packed else []
     longest = max(source.longest for source in encoded.values())
-    if target.num_choices:  # rows may have been completed with longer texts
-        longest = max(split.length_percentiles["max"] for split in written.values()) // target.num_choices
+    if (texts := texts_per_row(task, target)) > 1:  # rows may have been completed with longer texts
+        longest = max(longest, *(split.length_percentiles["max"] // texts for split in written.values()))
     shrinks = not packed and not block.max_length and longest < limit
     summary = DataSummary(
         task=recipe.task,

@@ -34,6 +34,7 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.data import MixedSummary, Preview, SplitName, SplitSummary
 from fulltune.tasks import PLACE, IncompleteRows, Target, Task, Tokenizer, task_named
 from fulltune.tasks.columns import in_batches
+from fulltune.tasks.padding import TEXT_LENGTHS, texts_per_row
 from fulltune.text import counted
 
 if TYPE_CHECKING:
@@ -121,7 +122,11 @@ def write_splits(
         dropped = source.num_dropped if split.has_own_file else 0
         if split.has_own_file and name == "train":
             dropped += num_dropped_by_time
-        summaries[name] = summarise_split(split, Rows(folder / name)["length"], dropped)
+        rows = Rows(folder / name)
+        lengths = rows["length"]
+        if name == "train":  # training may add negatives
+            lengths = lengths * texts_per_row(task, job.target) // len(rows[0].get(TEXT_LENGTHS, (1,)))
+        summaries[name] = summarise_split(split, lengths, dropped)
     return summaries
 
 

@@ -27,7 +27,7 @@ from fulltune.models.experts import expert_modules
 from fulltune.models.load import torch_dtype
 from fulltune.models.pixels import PIXELS
 from fulltune.tasks import Target, Task, seq2seq
-from fulltune.tasks.padding import TEXT_LENGTHS
+from fulltune.tasks.padding import texts_per_row
 
 _aten: Any = torch.ops.aten
 _DEVICE: Any = torch.ops.prim.device.default
@@ -129,16 +129,12 @@ def has_tokens(case: TraceCase) -> bool:
     return case.task.FACTS.reads == "text"
 
 
-def sequences_per_row(case: TraceCase) -> int:
-    return len(case.task.full_row(case.target, 1).get(TEXT_LENGTHS, (1,)))
-
-
 def tensor_fields(case: TraceCase, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
     """Return the fields of `Footprint` that depend only on the case and the trained tensors' shapes."""
     return {
         "weights_dtype": case.weights_dtype,
         "largest_tensor": max(map(math.prod, shapes)),
-        "sequences_per_row": sequences_per_row(case),
+        "sequences_per_row": texts_per_row(case.task, case.target),
         "tensors": dict(Counter(map(math.prod, shapes))),
     }
 

@@ -17,11 +17,11 @@ from fulltune.footprint.allocations import (
     has_tokens,
     layer_counts,
     layer_types,
-    sequences_per_row,
     tensor_fields,
     trace_copy,
 )
 from fulltune.footprint.records import BYTES, KINDS, Footprint, LiveMemory, Variant, terms
+from fulltune.tasks.padding import texts_per_row
 
 _log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def trace_footprint(case: TraceCase) -> Footprint:
     """Trace a model's evaluation and training steps, and fit its footprint to the traces."""
     # An image has length 1.
     points = list(itertools.product(ROWS, _LENGTHS if has_tokens(case) else (1,)))
-    each = sequences_per_row(case)
+    each = texts_per_row(case.task, case.target)
     sequences = [(rows * each, length) for rows, length in points]  # what formulas and plans count
     evaluated = trace_model(case, points, recomputed=False, training=False)
     variants, of_training = [], 0.0

@@ -255,6 +255,8 @@ def _stage_seconds(
     probed_rows, _, probing = time.linear_probe_cost(summary, basis.shapes.hidden_size)
     if plan.head_init == "probe":
         yield PROBE, forward(probed_rows) + probing
+    if added := recipe.data.hard_negatives:
+        yield "hard negatives", forward(round(basis.train_rows * (1 - added / basis.footprint.sequences_per_row)))
     # Passes of the longest micro batch, and further ones if they take a small part of the training time.
     dry = plan.placement != "stream"
     tokens = plan.micro_batch_size * (plan.processes_per_machine if plan.device == "cpu" else 1) * plan.longest_tokens

@@ -101,6 +101,9 @@ class DataBlock(Block):
     negative: str | None = None
     """Column with a text that the query should not find (embedding, reranking). `negative1`, `negative2` ... are found
     too."""
+    hard_negatives: int = Field(default=0, ge=0, le=10)
+    """Number of negatives added to each train row (embedding): positives of other rows that the untouched model finds
+    nearest to the query, without likely false negatives (cosines above 95 % of the positive's)."""
     candidates: int = Field(default=16, ge=2, le=100)
     """Texts among which a query's positive is ranked (reranking): the positive, the row's negatives, and those of other
     rows that BM25 ranks highest for the query."""

@@ -261,6 +261,12 @@ class Task(Protocol):
     def row_scores(self, predictions: Predictions, target: Target) -> Predictions:
         """Reduce predictions to the metrics of each row, which depend on the other rows."""
 
+    def choose_negatives(self, predictions: Predictions, count: int, device: str) -> tuple[np.ndarray, float]:
+        """Choose the rows [rows, count] whose positives are hard negatives, and return the share of suspected ones."""
+
+    def with_negatives(self, row: RowFeatures, others: Sequence[RowFeatures]) -> RowFeatures:
+        """Join a row's texts with the positives of `others`."""
+
     # ---- only tasks whose model writes its answers ----------------------------------------------------------------
 
     def target_ids(self, labels: Tensor) -> Tensor:

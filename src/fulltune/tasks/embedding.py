@@ -34,12 +34,13 @@ from fulltune.tasks import (
     multiple_choice,
 )
 from fulltune.tasks.labels import is_empty, label_name
-from fulltune.tasks.padding import TEXT_LENGTHS, encode_apart, join_texts, pad_texts
+from fulltune.tasks.padding import TEXT_LENGTHS, encode_apart, join_texts, pad_texts, split_texts
 
 FACTS = recipe_tasks.FACTS["embedding"]
 collate, config_changes = pad_texts, classes.config_changes
 SCALE = 20.0  # of the cosines, as in sentence-transformers: a temperature of 0.05
 CUTOFF, _SCORES_AT_ONCE = 10, 1_000_000
+SUSPECT = 0.95  # of the positive's cosine: a negative nearer than this may be a false one
 
 # ---- rows --------------------------------------------------------------------------------------------------------
 
@@ -85,7 +86,7 @@ def find_target(rows: Iterable[Row], roles: Mapping[str, str], data: DataBlock, 
         raise DataError(f"{file}: column '{name}' has a single {what}, which has no negatives; add rows with others")
     if "label" in roles and len(set(cells)) == len(cells):
         raise DataError(f"{file}: no two rows have the same '{name}', so no text has a positive; set data.label")
-    return Target("query_and_positive", roles)
+    return Target("query_and_positive", roles, num_choices=len(roles) - 1 + data.hard_negatives)
 
 
 def why_unusable(row: Row, target: Target) -> Refused | None:
@@ -159,12 +160,46 @@ def complete_rows(split: IncompleteRows) -> Iterator[RowFeatures] | None:
     positives = following[np.argsort(order)]
     if (labels[positives, 1] == labels[:, 1]).all():
         raise DataError(f"{split.where}: no two of these rows have the same class, so no text has a positive; add rows")
-    return (_joined(row, rows[int(positive)]) for row, positive in zip(rows, positives, strict=True))
+    return (with_negatives(row, [rows[int(positive)]], 0) for row, positive in zip(rows, positives, strict=True))
 
 
-def _joined(row: RowFeatures, positive: RowFeatures) -> RowFeatures:
-    tokens = {name: [row[name], positive[name]] for name in row if name not in ("labels", LENGTH, TEXT_LENGTHS)}
-    return {**join_texts(tokens), "labels": np.append(row["labels"], positive["labels"][1])}
+def with_negatives(row: RowFeatures, others: Sequence[RowFeatures], place: int = 1) -> RowFeatures:
+    tokens = {
+        name: [*split_texts(row, name), *(split_texts(other, name)[place] for other in others)]
+        for name in row
+        if name not in ("labels", LENGTH, TEXT_LENGTHS)
+    }
+    return {**join_texts(tokens), "labels": np.append(row["labels"], [other["labels"][1 + place] for other in others])}
+
+
+def choose_negatives(predictions: Predictions, count: int, device: str) -> tuple[np.ndarray, float]:
+    """Choose rows [rows, count] whose positives are nearest to each query, and return the share of suspected false
+    negatives among the nearest (arXiv 2407.15831), which come last. Known positives, the query and given negatives are
+    left out. Raises `DataError` if too few texts remain."""
+    import torch
+    from scipy.sparse import csr_array
+
+    ids, vectors = predictions["ids"], torch.from_numpy(predictions["vectors"]).to(device)
+    names, row_of, place = np.unique(ids[:, 2], return_index=True, return_inverse=True)
+    group_of = np.unique(ids[:, 0], return_inverse=True)[1]
+    positives = csr_array((np.ones(len(ids), bool), (group_of, place)))
+    own, documents = (torch.from_numpy(array).to(device) for array in (np.delete(ids, (0, 2), axis=1), names))
+    queries, nearest = (torch.nn.functional.normalize(vectors[:, n].float(), dim=-1) for n in (0, 1))
+    limits, nearest = SUSPECT * (queries * nearest).sum(dim=-1, keepdim=True), nearest[row_of].T
+    chosen, suspected, at_once = list[Tensor](), 0, max(1, _SCORES_AT_ONCE // len(names))
+    for rows in (slice(start, start + at_once) for start in range(0, len(ids), at_once)):
+        barred, known = (own[rows, :, None] == documents).any(dim=1), positives[group_of[rows]].tocoo()
+        barred[known.row, known.col] = True
+        if (least := int((~barred).sum(dim=1).min())) < count:
+            raise DataError(
+                f"data.hard_negatives: {count}, but a train row has only {least} texts of other rows that are not its "
+                f"positives; set at most {least}, or add rows"
+            )
+        scores = (queries[rows] @ nearest).masked_fill(barred, -torch.inf)
+        is_suspect = scores > limits[rows]
+        suspected += int(is_suspect.gather(1, scores.topk(count).indices).sum())
+        chosen.append(torch.where(is_suspect, -2 - scores, scores).topk(count).indices)
+    return row_of[torch.cat(chosen).cpu().numpy()], suspected / (len(ids) * count)
 
 
 def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Preview:
@@ -172,7 +207,7 @@ def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Prev
 
 
 def full_row(target: Target, length: int) -> RowFeatures:
-    texts = max(2, len(target.columns))
+    texts = max(2, len(target.columns), 1 + target.num_choices)
     ids, labels = np.ones(length * texts, np.int64), np.arange(texts + 1)
     return {"input_ids": ids, "labels": labels, TEXT_LENGTHS: np.full(texts, length)}
 

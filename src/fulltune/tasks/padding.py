@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fulltune.tasks import LENGTH, Example, RowExamples, RowFeatures, Tensor, Tokenizer
+from fulltune.tasks import LENGTH, Example, RowExamples, RowFeatures, Target, Task, Tensor, Tokenizer
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding
@@ -40,7 +40,7 @@ def pad_features(
     return batch if label_per_token else batch | {"labels": stack_labels(features)}
 
 
-def join_texts(tokens: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
+def join_texts(tokens: Mapping[str, Sequence[Sequence[int] | np.ndarray]]) -> dict[str, Any]:
     """Join the tokens of a row's texts, by name, to one row's features."""
     lengths = [len(ids) for ids in tokens["input_ids"]]
     joined = {name: [token for ids in texts for token in ids] for name, texts in tokens.items()}
@@ -76,9 +76,14 @@ def encode_apart(
     return join_rows(filled, is_cut, map(len, texts), labels)
 
 
-def split_texts(features: RowFeatures) -> list[np.ndarray]:
-    """Return the token ids of each of a row's texts."""
-    return np.split(np.asarray(features["input_ids"]), np.cumsum(features[TEXT_LENGTHS])[:-1])
+def texts_per_row(task: Task, target: Target) -> int:
+    """Return how many texts of a train row the model reads apart."""
+    return len(task.full_row(target, 1).get(TEXT_LENGTHS, (1,)))
+
+
+def split_texts(features: RowFeatures, name: str = "input_ids") -> list[np.ndarray]:
+    """Return the token ids, or another feature of tokens, of each of a row's texts."""
+    return np.split(np.asarray(features[name]), np.cumsum(features[TEXT_LENGTHS])[:-1])
 
 
 def pad_texts(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ PHASE_FILE = "phase"
 HEARTBEAT_FILE = "heartbeat"
 NEXT_ATTEMPT_EVENT = "next attempt"
 PROBING = "fitting a linear probe of the pretrained model"
+CHOOSING = "choosing hard negatives with the untouched model"
 CHECKS, TRAINING = "checking, with a dry run at the longest length", "training"
 SCORING = "scoring the eval rows before step 1"
 
@@ -82,10 +83,11 @@ class Journal:
 
 def trial_seconds(folder: Path, trial: str) -> float:
     """Return a trial's duration in seconds over all attempts, from importing libraries to saving the model, excluding
-    repeated steps, the linear probe and checks."""
+    repeated steps, checks and what is done once for all trials."""
     *earlier, last = attempt_folders(folder, trial)
     begins = [event for event in _recorded_events(last) if isinstance(event, PhaseBegan)]
-    excluded = sum(end.seconds - begin.seconds for begin, end in pairwise(begins) if begin.name in (PROBING, CHECKS))
+    uncounted = (PROBING, CHOOSING, CHECKS)
+    excluded = sum(end.seconds - begin.seconds for begin, end in pairwise(begins) if begin.name in uncounted)
     seconds = Outcome.load(last / "outcome.json").train_seconds - excluded
     until = Request.load(last / "request.json").first_step
     for attempt in reversed(earlier):

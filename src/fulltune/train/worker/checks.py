@@ -32,7 +32,7 @@ from fulltune.train.loop.guarded_step import first_non_finite_module
 from fulltune.train.loop.inputs import AttemptInputs
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.worker.dry_run import collate_on_device, dry_run_check, worst_micro_batch
-from fulltune.train.worker.loading import LoadedModel, ScaledHead
+from fulltune.train.worker.loading import NEGATIVES, LoadedModel, ScaledHead
 
 _ISOLATED = "packed texts are isolated"
 _SELECTIVE = "logits of trained tokens only"
@@ -64,6 +64,8 @@ def run_checks(inputs: AttemptInputs, loaded: LoadedModel, trainer: FullTrainer)
         checks.append(Check(name="head", result=result, passed=problem is None))
     if inputs.task.FACTS.contrasts:
         checks.append(_count_batches_with_negatives(trainer, np.stack(rows["labels"])))
+    if recipe.data.hard_negatives:
+        checks.append(Check.load(inputs.data.parent / NEGATIVES))
     if recipe.model.new_tokens:
         checks.append(_count_new_tokens(Base.from_block(recipe.model, recipe.task).new_tokens, recipe.task, rows))
     if writes:

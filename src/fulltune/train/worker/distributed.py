@@ -1,12 +1,14 @@
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 import torch
+from transformers import TrainingArguments
 
-from fulltune.inference.run import batches
+from fulltune.inference.run import RowSubset, batches, positions_by_length
+from fulltune.tasks import Predictions, RowFeatures
 
 T = TypeVar("T")
 
@@ -43,6 +45,18 @@ def rows_of_rank(order: Sequence[int], batch_size: int, rank: int, num_processes
     if len(mine) < -(-len(chunks) // num_processes):
         positions.append(order[-1])
     return positions, count
+
+
+def predict_shared(
+    rows: Sequence[RowFeatures],
+    batch_size: int,
+    arguments: TrainingArguments,
+    predict: Callable[[Sequence[RowFeatures]], Predictions],
+) -> Predictions:
+    """Share the rows among all ranks, and return all ranks' predictions by name: [rows, ...]."""
+    ranks = arguments.process_index, arguments.world_size
+    positions, count = rows_of_rank(positions_by_length(rows), batch_size, *ranks)
+    return gather_scores(predict(RowSubset(rows, positions)), positions[:count])
 
 
 def gather_scores(local_values: Mapping[str, np.ndarray], positions: Sequence[int]) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from fulltune.errors import Diverged, Spiked
 from fulltune.inference.own_metrics import score_labels
-from fulltune.inference.run import Batching, RowSubset, positions_by_length, run_rows
+from fulltune.inference.run import Batching, run_rows
 from fulltune.recipe.functions import is_own
 from fulltune.recipe.tasks import TaskName, compares_answers
 from fulltune.stats.bootstrap import ResamplableMetric, find_metric, paired_improvement
@@ -49,13 +49,8 @@ class Evaluator(TrainingPart):
     def scores(self) -> Mapping[str, float]:
         """Score the eval rows on all ranks and return their metrics."""
         arguments, rows = self.trainer.args, self.trainer.eval_rows
-        if arguments.world_size == 1:
-            self._predictions = self.predict_rows(rows)
-        else:
-            size, rank = self.inputs.plan.eval_batch_size, arguments.process_index
-            positions, count = distributed.rows_of_rank(positions_by_length(rows), size, rank, arguments.world_size)
-            predictions = self.predict_rows(RowSubset(rows, positions))
-            self._predictions = distributed.gather_scores(predictions, positions[:count])
+        size = self.inputs.plan.eval_batch_size
+        self._predictions = distributed.predict_shared(rows, size, arguments, self.predict_rows)
         own = score_labels(self.inputs.recipe, self._predictions, self.target, self.inputs.data / "eval")
         means = {name: float(values.mean()) for name, values in own.items()}
         return {**self.inputs.task.metrics(self._predictions, self.target), **means}

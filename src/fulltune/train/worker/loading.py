@@ -15,8 +15,8 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils.generic import ModelOutput
 
 from fulltune import methods, probe
-from fulltune.inference.run import autocast, extract_logits, model_batch, positions_by_length
-from fulltune.inference.store import MIXED, Rows
+from fulltune.inference.run import Batching, autocast, extract_logits, model_batch, positions_by_length, run_rows
+from fulltune.inference.store import MIXED, Rows, make_record_batch, write_rows
 from fulltune.methods.head import find_output_layer, head_paths, rescale_outputs, rescaled_parameters
 from fulltune.models import dropout, evaluation_mode, experts, load, sharding
 from fulltune.models.base import Base, with_decoded_images
@@ -27,12 +27,15 @@ from fulltune.recipe.fields import Recipe
 from fulltune.records.data import DataSummary
 from fulltune.records.plan import Plan
 from fulltune.records.probe import Probe
+from fulltune.records.training import Check
 from fulltune.stream.files import files_digest
 from fulltune.stream.training import streamed_of
 from fulltune.tasks import LossSettings, Row, Target, Task, causal_lm, task_named
+from fulltune.tasks.columns import in_batches
 from fulltune.tasks.labels import class_weights
+from fulltune.text import format_percent
 from fulltune.train import checkpoints
-from fulltune.train.journal import PROBING
+from fulltune.train.journal import CHOOSING, PROBING
 from fulltune.train.loop.arguments import training_arguments
 from fulltune.train.loop.contrastive import ContrastiveLoss
 from fulltune.train.loop.inputs import AttemptInputs
@@ -40,7 +43,9 @@ from fulltune.train.loop.sampler import MixedSource
 from fulltune.train.loop.streamed import StreamedTrainer
 from fulltune.train.loop.trainer import FullTrainer
 from fulltune.train.optim import zero
-from fulltune.train.worker import streamed
+from fulltune.train.worker import distributed, streamed
+
+NEGATIVES = "negatives/check.json"  # in the run folder, saved after the rows beside it
 
 
 def load_pretrained(
@@ -225,6 +230,7 @@ def load_for_training(inputs: AttemptInputs) -> LoadedModel:
     head_start, objective = None, Objective(recipe, plan, summary, task, model, tokenizer.pad_token_id, target)
     if plan.head_init != "random" and not inputs.request.probe and head is not None and head.has_new_rows:
         head_start = _init_head_and_record(inputs, objective, head, tokenizer, arguments.device)
+    rows = rows_with_negatives(inputs, objective, arguments) if recipe.data.hard_negatives else None
     applied = apply_method(model, recipe)
     model = applied.model
     install_speedups(model, recipe, plan, summary)
@@ -234,7 +240,7 @@ def load_for_training(inputs: AttemptInputs) -> LoadedModel:
         base_digest = files_digest(source.stored)
     elif not inputs.in_engine and not sharding.needs_all_ranks(model):
         model.to(arguments.device)  # type: ignore[arg-type]  # a wrapped method
-    rows = rows_with_mixed(inputs.data, summary, tokenizer)
+    rows = rows or rows_with_mixed(inputs.data, summary, tokenizer)
     scaled, scale_note = None, None
     if summary.scale is not None:
         two_rows = None
@@ -326,6 +332,32 @@ def mixed_sources(summary: DataSummary) -> tuple[MixedSource, ...]:
         MixedSource(range(start, end), source.rows_per_epoch)
         for source, (start, end) in zip(summary.mixed, pairwise(ends), strict=True)
     )
+
+
+def rows_with_negatives(inputs: AttemptInputs, objective: Objective, arguments: TrainingArguments) -> Rows:
+    """Return the train rows with hard negatives, which the first attempt chooses with the untouched model."""
+    model, task, plan = objective.model, objective.task, objective.plan
+    count, size, together = objective.recipe.data.hard_negatives, plan.eval_batch_size, sharding.needs_all_ranks(model)
+    record, rows = inputs.data.parent / NEGATIVES, Rows(inputs.data / "train")
+    if record.exists():
+        return Rows(record.parent)
+    inputs.recorder.phase(CHOOSING)
+    placed = model if together else model.to(arguments.device)  # type: ignore[arg-type]  # a wrapped method
+    options = task, objective.target, objective.pad_token_id, Batching(size, plan.precision)
+    with inputs.journal.phase_within("evaluation"):  # it needs memory as an evaluation does, with the same fallbacks
+        predictions = distributed.predict_shared(rows, size, arguments, lambda some: run_rows(placed, some, *options))
+        if inputs.is_main:
+            chosen, share = task.choose_negatives(predictions, count, str(arguments.device))
+            joined = (task.with_negatives(rows[i], [rows[int(n)] for n in of]) for i, of in enumerate(chosen))
+            write_rows(record.parent, (make_record_batch(part, [""] * len(part)) for part in in_batches(joined)))
+            result = f"{count} in each row; {format_percent(share)} of the nearest may be false negatives and come last"
+            Check(name="hard negatives", result=result, passed=True).save(record)
+    if not together:
+        model.to("cpu")  # type: ignore[arg-type]  # the method must draw its values on the CPU
+    if inputs.usage.meter is not None:
+        inputs.usage.meter.reset_peak()
+    distributed.all_gather(None)  # the other processes wait until the rows are written
+    return Rows(record.parent)
 
 
 def _init_head_and_record(
