@@ -37,6 +37,11 @@ def expert_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if hasattr(module, "_is_expert_parallel")]
 
 
+def why_no_deepspeed(num_processes: int) -> str:
+    instead = "fsdp2" if num_processes > 1 else "stream"
+    return f"DeepSpeed has not been tried with mixtures of experts; set train.placement: {instead}"
+
+
 def routers(model: nn.Module) -> list[nn.Module]:
     """Return the modules whose outputs transformers records as router logits."""
     records = [getattr(module, "_can_record_outputs", None) or {} for module in model.modules()]

@@ -10,7 +10,7 @@ from fulltune.errors import SetupError
 from fulltune.models import sharding
 from fulltune.models.base import Base, load_with_advice
 from fulltune.models.encoders import is_decoder, reads_texts_apart, saved_as
-from fulltune.models.experts import expert_modules, routers
+from fulltune.models.experts import expert_modules, routers, why_no_deepspeed
 from fulltune.models.load import predict_head_origin
 from fulltune.models.sharding import Units
 from fulltune.recipe.fields import Recipe
@@ -165,9 +165,7 @@ def _why_experts_do_not_train(recipe: Recipe, base: Base) -> str | None:
         model = load_with_advice(base.block, "model", lambda: base.auto_model_class.from_config(base.copy_config({})))
     if expert_modules(model):
         by = recipe.train.zero_enabled_by
-        return (
-            f"{by}: DeepSpeed has not been tried with mixtures of experts; set train.placement: fsdp2" if by else None
-        )
+        return f"{by}: {why_no_deepspeed(recipe.train.num_processes)}" if by else None
     return f"{type(model).__name__} has no tensors that hold all experts of a layer" if routers(model) else None
 
 

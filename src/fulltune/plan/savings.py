@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from fulltune.models.experts import why_no_deepspeed
 from fulltune.plan.settings import OFFLOAD, PLACEMENT, recipe_value
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import FACTS
@@ -31,6 +32,7 @@ SETTING_OF = {
 NOT_OF_STREAMED = {
     "activation checkpointing": "a streamed model recomputes every block anyway",
     "8-bit AdamW states": "the optimizer state of a streamed model is on the disk",
+    "offload": "the optimizer state of a streamed model is on the disk",
 }
 MIN_LENGTH = 128
 ANYWHERE: tuple[Phase, ...] = ("loading", "step", "evaluation", "saving", "resuming")
@@ -141,6 +143,8 @@ def _why_no_offloading(recipe: Recipe, now: MemorySettings) -> str:
         return "without a GPU, everything is already in host memory"
     if recipe.train.zero_enabled_by:
         return "already on" if recipe.train.offload != "none" else f"never used automatically; set {OFFLOAD} yourself"
+    if now.has_experts:
+        return why_no_deepspeed(now.num_processes)
     settings = f"{PLACEMENT}: zero2 and {OFFLOAD}: optimizer"
     return f"never used automatically; set {settings} yourself ({parallel_layout.INSTALL})"
 

@@ -160,6 +160,7 @@ class MemorySettings(Record):
     can_recompute: bool = True
     plain_logits: bool = True
     """False if the loss cannot be chunked, for example because logits are scaled after the head."""
+    has_experts: bool = False
     torch_compile: bool = False
     chunked_loss: bool = False
     generic_first: bool = False
