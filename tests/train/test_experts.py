@@ -17,9 +17,11 @@ from fulltune.lightning import prepare
 from fulltune.models import save
 from fulltune.models.base import Base
 from fulltune.models.experts import recording, watch
+from fulltune.models.load import load_model
 from fulltune.models.shapes import check_model
 from fulltune.predict import load_predictor
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.model import ModelBlock
 from fulltune.records.training import Outcome
 from fulltune.report.run.about_training import training_facts
 from fulltune.train.loop.parts import ExpertLoad
@@ -191,10 +193,22 @@ def test_mixtures_that_cannot_be_trained_are_refused(tmp_path: Path) -> None:
     check(fused)
     with pytest.raises(SetupError, match=r"DeepSpeed has not been tried with mixtures of experts; set train.placement"):
         check(fused, placement="zero3", num_processes=2)
+    with pytest.raises(SetupError, match=r"train.placement: zero2: DeepSpeed has not .* set train.placement: stream"):
+        check(fused, placement="zero2", offload="optimizer")  # FSDP2 needs several processes
     apart = Llama4TextConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_local_experts=4)
     apart.save_pretrained(tmp_path / "apart")
     with pytest.raises(SetupError, match="Llama4ForCausalLM has no tensors that hold all experts of a layer"):
         check(tmp_path / "apart")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+@pytest.mark.parametrize("kind", others_long(tiny.MIXTURES, MIXTURE))
+def test_file_is_not_mapped_beside_the_experts_made_of_it(tmp_path: Path, kind: str) -> None:
+    folder = tiny.save_model(tmp_path / "model", kind)
+    model = load_model(Base.from_block(ModelBlock(name=str(folder)), "causal-lm"), {}, head_is_new=False)
+    assert str(folder) not in Path("/proc/self/maps").read_text(encoding="utf-8")
+    expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert [name for name, one in model.state_dict().items() if not torch.equal(one, expected[name])] == []
 
 
 def test_lightning_would_leave_the_router_loss_out(tmp_path: Path) -> None:

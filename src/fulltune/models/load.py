@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fulltune.errors import SetupError
 from fulltune.models import new_tokens, sharding
 from fulltune.models.base import Base, check_weights, from_pretrained_arguments, load_with_advice
+from fulltune.models.experts import expert_modules
 from fulltune.recipe.model import ModelBlock
 from fulltune.text import first_few
 
@@ -97,6 +98,10 @@ def load_model(
     before_weights()
     with _silenced_transformers():
         model, info = load_with_advice(block, "model", lambda: load(output_loading_info=True, **keywords))
+    if loader is None and expert_modules(model):
+        # Experts were put together from the file, which stays mapped as long as any other weight is a part of it.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
     missing = _missing_parameters(model, info, block, head_is_new)
     if head_is_new:
         head = predict_head_origin(base.config, type(model).__name__, config_changes)

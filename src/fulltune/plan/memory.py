@@ -49,7 +49,8 @@ def unsharded_need(shapes: Shapes, footprint: Footprint, settings: MemorySetting
     passing = eval_memory(shapes, footprint, settings)
     base = FIRST_CALLS_BYTES if on_cpu else CUDA_CONTEXT_BYTES
     # The file's weights and their converted copies exist together; for a GPU, in host memory.
-    read = 4 * shapes.num_parameters if settings.weights_dtype == "bf16" and on_cpu else 0
+    is_copied = settings.weights_dtype == "bf16" or settings.has_experts
+    read = 4 * shapes.num_parameters if is_copied and on_cpu else 0
     phases: dict[Phase, int] = {
         "loading": state["weights"] + read + base,
         "step": sum(kinds.values()),

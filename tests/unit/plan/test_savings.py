@@ -74,3 +74,11 @@ def test_saving_is_where_its_flags_say(saving: MemorySaving, monkeypatch: pytest
     assert any(
         one.startswith(f"{saving.setting}: ") for one in savings.suggest_memory_savings(RECIPE, PLAN, "step")
     ) or (not saving.is_proposed)
+
+
+@pytest.mark.parametrize(("processes", "placement"), [(1, "stream"), (4, "fsdp2")])
+def test_offloading_a_mixture_of_experts_names_a_placement_that_trains_it(processes: int, placement: str) -> None:
+    plan = PLAN.changed(has_experts=True, num_processes=processes)
+    refusals = {name: text for name, changes, text in memory_fallbacks(RECIPE, plan, "step", bool) if changes is None}
+    assert refusals["offload"].endswith(f"set train.placement: {placement}")
+    assert "zero" not in refusals["offload"]
