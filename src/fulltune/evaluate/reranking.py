@@ -14,10 +14,7 @@ from fulltune.tasks.embedding import row_texts, text_id
 
 
 def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    def score_first_stage() -> Scored:
-        return _score(scoring, "BM25", np.stack(scoring.rows("test")[reranking.FIRST_STAGE]))
-
-    return {"baseline-bm25": score_first_stage}
+    return {"baseline-bm25": lambda: _score(scoring, "BM25", np.stack(scoring.rows("test")[reranking.FIRST_STAGE]))}
 
 
 def score_frozen_classifier(scoring: Scoring, name: str, predicted: Sequence[tuple[int, np.ndarray]]) -> Scored:

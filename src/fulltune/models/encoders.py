@@ -127,14 +127,15 @@ def _reranker_class(config_class: type[PretrainedConfig]) -> type[PreTrainedMode
 class _OwnClass:
     """Stands where an auto class of transformers does."""
 
-    of_config: Callable[[type[PretrainedConfig]], type[PreTrainedModel]]
+    of_config: Callable[..., type[PreTrainedModel]]
     saved_as: str = "AutoModel"
 
     def from_config(self, config: PretrainedConfig, *, trust_remote_code: bool = False, **options: object) -> object:
         return self.of_config(type(config))._from_config(config, **options)
 
     def from_pretrained(self, *names: str, config: PretrainedConfig, **options: object) -> object:
-        return self.of_config(type(config)).from_pretrained(*names, config=config, **options)
+        load: Callable[..., object] = self.of_config(type(config)).from_pretrained
+        return load(*names, config=config, **options)
 
 
 _OWN = {
