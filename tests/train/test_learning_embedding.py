@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from fulltune import pipeline, predict
 from fulltune.errors import DataError, FulltuneError, RecipeError, SetupError
+from fulltune.export import hf
 from fulltune.inference.store import Rows
-from fulltune.models.sentence_files import FILES
+from fulltune.models.sentence_files import FILES, write_sentence_files
 from fulltune.train.journal import CHOOSING
 from fulltune.train.worker.loading import NEGATIVES
 from tests import tiny
@@ -151,6 +152,62 @@ def test_training_that_only_harms_keeps_the_model_as_it_was(tiny_encoder: Path, 
     assert all(torch.equal(tensor, before[name.removeprefix("bert.")]) for name, tensor in after.items())
     report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     assert "on the eval rows; no later weights were better" in report
+
+
+@pytest.mark.slow
+def test_lora_predicts_and_is_exported_with_the_prompts_and_pooling_of_training(reached: Any, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    base, run = reached.folder / "models" / "full", tmp_path / "run"
+    blocks: dict[str, Any] = {"train": {"max_steps": 2, "global_batch_size": 8}, "method": {"kind": "lora"}}
+    with runs.without_tracing():
+        source = {"name": str(base), "pooling": "cls"}
+        runs.run(tmp_path, base, pair_rows(40), until="evaluate", task="embedding", model=source, **blocks)
+    result = fulltune("export", run, "--to", "hf", "-o", tmp_path / "out", "--dtype", "bfloat16")
+    assert result.code == 0, result.err
+    checks = json.loads((tmp_path / "out" / "verify.json").read_text(encoding="utf-8"))["checks"]
+    assert any(check["name"].endswith("embeddings") for check in checks)
+    encoder = SentenceTransformer(str(tmp_path / "out"), device="cpu").float()
+    theirs = encoder.encode(["the sun"], prompt_name="query")[0]
+    for folder, tolerance in ((tmp_path / "out", 1e-5), (run, 0.03)):
+        [answer] = predict.load_predictor(folder).predict([{"query": "the sun"}])
+        assert np.abs(theirs - answer["embedding"]).max() < tolerance
+    assert np.abs(theirs - encoder.encode(["the sun"])[0]).max() > 0.03
+
+
+@pytest.mark.slow
+def test_export_whose_pooling_differs_is_not_verified(
+    reached: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_other_files(folder: Path, config: Any, max_length: int) -> None:
+        config.pooling, before = "cls", config.pooling
+        write_sentence_files(folder, config, max_length)
+        config.pooling = before
+
+    monkeypatch.setattr(hf, "write_sentence_files", write_other_files)
+    result = fulltune("export", reached.folder, "--to", "hf", "-o", tmp_path / "out")
+    assert result.code != 0
+    assert "embeddings" in result.err
+
+
+@pytest.mark.slow
+def test_classifier_of_an_embedding_folder_is_no_folder_of_sentence_transformers(reached: Any, tmp_path: Path) -> None:
+    base = reached.folder / "models" / "full"
+    with runs.without_tracing():
+        runs.run(tmp_path, base, tiny.topic_rows(), train={"max_steps": 2})
+    folder = tmp_path / "run" / "models" / "full"
+    assert not (folder / FILES[0]).exists()
+    assert not {"pooling", "prompts"} & json.loads((folder / "config.json").read_text(encoding="utf-8")).keys()
+
+
+@pytest.mark.slow
+def test_mixture_of_experts_is_trained(tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", "qwen3_moe")
+    train = {"max_steps": 2, "global_batch_size": 8, "micro_batch_size": 4, "logging_steps": 1}
+    with runs.without_tracing():
+        runs.run(tmp_path, model, pair_rows(40), task="embedding", train=train)
+    losses = [line for line in runs.events(tmp_path, "train") if "router_loss" in line]
+    assert losses
 
 
 @pytest.mark.parametrize(

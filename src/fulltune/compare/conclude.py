@@ -83,8 +83,9 @@ def note_verdict_without_leaks(
     prefix = f"without the {rows} whose {content}: "
     if len(np.unique(clusters[~leaked])) < MIN_UNSEEN:
         return [f"{prefix}too few rows remain for a verdict"]
+    rows_of = context.scoring.by_row
     unseen = [
-        replace(method, trials=[{name: values[~leaked] for name, values in run.items()} for run in method.trials])
+        replace(method, trials=[{name: one[~leaked] for name, one in rows_of(run).items()} for run in method.trials])
         for method in compared
     ]
     clean = _verdict_on_rows(context, unseen, clusters[~leaked], decision.alpha)

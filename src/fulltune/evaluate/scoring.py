@@ -73,6 +73,10 @@ class Scoring:
         """The test rows in the user's own columns, with file and line."""
         return list(read_original_rows(self.data / "test"))
 
+    def by_row(self, predictions: Predictions) -> Predictions:
+        """Return predictions of which a part of the rows can be scored: ranks need all rows' vectors."""
+        return self.task.row_scores(predictions, self.target) if self.task.FACTS.contrasts else predictions
+
     def estimate_metrics(
         self,
         predictions: Mapping[str, np.ndarray],
@@ -81,8 +85,7 @@ class Scoring:
     ) -> dict[str, Resampled]:
         """Compute `metrics` (default: the task's) on all test rows, or those at `positions`, on bootstrap resamples,
         and by value of `slice_by`. Return them by name."""
-        if self.task.FACTS.contrasts:
-            predictions = self.task.row_scores(predictions, self.target)
+        predictions = self.by_row(predictions)
         scored = slice(None) if positions is None else np.asarray(positions, np.int64)
         clusters, in_train = (np.load(self.data / "test" / name)[scored] for name in (CLUSTERS, IN_TRAIN))
         most = self.recipe.evaluate.bootstrap_samples

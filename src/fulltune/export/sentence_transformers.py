@@ -7,8 +7,9 @@ from typing import Any
 
 from fulltune.export.source import Source
 from fulltune.export.texts import check_processor, sample_texts
-from fulltune.inference.run import mean_pool
-from fulltune.models.sentence_files import write_sentence_files
+from fulltune.export.verify import Exported
+from fulltune.models.encoders import pool
+from fulltune.models.sentence_files import prompts_by_role, write_sentence_files
 from fulltune.records.export import ExportCheck
 
 PACKAGES = ("sentence-transformers",)
@@ -20,7 +21,7 @@ def why_impossible(source: Source) -> str | None:
     facts = source.scoring.task.FACTS
     if facts.writes or facts.reads != "text" or source.model.config.is_encoder_decoder:
         return f"needs a text encoder, but the model is for {source.scoring.recipe.task}"
-    if hasattr(source.model.config, "pooling"):
+    if facts.reads_texts_apart:
         return f"{source.request.model_folder} is such a folder already; with a method such as LoRA choose --to hf"
     return None
 
@@ -37,19 +38,22 @@ def load(source: Source, folder: Path) -> None:
     """Return None, because the export has no logits: `check` compares its embeddings."""
 
 
-def check(source: Source, folder: Path, exported: None) -> list[ExportCheck]:
-    """Check the tokenizer, and the embeddings of texts against the mean of the source's last hidden states."""
+def check(source: Source, folder: Path, exported: Exported | None) -> list[ExportCheck]:
+    """Check the tokenizer, and the embeddings of texts against the model's last hidden states, pooled."""
     import torch
     from sentence_transformers import SentenceTransformer
 
-    model, texts = SentenceTransformer(str(folder), device="cpu"), [text for text in sample_texts(source) if text]
-    embeddings = model.encode(texts, convert_to_tensor=True)
+    encoder, texts = SentenceTransformer(str(folder), device="cpu"), [text for text in sample_texts(source) if text]
+    embeddings = encoder.float().encode(texts, convert_to_tensor=True)
+    model, tokenizer = (exported.model, exported.processor) if exported else (source.model, encoder.tokenizer)
+    config, options = model.config, {"truncation": True, "max_length": source.notes["max_length"]}
     largest = 0.0
     for text, embedding in zip(texts, embeddings, strict=True):
-        inputs = source.processor([text], truncation=True, max_length=source.notes["max_length"], return_tensors="pt")
+        inputs = source.processor(prompts_by_role(config)[""] + text, return_tensors="pt", **options)
         with torch.no_grad():
-            hidden = source.model.base_model(**inputs).last_hidden_state
-        expected = mean_pool(hidden, inputs["attention_mask"])[0]
+            hidden = model.base_model(**inputs).last_hidden_state
+        expected = pool(hidden, inputs["attention_mask"], getattr(config, "pooling", "mean"))[0]
+        expected = expected / (expected.norm() if getattr(config, "normalize", False) else 1)
         largest = max(largest, float((embedding - expected).abs().max() / expected.abs().max()))
     same = ExportCheck(
         name=f"largest relative difference of {len(texts)} embeddings",
@@ -57,7 +61,7 @@ def check(source: Source, folder: Path, exported: None) -> list[ExportCheck]:
         expected="at most 1e-04",
         passed=largest <= 1e-4,
     )
-    return [*check_processor(source, model.tokenizer), same]
+    return [*check_processor(source, tokenizer), same]
 
 
 def usage(source: Source, folder: str) -> str:

@@ -260,7 +260,7 @@ def add_virtual_tokens(model: PreTrainedModel, method: PromptMethod, task: TaskN
     embeddings.register_forward_hook(prompt.after_embeddings)
     if model.config.is_encoder_decoder:
         model.get_decoder().register_forward_pre_hook(prompt.before_decoder, with_kwargs=True)
-    elif task in _TOKEN_TASKS or is_decoder(model.config):
+    elif task in _TOKEN_TASKS or FACTS[task].reads_texts_apart or is_decoder(model.config):
         body.register_forward_hook(prompt.after_body)
 
 

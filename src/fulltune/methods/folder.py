@@ -186,7 +186,7 @@ def merge_into_pretrained(folder: Path, output: Path) -> None:
     model.save_pretrained(output)
     processor.save_pretrained(output)
     notes = notes_without_method(folder)
-    if hasattr(model.config, "pooling"):
+    if FACTS[notes["task"]].reads_texts_apart:
         write_sentence_files(output, model.config, notes["max_length"])
     files.write_json(output / NOTES, notes)
     copy_permissions_from_config(output)

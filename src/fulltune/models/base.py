@@ -64,10 +64,11 @@ class Base:
         config = load_with_advice(
             block, "config", lambda: AutoConfig.from_pretrained(**from_pretrained_arguments(block, path))
         )
-        if encoders.reads_texts_apart(FACTS[task].auto_class):
+        saved = sentence_files.pop_settings(config)
+        if FACTS[task].reads_texts_apart:
             folder, given = path or _hub_folder(block), (block.pooling, "from the recipe")
-            config.pooling, why = given if block.pooling else sentence_files.read_pooling(folder, config)
-            vars(config).update(sentence_files.read_sentence_settings(folder) if FACTS[task].contrasts else {})
+            config.pooling, why = given if block.pooling else sentence_files.read_pooling(folder, config, saved)
+            vars(config).update(sentence_files.read_sentence_settings(folder, saved) if FACTS[task].contrasts else {})
         return cls(block, task, path, config, chat_template, has_processor, why)
 
     @cached_property

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from fulltune.models.experts import expert_modules
+
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
@@ -60,6 +62,7 @@ def _class_for(config_class: type[PretrainedConfig], has_head: bool) -> type[Pre
     from transformers.modeling_outputs import SequenceClassifierOutput
 
     body_class: Any = AutoModel._model_mapping[config_class]
+    body_class = body_class[0] if isinstance(body_class, tuple) else body_class  # Funnel: with and without a decoder
     base: Any = body_class.__bases__[0]
     options = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(body_class).parameters else {}
 
@@ -72,6 +75,7 @@ def _class_for(config_class: type[PretrainedConfig], has_head: bool) -> type[Pre
             if has_head:
                 self.classifier = nn.Linear(4 * config.hidden_size, int(config.num_labels or 1))
             self.post_init()
+            self.by_text = not (has_head or expert_modules(self))  # a step's routing is of one pass
 
         def forward(
             self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: torch.Tensor
@@ -80,7 +84,7 @@ def _class_for(config_class: type[PretrainedConfig], has_head: bool) -> type[Pre
             inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
             rows, texts = input_ids.shape[:2]
             read = {name: one for name, one in inputs.items() if getattr(one, "shape", ())[:2] == (rows, texts)}
-            if not has_head and texts > 1 and type(input_ids) is torch.Tensor and input_ids.device.type == "cpu":
+            if self.by_text and texts > 1 and type(input_ids) is torch.Tensor and input_ids.device.type == "cpu":
                 # Queries are often shorter than documents; on a GPU, the host would wait for their lengths.
                 widths = attention_mask.amax(dim=0).sum(dim=-1).tolist()
                 cut = [{name: read[name][:, [n], :width] for name in read} for n, width in enumerate(widths)]
@@ -155,7 +159,3 @@ def model_class(name: str) -> Any:
 def saved_as(name: str) -> str:
     """Return the auto class of transformers that loads what a task's `auto_class` saves."""
     return _OWN[name].saved_as if name in _OWN else name
-
-
-def reads_texts_apart(name: str) -> bool:
-    return name in ("TextPairs", "TextEmbedding")

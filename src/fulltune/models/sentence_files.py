@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,16 @@ FILES = (MODULES, POOLING, SETTINGS) = ("modules.json", "1_Pooling/config.json",
 _PROMPTS = ("prompts", "default_prompt_name")
 
 
-def read_pooling(folder: Path, config: PretrainedConfig) -> tuple[TokenPooling, str]:
+def pop_settings(config: PretrainedConfig) -> dict[str, object]:
+    """Remove from a config what a training of vectors left there, which other tasks must not copy; return it."""
+    names = ("pooling", "normalize", *_PROMPTS) if vars(config).get("pooling") in _MODES else ()
+    return {name: vars(config).pop(name) for name in names if name in vars(config)}
+
+
+def read_pooling(folder: Path, config: PretrainedConfig, saved: Mapping[str, object]) -> tuple[TokenPooling, str]:
     """Return how a model pools the tokens of a text, and where that is said; by default as such models usually do."""
-    if (saved := getattr(config, "pooling", None)) is not None:
-        return saved, "config.json"
+    if "pooling" in saved:
+        return next(mode for mode in _MODES if mode == saved["pooling"]), "config.json"
     if place := next((module["path"] for module in _read(folder / MODULES) if _kind(module) == "Pooling"), None):
         values = _read(file := folder / place / "config.json")
         flags = [name for name, value in values.items() if value is True and name.startswith("pooling_mode_")]
@@ -37,16 +44,17 @@ def read_pooling(folder: Path, config: PretrainedConfig) -> tuple[TokenPooling, 
     return "mean", "the model names no pooling; encoders are usually pooled by the mean over tokens"
 
 
-def read_sentence_settings(folder: Path) -> dict[str, object]:
-    """Return values for the config: the prompts, and whether vectors are normalised, as they are by default. Raise
-    `SetupError` for what would be lost in training."""
+def read_sentence_settings(folder: Path, saved: Mapping[str, object]) -> dict[str, object]:
+    """Return values for the config: the prompts, and whether vectors are normalised. If no files say so, they are as
+    `saved` in the config, or else normalised. Raise `SetupError` for what would be lost in training."""
     modules, pooling, values = (_read(folder / name) for name in FILES)
     kinds = [*map(_kind, modules)]
     others = [f"a module '{kind}'" for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
     others += [] if pooling.get("include_prompt", True) else ["include_prompt: false"]
     if others:
         raise SetupError(f"model: {folder}: has {others[0]}, which is not supported; use another model")
-    return {"normalize": "Normalize" in kinds or not kinds, **{name: values.get(name) for name in _PROMPTS}}
+    normalize = "Normalize" in kinds if kinds else saved.get("normalize", True)
+    return {"normalize": normalize, **{name: (values or saved).get(name) for name in _PROMPTS}}
 
 
 def _read(file: Path) -> Any:

@@ -9,7 +9,7 @@ from pydantic import Field
 from fulltune.errors import SetupError
 from fulltune.models import sharding
 from fulltune.models.base import Base, load_with_advice
-from fulltune.models.encoders import is_decoder, reads_texts_apart, saved_as
+from fulltune.models.encoders import is_decoder, saved_as
 from fulltune.models.experts import expert_modules, routers, why_no_deepspeed
 from fulltune.models.load import predict_head_origin
 from fulltune.models.sharding import Units
@@ -173,10 +173,9 @@ def why_unfit_for_task(config: PretrainedConfig, facts: TaskFacts) -> str | None
     """Return the reason why models of this type cannot do a task, or None if they can."""
     from transformers.models.auto import modeling_auto
 
-    apart = reads_texts_apart(facts.auto_class)
     auto_class = getattr(modeling_auto, saved_as(facts.auto_class))
     can = config.model_type in auto_class._model_mapping._model_mapping
-    can &= not (apart and config.is_encoder_decoder)
+    can &= not (facts.reads_texts_apart and config.is_encoder_decoder)
     if facts.writes:  # these lists also name encoders and speech models
         can &= bool(config.is_encoder_decoder if facts.auto_class.endswith("Seq2SeqLM") else is_decoder(config))
     return (

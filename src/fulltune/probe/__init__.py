@@ -166,7 +166,7 @@ def fit_probe(
     hidden = getattr(extractor.model.config.get_text_config(), "hidden_size", None) or 0
     last_layer: Any = None if layers is None else extractor.model.get_submodule(layers[0])
     width = max(hidden, 0 if last_layer is None else last_layer.in_features) or _USUAL_HIDDEN_SIZE
-    width = round(width * (PAIRS if extractor.pair_separators and not extractor.reads_apart else 1))
+    width = round(width * (PAIRS if extractor.pair_separators and not extractor.task.FACTS.reads_texts_apart else 1))
     train_rows = sample_rows(rows, extractor.kind, extractor.target.num_choices, width)
     try:
         try:
@@ -234,7 +234,7 @@ def _fit_head(
         """Return the last layer's inputs after the dense layer is replaced by `dense`."""
         assert features.last is not None, "extracted with `layers`"
         if dense is None or features.dense is None or after is None:
-            return extractor.items(features.last, features, extractor.reads_apart)
+            return extractor.items(features.last, features, extractor.task.FACTS.reads_texts_apart)
         return extractor.items(after[1](dense(features.dense)), features)
 
     spaces = {

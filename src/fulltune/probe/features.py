@@ -16,7 +16,7 @@ from fulltune.inference.run import (
     row_lengths,
 )
 from fulltune.models import evaluation_mode
-from fulltune.models.encoders import join_vectors, pool, reads_texts_apart
+from fulltune.models.encoders import join_vectors, pool
 from fulltune.models.sharding import needs_all_ranks
 from fulltune.probe.layers import HeadLayers, HiddenStates, run_and_read_hidden
 from fulltune.probe.linear import Items, NoProbe
@@ -80,11 +80,6 @@ class FeatureExtractor:
     def num_outputs(self) -> int:
         return self.target.form.num_outputs or len(self.target.labels)
 
-    @property
-    def reads_apart(self) -> bool:
-        """True if the model reads each text of a row by itself, so that there is no mean over a row's tokens."""
-        return reads_texts_apart(self.task.FACTS.auto_class)
-
     def features(self, rows: EncodedRows, layers: HeadLayers | None) -> Features:
         return self.retry_with_smaller_batches(lambda size: concatenate_features(self.batches(rows, layers, size)))
 
@@ -116,7 +111,7 @@ class FeatureExtractor:
                 with torch.no_grad(), autocast(model, self.precision):
                     states = run_and_read_hidden(model, layers, batch)
                     features = _item_features(states, batch, labels, batch_rows, self.kind, np.asarray(positions))
-                    if self.reads_apart:
+                    if self.task.FACTS.reads_texts_apart:
                         vectors = pool(states[0], batch["attention_mask"].flatten(0, 1), model.config.pooling)
                         features = replace(features, pair=_pair_features(vectors.unflatten(0, (len(batch_rows), -1))))
                     elif with_pairs and self.pair_separators and features.mean is not None:

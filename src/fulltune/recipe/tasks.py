@@ -123,6 +123,8 @@ class TaskFacts:
     reads: Literal["text", "image"] = "text"
     writes: bool = False
     """True if the model generates text instead of having a head."""
+    reads_texts_apart: bool = False
+    """True if the model turns each text of a row into a vector by itself."""
     contrasts: bool = False
     """True if a row's loss depends on the other rows of the global batch, and the model has no head."""
     completes_rows: bool = False

@@ -15,9 +15,12 @@ from fulltune.compare import conclude, verdict
 from fulltune.compare.conclude import note_verdict_without_leaks
 from fulltune.compare.context import RECORD
 from fulltune.compare.seeds import SeedRuns
+from fulltune.compare.verdict import MethodOutputs
+from fulltune.evaluate.scoring import Scoring
 from fulltune.inference.store import CLUSTERS, IN_TRAIN
 from fulltune.records.comparison import Search, Trial, TrialResult
 from fulltune.stats import bootstrap
+from fulltune.tasks import Target, embedding
 from tests import comparisons
 from tests.unit.compare.methods import ACCURACY, looks_of, method
 
@@ -95,9 +98,22 @@ def test_verdict_without_test_rows_that_stand_in_train(
     line.resamplable_metric, line.recipe.compare.margin, line.recipe.evaluate.confidence = ACCURACY, 0.2, 0.95
     line.recipe.data.near_duplicates = 1.0
     line.summary.columns = {"text": "t"}
+    line.scoring.by_row = lambda outputs: outputs
     decision = conclude._verdict_on_rows(line, methods, rows, 0.05)
     np.save(line.folder / "data" / "test" / IN_TRAIN, rows < leaked)
     assert note_verdict_without_leaks(line, methods, rows, decision) == expected
+
+
+def test_vectors_are_ranked_among_all_rows_before_those_in_train_are_left_out(line: Any, given: dict[str, Any]) -> None:
+    target, rows = Target("query_and_positive", {"query": "q", "positive": "p"}), np.arange(60)
+    drawn = np.random.default_rng(0).normal(size=(60, 2, 4)).astype(np.float32)
+    outputs: dict[str, np.ndarray] = {"vectors": drawn, "ids": np.stack([rows, rows, rows + 60], axis=1)}
+    line.scoring.by_row = lambda run: Scoring.by_row(mock.Mock(task=embedding, target=target), run)
+    line.recipe.data.near_duplicates, line.summary.columns = 1.0, {"query": "q"}
+    np.save(line.folder / "data" / "test" / IN_TRAIN, rows < 20)
+    note_verdict_without_leaks(line, [MethodOutputs("full", "full", [outputs], 1.0)], rows, mock.MagicMock())
+    [[unseen]] = given["resample_trials"].call_args.args[1]
+    np.testing.assert_array_equal(unseen["ndcg@10"], embedding.row_scores(outputs, target)["ndcg@10"][20:])
 
 
 def test_method_that_was_left_out_leaves_a_part_of_alpha_for_more_time(line: Any, given: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from fulltune.models.encoders import reads_texts_apart, saved_as
+from fulltune.models.encoders import saved_as
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary, RemoteSource
 from fulltune.records.export import Verification
@@ -185,7 +185,7 @@ def build_loading_blocks(folder: str, view: RunView) -> tuple[Element, ...]:
     # A method's name may differ from its kind.
     kinds = (str(one.value) for one in (view.plan.settings if view.plan else ()) if one.name == "method.kind")
     kind = next(kinds, "full")
-    if view.task in FACTS and reads_texts_apart(FACTS[view.task].auto_class) and kind != "full":
+    if view.task in FACTS and FACTS[view.task].reads_texts_apart and kind != "full":
         kind = ONLY_OURS[0]  # PEFT would not pool
     ask = view.summary.form.how_to_ask if view.summary else ""
     how = HOW_TO_LOAD.get(view.task if kind == "full" else kind) or HOW_TO_LOAD.get(kind, HOW_TO_LOAD["peft"])

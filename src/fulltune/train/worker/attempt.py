@@ -141,7 +141,7 @@ def _train_and_save(training: Training) -> Fields:
     # Vectors that were made to be compared may be the best that few rows can give. A random head is no such start, and
     # an engine's weights are spread over other tensors than the saved ones.
     has_start = loaded.head_start is not None and loaded.head_start.head is not None and not inputs.in_engine
-    has_start = (has_start or inputs.task.FACTS.contrasts) and hasattr(trainer.model.config, "pooling")
+    has_start = (has_start or inputs.task.FACTS.contrasts) and inputs.task.FACTS.reads_texts_apart
     start = initial if has_start and isinstance(initial, weights.InitialWeights) else None
     best = load_best_weights(inputs, trainer, state, start)
     if training.answers is not None and (why := training.answers.reason_for(best["best_step"])):

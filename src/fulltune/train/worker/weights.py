@@ -24,6 +24,7 @@ from fulltune.models.experts import expert_modules
 from fulltune.models.save import save_in_parts
 from fulltune.models.sentence_files import write_sentence_files
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import DataSummary
 from fulltune.records.training import ParameterChanges
 from fulltune.stream.training import streamed_of
@@ -202,7 +203,7 @@ def save_model(
     if recipe.method.kind != "full":
         notes["method"] = recipe.method.model_dump(mode="json")
         notes["base_model"] = recipe.model.model_dump(mode="json")
-    if recipe.method.kind == "full" and hasattr(applied.model.config, "pooling"):
+    if recipe.method.kind == "full" and FACTS[recipe.task].reads_texts_apart:
         write_sentence_files(part, applied.model.config, notes["max_length"])
     write_json(part / "fulltune.json", notes)
     copy_permissions_from_config(part)
