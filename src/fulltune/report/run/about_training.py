@@ -165,8 +165,10 @@ def training_facts(view: RunView, outcome: Outcome) -> list[NameAndValue]:
 
 def _describe_experts(tokens: Sequence[Sequence[int]]) -> str:
     shares = expert_shares(tokens)
-    least, *_, most = (f"{format_share(shares[name])} ({name})" for name in sorted(shares, key=shares.__getitem__))
-    even = f"{least} to {most} of their layer's, an even share is {format_share(1 / len(tokens[0]))}"
+    least, *_, most = (
+        f"{format_share(shares[name])} (expert {name})" for name in sorted(shares, key=shares.__getitem__)
+    )
+    even = f"between {least} and {most} of a layer's tokens; an even share is {format_share(1 / len(tokens[0]))}"
     return "; ".join(filter(None, (even, describe_unreached(shares))))
 
 
