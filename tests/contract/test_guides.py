@@ -212,15 +212,6 @@ def test_file_without_header_is_answered_by_the_names_of_the_recipe(place: Path)
     assert len(said.out.splitlines()) == 2
 
 
-def test_labels_of_several_columns_become_one_that_lists_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    rows = [f"{row['text']},{number % 2},0,{int(number % 3 == 0)}\n" for number, row in enumerate(tiny.topic_rows(20))]
-    Path("flags.csv").write_text("".join(["text,sports,politics,tech\n", *rows]), encoding="utf-8")
-    exec(script("DictReader"), {})
-    said = command.fulltune("init", "topics.jsonl")
-    assert "(multi label, 2 labels)" in said.out, said.err
-
-
 def test_area_under_the_curve_is_that_of_the_answers(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.fulltune("predict", "RUN", "--file", "test.csv", "-o", "answers.csv", "--force").code == 0
     exec(script("roc_auc_score"), {})
