@@ -72,6 +72,10 @@ def queries(chance: np.random.Generator) -> Kept:
     return {name: chance.random(ROWS) for name in metrics} | {"counted": chance.integers(0, 2, ROWS).astype(float)}
 
 
+def candidates(chance: np.random.Generator) -> Kept:
+    return {"logits": chance.integers(0, 9, (ROWS, 16)).astype(np.float32), "loss": chance.random(ROWS)}
+
+
 def tokens(chance: np.random.Generator) -> Kept:
     count = chance.integers(0, 30, ROWS).astype(float)
     return {"nll": chance.random(ROWS) * 3 * count, "tokens": count, "right": np.floor(chance.random(ROWS) * count)}
@@ -97,6 +101,7 @@ CASES: list[tuple[TaskName, Target, Any, str]] = [
     ("question-answering", Target("span", {}), windows, "f1 exact_match loss"),
     ("question-answering", Target("span", {}), questions, "f1 exact_match loss"),
     ("embedding", Target("query_and_positive", {}), queries, "ndcg@10 mrr@10 recall@1 recall@10 loss"),
+    ("reranking", Target("ranking", {}), candidates, "ndcg@10 mrr@10 recall@1 loss"),
     ("causal-lm", Target("text", {}), tokens, "loss perplexity token_accuracy"),
     ("causal-lm", Target("chat", {}), generated, " ".join(OF_ANSWERS)),
     ("seq2seq", Target("source_target", {}), tokens, "loss perplexity token_accuracy"),
