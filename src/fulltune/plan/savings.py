@@ -145,6 +145,8 @@ def _why_no_offloading(recipe: Recipe, now: MemorySettings) -> str:
         return "already on" if recipe.train.offload != "none" else f"never used automatically; set {OFFLOAD} yourself"
     if now.has_experts:
         return why_no_deepspeed(now.num_processes)
+    if FACTS[recipe.task].contrasts:
+        return f"DeepSpeed is not supported for {recipe.task}; set {PLACEMENT}: fsdp2 with several GPUs"
     settings = f"{PLACEMENT}: zero2 and {OFFLOAD}: optimizer"
     return f"never used automatically; set {settings} yourself ({parallel_layout.INSTALL})"
 

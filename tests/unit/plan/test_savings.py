@@ -82,3 +82,11 @@ def test_offloading_a_mixture_of_experts_names_a_placement_that_trains_it(proces
     refusals = {name: text for name, changes, text in memory_fallbacks(RECIPE, plan, "step", bool) if changes is None}
     assert refusals["offload"].endswith(f"set train.placement: {placement}")
     assert "zero" not in refusals["offload"]
+
+
+def test_offloading_embeddings_names_a_placement_that_trains_them() -> None:
+    recipe = RECIPE.model_copy(update={"task": "embedding"})
+    refusals = {name: text for name, changes, text in memory_fallbacks(recipe, PLAN, "step", bool) if changes is None}
+    assert (
+        refusals["offload"] == "DeepSpeed is not supported for embedding; set train.placement: fsdp2 with several GPUs"
+    )
