@@ -108,3 +108,10 @@ def test_rows_without_positives_are_refused(tmp_path: Path) -> None:
     model = tiny.save_model(tmp_path / "model", "bert")
     with pytest.raises(DataError, match=r"column 'positive' is empty"):
         runs.run(tmp_path, model, [{**row, "positive": ""} for row in rows_with_negatives(9)], task="reranking")
+
+
+@pytest.mark.slow
+def test_export_for_sentence_transformers_names_the_class_that_reads_the_folder(reached: Any) -> None:
+    done = fulltune("export", reached.folder, "--to", "sentence-transformers")
+    assert done.code == 2
+    assert "CrossEncoder of sentence-transformers reads" in done.err

@@ -18,6 +18,8 @@ from fulltune.errors import DataError, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
 from fulltune.tasks import task_named
+from tests import tiny
+from tests.contract.command import fulltune
 from tests.unit.data.readers.table import read
 
 TEXTS = ("a stirring and finally very moving film", "far too long for what it has", "a film that i like a lot")
@@ -345,3 +347,23 @@ def test_encoding_that_is_named_is_written_and_read(tmp_path: Path) -> None:
     assert next(find_source_files(loaded, {})["train"].rows())[1]["Text"] == "schöner Film 0"
     with pytest.raises(SetupError, match="--encoding: expected a name such as utf-8"):
         parse_hints(None, [], None, "cp125x2")
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "expected"),
+    [
+        ("embedding", {"query": "a", "positive": "b", "negative1": "c", "negative2": "d"}, "negative: negative1\n"),
+        ("reranking", {"query": "a", "positive": "b"}, "positive: positive\n"),
+        ("embedding", {"text": "a", "label": "b"}, "label: label\n"),
+    ],
+)
+def test_recipe_for_texts_that_are_found_or_ranked_is_accepted(
+    tmp_path: Path, task: str, row: dict[str, str], expected: str
+) -> None:
+    rows = [{name: f"{text} {number // 2}" for name, text in row.items()} for number in range(40)]
+    file = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    recipe = tmp_path / "recipe.yaml"
+    done = fulltune("init", file, "--task", task, "--output", recipe)
+    assert done.code == 0, done.err
+    assert expected in recipe.read_text(encoding="utf-8")
+    assert load_recipe(recipe).task == task

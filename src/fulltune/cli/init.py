@@ -56,6 +56,8 @@ FORMS: tuple[tuple[TaskName, str], ...] = (
     ("seq2seq", "target"),
     ("causal-lm", "text"),
     ("embedding", "positive"),
+    ("embedding", "label"),
+    ("reranking", "positive"),
 )
 """Tasks with the column role that identifies each, the most distinctive first."""
 _HEAD, _FEW = 1000, 100
@@ -324,7 +326,11 @@ def write_recipe(
         ),
         *([f"encoding: {_yaml_scalar(encoding)}"] if codec_for_encoding(encoding) != UTF_8 else []),
         *([f"columns: [{names}]   # the file has no header line"] if names else []),
-        *(f"{role}: {_yaml_scalar(column)}" for role, column in target.columns.items()),
+        *(
+            f"{role}: {_yaml_scalar(column)}"
+            for role, column in target.columns.items()
+            if role in DataBlock.model_fields
+        ),
         *([f"# columns not used: {inferred.unused}"] if inferred.unused else []),
         f"# contents: {counted(inferred.num_rows, 'row')}, {_target_in_words(target)}{' '.join(some.split())}",
     ]

@@ -23,6 +23,8 @@ def why_impossible(source: Source) -> str | None:
         return f"needs a text encoder, but the model is for {source.scoring.recipe.task}"
     if facts.reads_texts_apart:
         return f"{source.request.model_folder} is such a folder already; with a method such as LoRA choose --to hf"
+    if facts.completes_rows:
+        return f"CrossEncoder of sentence-transformers reads {source.request.model_folder} as it is"
     return None
 
 

@@ -258,8 +258,9 @@ def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:
     return {columns[role]: forms.get(role, text)}
 
 
-NOT_READ = ("label", "completion", "tools", "tags", "target", "answers", "positive", "negative")
+NOT_READ = ("label", "completion", "tools", "tags", "target", "answers", "negative")
 
 
 def columns_read(notes: Mapping[str, Any]) -> dict[str, str]:
-    return {role: column for role, column in notes["columns"].items() if role.rstrip("0123456789") not in NOT_READ}
+    read = {role: column for role, column in notes["columns"].items() if role.rstrip("0123456789") not in NOT_READ}
+    return dict([*read.items()][:1]) if FACTS[notes["task"]].contrasts else read  # a vector is of one text

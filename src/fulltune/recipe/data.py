@@ -103,7 +103,7 @@ class DataBlock(Block):
     too."""
     hard_negatives: int = Field(default=0, ge=0, le=10)
     """Number of negatives added to each train row (embedding): positives of other rows that the untouched model finds
-    nearest to the query, without likely false negatives (cosines above 95 % of the positive's)."""
+    nearest to the query. Likely false negatives (cosines above 95 % of the positive's) come last."""
     candidates: int = Field(default=16, ge=2, le=100)
     """Texts among which a query's positive is ranked (reranking): the positive, the row's negatives, and those of other
     rows that BM25 ranks highest for the query."""

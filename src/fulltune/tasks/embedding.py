@@ -65,7 +65,8 @@ def find_pairs(names: Sequence[str], sample: Sequence[Row], data: DataBlock, fil
     by_role = columns.find_columns(("query", "positive"), names, sample, data, file)
     label = columns.find_usual_column(columns.USUAL_NAMES["label"], names, file)
     pair = tuple(name.lower().strip() for name in by_role.values())
-    if label is not None and pair in columns.USUAL_PAIRS and None in (data.query, data.positive):
+    says_match = label is not None and {label_name(row.get(label)) for row in sample} == {"0", "1"}
+    if label is not None and (pair in columns.USUAL_PAIRS or says_match) and None in (data.query, data.positive):
         raise DataError(
             f"{file}: '{label}' seems to say which rows of {pair} match, but with this task all rows do. Write task: "
             "text-classification, or keep the rows that match (data.where) and set data.query and data.positive"

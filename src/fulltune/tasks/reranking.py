@@ -37,19 +37,13 @@ FACTS = recipe_tasks.FACTS["reranking"]
 why_unusable, group_key, row_labels = embedding.why_unusable, embedding.group_key, embedding.row_labels
 display_text, preview, full_row = embedding.display_text, multiple_choice.preview, multiple_choice.full_row
 loss, count_items, chance_loss = classes.loss, classes.count_items, classes.chance_loss
-reduce_logits = classes.reduce_logits
+find_columns, reduce_logits = embedding.find_pairs, classes.reduce_logits
 CANDIDATES, FIRST_STAGE = "candidates", "first_stage"
 """Features of a row: the ids of its candidates, and their scores by BM25."""
 CUTOFF, MOST_DOCUMENTS = embedding.CUTOFF, 200_000
 _ROWS_AT_ONCE, _SCORES_AT_ONCE = 256, 10_000_000
 
 # ---- rows --------------------------------------------------------------------------------------------------------
-
-
-def find_columns(names: Sequence[str], sample: Sequence[Row], data: DataBlock, file: str) -> dict[str, str]:
-    """Map `query`, `document` (the positive) and all `negative` columns, or raise `DataError`."""
-    by_role = embedding.find_pairs(names, sample, data, file)
-    return {"query": by_role.pop("query"), "document": by_role.pop("positive"), **by_role}
 
 
 def find_target(rows: Iterable[Row], roles: Mapping[str, str], data: DataBlock, file: str) -> Target:
@@ -59,7 +53,7 @@ def find_target(rows: Iterable[Row], roles: Mapping[str, str], data: DataBlock, 
 
 
 def why_unanswerable(row: Row, target: Target) -> Refused | None:
-    return columns.why_cell_blank(row, target, "query", "document")
+    return columns.why_cell_blank(row, target, "query", "positive")
 
 
 def with_placeholder_answer(row: Row, target: Target) -> Row:

@@ -241,3 +241,12 @@ def test_bm25_scores_are_those_of_the_formula() -> None:
     assert scores[0, 1] == pytest.approx(2 * term(2, 1, 3))
     assert scores[0, 2] == pytest.approx(term(2, 1, 2))
     assert scores[1].tolist() == [0, 0, 0]
+
+
+def test_label_of_zero_and_one_beside_queries_is_refused() -> None:
+    rows = [{"query": f"q{n}", "positive": f"p{n}", "label": n % 2} for n in range(4)]
+    for task in (embedding, reranking):
+        with pytest.raises(DataError, match=r"'label' seems to say which rows of .* match"):
+            task.find_columns(list(rows[0]), rows, DataBlock(train="x"), "rows.csv")
+        topics = [{**row, "label": "red"} for row in rows]
+        assert "label" not in task.find_columns(list(rows[0]), topics, DataBlock(train="x"), "rows.csv")

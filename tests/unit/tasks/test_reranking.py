@@ -17,7 +17,7 @@ from fulltune.tasks.bm25 import bm25_terms
 from fulltune.tasks.embedding import text_id
 from tests import tiny
 
-ROLES = {"query": "q", "document": "p", "negative": "n"}
+ROLES = {"query": "q", "positive": "p", "negative": "n"}
 ROWS = [
     {"q": "sun in rome", "p": "the sun shines", "n": "red"},
     {"q": "rain in oslo", "p": "rain falls in oslo", "n": "blue"},
@@ -41,7 +41,7 @@ def texts(row: Any) -> list[str]:
 def test_columns_are_those_of_embeddings() -> None:
     names, block = ("question", "answer", "negative2", "negative_1", "id"), DataBlock(train="x")
     found = reranking.find_columns(names, [], block, "rows.csv")
-    assert found == {"query": "question", "document": "answer", "negative": "negative_1", "negative1": "negative2"}
+    assert found == {"query": "question", "positive": "answer", "negative": "negative_1", "negative1": "negative2"}
     with pytest.raises(DataError, match=r"no column found for data\.positive"):
         reranking.find_columns(("query", "label"), [], block, "rows.csv")
 
