@@ -178,7 +178,7 @@ def test_weights_are_proposed_where_all_rows_get_the_label_that_most_have(
     confusion = Confusion(labels=("a", "b", "c")[: len(counts)], counts=counts)
     kit.save_scores(classification, kit.scores("full-seed42", "trained", 0.6, confusion=confusion, differences=worse))
     verdict, steps = build_run_headline_and_advice(read_run(classification))
-    assert verdict.label == "Worse than without training"
+    assert verdict.label == "Worse than the best baseline"
     assert ("Nearly every test row gets the same label" in " ".join(steps)) == (is_proposed is not None)
     assert ("--set train.class_weights=balanced" in " ".join(steps)) == bool(is_proposed)
 

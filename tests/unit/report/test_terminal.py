@@ -69,7 +69,7 @@ def test_end_of_a_run_has_scores_verdict_and_what_to_try(classification: Path, k
     lines = printed(*report.build_run_terminal_report(classification))
     text = " ".join(" ".join(lines).split())
     assert max(map(cell_len, lines)) <= 80
-    places = [text.index(said) for said in ("Each metric on the test rows", "Worse than without training.", "--set ")]
+    places = [text.index(said) for said in ("Each metric on the test rows", "Worse than the best baseline.", "--set ")]
     assert places == sorted(places)
     markdown = " ".join(
         report.write_run_report(classification).with_name("report.md").read_text(encoding="utf-8").split()

@@ -47,7 +47,7 @@ def test_interval_of_the_difference_on_the_same_rows_decides_and_is_said(
     verdict = judge_scores(pair(kit, trained, bar, bounds, metric))
     assert verdict.kind == kind
     assert said in verdict.sentence
-    assert ("Worse than without training" in verdict.label) == (kind == "worse")
+    assert ("Worse than the best baseline" in verdict.label) == (kind == "worse")
 
 
 @pytest.mark.parametrize(

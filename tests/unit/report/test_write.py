@@ -196,7 +196,7 @@ def test_reports_worse_model_is_not_to_be_tried_first(classification: Path, kit:
     found = {"nearest centroid (frozen)": Estimate(value=-0.1, low=-0.15, high=-0.05)}
     kit.save_scores(classification, kit.scores("full-seed42", "trained", 0.712, differences=found))
     for text in both(classification):
-        assert "Worse than without training" in text
+        assert "Worse than the best baseline" in text
         ending = text.rpartition("What to do next")[2]
         assert ending.index("--set ") < ending.index("how to use this model anyway") < ending.index("predict")
 

@@ -17,9 +17,9 @@ from fulltune.stats.curves import Curves, Fit, final_loss_if_falling, judge_fina
 from fulltune.text import counted, format_metric, format_number, is_share, listed
 
 _LABELS = {
-    "better": "Better than without training",
+    "better": "Better than every baseline",
     "contested": "Generated answers are no better",
-    "worse": "Worse than without training",
+    "worse": "Worse than the best baseline",
     "unresolved": "Difference inconclusive",
     "unpaired": "Difference unknown",
     "alone": "Nothing to compare with",
