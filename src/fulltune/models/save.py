@@ -38,6 +38,7 @@ def write_safetensors(
         on_writer = {name: tensor.cpu().contiguous() for name, tensor in values if is_writer}
         if is_writer:
             save_file(on_writer, folder / file, metadata={"format": "pt"})
+        on_writer.clear()  # before the next file's tensors are read
     if is_writer and split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / SAFE_WEIGHTS_INDEX_NAME, index)

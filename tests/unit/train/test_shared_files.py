@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,20 @@ def test_whole_tensors_are_read_as_parts_are(most_bytes: int, files: int, tmp_pa
     found = {name: torch.empty(one.shape) for name, one in tensors.items()}
     fsdp2.read_into_tensors(found, tmp_path)
     assert all(torch.equal(found[name], one) for name, one in tensors.items())
+
+
+def test_tensors_of_one_file_are_released_before_those_of_the_next_are_read(tmp_path: Path) -> None:
+    alive, most = weakref.WeakSet[torch.Tensor](), 0
+
+    def read(name: str) -> torch.Tensor:
+        nonlocal most
+        alive.add(tensor := torch.ones(10))
+        most = max(most, len(alive))
+        return tensor
+
+    write_safetensors(tmp_path, {str(number): torch.empty(10, device="meta") for number in range(8)}, read, 80)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+    assert most <= 3  # the two of a file, and perhaps the last one of the file before
 
 
 @pytest.mark.parametrize(
