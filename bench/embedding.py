@@ -63,7 +63,7 @@ def write_docstrings(folder: Path, count: int) -> None:
 
 
 def trained(folder: Path, name: str, quick: bool) -> dict[str, Any]:
-    """Train and score: NDCG@10 by model, and what training is ahead of each, with intervals."""
+    """Train on one of the sets and score."""
     fresh(folder)
     data: dict[str, Any] = {"train": "rows.jsonl", "group": "module", "max_length": 96}
     if name == "Banking77":
@@ -73,6 +73,11 @@ def trained(folder: Path, name: str, quick: bool) -> dict[str, Any]:
         write_docstrings(folder, 640 if quick else 12_000)
     train = {"global_batch_size": GLOBAL, "micro_batch_size": MICRO, "device": "cpu", "num_train_epochs": 1}
     blocks = {"model": MINILM, "task": "embedding", "data": data, "train": train, "preserve": {"drift": False}}
+    return scored(folder, blocks)
+
+
+def scored(folder: Path, blocks: dict[str, Any]) -> dict[str, Any]:
+    """Run a recipe, and return NDCG@10 by model and what training is ahead of each, with intervals."""
     (folder / "recipe.yaml").write_text(yaml.safe_dump(blocks), encoding="utf-8")
     run(fulltune("evaluate", folder / "recipe.yaml", "--run-folder", folder / "run"))
     scores = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / "run" / "scores").glob("*.json")]
