@@ -196,6 +196,7 @@ def test_with_smaller_batches_gives_up_at_one_row_and_on_other_errors(error: typ
 # ---- the limit -------------------------------------------------------------------------------------------------
 
 LIMITED = """
+import threading
 import torch
 from fulltune.system.memory import status_bytes
 from fulltune.system.memory import is_out_of_memory
@@ -205,7 +206,10 @@ MIB = 2**20
 torch.mm(torch.ones(64, 64), torch.ones(64, 64))
 limit, began = status_bytes("VmRSS") + 200 * MIB, status_bytes("RssAnon")
 fits = 0
+end = threading.Event()
 with memory_limit(limit, "cpu", print):
+    for _ in range(16):  # their stacks of 8 MiB, hardly used, would take half of it
+        threading.Thread(target=end.wait, daemon=True).start()
     try:
         kept = [torch.ones(MIB // 4) for _ in range(150)]
         fits = len(kept)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import resource
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,8 @@ def memory_limit(limit_bytes: int | None, device: str, warn: Callable[[str], Non
         elif limit_bytes is not None and status_bytes("VmData"):
             # Start torch's thread pool: a thread without memory for its stack would later end the process silently.
             torch.mm(torch.ones(512, 512), torch.ones(512, 512))
+            # The stacks of later threads count as a whole, however little of them is used.
+            undo.callback(threading.stack_size, threading.stack_size(2**20))
             used = status_bytes("VmRSS")
             if limit_bytes <= used:
                 raise DoesNotFitError(
