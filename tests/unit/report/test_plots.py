@@ -55,6 +55,12 @@ def test_curve_wide_range_uses_a_log_scale_but_not_for_the_learning_rate() -> No
     assert "log scale" not in learning_curve("learning rate", points, "learning_rate")
 
 
+def test_curve_close_values_have_ticks_that_differ() -> None:
+    numbers = [text.text for text in texts(learning_curve("loss", [(0, 2.1195), (3, 2.1201)], "loss"))]
+    ticks = [number for number in numbers if number and number.startswith("2.1")]
+    assert len({*ticks}) == len(ticks) >= 3
+
+
 def test_plots_hostile_names_stay_text() -> None:
     name = '</title><script>alert(1)</script>"& $\\frac{1$'
     drawing = learning_curve(name, [(1, 0.5)], "accuracy")

@@ -57,7 +57,11 @@ def _style_axes(axes: Axes, metric: str) -> None:
     if axis.get_scale() != "log":
         axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], min_n_ticks=3))
     if not is_share(metric):
-        axis.set_major_formatter(lambda value, _: format_number(value))
+        ticks = axis.get_ticklocs()
+        if len({format_number(tick) for tick in ticks}) == len(ticks):
+            axis.set_major_formatter(lambda value, _: format_number(value))
+        else:  # too close for rounded numbers
+            axes.ticklabel_format(axis="y", style="plain", useOffset=False)
         return
     axis.set_major_formatter(lambda value, _: f"{round(100 * value, 1):g}%" if 0 <= value <= 1 else "")
     low, high = axis.get_view_interval()  # a share is between 0 and 1
