@@ -6,6 +6,7 @@ import gc
 import hashlib
 import os
 import signal
+from collections.abc import Iterator
 
 # Before any test imports transformers.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 
 from tests import tiny
+from tests.forked_ranks import Forks
 
 # Whoever runs the tests under nohup, or behind an `&`, ignores these, and so would all that the tests start.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -70,3 +72,11 @@ def encoder_tokenizer() -> Any:
 def decoder_tokenizer() -> Any:
     """Chat template without marks; the end token pads, as fulltune sets it when a tokenizer has no padding token."""
     return tiny.decoder_tokenizer(pad="<|im_end|>")
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Starts processes of runs without the seconds of their imports."""
+    found = Forks()
+    yield found
+    found.end()

@@ -1,9 +1,11 @@
-"""What happens to one of two processes happens to the run: memory that runs out in one has both go on with less."""
+"""What happens to one of two processes happens to the run: memory that runs out in one has both go on with less, and
+both begin again where one is killed."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from fulltune.records.training import Outcome
 from fulltune.system.hardware import num_cores
 from fulltune.train.journal import NEXT_ATTEMPT_EVENT
 from tests import tiny
+from tests.forked_ranks import Forks
+from tests.invariant import placed
+from tests.invariant.placed import FAMILIES, Place
 from tests.invariant.test_same_curve import NO_DROPOUT, RANDOM, losses
 from tests.train import runs
 
@@ -103,3 +108,20 @@ def test_memory_that_runs_out_in_one_process_halves_the_micro_batch_of_both(
     assert "memory ran out in a training step" in reasons[0]
     curve = {event["step"]: event["loss"] for event in runs.events(broken, "train")}
     assert list(curve.values()) == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+
+
+def test_process_that_is_killed_before_and_after_a_checkpoint_changes_nothing(forks: Forks, tmp_path: Path) -> None:
+    """With dropout: the states of the random numbers are put back too. Nothing is taken for memory that ran out.
+
+    Only the run that is killed is started by torchrun: forked ranks compute the same.
+    """
+    steps: dict[str, Any] = {"max_steps": 16, "eval_steps": 8, "dropout": True}
+    family, place = FAMILIES["encoder"], Place("fsdp2:2")
+    with forks.instead_of_torchrun():
+        placed.train(tmp_path / "unbroken", family, place, **steps)
+
+    placed.kill_one(tmp_path / "killed", family, place, random.Random(0), 5, 13, **steps)
+
+    found = placed.read(tmp_path / "killed")
+    assert found.attempts == 3
+    assert placed.differences(placed.read(tmp_path / "unbroken"), found).none

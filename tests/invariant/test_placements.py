@@ -1,9 +1,8 @@
 """A run is the same wherever its state lies: in one process, copied to several, shared out by FSDP2, and on the way
-from one to the other."""
+from one to the other. Processes are forks of one: how they are started is not what is compared."""
 
 from __future__ import annotations
 
-import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,11 @@ from tests.invariant.placed import FAMILIES, MODELS, Curve, Place
 from tests.invariant.test_same_curve import losses
 from tests.train import runs
 
-pytestmark = [pytest.mark.long, pytest.mark.skipif(num_cores() < 2, reason="needs a CPU core per process")]
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(num_cores() < 2, reason="needs a CPU core per process"),
+    pytest.mark.usefixtures("forked_ranks"),
+]
 
 SINGLE, SHARED = Place("single"), Place("fsdp2:2")
 FEW: dict[str, Any] = {"max_steps": 16, "eval_steps": 8}
@@ -135,18 +138,6 @@ def test_method_that_trains_little_is_that_of_one_process(tmp_path: Path) -> Non
 def test_run_goes_on_elsewhere(place: str, one: Curve, stopped: int, folder: Path) -> None:
     """Also with more processes than there are cores."""
     assert_near(one, continued(folder, stopped, Place(place)))
-
-
-def test_process_that_is_killed_before_and_after_a_checkpoint_changes_nothing(tmp_path: Path) -> None:
-    """With dropout: the states of the random numbers are put back too. Nothing is taken for memory that ran out."""
-    steps: dict[str, Any] = {"max_steps": 16, "eval_steps": 8, "dropout": True}
-    placed.train(tmp_path / "unbroken", FAMILIES["encoder"], SHARED, **steps)
-
-    placed.kill_one(tmp_path / "killed", FAMILIES["encoder"], SHARED, random.Random(0), 5, 13, **steps)
-
-    found = placed.read(tmp_path / "killed")
-    assert found.attempts == 3
-    assert placed.differences(placed.read(tmp_path / "unbroken"), found).none
 
 
 def test_budget_for_forgetting_chooses_the_same_point(tmp_path: Path) -> None:

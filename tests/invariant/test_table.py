@@ -20,6 +20,7 @@ from tests.cases import others_long
 from tests.invariant.test_same_curve import CASES, losses
 from tests.train import runs
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
 MOST = 1e-4
 STEPS = 50
 FAMILIES = {"encoder, classes": "single_label", "decoder, answers": "answers"}

@@ -32,6 +32,7 @@ pytestmark = [
     pytest.mark.zero,
     pytest.mark.skipif(num_cores() < 2, reason="needs a CPU core per process"),
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed: make test-zero"),
+    pytest.mark.usefixtures("forked_ranks"),
 ]
 
 OFFLOADED = {
