@@ -35,6 +35,16 @@ SECONDS_AFTER_A_FAILURE = 30
 """As torchrun's: then the other ranks are killed."""
 
 
+_run_worker = child.run_worker
+
+
+@contextlib.contextmanager
+def by_torchrun() -> Iterator[None]:
+    """Have the runs of this process start theirs as usual, even within `Forks.instead_of_torchrun`."""
+    with mock.patch.object(child, "run_worker", _run_worker):
+        yield
+
+
 class Forks:
     """Starts ranks; its server begins with the first ones."""
 
@@ -57,10 +67,9 @@ class Forks:
     @contextlib.contextmanager
     def instead_of_torchrun(self) -> Iterator[None]:
         """Have the runs of this process start theirs so."""
-        real = child.run_worker
 
         def run_worker(request: Request, listener: Listener, start: object = None) -> Outcome:
-            return real(request, listener, self.start)
+            return _run_worker(request, listener, self.start)
 
         with mock.patch.object(child, "run_worker", run_worker):
             yield
@@ -167,6 +176,10 @@ def main() -> None:
     """Import what ranks do, then fork for each line of stdin."""
     if find_spec("deepspeed") is not None:
         importlib.import_module("deepspeed")
+        # DeepSpeed asks for the CPU before each of its extensions, which takes a process and two seconds each time.
+        cpu_info = importlib.import_module("cpuinfo")
+        found = cpu_info.get_cpu_info()
+        cpu_info.get_cpu_info = lambda: found
     fork_server._run_as_worker = _lead
     fork_server.serve_forks()
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +16,14 @@ from unittest import mock
 
 import pytest
 import torch
-from bench.gpu_day import day, here, page, parts, speed
+from bench.gpu_day import cell, day, here, memory, page, parts, speed
 from bench.gpu_day.__main__ import _run_part as run_part
 from bench.gpu_day.here import Card, Here
 
+from fulltune import selfcheck
 from fulltune.files import read_json_lines
+from tests.contract.command import fulltune
+from tests.forked_ranks import Forks
 
 GIB = 2**30
 H100 = Card("NVIDIA H100 80GB HBM3", 79 * GIB, 78 * GIB, (9, 0))
@@ -308,24 +312,47 @@ def test_the_command_without_a_card_runs_to_its_page(tmp_path: Path) -> None:
     assert page_at.startswith("the page: ")
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", [part.name for part in parts.PARTS[1:]])
-def test_each_other_part_without_a_card_runs_to_its_end_and_measures_nothing_of_a_gpu(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In this process, as the command does it in another; and so do all contestants of a race but one."""
-    alone = speed._contestant
+def commands_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What parts start as processes is called here: commands, the survey, and all cells and contestants but one."""
+    start, alone, measured = subprocess.run, speed._contestant, memory.measured
+
+    def run(words: list[Any], **named: Any) -> Any:
+        if "fulltune.cli.app" not in words:
+            return start(words, **named)
+        monkeypatch.chdir(named.get("cwd") or ".")
+        done = fulltune(*words[words.index("fulltune.cli.app") + 1 :])
+        return SimpleNamespace(returncode=done.code, stdout=done.out, stderr=done.err)
 
     def contestant(name: str, run: Path, precision: str) -> float:
         if name == speed.OURS:
             return alone(name, run, precision)
         return float(speed._trained(name, run, precision)["tokens_per_second"])
 
+    def of_cell(cell_here: Any, folder: Path, seconds: float, **train: Any) -> dict[str, Any]:
+        if "memory_limit" in train:
+            return measured(cell_here, folder, seconds, **train)
+        return cell._work(folder, cell_here, train)
+
+    monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(speed, "_contestant", contestant)
+    monkeypatch.setattr(memory, "measured", of_cell)
+    monkeypatch.setattr(memory, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [part.name for part in parts.PARTS[1:]])
+def test_each_other_part_without_a_card_runs_to_its_end_and_measures_nothing_of_a_gpu(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forks: Forks
+) -> None:
+    """In this process and its forks, as the command does it in others."""
+    commands_in_this_process(monkeypatch)
+    if name == "processes":  # it is the self-check's, too
+        monkeypatch.setattr(selfcheck, "check_all_reduce", lambda device: (True, "sum 3000, expected 3000"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     seen = replace(here.look(tmp_path), cards=())
     (tmp_path / "here.json").write_text(json.dumps(seen.as_json()), encoding="utf-8")
 
-    run_part(name, tmp_path, 60 * parts.STAND_IN_MINUTES)
+    with forks.instead_of_torchrun():
+        run_part(name, tmp_path, 60 * parts.STAND_IN_MINUTES)
 
     assert_nothing_of_a_gpu(read_json_lines(tmp_path / "parts" / f"{name}.jsonl"))
