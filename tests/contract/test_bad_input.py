@@ -21,7 +21,7 @@ import pytest
 from fulltune import data as data_stage
 from fulltune.records.training import Outcome
 from fulltune.system import hardware
-from tests import tiny
+from tests import tiny, untraced_command
 from tests.contract.command import Result, assert_same_facts, fulltune
 from tests.train import runs
 
@@ -741,7 +741,7 @@ def test_sigterm_before_the_training_ends_a_command_wherever_it_is(tmp_path: Pat
 def test_interrupt_while_training_is_resumable(case: Case) -> None:
     case.write(tiny.topic_rows(64))
     train = {"max_steps": 60, "eval_strategy": "steps", "eval_steps": 30, "logging_steps": 1}
-    command = [sys.executable, "-m", "fulltune.cli.app", "train", str(case.recipe(train=train))]
+    command = [sys.executable, "-P", untraced_command.__file__, "train", str(case.recipe(train=train))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
@@ -760,11 +760,12 @@ def test_interrupt_while_training_is_resumable(case: Case) -> None:
     saved = list(case.folder.glob("runs/*/**/checkpoint-*"))
     assert saved, "an interrupted run leaves a checkpoint"
 
-    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
-    assert again.returncode == 0, again.stderr
-    assert "continuing from the checkpoint of step" in again.stderr
+    with runs.in_this_process():
+        again = fulltune("train", case.folder / "recipe.yaml")
+    assert again.code == 0, again.err
+    assert "continuing from the checkpoint of step" in again.err
     assert len(list(case.folder.glob("runs/recipe-*"))) == 1
-    assert again.stdout.startswith("60 steps")
+    assert again.out.startswith("60 steps")
 
 
 IN_A_TERMINAL = (
@@ -784,7 +785,7 @@ def test_a_terminal_that_is_closed_has_the_run_saved_unless_that_is_ignored(
         "num_processes": processes,
         "oversubscribe": processes > hardware.num_cores(),
     }
-    command = [sys.executable, "-m", "fulltune.cli.app", "train", str(case.recipe(train=train))]
+    command = [sys.executable, "-P", untraced_command.__file__, "train", str(case.recipe(train=train))]
     here, terminal = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", IN_A_TERMINAL, *(("/usr/bin/env", "nohup") if nohup else ()), *command],

@@ -10,8 +10,6 @@ import contextlib
 import importlib.util
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +28,8 @@ from fulltune.records.training import Outcome
 from fulltune.system.hardware import num_cores
 from fulltune.train.parent import spawn
 from tests import tiny
+from tests.contract.command import fulltune
+from tests.forked_ranks import by_torchrun
 from tests.invariant.test_same_curve import NO_DROPOUT, answer_rows, label_rows
 from tests.train import runs
 
@@ -41,14 +41,15 @@ TRAIN: dict[str, Any] = {
 
 
 def run_example(name: str, folder: Path) -> None:
-    """An example's settings, with a tiny model and few steps, from the command line to the report in `folder/run`."""
+    """An example's settings, with a tiny model and few steps, from the command to the report in `folder/run`; its
+    training processes are those of torchrun."""
     model = tiny.save_model(folder / "model", "bert")
     example = Path(__file__).parents[2] / "examples" / f"{name}.yaml"
-    command = [sys.executable, "-m", "fulltune.cli.app", "run", str(example), "--run-folder", str(folder / "run")]
     changes = {"model": model, "train.num_train_epochs": 1, "evaluate.bootstrap_samples": 100}
-    command += [part for setting, value in changes.items() for part in ("--set", f"{setting}={value}")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    words = [part for setting, value in changes.items() for part in ("--set", f"{setting}={value}")]
+    with by_torchrun():
+        done = fulltune("run", example, "--run-folder", folder / "run", *words)
+    assert done.code == 0, done.err
     assert (folder / "run" / "report.md").exists()
     assert len(runs.events(folder, "train")) == 5
 

@@ -23,6 +23,7 @@ from fulltune.train.request import Request, number_in
 from fulltune.train.worker import evaluation, loading, weights
 from tests import tiny
 from tests.contract.command import fulltune
+from tests.forked_ranks import Forks
 from tests.plans import outcome
 from tests.train import runs
 
@@ -289,7 +290,7 @@ def test_evaluation_that_does_not_fit_at_all_keeps_the_model(
 
 
 @pytest.mark.long
-def test_real_limit_on_a_real_process_is_met_by_smaller_micro_batches(tmp_path: Path) -> None:
+def test_real_limit_on_a_real_process_is_met_by_smaller_micro_batches(forks: Forks, tmp_path: Path) -> None:
     """The plan is made to believe in 32 rows at once, whose attention scores alone take 0.7 GiB."""
     size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -303,7 +304,8 @@ def test_real_limit_on_a_real_process_is_met_by_smaller_micro_batches(tmp_path: 
     hopeful = {"micro_batch_size": 32, "gradient_accumulation_steps": 1}
     Plan.load(path).model_copy(update=hopeful).save(path)
 
-    reached = pipeline.run(job, "train")
+    with forks.instead_of_torchrun():
+        reached = pipeline.run(job, "train")
 
     first, *_, last = requests_of(tmp_path)
     failed = Outcome.load(first.folder / "outcome.json")

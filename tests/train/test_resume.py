@@ -26,8 +26,9 @@ from fulltune.train import checkpoints, journal
 from fulltune.train.request import number_in
 from fulltune.train.worker import main as worker
 from fulltune.train.worker.evaluation import Evaluator
-from tests import tiny
+from tests import tiny, untraced_command
 from tests.cases import others_long
+from tests.contract.command import fulltune
 from tests.train import runs
 
 ROWS = tiny.topic_rows(64)
@@ -330,10 +331,11 @@ def test_best_checkpoint_that_was_damaged_is_not_taken_and_the_run_says_so(
 def test_killed_processes_same_command_ends_with_the_unbroken_weights(
     unbroken: dict[str, torch.Tensor], tiny_encoder: Path, tmp_path: Path
 ) -> None:
-    """Real processes and SIGKILL; `bench/kill_resume.py` does it many times with real weights."""
+    """Real processes and SIGKILL, then the command here; `bench/kill_resume.py` does it often with real weights."""
     data = tiny.write_csv(tmp_path / "rows.csv", ROWS)
     recipe = tiny.write_recipe(tmp_path / "recipe.yaml", tiny_encoder, data, train=TRAIN)
-    command = [sys.executable, "-m", "fulltune.cli.app", "train", str(recipe), "--run-folder", str(tmp_path / "run")]
+    words = ["train", str(recipe), "--run-folder", str(tmp_path / "run")]
+    command = [sys.executable, "-P", untraced_command.__file__, *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: sums depend on the number of threads
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 300
@@ -350,7 +352,8 @@ def test_killed_processes_same_command_ends_with_the_unbroken_weights(
     process.wait()
     assert not (tmp_path / "run" / "models").exists()
 
-    again = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    with runs.in_this_process():
+        again = fulltune(*words)
 
-    assert again.returncode == 0, again.stderr
+    assert again.code == 0, again.err
     assert_same(runs.final_weights(tmp_path), unbroken)

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,19 @@ def trained(
     return train_in_attempts(PlannedTrial(job.recipe, reached.plan, folder / "run", Hooks(), listener), start)
 
 
-def test_forked_workers_end_with_the_weights_of_a_new_process(tiny_encoder: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def start() -> Iterator[Starter]:
+    """That of one server, which begins anew where it was killed."""
+    with fork_server() as found:
+        yield found
+
+
+def test_forked_workers_end_with_the_weights_of_a_new_process(
+    start: Starter, tiny_encoder: Path, tmp_path: Path
+) -> None:
     trained(tmp_path / "new", tiny_encoder, start_in_new_process)
-    with fork_server() as start:
-        for name in ("one", "two"):
-            assert trained(tmp_path / name, tiny_encoder, start).status == "done"
+    for name in ("one", "two"):
+        assert trained(tmp_path / name, tiny_encoder, start).status == "done"
 
     wanted = runs.final_weights(tmp_path / "new")
     for name in ("one", "two"):
@@ -62,46 +70,46 @@ def test_forked_workers_end_with_the_weights_of_a_new_process(tiny_encoder: Path
     assert "weights initialised at random" in log
 
 
-def test_forked_worker_saves_when_asked_to_stop_and_the_next_one_goes_on(tiny_encoder: Path, tmp_path: Path) -> None:
-    with fork_server() as start:
-        stop = runs.at_step(1, lambda: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(InterruptedRun, match="stopped on request after step"):
-            trained(tmp_path / "run", tiny_encoder, start, stop, LONG)
-        texts: list[str] = []
+def test_forked_worker_saves_when_asked_to_stop_and_the_next_one_goes_on(
+    start: Starter, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    stop = runs.at_step(1, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(InterruptedRun, match="stopped on request after step"):
+        trained(tmp_path / "run", tiny_encoder, start, stop, LONG)
+    texts: list[str] = []
 
-        def stop_again(event: Event) -> None:
-            if isinstance(event, StepLogged) and "train" not in texts:
-                signal.raise_signal(signal.SIGINT)
-            texts.append(event.text if isinstance(event, Message) else event.kind)
+    def stop_again(event: Event) -> None:
+        if isinstance(event, StepLogged) and "train" not in texts:
+            signal.raise_signal(signal.SIGINT)
+        texts.append(event.text if isinstance(event, Message) else event.kind)
 
-        with pytest.raises(InterruptedRun, match="stopped on request after step"):
-            trained(tmp_path / "run", tiny_encoder, start, stop_again, LONG)
-        assert texts[0].startswith("continuing from the checkpoint of step")
+    with pytest.raises(InterruptedRun, match="stopped on request after step"):
+        trained(tmp_path / "run", tiny_encoder, start, stop_again, LONG)
+    assert texts[0].startswith("continuing from the checkpoint of step")
 
 
 def test_forked_worker_that_is_killed_alone_or_with_the_fork_server_counts_as_killed(
-    tiny_encoder: Path, tmp_path: Path
+    start: Starter, tiny_encoder: Path, tmp_path: Path
 ) -> None:
     children = []
-    with fork_server() as start:
 
-        def noted(request: Request, log: Path) -> Any:
-            children.append(start(request, log))
-            return children[-1]
+    def noted(request: Request, log: Path) -> Any:
+        children.append(start(request, log))
+        return children[-1]
 
-        def kill_worker() -> None:
-            os.kill(children[-1].pid, signal.SIGKILL)
+    def kill_worker() -> None:
+        os.kill(children[-1].pid, signal.SIGKILL)
 
-        def kill_server() -> None:
-            parent = int(Path(f"/proc/{children[-1].pid}/stat").read_text(encoding="utf-8").split()[3])
-            assert parent != os.getpid()
-            os.kill(parent, signal.SIGKILL)
+    def kill_server() -> None:
+        parent = int(Path(f"/proc/{children[-1].pid}/stat").read_text(encoding="utf-8").split()[3])
+        assert parent != os.getpid()
+        os.kill(parent, signal.SIGKILL)
 
-        for name, kill in (("worker", kill_worker), ("server", kill_server)):
-            last = trained(tmp_path / name, tiny_encoder, noted, runs.at_step(1, kill), {**TRAIN, "max_steps": 200})
-            outcomes = [Outcome.load(path) for path in sorted((tmp_path / name).glob("run/attempts/*/outcome.json"))]
-            assert [one.status for one in outcomes] == ["killed", "done"]  # after a kill it tries again
-            assert last == outcomes[-1]
+    for name, kill in (("worker", kill_worker), ("server", kill_server)):
+        last = trained(tmp_path / name, tiny_encoder, noted, runs.at_step(1, kill), {**TRAIN, "max_steps": 200})
+        outcomes = [Outcome.load(path) for path in sorted((tmp_path / name).glob("run/attempts/*/outcome.json"))]
+        assert [one.status for one in outcomes] == ["killed", "done"]  # after a kill it tries again
+        assert last == outcomes[-1]
 
 
 def test_leaving_while_a_worker_trains_ends_it(tiny_encoder: Path, tmp_path: Path) -> None:
