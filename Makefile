@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # A process for each core; tests of one file stay together, which share what they train, until a process is free.
 WORKERS := -n auto --dist worksteal
+# What is compiled is kept, also where a container says otherwise: tests start hundreds of processes.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: quickstart chat-example test test-fast test-plain test-long test-zero gpu-paths gpu-day release lint types docs dist clean
 
