@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests import tiny, untraced_command
 from tests.unit.launch.jobs import NASTY, Place
 from tests.unit.launch.test_scripts import SETTINGS, SETUP, until
 
@@ -104,8 +104,8 @@ def test_ssh_starts_all_and_ends_with_0(nasty: Place, server: Server) -> None:
     assert not list(nasty.notes.parent.rglob("HURT"))
 
 
-@pytest.mark.parametrize("which", [signal.SIGHUP, signal.SIGKILL])
-def test_ssh_signal_to_the_whole_group_has_all_machines_save(
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_ssh_signal_to_the_script_or_the_whole_group_has_all_machines_save(
     nasty: Place, server: Server, which: signal.Signals
 ) -> None:
     """Also where the script itself is killed, or the connection ends: then nobody waits for the code."""
@@ -115,28 +115,25 @@ def test_ssh_signal_to_the_whole_group_has_all_machines_save(
         words = ["bash", str(script)]
         child = subprocess.Popen(words, env=nasty.environment, stdout=said, stderr=said, start_new_session=True)
     until(lambda: {"start 0", "start 1"} <= set(nasty.events()))
-    os.killpg(child.pid, which)
+    if which == signal.SIGTERM:
+        child.send_signal(which)
+    else:
+        os.killpg(child.pid, which)
     assert child.wait(60) == (-9 if which == signal.SIGKILL else 75)
     until(lambda: {"TERM 0", "TERM 1"} <= set(nasty.events()))
     assert nasty.events().count("TERM 0") == 1
 
 
-def test_ssh_trains_a_model_on_two_machines_is_told_to_save_and_goes_on(
-    tmp_path: Path, server: Server, tiny_encoder: Path
-) -> None:
+def test_ssh_trains_a_model_on_two_machines_and_reports(tmp_path: Path, server: Server, tiny_encoder: Path) -> None:
+    """How two machines save and go on: `tests/invariant/test_machines.py`."""
     place = Place(tmp_path)
-    place.program("fulltune", f'#!/bin/sh\nexec {sys.executable} -m fulltune.cli.app "$@"\n')
+    place.program("fulltune", f'#!/bin/sh\nexec {sys.executable} -P {untraced_command.__file__} "$@"\n')
     tiny.write_csv(place.work / "train.csv", tiny.topic_rows(64))
     train = {"num_machines": 2, "num_processes": 2, "max_steps": 12, "save_steps": 2, "oversubscribe": True}
     evaluate = {"baselines": False, "bootstrap_samples": 100}
     tiny.write_recipe(place.recipe, tiny_encoder, "train.csv", train=train, evaluate=evaluate)
     script = machines(place, server, "127.0.0.1", "localhost", recipe_as_it_is=True)
     words = ["bash", str(script)]
-    with (place.notes / "said").open("w") as said:
-        child = subprocess.Popen(words, env=place.environment, stdout=said, stderr=said, start_new_session=True)
-    until(lambda: any(place.work.glob("runs/*/checkpoints/*/checkpoint-*")), 240)
-    child.send_signal(signal.SIGTERM)
-    assert child.wait(240) == 75, (place.notes / "said").read_text()
     done = subprocess.run(words, env=place.environment, capture_output=True, text=True, check=False, timeout=400)
     assert done.returncode == 0, done.stderr
     [run] = place.work.glob("runs/recipe-*")
