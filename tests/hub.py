@@ -124,7 +124,7 @@ def serve_hub(cache: Path) -> Iterator[Hub]:
     handler = type("Handler", (_Handler,), {})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     url = f"http://127.0.0.1:{server.server_port}"
-    handler.hub = hub = Hub(url)  # type: ignore[attr-defined]
+    handler.hub = hub = Hub(url)  # type: ignore[attr-defined]  # a handler's own
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
     try:
