@@ -102,7 +102,8 @@ class Case:
             is_in_train=True,
             accelerator=SimpleNamespace(num_processes=1, reduce=lambda sums, reduction: sums),
         )
-        self.load = ExpertLoad(SimpleNamespace(warn=self.warnings.append), self.trainer, self.model)  # type: ignore[arg-type]
+        journal: Any = SimpleNamespace(warn=self.warnings.append)
+        self.load = ExpertLoad(journal, self.trainer, self.model)
         tokens = torch.randint(5, 300, (2, 12), generator=torch.Generator().manual_seed(0))
         self.batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         self.batch["attention_mask"][1, 8:] = 0
@@ -174,7 +175,8 @@ def test_experts_without_a_token_in_an_epoch_are_named_and_counted(tmp_path: Pat
     assert "epoch 1: 4 of 8 experts (0 of layer 0, 1 of layer 0, 0 of layer 1 and 1 more)" in case.warnings[0]
     tokens = case.load.tokens.tolist()
     outcome = Outcome(status="done", reason="", trial="full", attempt=1, expert_tokens=tokens)
-    facts = dict(training_facts(SimpleNamespace(plan=None, num_choosing_answers=0), outcome))  # type: ignore[arg-type]
+    run: Any = SimpleNamespace(plan=None, num_choosing_answers=0)
+    facts = dict(training_facts(run, outcome))
     assert "4 of 8 experts" in facts["tokens of each expert"]
     assert "an even share is 25.0%" in facts["tokens of each expert"]
     state = case.load.state()
