@@ -28,7 +28,9 @@ from bench.public_data import MINILM, read_csv, source, write_csv
 from bench.results import Figure
 from bench.runs import Records, fresh, fulltune, run, script
 
-Pair = tuple[str, str, str]
+Pair = tuple[str, str, str, str]
+"""Two texts, the label, and the file of the first text."""
+COLUMNS = ("text", "text_pair", "label", "file")
 SIZES = (180, 500, 5_000)
 SETS = tuple((origin, kind) for origin in ("banking77", "docstrings") for kind in ("class", "number"))
 WAYS = ("auto", "apart", "joint", "lora", "frozen", "cosine")
@@ -66,7 +68,7 @@ def banking77(kind: str, count: int, split: str, seed: int) -> list[Pair]:
             label = f"{alike[second]:.3f}"
         one, other = drawn.choice(texts[first]), drawn.choice(texts[second])
         if one != other:
-            pairs.append((one, other, label))
+            pairs.append((one, other, label, ""))
     return pairs
 
 
@@ -95,7 +97,7 @@ def documented() -> dict[tuple[str, str], list[tuple[str, str]]]:
 
 
 def docstrings(kind: str, count: int, split: str, seed: int) -> list[Pair]:
-    """A summary and a body each; test rows are of other files."""
+    """A summary and a body each; no file of a summary is in two splits."""
     drawn, texts = random.Random(f"{split} {seed}"), documented()
     is_test = {place: hashlib.sha256(place[1].encode()).digest()[0] % 4 == 0 for place in texts}
     places = sorted(place for place in texts if is_test[place] == (split == "test"))
@@ -111,7 +113,8 @@ def docstrings(kind: str, count: int, split: str, seed: int) -> list[Pair]:
         body = body if alike == 1 else drawn.choice(texts[other])[1]
         if alike < 1 and ((summary, body) in texts[place] or (not alike and other[0] == place[0])):
             continue
-        pairs.append((summary, body, f"{alike:g}" if kind == "number" else "same" if alike == 1 else "other"))
+        label = f"{alike:g}" if kind == "number" else "same" if alike == 1 else "other"
+        pairs.append((summary, body, label, place[1]))
     return pairs
 
 
@@ -119,10 +122,9 @@ def write_rows(folder: Path, origin: str, kind: str, rows: int, seed: int, teste
     draw = {"banking77": banking77, "docstrings": docstrings}[origin]
     for split, count in (("train", rows), ("test", tested)):
         pairs = draw(kind, count, split, seed)
-        write_csv(
-            folder / f"{split}.csv", [dict(zip(("text", "text_pair", "label"), pair, strict=True)) for pair in pairs]
-        )
-    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+        write_csv(folder / f"{split}.csv", [dict(zip(COLUMNS, pair, strict=True)) for pair in pairs])
+    grouped = RECIPE.replace("label: label", "label: label, group: file") if origin == "docstrings" else RECIPE
+    (folder / "recipe.yaml").write_text(grouped, encoding="utf-8")
 
 
 def trained(folder: Path, way: str, kind: str, seed: int) -> dict[str, Any]:
