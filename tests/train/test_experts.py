@@ -97,13 +97,14 @@ class Case:
         self.model: Any = AutoModelForCausalLM.from_pretrained(tiny.save_model(folder, kind)).train()
         watch(self.model)
         self.warnings = list[str]()
-        self.trainer: Any = SimpleNamespace(
+        trainer: Any = SimpleNamespace(
             args=SimpleNamespace(device=torch.device("cpu")),
             is_in_train=True,
             accelerator=SimpleNamespace(num_processes=1, reduce=lambda sums, reduction: sums),
         )
         journal: Any = SimpleNamespace(warn=self.warnings.append)
-        self.load = ExpertLoad(journal, self.trainer, self.model)
+        self.trainer = trainer
+        self.load = ExpertLoad(journal, trainer, self.model)
         tokens = torch.randint(5, 300, (2, 12), generator=torch.Generator().manual_seed(0))
         self.batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         self.batch["attention_mask"][1, 8:] = 0
