@@ -12,7 +12,7 @@ import pytest
 @contextmanager
 def serve_s3(bucket: str) -> Iterator[Any]:
     """Yield boto3's client of a server with a new bucket, which pyarrow finds by its environment variables."""
-    boto3 = pytest.importorskip("boto3")
+    boto3 = pytest.importorskip("boto3", reason="the extra dev is not installed")
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)

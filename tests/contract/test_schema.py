@@ -45,7 +45,7 @@ def shown_recipes() -> list[tuple[str, dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def validator() -> Any:
-    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema = pytest.importorskip("jsonschema", reason="the extra dev is not installed")
     schema = recipe_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     return jsonschema.Draft202012Validator(schema)

@@ -23,6 +23,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,11 @@ from tests import tiny
 from tests.contract.command import Result, fulltune
 from tests.contract.test_predict import ASKED, KINDS, alike, made
 
-uvicorn = pytest.importorskip("uvicorn")
-endpoint = pytest.importorskip("fulltune.serve.endpoint")
+NO_EXTRA = "the extra serve is not installed"
+uvicorn = pytest.importorskip("uvicorn", reason=NO_EXTRA)
+pytest.importorskip("fastapi", reason=NO_EXTRA)
+# Not skipped: a fault in the module itself must fail.
+endpoint: Any = import_module("fulltune.serve.endpoint")
 pytestmark = pytest.mark.slow
 ENDPOINT_KINDS = [kind for kind in KINDS if KINDS[kind][1] != "causal-lm"]
 
@@ -300,7 +304,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
 
 
 def test_image_is_sent_as_base64_and_a_path_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("PIL")
+    pytest.importorskip("PIL", reason="the extra images is not installed")
     from transformers import AutoModelForImageClassification
 
     model = tiny.save_image_model(tmp_path / "model")
@@ -418,7 +422,7 @@ def test_language_model_without_the_pretrained_weights_is_to_be_merged(
 
 @pytest.mark.long
 def test_transformers_serve_answers_as_the_model_does(tmp_path: Path) -> None:
-    pytest.importorskip("openai")
+    pytest.importorskip("openai", reason=NO_EXTRA)
     model, port = made(tmp_path / "model", "chat"), free_port()
     command = [sys.executable, "-m", "fulltune.cli.app", "serve", str(model), "--port", str(port)]
     messages = [{"role": "user", "content": "what is in the town?"}]

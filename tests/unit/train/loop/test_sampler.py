@@ -64,8 +64,7 @@ def test_order_without_mixed_rows_is_that_of_earlier_versions(
 
 def test_first_epoch_is_the_first_for_every_caller() -> None:
     with pytest.raises(TypeError, match="positional arguments"):
-        # An argument too many, on purpose.
-        GlobalBatchSampler(range(1, 21), 8, 4, 42, True, 1, (), (), None, True)  # type: ignore[call-arg,misc]
+        GlobalBatchSampler(range(1, 21), 8, 4, 42, True, 1, (), (), None, True)  # type: ignore[call-arg,misc]  # one too many
 
 
 def test_rows_that_are_drawn_stay_the_same() -> None:

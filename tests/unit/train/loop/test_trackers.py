@@ -304,7 +304,7 @@ def test_tracker_whose_server_cannot_be_reached_changes_nothing(
     plain_weights: Mapping[str, torch.Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pytest.importorskip("mlflow")
+    pytest.importorskip("mlflow", reason="mlflow is not installed")
     import mlflow
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
