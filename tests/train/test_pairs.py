@@ -87,6 +87,7 @@ def test_training_that_only_harms_keeps_its_start(tiny_encoder: Path, tmp_path: 
     )
     assert reached.outcome is not None
     assert reached.outcome.best_step == 0
+    assert reached.outcome.weights_reason == "the loss on the eval rows was lowest"
     before, after = load_file(tiny_encoder / "model.safetensors"), runs.final_weights(tmp_path)
     kept = [name for name in after if name.startswith("bert.")]
     assert kept

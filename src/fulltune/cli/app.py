@@ -211,7 +211,8 @@ def train(
     if as_json:
         stages.print_json(outcome.model_dump(mode="json"))
         return
-    changed = f", {outcome.parameter_changes.share:.1%} of the values changed" if outcome.parameter_changes else ""
+    changes = outcome.parameter_changes if outcome.best_step != 0 else None
+    changed = f", {changes.share:.1%} of the values changed" if changes else ""
     took = format_seconds(round(trial_seconds(folder, outcome.trial)))
     out.print(f"{outcome.steps} steps in {took}: {outcome.reason}{changed}")
     out.print(f"model: {escape(str(folder / (outcome.model_folder or '')))}", soft_wrap=True)

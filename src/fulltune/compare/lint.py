@@ -77,7 +77,7 @@ def lint_recipe(recipe: Recipe) -> tuple[Finding, ...]:
     for method in recipe.methods:
         if method.kind == "base":
             continue
-        usual, _ = default_learning_rate(method, shapes.num_parameters, shapes.is_decoder)
+        usual, _ = default_learning_rate(method, shapes, recipe.task)
         grid = rates.rates_to_try(usual, method.learning_rates, method.fixed_learning_rate)
         tried, rate = (dict.fromkeys(grid, math.nan), math.nan) if len(grid) > 1 else ({}, grid[0])
         trained.append(

@@ -7,8 +7,9 @@ LoRA's 3e-4 to 1e-3); MiniLM-L6 on Banking77 (2e-4, 2026-11-24).
 
 from __future__ import annotations
 
+from fulltune.models.shapes import Shapes
 from fulltune.recipe.methods import Method
-from fulltune.recipe.tasks import FACTS
+from fulltune.recipe.tasks import FACTS, TEXT_PAIRS
 
 DefaultWithReason = tuple[float, str]
 ADAPTER_TIMES = 20.0
@@ -21,6 +22,7 @@ RATES = {
     "encoders": ((50, 2e-4), (200, 5e-5), (500, 2e-5), (float("inf"), 1e-5)),
 }
 """Peak learning rates by maximum model size, in millions of parameters."""
+MAX_APART = 5e-5  # for pairs read apart, whose start is already good
 
 
 def full_learning_rate(num_parameters: int, is_decoder: bool) -> DefaultWithReason:
@@ -28,13 +30,14 @@ def full_learning_rate(num_parameters: int, is_decoder: bool) -> DefaultWithReas
     millions = num_parameters / 1e6
     size = f"{millions:,.0f} M parameters" if millions >= 1 else f"{num_parameters:,} parameters"
     kind = "decoders" if is_decoder else "encoders"
-    rate = next(rate for most, rate in RATES[kind] if millions <= most)
-    return rate, f"usual rate for {kind} of this size ({size})"
+    return next(rate for most, rate in RATES[kind] if millions <= most), f"usual rate for {kind} of this size ({size})"
 
 
-def default_learning_rate(method: Method, num_parameters: int, is_decoder: bool) -> DefaultWithReason:
+def default_learning_rate(method: Method, shapes: Shapes, task: str) -> DefaultWithReason:
     """Return a method's default learning rate, and the reason; methods that train less get higher rates."""
-    full, why = full_learning_rate(num_parameters, is_decoder)
+    full, why = full_learning_rate(shapes.num_parameters, shapes.is_decoder)
+    if task == TEXT_PAIRS and full > MAX_APART:
+        full, why = MAX_APART, "highest default rate for pairs read apart"
     if method.kind in ("lora", "adapter"):
         rate = min(LORA_TIMES * full, MAX_LORA) if method.kind == "lora" else ADAPTER_TIMES * full
         return rate, f"{rate / full:g} times the rate of full fine-tuning ({full:g}, the {why})"

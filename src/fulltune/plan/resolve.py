@@ -232,7 +232,7 @@ def choose_steps(recipe: Recipe, summary: DataSummary, global_batch: int, reason
 def choose_learning_rate(recipe: Recipe, shapes: Shapes, reasons: Reasons) -> float:
     """Choose the learning rate; also record a new head's own rate."""
     method = recipe.method
-    rate, why = defaults.default_learning_rate(method, shapes.num_parameters, shapes.is_decoder)
+    rate, why = defaults.default_learning_rate(method, shapes, recipe.task)
     why = f"middle of the searched rates: {why}" if method.is_searched else why
     rate = reasons.add("method.learning_rate", method.fixed_learning_rate, rate, why)
     if FACTS[recipe.task].head_is_new and method.kind != "head":

@@ -245,7 +245,8 @@ def _fit_head(
         spaces, partial(fit_at_strengths, has_bias=has_bias), mean_loss, LOSS_TOLERANCE
     )
     start = HeadTensors()
-    if extractor.kind != "regression":  # a ridge regression still leaves a gradient
+    # A ridge regression still leaves a gradient, and pairs read apart may keep their start.
+    if extractor.kind != "regression" and not extractor.task.FACTS.reads_texts_apart:
         [(_, at_start)] = fit_at_strengths(spaces[name][0], has_bias, [strength / START_STRENGTH_DIVISOR])
         start = _layer_tensors(last_layer, at_start, has_bias)
     # The rest of the head is saved too: it may be random, and the last layer was fitted on it.

@@ -122,9 +122,9 @@ class EvaluateBlock(Block):
     """Settings for measuring the result on test rows, which are never used to select anything."""
 
     metric: MetricName | None = None
-    """Metric that selects the best checkpoint and comes first in the report. Default: accuracy, f1_micro (multi_label),
-    spearman (regression), f1 (token-classification, question-answering) or loss (causal-lm, seq2seq). Your own
-    function, named as in `metrics`, also needs `greater_is_better`."""
+    """Metric that comes first in the report and selects the best checkpoint (by default, the loss does for text-pairs).
+    Default: accuracy, f1_micro (multi_label), spearman (regression), f1 (token-classification, question-answering) or
+    loss (causal-lm, seq2seq). Your own function, named as in `metrics`, also needs `greater_is_better`."""
     metrics: tuple[FunctionName, ...] = ()
     """Your own metrics beside the task's, as `module:function`. `function(answers, expected, rows)` gets generated
     texts, names of labels or numbers, and your rows. It returns one number, or a list with one number per row, whose

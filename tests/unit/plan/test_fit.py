@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from fulltune.errors import DoesNotFitError, RecipeError
 from fulltune.footprint.records import Footprint
+from fulltune.models.shapes import Shapes
 from fulltune.plan import defaults, gpus
 from fulltune.plan.budget import LIBRARIES_BYTES
 from fulltune.plan.fit import make_plan
 from fulltune.plan.savings import why_loss_not_chunked
+from fulltune.recipe.methods import FullMethod
 from fulltune.records.data import MixedSummary
 from fulltune.records.plan import Plan
 from fulltune.system.hardware import Gpu, Machine
@@ -65,6 +68,11 @@ def test_learning_rate_falls_with_size_and_epochs_with_rows() -> None:
     millions = (22, 110, 340, 900)
     assert [defaults.full_learning_rate(one * 10**6, False)[0] for one in millions] == [2e-4, 5e-5, 2e-5, 1e-5]
     assert [defaults.full_learning_rate(one * 10**9, True)[0] for one in (1, 2, 7, 30)] == [5e-5, 2e-5, 1e-5, 5e-6]
+    small, large = (cast("Shapes", SimpleNamespace(num_parameters=one * 10**6, is_decoder=False)) for one in (22, 340))
+    full = FullMethod(kind="full")
+    for task, of_small, of_large in (("text-classification", 2e-4, 2e-5), ("text-pairs", 5e-5, 2e-5)):
+        rates = [defaults.default_learning_rate(full, shapes, task)[0] for shapes in (small, large)]
+        assert rates == [of_small, of_large]
     rows = (500, 2000, 10_000)
     assert [defaults.default_num_epochs("text-classification", one)[0] for one in rows] == [10, 5, 3]
     assert [defaults.default_num_epochs("causal-lm", one)[0] for one in rows] == [3, 3, 2]

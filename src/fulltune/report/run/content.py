@@ -95,7 +95,7 @@ def _list_key_figures(view: RunView) -> list[NameAndValue]:
             ("steps", f"{view.attempts[-1].steps:,}"),
             ("time of the training process", format_seconds(sum(outcome.train_seconds for outcome in outcomes))),
         ]
-        if view.budget is not None and view.budget.choice.is_start:
+        if outcomes[-1].best_step == 0 or (view.budget is not None and view.budget.choice.is_start):
             figures.append(("saved weights", "the pretrained model's"))
         elif changes := outcomes[-1].parameter_changes:
             figures.append(("values changed", format_share(changes.share)))

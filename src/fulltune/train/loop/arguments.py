@@ -11,6 +11,7 @@ from fulltune.errors import FulltuneError, RecipeError, SetupError
 from fulltune.recipe import rules as recipe_rules
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.rules import NO_PACKAGES, as_training_arguments
+from fulltune.recipe.tasks import TEXT_PAIRS
 from fulltune.recipe.training import OWN_OPTIMIZERS
 from fulltune.records.plan import Plan
 from fulltune.system import parallel_layout
@@ -97,6 +98,8 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Trainin
     from transformers import TrainingArguments
 
     train = recipe.train
+    # Pairs read apart start well, and the loss tells on few eval rows whether later weights are better still.
+    by_loss = recipe.task == TEXT_PAIRS and recipe.evaluate.metric is None
     os.environ |= {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false"} | os.environ
     values: dict[str, Any] = {
         "output_dir": str(checkpoints),
@@ -132,8 +135,8 @@ def training_arguments(recipe: Recipe, plan: Plan, checkpoints: Path) -> Trainin
         "save_steps": 1 if plan.placement == "stream" else plan.save_steps,
         # `checkpoints.delete_old_checkpoints` counts only whole checkpoints and keeps the best one.
         "save_total_limit": None,
-        "metric_for_best_model": plan.metric,
-        "greater_is_better": plan.greater_is_better,
+        "metric_for_best_model": "loss" if by_loss else plan.metric,
+        "greater_is_better": plan.greater_is_better and not by_loss,
         "report_to": list(train.report_to) or "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,

@@ -21,17 +21,20 @@ def load_best_weights(
     """Load the best checkpoint's weights unless the last are as good; return the choice as fields of `Outcome`. With
     `start`, the weights before step 1 are kept unless later ones are better."""
     if not inputs.recipe.train.load_best_model_at_end:
-        return _fields_of_last_weights(inputs, state)
-    best, best_metric = state.best_global_step, state.best_metric
-    at_start = None if start is None else _metric_at(0, inputs, state)
-    if start is not None and at_start is not None and best_metric is not None:
-        sign = 1 if inputs.plan.greater_is_better else -1
-        if sign * at_start >= sign * best_metric:
+        return _fields(state.global_step, inputs, state)
+    best, chooser = state.best_global_step, str(trainer.args.metric_for_best_model)
+    why = None if chooser == inputs.plan.metric else f"the {chooser} on the eval rows was lowest"
+    at_start = None if start is None else _metric_at(0, chooser, state)
+    if start is not None and at_start is not None and state.best_metric is not None:
+        sign = 1 if trainer.args.greater_is_better else -1
+        if sign * at_start >= sign * state.best_metric:
             start.restore(trainer.model)
-            return {"best_step": 0, "best_metric": at_start, "weights_reason": "no later weights were better"}
-    if best is None or best == state.global_step:
-        return {"best_step": state.global_step, "best_metric": best_metric}
-    if as_good := _keep_last_if_as_good(inputs, state, at_start):
+            return _fields(0, inputs, state) | {"weights_reason": why or "no later weights were better"}
+    if best is None:
+        return {"best_step": state.global_step, "best_metric": None}
+    if best == state.global_step:
+        return _fields(best, inputs, state) | {"weights_reason": why}
+    if why is None and (as_good := _keep_last_if_as_good(inputs, state, at_start)):
         return as_good
     folder = inputs.request.checkpoints / f"checkpoint-{best}"
     problem = trainer.agreed(files.find_damage(folder) if inputs.is_main else None)
@@ -39,18 +42,18 @@ def load_best_weights(
         warning = f"the best checkpoint (step {best}) cannot be used ({problem}); the last weights are saved instead"
         inputs.journal.write("best weights lost", warning)
         inputs.recorder.warn(warning)
-        return _fields_of_last_weights(inputs, state)
+        return _fields(state.global_step, inputs, state)
     trainer.load_weights(folder)
-    return {"best_step": best, "best_metric": best_metric}
+    return _fields(best, inputs, state) | {"weights_reason": why}
 
 
-def _fields_of_last_weights(inputs: AttemptInputs, state: TrainerState) -> Fields:
-    """Return the last step and its metric as fields of `Outcome`."""
-    return {"best_step": state.global_step, "best_metric": _metric_at(state.global_step, inputs, state)}
+def _fields(step: int, inputs: AttemptInputs, state: TrainerState) -> Fields:
+    """Return a step and its metric as fields of `Outcome`."""
+    return {"best_step": step, "best_metric": _metric_at(step, inputs.plan.metric, state)}
 
 
-def _metric_at(step: int, inputs: AttemptInputs, state: TrainerState) -> float | None:
-    name = f"eval_{inputs.plan.metric}"
+def _metric_at(step: int, metric: str, state: TrainerState) -> float | None:
+    name = f"eval_{metric}"
     return next((entry[name] for entry in reversed(state.log_history) if name in entry and entry["step"] == step), None)
 
 

@@ -18,7 +18,7 @@ from fulltune.errors import RecipeError
 from fulltune.recipe.fields import Recipe
 from fulltune.train.loop.arguments import check_trainable, training_arguments
 from fulltune.train.loop.trainer import FullTrainer
-from tests.plans import plan
+from tests.plans import plan, recipe
 
 
 class Grouped(Dataset[int]):
@@ -102,3 +102,18 @@ def test_extra_values_reach_transformers_as_it_takes_them(tmp_path: Path) -> Non
     recipe = Recipe.model_validate({"model": "m", "task": "causal-lm", "data": data, "train": train})
     made = training_arguments(recipe, plan(precision="fp32", device="cpu"), tmp_path)
     assert (made.dataloader_num_workers, made.ddp_timeout, made.run_name) == (0, 1800, "2024")
+
+
+@pytest.mark.parametrize(
+    ("task", "evaluate", "chooser"),
+    [
+        ("text-classification", {}, ("accuracy", True)),
+        ("text-pairs", {}, ("loss", False)),
+        ("text-pairs", {"metric": "accuracy"}, ("accuracy", True)),
+    ],
+)
+def test_the_loss_chooses_the_checkpoint_of_pairs_read_apart_unless_a_metric_is_set(
+    task: str, evaluate: dict[str, str], chooser: tuple[str, bool], tmp_path: Path
+) -> None:
+    made = training_arguments(recipe(task, evaluate=evaluate), plan(precision="fp32", device="cpu"), tmp_path)
+    assert (made.metric_for_best_model, made.greater_is_better) == chooser
