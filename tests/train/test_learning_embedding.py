@@ -152,6 +152,8 @@ def test_training_that_only_harms_keeps_the_model_as_it_was(tiny_encoder: Path, 
     assert all(torch.equal(tensor, before[name.removeprefix("bert.")]) for name, tensor in after.items())
     report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     assert "on the eval rows; no later weights were better" in report
+    assert "- saved weights: the pretrained model's" in report
+    assert "- values changed:" not in report
 
 
 @pytest.mark.slow
