@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -123,7 +122,7 @@ def hash_forbidden_texts(path_of_setting: Mapping[str, str], files: Iterable[Pat
         raise DataError([f"{' and '.join(path_of_setting)}: {problem}" for problem in problems])
     if not whole:
         raise DataError(f"{' and '.join(path_of_setting)}: found no text; choose a file or folder that contains texts")
-    sources = [f"{os.path.basename(path)} ({setting})" for setting, path in path_of_setting.items()]  # noqa: PTH119  # as written
+    sources = [f"{Path(path).absolute().name} ({setting})" for setting, path in path_of_setting.items()]
     hashes = np.concatenate(ngrams)
     order = np.argsort(hashes, kind="stable")
     _, which, counts = np.unique(hashes[order], return_inverse=True, return_counts=True)

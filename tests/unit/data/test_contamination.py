@@ -109,7 +109,8 @@ def test_every_text_of_a_folder_is_read(tmp_path: Path) -> None:
     tiny.write_jsonl(folder / "rows.jsonl", nested)
     (folder / "README.md").write_text("not a text", encoding="utf-8")
     (folder / ".hidden.txt").write_text("not this", encoding="utf-8")
-    texts = hash_forbidden_texts({"data.contamination": str(folder)}, files_of(folder))
+    texts = hash_forbidden_texts({"data.contamination": f"{folder}/"}, files_of(folder))
+    assert texts.source.endswith("of bench (data.contamination)")
     expected = (
         "first line",
         "a paragraph of two lines",
