@@ -29,7 +29,7 @@ from fulltune.models.base import Base
 from fulltune.models.load import load_model
 from fulltune.recipe.model import ModelBlock
 
-EXPERTS, EACH, STEPS = 4, 2, 50
+EXPERTS, EACH, STEPS, EQUAL = 4, 2, 50, 20
 LIKE_THE_DENSE = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
     *("num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters"),
@@ -131,10 +131,11 @@ def measure(folder: Path, quick: bool) -> Iterator[Figure]:
     )
     yield Figure(name, sum(same), "of 3", at_least=3)
     pairs = zip(one["steps"], two["steps"], strict=True)
-    apart = max(abs(mine - other) for (_, both), (_, others) in pairs for mine, other in zip(both, others, strict=True))
-    yield Figure(
-        "mixture of experts: largest difference of a step's loss with two processes", apart, "nats", at_most=1e-3
-    )
+    apart = [max(abs(mine - other) for mine, other in zip(a, b, strict=True)) for (_, a), (_, b) in pairs]
+    # Rounding differs between one process and two, and probably sends a few tokens to another expert later on.
+    name = "mixture of experts: largest difference of a step's losses with two processes"
+    yield Figure(f"{name}, first {EQUAL} steps", max(apart[:EQUAL]), "nats", at_most=1e-5)
+    yield Figure(f"{name}, all {STEPS}", max(apart), "nats", at_most=1e-3)
 
 
 if __name__ == "__main__":

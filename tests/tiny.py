@@ -103,7 +103,7 @@ def encoder_tokenizer(model_max_length: int = POSITIONS, token_types: bool = Tru
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
-    return PreTrainedTokenizerFast(
+    made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="[PAD]",
         unk_token="[UNK]",
@@ -113,6 +113,8 @@ def encoder_tokenizer(model_max_length: int = POSITIONS, token_types: bool = Tru
         model_max_length=model_max_length,
         model_input_names=["input_ids", *(["token_type_ids"] if token_types else []), "attention_mask"],
     )
+    made.prompts = {"": ""}  # as `Base` sets them
+    return made
 
 
 def decoder_tokenizer(

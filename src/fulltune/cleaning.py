@@ -285,11 +285,7 @@ def prove_by_classifiers(job: Run, summary: DataSummary) -> None:
 
 
 def _fit_and_compare(
-    train: Items,
-    held_out: Items,
-    changes: Sequence[Change],
-    regularization: float,
-    untried: list[str],
+    train: Items, held_out: Items, changes: Sequence[Change], regularization: float, untried: list[str]
 ) -> Iterator[Proof]:
     """Yield comparisons, with intervals, of classifiers with and without each step; failed ones go to `untried`."""
 

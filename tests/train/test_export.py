@@ -228,9 +228,16 @@ def test_onnx_graph_answers_as_the_model_for_another_batch_size_and_length(
 
 @pytest.mark.parametrize("to", others_long(["hf", "onnx"], "hf"))
 def test_pairs_read_apart_are_exported_and_verified(to: str, exported: Callable[[str, str], Path]) -> None:
-    verification = json.loads((exported("pairs apart", to) / "verify.json").read_text(encoding="utf-8"))
+    folder = exported("pairs apart", to)
+    verification = json.loads((folder / "verify.json").read_text(encoding="utf-8"))
     assert all(check["passed"] for check in verification["checks"])
     assert verification["rows"] > 0
+    if to == "onnx":
+        card = (folder / "README.md").read_text(encoding="utf-8").partition("## How to load\n")[2]
+        code = card.partition("```python\n")[2].partition("```")[0].replace(f'"{folder.name}', f'"{folder}')
+        values: dict[str, Any] = {}
+        exec(code, values)  # the card's own code, for one row of two texts
+        assert len(values["outputs"][0]) == 1
 
 
 @pytest.mark.long

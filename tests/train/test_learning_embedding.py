@@ -63,11 +63,12 @@ def test_it_is_better_than_without_training(reached: Any) -> None:
     card = (reached.folder / "models" / "full" / "README.md").read_text(encoding="utf-8")
     assert 'SentenceTransformer("full")' in card
     assert "library_name: sentence-transformers" in card
+    assert "model.encode_query(" in card
     assert reached.plan is not None
     pooling = next(setting for setting in reached.plan.settings if setting.name == "model.pooling")
     assert (pooling.value, pooling.reason) == (
         "mean",
-        "the model names no pooling; encoders are usually pooled by the mean over tokens",
+        "no file at hand names a pooling; encoders are usually pooled by the mean over tokens",
     )
 
 
@@ -111,7 +112,7 @@ def test_answers_are_those_of_sentence_transformers(reached: Any) -> None:
 
     folder, texts = reached.folder / "models" / "full", ["the sun", "rain " * 200, "SNOW"]
     answers = predict.load_predictor(reached.folder).predict([{"query": text} for text in texts])
-    theirs = SentenceTransformer(str(folder), device="cpu").encode(texts, prompt_name="query")
+    theirs = SentenceTransformer(str(folder), device="cpu").encode_query(texts)
     assert np.abs(theirs - [answer["embedding"] for answer in answers]).max() < 1e-5
     assert type(AutoModel.from_pretrained(folder)).__name__ == "BertModel"
 

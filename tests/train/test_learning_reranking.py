@@ -35,7 +35,9 @@ def rows_with_negatives(count: int = 96) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def reached(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("reranking")
-    model = tiny.save_model(folder / "model", "bert")
+    # As published cross-encoders are, whose scores are no probabilities.
+    of_library = {"activation_fn": "torch.nn.modules.linear.Identity", "version": "4.0.1"}
+    model = tiny.save_model(folder / "model", "bert", sentence_transformers=of_library)
     with runs.without_tracing():
         return runs.run(
             folder,
@@ -44,7 +46,7 @@ def reached(tmp_path_factory: pytest.TempPathFactory) -> Any:
             until="report",
             task="reranking",
             train=TRAIN,
-            data={"candidates": 4},
+            data={"candidates": 4, "max_length": 40},
             method={"learning_rate": 5e-3},
         )
 
@@ -80,6 +82,20 @@ def test_answers_are_those_of_a_cross_encoder(reached: Any) -> None:
     answers = predict.load_predictor(reached.folder).predict([{"query": one, "positive": two} for one, two in pairs])
     model = CrossEncoder(str(reached.folder / "models" / "full"), device="cpu")
     assert np.abs(model.predict(pairs) - [answer["score"] for answer in answers]).max() < 1e-5
+
+
+@pytest.mark.long
+def test_cross_encoder_of_a_chat_model_reads_texts_without_its_template(tmp_path: Path) -> None:
+    from sentence_transformers import CrossEncoder
+
+    model = tiny.save_model(tmp_path / "model", "llama", tokenizer=tiny.decoder_tokenizer(bos="<s>"))
+    train = {"max_steps": 3, "global_batch_size": 4, "micro_batch_size": 2}
+    rows, data = rows_with_negatives(48), {"candidates": 3}
+    with runs.without_tracing():
+        reached = runs.run(tmp_path, model, rows, until="train", task="reranking", train=train, data=data)
+    [answer] = predict.load_predictor(reached.folder).predict([{"query": "sun", "positive": "yes town"}])
+    scores = CrossEncoder(str(reached.folder / "models" / "full"), device="cpu").predict([("sun", "yes town")])
+    assert scores[0] == pytest.approx(answer["score"], abs=1e-5)
 
 
 @pytest.mark.long

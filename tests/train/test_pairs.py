@@ -52,6 +52,7 @@ def test_a_run_saves_an_encoder_that_predicts_and_that_sentence_transformers_rea
     assert reached.summary.task == "text-pairs"
 
     folder = tmp_path / "run" / "models" / "full"
+    rows[0] |= {"text": " ".join([rows[0]["text"]] * 9)}  # longer than the limit
     answers = predict.load_predictor(tmp_path / "run").predict(rows[:9])
     weights = load_file(folder / "model.safetensors")
     encoder = SentenceTransformer(str(folder), device="cpu")

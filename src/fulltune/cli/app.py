@@ -50,8 +50,7 @@ def init(
     force: options.Force = False,
     task: Annotated[str | None, typer.Option(help="The task, if it is not clear from the columns.")] = None,
     columns: Annotated[
-        str | None,
-        typer.Option(help="Names of all columns, for a file without a header line.", metavar="NAME,NAME"),
+        str | None, typer.Option(help="Names of all columns, for a file without a header line.", metavar="NAME,NAME")
     ] = None,
     encoding: Annotated[str, typer.Option(help="Encoding of text files, such as cp1252.")] = "utf-8",
     column: Annotated[
@@ -212,7 +211,8 @@ def train(
         stages.print_json(outcome.model_dump(mode="json"))
         return
     changes = outcome.parameter_changes if outcome.best_step != 0 else None
-    changed = f", {changes.share:.1%} of the values changed" if changes else ""
+    no_change = "; the weights before step 1 are kept" * (outcome.best_step == 0)
+    changed = f", {changes.share:.1%} of the values changed" if changes else no_change
     took = format_seconds(round(trial_seconds(folder, outcome.trial)))
     out.print(f"{outcome.steps} steps in {took}: {outcome.reason}{changed}")
     out.print(f"model: {escape(str(folder / (outcome.model_folder or '')))}", soft_wrap=True)
@@ -268,9 +268,7 @@ app.command()(launch)
 
 
 @app.command()
-def report(
-    run_folder: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)],
-) -> None:
+def report(run_folder: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)]) -> None:
     """Rewrite a run's report.md and report.html (card.md and card.html for a comparison) from its files."""
     from fulltune.pipeline import Run, write_report
     from fulltune.report import write_comparison_report

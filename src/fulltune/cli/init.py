@@ -77,7 +77,7 @@ method:
   kind: full                    # every parameter is trained
 
 evaluate:
-  metric: {metric}              # chooses the checkpoint on eval rows; test rows are for the report
+  {evaluate}
 
 output: runs
 
@@ -341,7 +341,9 @@ def write_recipe(
         + ("" if model else f"   # a small model to start with{where}; any Hub id, folder or GGUF file works"),
         task=inferred.task,
         data="\n  ".join(data),
-        metric=target.form.metrics[0],
+        evaluate="baselines: true               # also score models that need no training on the test rows"
+        if "text_pair" in target.columns  # read apart, the loss chooses the checkpoint
+        else f"metric: {target.form.metrics[0]}   # chooses the checkpoint on eval rows; test rows are for the report",
     )
     with explain_os_errors(recipe_file):
         write_text(recipe_file, text)

@@ -25,25 +25,21 @@ RunFolder = Annotated[Path | None, typer.Option(help="Run folder to use instead 
 JudgeLabels = Annotated[
     bool,
     typer.Option(
-        "--labels/--no-labels",
-        help="Judge labels and find outliers with the pretrained model, or skip these checks.",
+        "--labels/--no-labels", help="Judge labels and find outliers with the pretrained model, or skip these checks."
     ),
 ]
 Prove = Annotated[
-    bool,
-    typer.Option("--prove", help="Fit classifiers on the pretrained model with and without each cleaning step."),
+    bool, typer.Option("--prove", help="Fit classifiers on the pretrained model with and without each cleaning step.")
 ]
 Trainings = Annotated[
-    int,
-    typer.Option(help="Train with and without each cleaning step, with N seeds each (2 or more).", metavar="N"),
+    int, typer.Option(help="Train with and without each cleaning step, with N seeds each (2 or more).", metavar="N")
 ]
 StepsOf = Annotated[
     list[str] | None,
     typer.Option(help="For --trainings: try only the steps of this check. Repeatable.", metavar="CHECK"),
 ]
 ListLosses = Annotated[
-    bool,
-    typer.Option("--losses", help="For a RUN: list the trained model's highest losses on train and eval rows."),
+    bool, typer.Option("--losses", help="For a RUN: list the trained model's highest losses on train and eval rows.")
 ]
 Accept = Annotated[
     list[str] | None,
@@ -54,8 +50,7 @@ Review = Annotated[
     typer.Option("--review", help="Decide about each suspicious row; without a terminal, list the rows in the patch."),
 ]
 PatchFile = Annotated[
-    Path | None,
-    typer.Option(help="File for decisions. Default: NAME.patch.jsonl beside the recipe, or in the RUN."),
+    Path | None, typer.Option(help="File for decisions. Default: NAME.patch.jsonl beside the recipe, or in the RUN.")
 ]
 Convert = Annotated[
     Path | None,
@@ -68,24 +63,20 @@ SearchRate = Annotated[
     bool, typer.Option("--search", help="Search the learning rate first: short for --set method.learning_rate=search.")
 ]
 SearchBudget = Annotated[
-    str | None,
-    typer.Option(help="Approximate time for search and best run, such as 20m or 2h.", metavar="TIME"),
+    str | None, typer.Option(help="Approximate time for search and best run, such as 20m or 2h.", metavar="TIME")
 ]
 CompareBudget = Annotated[
     str | None,
     typer.Option(help="Maximum total time, such as 30m or 2h. Rerun with a larger budget to resume.", metavar="TIME"),
 ]
 MethodName = Annotated[
-    str | None,
-    typer.Option(help="Method whose model is used. Default: the method that the comparison recommends."),
+    str | None, typer.Option(help="Method whose model is used. Default: the method that the comparison recommends.")
 ]
 MachineRank = Annotated[
-    int | None,
-    typer.Option(help="Rank of this machine among several, starting at 0 (docs/guides/scale.md)."),
+    int | None, typer.Option(help="Rank of this machine among several, starting at 0 (docs/guides/scale.md).")
 ]
 Rendezvous = Annotated[
-    str | None,
-    typer.Option(help="Address of machine 0, where several machines meet.", metavar="HOST[:PORT]"),
+    str | None, typer.Option(help="Address of machine 0, where several machines meet.", metavar="HOST[:PORT]")
 ]
 WaitForMachines = Annotated[str, typer.Option(help="How long machines wait for each other.", metavar="TIME")]
 MaxNewTokens = Annotated[int, typer.Option(help="Maximum length of a generated answer, in tokens.", min=1)]
@@ -99,8 +90,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an existing file."
 # ---- options of `plan` ------------------------------------------------------------------------------------------
 
 Hardware = Annotated[
-    str | None,
-    typer.Option("--for", help='Plan for other hardware: "8x A100-80GB", "1x RTX 4090, 64GB host", "cpu".'),
+    str | None, typer.Option("--for", help='Plan for other hardware: "8x A100-80GB", "1x RTX 4090, 64GB host", "cpu".')
 ]
 NumRows = Annotated[int | None, typer.Option(help="Plan without data: number of train rows (with --tokens).")]
 NumTokens = Annotated[int | None, typer.Option(help="Plan without data: tokens per row (with --rows).")]

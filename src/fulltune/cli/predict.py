@@ -164,11 +164,7 @@ def print_answers(predictor: predict.Predictor, inputs: PredictInput, max_new_to
 
 
 def write_answers(
-    predictor: predict.Predictor,
-    inputs: PredictInput,
-    output: Path,
-    max_new_tokens: int,
-    listener: Listener,
+    predictor: predict.Predictor, inputs: PredictInput, output: Path, max_new_tokens: int, listener: Listener
 ) -> dict[str, Any]:
     """Write rows with their answers to a file; return `output`, counts by outcome and the new `columns`."""
     new = choose_added_columns(predictor.notes, inputs.columns)

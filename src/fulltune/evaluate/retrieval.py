@@ -34,14 +34,14 @@ def score_model(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) 
     for size in scoring.recipe.train.matryoshka:
         cut = scoring.estimate_metrics({**outputs, "vectors": outputs["vectors"][..., :size]})
         metrics |= {f"{name}_of_{size}": cut[name] for name in ("ndcg@10", "recall@10")}
-    return scoring.make_scores(scoring.plan.trial, "trained", len(ids), metrics=metrics, worst=worst)
+    return scoring.make_scores(scoring.plan.trial, "trained", int(rows["counted"].sum()), metrics=metrics, worst=worst)
 
 
 def _score_bm25(scoring: Scoring) -> Scored:
     ids, queries, documents = _read_test_texts(scoring)
     asked, stored = bm25_terms(queries, documents)
     rows = embedding.rank(ids, lambda some: (asked[some] @ stored.T).toarray())
-    return scoring.make_scores("BM25", "baseline", len(ids), metrics=scoring.estimate_metrics(rows))
+    return scoring.make_scores("BM25", "baseline", int(rows["counted"].sum()), metrics=scoring.estimate_metrics(rows))
 
 
 def _read_test_texts(scoring: Scoring) -> tuple[np.ndarray, list[str], list[str]]:

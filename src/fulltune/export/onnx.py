@@ -86,10 +86,11 @@ def usage(source: Source, folder: str) -> str:
     first, processor, call = "", "AutoTokenizer", '["a text", "another text"], padding=True, '
     if source.scoring.task.FACTS.reads == "image":
         first, processor, call = "from PIL import Image\n", "AutoImageProcessor", 'Image.open("a.png"), '
+    row = "[None]" if source.scoring.task.FACTS.reads_texts_apart else ""  # one row of two texts
     return f"""import onnxruntime
 {first}from transformers import {processor}
 
 processor = {processor}.from_pretrained("{folder}")
 session = onnxruntime.InferenceSession("{folder}/model.onnx")
 inputs = processor({call}return_tensors="np")
-outputs = session.run(None, {{one.name: inputs[one.name] for one in session.get_inputs()}})"""
+outputs = session.run(None, {{one.name: inputs[one.name]{row} for one in session.get_inputs()}})"""

@@ -22,7 +22,7 @@ def why_impossible(source: Source) -> str | None:
     if facts.writes or facts.reads != "text" or source.model.config.is_encoder_decoder:
         return f"needs a text encoder, but the model is for {source.scoring.recipe.task}"
     if facts.reads_texts_apart:
-        return f"{source.request.model_folder} is such a folder already; with a method such as LoRA choose --to hf"
+        return "the folder of a whole model of this task is one already; --to hf makes it of LoRA's"
     if facts.completes_rows:
         return f"CrossEncoder of sentence-transformers reads {source.request.model_folder} as it is"
     return None

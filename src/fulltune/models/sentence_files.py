@@ -40,8 +40,8 @@ def read_pooling(folder: Path, config: PretrainedConfig, saved: Mapping[str, obj
             )
         return known[0], f"{place}/config.json"
     if is_decoder(config):
-        return "last", "the model names no pooling; decoders are usually pooled at the last token"
-    return "mean", "the model names no pooling; encoders are usually pooled by the mean over tokens"
+        return "last", "no file at hand names a pooling; decoders are usually pooled at the last token"
+    return "mean", "no file at hand names a pooling; encoders are usually pooled by the mean over tokens"
 
 
 def read_sentence_settings(folder: Path, saved: Mapping[str, object]) -> dict[str, object]:

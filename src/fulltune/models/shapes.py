@@ -143,7 +143,7 @@ def position_limit(config: PretrainedConfig) -> int | None:
 
 
 def check_model(recipe: Recipe, base: Base) -> None:
-    """Raise `SetupError` if the model is an adapter, a mixture of experts, or unfit for the task."""
+    """Raise `SetupError` if the model is an adapter, unfit for the task, or has experts that cannot train."""
     if base.path is not None and (base.path / "adapter_config.json").exists():
         # Training would use the pretrained model instead.
         raise SetupError(
@@ -158,7 +158,7 @@ def check_model(recipe: Recipe, base: Base) -> None:
 def _why_experts_do_not_train(recipe: Recipe, base: Base) -> str | None:
     import torch
 
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     if all(getattr(base.config.get_text_config(), name, None) in (None, 0, 1) for name in names):
         return None
     with torch.device("meta"):

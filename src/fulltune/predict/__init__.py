@@ -76,7 +76,7 @@ class Predictor:
             `probability`, and `probabilities` in the order of the choices. Generated text: `answer`. Taggers: `tokens`,
             `tags`, and `entities` with `type`, `start` and `end` (word positions, `end` excluded), `text`,
             `probability` (of the least certain word). Question answering: `answer` (empty if the context has none), its
-            first character `start` in the context, `probability`.
+            first character `start` in the context, `probability`. Embedding: `embedding`. Reranking: `score`.
 
         Raises:
             DataError: When a row cannot be answered; `answer_each` continues instead.

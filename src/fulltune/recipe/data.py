@@ -100,9 +100,9 @@ class DataBlock(Block):
     """Column with the text that the query should find (embedding, reranking)."""
     negative: str | None = None
     """Column with a text that the query should not find (embedding, reranking). `negative1`, `negative2` ... are found
-    too."""
+    too. Each row needs all of them."""
     hard_negatives: int = Field(default=0, ge=0, le=10)
-    """Number of negatives added to each train row (embedding): positives of other rows that the untouched model finds
+    """Number of negatives added to each query (embedding): positives of other rows that the untouched model finds
     nearest to the query. Likely false negatives (cosines above 95 % of the positive's) come last."""
     candidates: int = Field(default=16, ge=2, le=100)
     """Texts among which a query's positive is ranked (reranking): the positive, the row's negatives, and those of other

@@ -123,8 +123,8 @@ class EvaluateBlock(Block):
 
     metric: MetricName | None = None
     """Metric that comes first in the report and selects the best checkpoint (by default, the loss does for text-pairs).
-    Default: accuracy, f1_micro (multi_label), spearman (regression), f1 (token-classification, question-answering) or
-    loss (causal-lm, seq2seq). Your own function, named as in `metrics`, also needs `greater_is_better`."""
+    Default: accuracy, f1_micro (multi_label), spearman (regression), ndcg@10 (embedding, reranking), f1 (tags, spans)
+    or loss (causal-lm, seq2seq). Your own function, named as in `metrics`, also needs `greater_is_better`."""
     metrics: tuple[FunctionName, ...] = ()
     """Your own metrics beside the task's, as `module:function`. `function(answers, expected, rows)` gets generated
     texts, names of labels or numbers, and your rows. It returns one number, or a list with one number per row, whose
@@ -141,8 +141,8 @@ class EvaluateBlock(Block):
     """Number of rows per forward pass. Default: twice the micro batch size. If scoring runs out of memory, the batch
     size is halved, which does not change the scores."""
     baselines: bool = True
-    """Also score baselines that need no training: the majority class and a linear probe, or the pretrained language
-    model."""
+    """Also score baselines that need no training: the majority class and a linear probe, BM25, or the pretrained
+    encoder or language model."""
     bootstrap_samples: int = Field(default=1000, ge=100)
     """Number of bootstrap resamples for each interval. Rows with similar text, prompt or passage are resampled
     together."""

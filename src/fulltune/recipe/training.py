@@ -107,7 +107,7 @@ class TrainBlock(Block):
     as `compute_loss_func` of transformers' Trainer does: the sum over rows (or trained tokens), divided by
     `num_items_in_batch`."""
     matryoshka: tuple[Annotated[int, Field(ge=2)], ...] = ()
-    """Sizes, such as `[384, 128, 64]`, to which vectors can be cut later (embedding). Their losses are averaged."""
+    """Sizes, such as `[128, 64]`, to which vectors can be cut later (embedding). Losses of all sizes are averaged."""
     label_smoothing_factor: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target's probability that is spread over the other classes or tokens."""
     class_weights: str | dict[str | int, Any] | tuple[Any, ...] | None = None

@@ -68,8 +68,7 @@ def expert_shares(tokens: Sequence[Sequence[int]]) -> dict[str, float]:
 def describe_unreached(shares: Mapping[str, float]) -> str:
     """Say which experts have no token, or return an empty string if all have some."""
     names = [name for name, share in shares.items() if not share]
-    none = f"{len(names):,} of {len(shares):,} experts ({first_few(names)}) received no token"
-    return f"{none}: only weight decay changed them" if names else ""
+    return f"{len(names):,} of {len(shares):,} experts ({first_few(names)}) received no token" if names else ""
 
 
 class LostMachine(Record):

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,24 +10,19 @@ if TYPE_CHECKING:
 
 K1, B = 1.2, 0.75  # BM25's usual parameters, as in Lucene
 _WITHOUT_SPACES = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff"  # Thai, Lao, Japanese, Chinese
-_TERMS = re.compile(rf"[{_WITHOUT_SPACES}]|[^\W{_WITHOUT_SPACES}]+")
+_TERM = rf"[{_WITHOUT_SPACES}]|[^\W{_WITHOUT_SPACES}]+"
 
 
 def bm25_terms(queries: Sequence[str], documents: Sequence[str]) -> tuple[csr_array, csr_array]:
     """Return the terms of queries and documents, both [texts, terms], whose products are the scores of BM25 (Robertson
     and Zaragoza 2009). Terms are lower-cased words, or letters of scripts without spaces."""
     from scipy.sparse import csr_array
+    from sklearn.feature_extraction.text import CountVectorizer
 
-    counts = [[Counter(_TERMS.findall(text.lower())) for text in texts] for texts in (queries, documents)]
-    terms = {word: number for number, word in enumerate(sorted(set().union(*counts[1])))}
-
-    def matrix(texts: Sequence[Counter[str]]) -> csr_array:
-        entries = [(n, row, terms[word]) for row, of in enumerate(texts) for word, n in of.items() if word in terms]
-        values, *places = np.array(entries, np.int64).reshape(-1, 3).T
-        return csr_array((values.astype(np.float64), tuple(places)), shape=(len(texts), len(terms)))
-
-    asked, stored = map(matrix, counts)
-    length, frequency = stored.sum(axis=1), np.bincount(stored.indices, minlength=len(terms))
+    counter = CountVectorizer(token_pattern=_TERM, dtype=np.float64)
+    stored = csr_array(counter.fit_transform([*documents, "one term at least"])[:-1])
+    asked = csr_array(counter.transform(queries))
+    length, frequency = stored.sum(axis=1), np.bincount(stored.indices, minlength=stored.shape[1])
     rarity = np.log1p((len(documents) - frequency + 0.5) / (frequency + 0.5))
     norm = np.repeat(K1 * (1 - B + B * length / max(length.mean(), 1.0)), np.diff(stored.indptr))
     stored.data = rarity[stored.indices] * stored.data * (K1 + 1) / (stored.data + norm)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,6 +16,7 @@ from fulltune.recipe.data import DataBlock
 from fulltune.records.data import Preview
 from fulltune.tasks import (
     LENGTH,
+    PLACE,
     PLAIN_LOSS,
     FromSums,
     IncompleteRows,
@@ -47,7 +49,7 @@ SUSPECT = 0.95  # of the positive's cosine: a negative nearer than this may be a
 
 def find_columns(names: Sequence[str], sample: Sequence[Row], data: DataBlock, file: str) -> dict[str, str]:
     """Map `query`, `positive` and all `negative` columns, or else `text` and `label`, or raise `DataError`."""
-    ways = [("query", "positive"), ("text", "label")]
+    ways = [("query", "positive"), ("text", "label")][: 1 if data.query or data.positive or data.negative else 2]
     for roles in ways[::-1] if data.text or data.label else ways:
         if all(columns.find_column(role, getattr(data, role), names, file) for role in roles):
             break
@@ -79,15 +81,27 @@ def find_pairs(names: Sequence[str], sample: Sequence[Row], data: DataBlock, fil
 
 
 def find_target(rows: Iterable[Row], roles: Mapping[str, str], data: DataBlock, file: str) -> Target:
-    """Return the target, or raise `DataError` if no text can have a positive or a negative."""
-    name = roles.get("positive") or roles["label"]
-    cells = [text_id(label_name(row[name])) for row in rows if not is_empty(row.get(name))]
+    """Return the target, or raise `DataError` if no text can have a positive or a negative, or a query's negative is
+    its positive in another row."""
+    if "label" in roles and data.hard_negatives:
+        raise DataError("data.hard_negatives: needs queries and positives, not classes: batches hold others of a class")
+    name, target = roles.get("positive") or roles["label"], Target("query_and_positive", roles)
+    cells, positives, negatives = list[int](), set[tuple[int, int]](), dict[tuple[int, int], object]()
+    for row in rows:
+        cells += [] if is_empty(row.get(name)) else [text_id(label_name(row[name]))]
+        if len(roles) > 2 and why_unusable(row, target) is None:
+            query, positive, *others = map(text_id, row_texts(row, target))
+            positives.add((query, positive))
+            negatives |= {(query, one): row.get(PLACE) for one in others}
     if len(set(cells)) < 2:
         what = "class" if "label" in roles else "positive"
         raise DataError(f"{file}: column '{name}' has a single {what}, which has no negatives; add rows with others")
     if "label" in roles and len(set(cells)) == len(cells):
         raise DataError(f"{file}: no two rows have the same '{name}', so no text has a positive; set data.label")
-    return Target("query_and_positive", roles, num_choices=len(roles) - 1 + data.hard_negatives)
+    if both := sorted(str(negatives[one]) for one in positives & negatives.keys()):
+        what = "a negative is a positive of the same query in another row"
+        raise DataError(f"{both[0]}: {what} (found {len(both):,} times); remove it")
+    return replace(target, num_choices=len(roles) - 1 + data.hard_negatives)
 
 
 def why_unusable(row: Row, target: Target) -> Refused | None:
@@ -135,7 +149,7 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
     """Tokenise each text by itself, after the model's prompt for its role. Labels are the numbers of the row's query or
     class, which shares its positives, and of its texts: int64 [1 + texts]."""
     first, *rest = (role for role in target.columns if role != "label")
-    prompts = getattr(tokenizer, "prompts", {"": ""})
+    prompts = tokenizer.prompts
     prefixes = [prompts.get(role, prompts[""]) for role in (first, *("document" for _ in rest))]
     texts = [row_texts(row, target) for row in rows]
     prompted = [[prefix + text for prefix, text in zip(prefixes, row, strict=False)] for row in texts]
@@ -154,11 +168,11 @@ def complete_rows(split: IncompleteRows) -> Iterator[RowFeatures] | None:
     labels = np.array([row["labels"] for row in rows])
     if labels.shape[1] > 2:
         return None
-    order = np.lexsort((labels[:, 1], labels[:, 0]))
-    starts = np.flatnonzero(np.diff(labels[order, 0], prepend=-1))
-    following = np.roll(order, -1)
-    following[np.append(starts[1:], len(order)) - 1] = order[starts]
-    positives = following[np.argsort(order)]
+    texts, index, place = np.unique(labels[:, :2], axis=0, return_index=True, return_inverse=True)  # sorted by class
+    starts = np.flatnonzero(np.diff(texts[:, 0], prepend=-1))
+    following = np.roll(index, -1)
+    following[np.append(starts[1:], len(index)) - 1] = index[starts]
+    positives = following[place.ravel()]
     if (labels[positives, 1] == labels[:, 1]).all():
         raise DataError(f"{split.where}: no two of these rows have the same class, so no text has a positive; add rows")
     return (with_negatives(row, [rows[int(positive)]], 0) for row, positive in zip(rows, positives, strict=True))
@@ -220,8 +234,8 @@ def row_losses(vectors: Tensor, labels: Tensor, anchors: slice = slice(None), si
     """Compute the InfoNCE loss of each query among the `anchors`: the cross entropy of choosing its positive, by
     cosines, among the positives and negatives of all rows.
 
-    Known false negatives never count: other positives of the same query or class, and texts equal to these or to the
-    query. A query that is its own positive has no loss. The losses of vectors cut to `sizes` are averaged.
+    Known false negatives never count: positives of the same query or class in other rows, and texts equal to these or
+    to the query. A query that is its own positive has no loss. Losses of vectors cut to `sizes` count as much.
     """
     import torch
     import torch.nn.functional as F
@@ -231,7 +245,7 @@ def row_losses(vectors: Tensor, labels: Tensor, anchors: slice = slice(None), si
     known = (shared[anchors, None] == shared).float() @ (positive[:, None] == texts).float() > 0
     masked = (known | (query[anchors, None] == texts)).scatter(1, own, False)
     losses = []
-    for size in sizes or (vectors.shape[-1],):
+    for size in dict.fromkeys((vectors.shape[-1], *sizes)):
         units = F.normalize(vectors[..., :size].float(), dim=-1)
         scores = SCALE * units[anchors, 0] @ units[:, 1:].flatten(0, 1).T
         losses.append(F.cross_entropy(scores.masked_fill(masked, -torch.inf), own[:, 0], reduction="none"))

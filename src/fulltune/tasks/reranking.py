@@ -32,6 +32,7 @@ from fulltune.tasks import (
 from fulltune.tasks.bm25 import bm25_terms
 from fulltune.tasks.embedding import row_texts, text_id
 from fulltune.tasks.padding import cut_long_text, join_rows, pad_texts, tokenise_and_cut
+from fulltune.text import counted
 
 FACTS = recipe_tasks.FACTS["reranking"]
 why_unusable, group_key, row_labels = embedding.why_unusable, embedding.group_key, embedding.row_labels
@@ -80,7 +81,7 @@ def complete_rows(split: IncompleteRows) -> Iterator[RowFeatures]:
     target, count = split.target, split.target.num_choices
     own, positives, by_id = list[tuple[str, list[str]]](), dict[int, set[int]](), dict[int, str]()
     for row in chain(split.own(), split.train()):
-        query, *documents = filter(str.strip, row_texts(row, target))  # a row may have fewer negatives
+        query, *documents = row_texts(row, target)
         own += [(query, documents)] if len(own) < len(split.features) else []
         positives.setdefault(text_id(query), set()).add(text_id(documents[0]))
         by_id |= {text_id(text): text for text in documents}
@@ -108,8 +109,8 @@ def complete_rows(split: IncompleteRows) -> Iterator[RowFeatures]:
             candidates = [*given, *mined][:count]
             if len(candidates) < count:
                 raise DataError(
-                    f"{split.where}: {len(candidates)} documents to rank for '{query[:60]}', expected {count}; set "
-                    f"data.candidates: {max(2, len(candidates))}, or add rows"
+                    f"{split.where}: {counted(len(candidates), 'document')} to rank for '{query[:60]}', expected "
+                    f"{count}; add rows{f', or set data.candidates: {len(candidates)}' * (len(candidates) > 1)}"
                 )
             lists.append([query, *(by_id[one] for one in candidates)])
             chosen.append(candidates)
@@ -125,7 +126,8 @@ def collate(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Ten
 
 
 def config_changes(target: Target, processor: Tokenizer) -> dict[str, object]:
-    return {"num_labels": 1, "pad_token_id": processor.pad_token_id}
+    of_library = {"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid"}}
+    return {"num_labels": 1, "pad_token_id": processor.pad_token_id, **of_library}
 
 
 # ---- evaluation --------------------------------------------------------------------------------------------------

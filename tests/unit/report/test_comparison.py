@@ -105,7 +105,7 @@ def test_marks_test_rows_opened_twice_is_visible(tmp_path: Path) -> None:
             0.9155,
             "nearest centroid needs no training and reaches 91.5%; lora does not clearly beat it with 92.",
         ),
-        (0.955, "nearest centroid needs no training and reaches 95.5%; lora does not clearly beat it with"),
+        (0.955, "nearest centroid needs no training and reaches 95.5%; lora does not beat it with"),
     ],
 )
 def test_headline_leads_with_what_trains_nothing_where_it_comes_near(tmp_path: Path, value: float, lead: str) -> None:

@@ -36,7 +36,7 @@ def pair(
         # Each alone is known to 7 points: the intervals overlap.
         ("accuracy", 0.635, 0.765, (-0.195, -0.065), "worse", "-19.5 to -6.5), and the baseline needs no training."),
         ("accuracy", 0.78, 0.75, (-0.008, 0.069), "unresolved", "is +3.0 points (95% interval: -0.8 to +6.9); these"),
-        ("accuracy", 0.81, 0.81, (0.0, 0.0), "unresolved", "is +0.0 points (95% interval: +0.0 to +0.0); these"),
+        ("accuracy", 0.81, 0.81, (0.0, 0.0), "unresolved", "is +0.0 points (95% interval: +0.0 to +0.0); their scores"),
         ("loss", 1.2, 2.3, (-1.2, -1.05), "better", "the difference in loss is -1.1 (95% interval: -1.2 to -1.05)."),
         ("loss", 2.3, 1.2, (1.05, 1.2), "worse", "is +1.1 (95% interval: +1.05 to +1.2), and the baseline needs no"),
     ],

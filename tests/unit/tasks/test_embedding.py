@@ -13,7 +13,7 @@ import torch
 from fulltune.errors import DataError
 from fulltune.recipe.data import DataBlock
 from fulltune.stats.bootstrap import find_metric
-from fulltune.tasks import IncompleteRows, RowFeatures, Target, embedding, reranking
+from fulltune.tasks import PLACE, IncompleteRows, RowFeatures, Target, embedding, reranking
 from fulltune.tasks.bm25 import bm25_terms
 from tests import tiny
 
@@ -56,6 +56,7 @@ def columns(names: Sequence[str], **data: str) -> dict[str, str]:
         (("text", "category"), {}, {"text": "text", "label": "category"}),
         (("question", "answer", "topic"), {"label": "topic"}, {"text": "question", "label": "topic"}),
         (("a", "b"), {"query": "b", "positive": "a"}, {"query": "b", "positive": "a"}),
+        (("q", "positive", "label"), {"query": "q", "label": "label"}, {"query": "q", "positive": "positive"}),
     ],
 )
 def test_columns_are_found(names: Sequence[str], data: Mapping[str, str], expected: Mapping[str, str]) -> None:
@@ -66,6 +67,12 @@ def test_file_without_pairs_or_classes_is_refused() -> None:
     message = r"rows\.csv: no columns found for data\.query and data\.positive, nor for data\.text and data\.label"
     with pytest.raises(DataError, match=message):
         columns(("a", "b"))
+
+
+@pytest.mark.parametrize("data", [{"query": "q"}, {"negative": "q"}, {"text": "text", "positive": "q"}])
+def test_query_that_the_recipe_names_is_not_dropped_for_texts_with_classes(data: dict[str, str]) -> None:
+    with pytest.raises(DataError, match=r"rows\.csv: no columns found for data\.query and data\.positive"):
+        columns(("text", "label", "q"), **data)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +98,26 @@ def test_labelled_pairs_are_not_all_trained_as_positives(task: Any, names: Seque
 def test_rows_without_negatives_or_positives_are_refused(target: Target, rows: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         embedding.find_target(iter(rows), target.columns, DataBlock(train="x"), "rows.csv")
+
+
+def test_negative_that_another_row_gives_its_query_as_positive_is_refused() -> None:
+    """Also if the texts differ in case; not if the row is refused itself, or the query is another."""
+    rows = [
+        {**ROW, PLACE: "rows.csv:2"},
+        {**ROW, "q": "A question", "p": "Another", "n1": "a fourth", PLACE: "rows.csv:3"},
+        {**ROW, "q": "another question", "p": "a third", "n2": "", PLACE: "rows.csv:4"},
+    ]
+    with pytest.raises(DataError, match=r"^rows\.csv:2: a negative is a positive .* \(found 1 times\); remove it$"):
+        embedding.find_target(iter(rows), PAIRS.columns, DataBlock(train="x"), "rows.csv")
+    target = embedding.find_target(iter(rows[1:]), PAIRS.columns, DataBlock(train="x"), "rows.csv")
+    assert target.num_choices == 3
+
+
+def test_hard_negatives_of_classes_are_refused() -> None:
+    """In a batch, a text of another row's class may be one of this row's."""
+    rows, block = [{"text": "a", "intent": name} for name in "aabb"], DataBlock(train="x", hard_negatives=2)
+    with pytest.raises(DataError, match=r"data\.hard_negatives: needs queries and positives, not classes"):
+        embedding.find_target(iter(rows), TEXTS.columns, block, "rows.csv")
 
 
 @pytest.mark.parametrize(
@@ -150,6 +177,16 @@ def test_texts_of_a_class_are_paired_in_a_circle() -> None:
     assert {tuple(row["labels"]) for row in again} == set(map(tuple, labels))
     with pytest.raises(DataError, match=r"rows\.csv: eval: no two of these rows have the same class"):
         complete(features[-1:], "rows.csv: eval")
+
+
+def test_text_that_stands_twice_is_not_its_own_positive() -> None:
+    rows = [{"text": text, "intent": "a"} for text in ("one", "One", "two")]
+    tokenizer = tiny.encoder_tokenizer()
+    features = [example.features for [example] in embedding.encode(rows, TEXTS, tokenizer, 32)]
+    joined = embedding.complete_rows(IncompleteRows(features, list, list, TEXTS, tokenizer, 32, "rows.csv: train"))
+    assert joined is not None
+    labels = torch.tensor(np.array([row["labels"] for row in joined]))
+    assert embedding.count_items(labels) == 3
 
 
 def test_known_false_negatives_never_count() -> None:

@@ -59,7 +59,7 @@ def test_candidates_are_the_positive_the_negatives_and_what_bm25_ranks_highest()
 def test_held_out_rows_are_completed_with_texts_of_train() -> None:
     [row] = complete([{"q": "hot rome", "p": "an answer of its own", "n": "red"}], 5)
     assert {*row[reranking.CANDIDATES][2:]} < {text_id(text) for one in ROWS for text in (one["p"], one["n"])}
-    with pytest.raises(DataError, match=r"rows\.csv: test: 8 documents .* expected 9; set data\.candidates: 8"):
+    with pytest.raises(DataError, match=r"rows\.csv: test: 8 documents .* 9; add rows, or set data\.candidates: 8"):
         complete([{"q": "hot rome", "p": "an answer of its own", "n": "red"}], 9)
 
 

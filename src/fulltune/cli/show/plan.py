@@ -159,11 +159,7 @@ def _build_setting_blocks(settings: Sequence[Setting]) -> list[Element]:
     from_recipe = [f"{one.name.split('.')[-1]} {to_yaml(one.value)}" for one in named if one.name != "method.kind"]
     defaults = counted(sum(one.is_automatic and one.reason == "default" for one in settings), "default")
     start = f"from the recipe: {', '.join(from_recipe)};" if from_recipe else "and"
-    return [
-        Table("", ("chosen", "value", "why"), short),
-        *long,
-        Paragraph(f"{start} {defaults} (--json lists all)"),
-    ]
+    return [Table("", ("chosen", "value", "why"), short), *long, Paragraph(f"{start} {defaults} (--json lists all)")]
 
 
 def _build_alternative_blocks(survey: Survey) -> list[Element]:

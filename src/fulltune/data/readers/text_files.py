@@ -38,6 +38,7 @@ def read_csv_or_tsv(
         try:
             header, source = (columns, "data.columns") if columns else (next(reader, []), "the header")
             _refuse_bad_header(file, header, delimiter)
+            names = [name or f"Unnamed: {number}" for number, name in enumerate(header)]  # as in pandas
             line = reader.line_num + 1
             for cells in reader:
                 # After a byte order mark, a quote does not open a cell, so the cell's text would be split.
@@ -48,7 +49,7 @@ def read_csv_or_tsv(
                 elif cells and [cells[0].removeprefix("\ufeff"), *cells[1:]] == [*header]:
                     yield line, _NAMES_AGAIN if columns else _AGAIN
                 elif cells:
-                    yield line, dict(zip(header, cells, strict=True))
+                    yield line, dict(zip(names, cells, strict=True))
                     if reader.line_num > line:
                         lines = delimiter.join(cells).replace("\r\n", "\n").split("\n")
                         rows = [[*map(_cell_or_zero, text.split(delimiter))] for text in lines if text.strip()]

@@ -96,7 +96,8 @@ def _baseline_note(comparison: Comparison) -> str:
     value, write = best.metrics[comparison.decision.metric].value, MetricFormatter.of(comparison.decision)
     if sign * value < min(sign * row.metric.low, sign * row.metric.high):
         return ""
-    beaten = f"{row.method} does not clearly beat it with {write.estimate(row.metric)}"
+    how = "does not clearly beat it" if sign * row.metric.value > sign * value else "does not beat it"
+    beaten = f"{row.method} {how} with {write.estimate(row.metric)}"
     return f"{best.name} needs no training and reaches {write.value(value)}; {beaten}."
 
 

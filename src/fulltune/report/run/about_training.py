@@ -155,7 +155,7 @@ def training_facts(view: RunView, outcome: Outcome) -> list[NameAndValue]:
             where = f"in {counted(answers, 'answer')} to eval rows" if answers else "on the eval rows"
             best += f", {words.metric_name(plan.metric)} {value} {where}"
         facts.append(("weights saved from", f"{best}; {outcome.weights_reason}" if outcome.weights_reason else best))
-    if changes:
+    if changes and outcome.best_step != 0:
         values = f"{changes.num_values_changed:,} of {changes.num_values_with_gradient:,} that received a gradient"
         facts.append(("parameter values changed", f"{format_share(changes.share)} ({values})"))
     if outcome.expert_tokens:

@@ -31,7 +31,8 @@ _BARE = "---\nlibrary_name: transformers\ntags:\n- fulltune\n---\n\n# An exporte
 def build_model_card(view: RunView, model_folder: Path) -> str:
     """Return the model card as Markdown, with the Hub's YAML metadata and without local paths."""
     plan, scores = view.plan, view.trained
-    trained = escape_markdown(words.describe_trained(plan))
+    as_before = "its weights before training, which later ones did not beat, kept"
+    trained = escape_markdown(as_before if view.kept_step == 0 else words.describe_trained(plan))
     sections = (
         _build_data_section(view.summary, view.remote),
         _build_metrics_section(view, scores),
@@ -212,5 +213,6 @@ def build_loading_code(folder: str, task: str, summary: DataSummary | None, base
         package=package,
         base=f"str(files({json.dumps(package)}) / {json.dumps(inner)})" if package else pretrained,
         form=summary.form if summary else None,
+        columns=summary.columns if summary else {},
         joint=json.dumps(summary.joint, ensure_ascii=False) if summary and summary.joint else "",
     )

@@ -65,7 +65,8 @@ def judge_scores(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
     note = f"{claim}. On the same rows the difference in {words.metric_name(name)} is "
     note += format_difference(name, ahead, row.confidence)
     if ahead.low <= 0 <= ahead.high:
-        return _build_headline("unresolved", f"{note}; these rows do not show which is better.")
+        shown = "these rows do not show which is better" if ahead.value else "their scores are equal"
+        return _build_headline("unresolved", f"{note}; {shown}.")
     if (ahead.value > 0) != row.greater_is_better:
         why = "training made it worse" if bar.kind == "untouched" else "the baseline needs no training"
         return _build_headline("worse", f"{note}, and {why}.")

@@ -191,7 +191,6 @@ def save_model(
     if not is_main:
         return
     target = replace(Target.of(summary), stride=recipe.data.stride)
-    causal_lm.with_prompt_template(tokenizer, target).save_pretrained(part)
     notes = {
         "task": summary.task,
         **target.as_notes(),
@@ -203,6 +202,11 @@ def save_model(
     if recipe.method.kind != "full":
         notes["method"] = recipe.method.model_dump(mode="json")
         notes["base_model"] = recipe.model.model_dump(mode="json")
+    saved = causal_lm.with_prompt_template(tokenizer, target)
+    if FACTS[recipe.task].reads_texts_apart or recipe.task == "reranking":
+        saved.model_max_length = notes["max_length"]  # for code that takes a tokenizer's limit
+        saved.chat_template = None  # in which sentence-transformers would write the texts
+    saved.save_pretrained(part)
     if recipe.method.kind == "full" and FACTS[recipe.task].reads_texts_apart:
         write_sentence_files(part, applied.model.config, notes["max_length"])
     write_json(part / "fulltune.json", notes)

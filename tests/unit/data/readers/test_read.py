@@ -153,6 +153,15 @@ def test_header_that_stands_again_is_refused_by_its_line(tmp_path: Path, mark: b
     assert _refusal(tmp_path / "a.csv", table + mark + table).startswith(":4: repeats the header line")
 
 
+def test_column_without_a_name_is_named_as_in_pandas(tmp_path: Path) -> None:
+    """No part of the program takes a column of row numbers for one that the recipe does not name."""
+    (tmp_path / "rows.csv").write_text(",text\n0,one\n1,two\n")
+    assert read([str(tmp_path / "rows.csv")]).rows == [
+        {"Unnamed: 0": "0", "text": "one"},
+        {"Unnamed: 0": "1", "text": "two"},
+    ]
+
+
 def test_header_among_rows_whose_columns_are_named_is_refused_by_its_line(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\nrain,a\n")
     with pytest.raises(DataError, match=r"a\.csv:1: contains the names of data\.columns, expected a row"):
