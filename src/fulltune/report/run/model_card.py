@@ -31,7 +31,7 @@ _BARE = "---\nlibrary_name: transformers\ntags:\n- fulltune\n---\n\n# An exporte
 def build_model_card(view: RunView, model_folder: Path) -> str:
     """Return the model card as Markdown, with the Hub's YAML metadata and without local paths."""
     plan, scores = view.plan, view.trained
-    as_before = "its weights before training, which later ones did not beat, kept"
+    as_before = "weights as before training (later ones were not better), saved"
     trained = escape_markdown(as_before if view.kept_step == 0 else words.describe_trained(plan))
     sections = (
         _build_data_section(view.summary, view.remote),
