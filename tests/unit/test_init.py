@@ -56,6 +56,15 @@ def test_columns_that_are_named_tell_the_task(
     assert {role: getattr(loaded.data, role) for role in roles} == roles
 
 
+@pytest.mark.parametrize(("header", "metric"), [("text,text_pair,label", None), ("text,note,label", "accuracy")])
+def test_metric_is_not_written_for_pairs_which_the_loss_may_choose(
+    tmp_path: Path, header: str, metric: str | None
+) -> None:
+    rows = "".join(f"{TEXTS[number % 3]} {number},{number} stars,{'ab'[number % 2]}\n" for number in range(20))
+    write_recipe(_written(tmp_path / "rows.csv", f"{header}\n{rows}"), recipe := tmp_path / "r.yaml", None, False)
+    assert load_recipe(recipe).evaluate.metric == metric
+
+
 @pytest.mark.parametrize(
     ("file", "recipe", "train"),
     [
