@@ -132,6 +132,13 @@ def written_rows(_: Path) -> Rows:
     ]
 
 
+def query_rows() -> list[dict[str, Any]]:
+    return [
+        {"query": f"{row['text']} {number}", "positive": f"{number} {row['text'][::-1]}"}
+        for number, row in enumerate(label_rows())
+    ]
+
+
 def image_rows(folder: Path) -> Rows:
     images = tiny.write_images(folder / "images", 34)
     return [{"image": str(path), "label": path.parent.name} for path in sorted(images.glob("*/*.png"))]
@@ -142,6 +149,7 @@ RATE = {"kind": "full", "learning_rate": 3e-3}
 CLASSES: dict[str, Any] = {"method": {**RATE, "head_init": "random"}}
 ANSWERS: dict[str, Any] = {"method": RATE, "task": "causal-lm"}
 WRITTEN: dict[str, Any] = {"method": RATE, "task": "seq2seq"}
+VECTORS: dict[str, Any] = {"method": RATE, "task": "embedding", "data": {"hard_negatives": 2}}
 IMAGES: dict[str, Any] = {**CLASSES, "task": "image-classification"}
 FAMILIES = {
     "encoder": Family("bert", lambda _: label_rows(), CLASSES, NO_DROPOUT),
@@ -153,9 +161,7 @@ MODELS = {
     "deberta": Family("DebertaV2Config", lambda _: label_rows(), CLASSES, {**NO_DROPOUT, **_DEBERTA}, save_encoder),
     "experts": Family("qwen3_moe", lambda _: answer_rows(), ANSWERS),
     "vit": Family("vit", image_rows, IMAGES, {"initializer_range": 0.02}, save_images),
-    "embedding": Family(
-        "bert", lambda _: label_rows(), {"method": RATE, "task": "embedding", "data": {"hard_negatives": 2}}, NO_DROPOUT
-    ),
+    "embedding": Family("bert", lambda _: query_rows(), VECTORS, NO_DROPOUT),
 }
 """Others than those of `FAMILIES`, whose blocks have other names or whose tensors are tied in other ways."""
 
