@@ -37,8 +37,9 @@ def read_csv_or_tsv(
     with open_csv_reader(file, delimiter, encoding, strict=True) as reader:
         try:
             header, source = (columns, "data.columns") if columns else (next(reader, []), "the header")
-            _refuse_bad_header(file, header, delimiter)
-            names = [name or f"Unnamed: {number}" for number, name in enumerate(header)]  # as in pandas
+            names = [name or f"column {number}" for number, name in enumerate(header, start=1)]
+            for line_of_names in (header, names):
+                _refuse_bad_header(file, line_of_names, delimiter)
             line = reader.line_num + 1
             for cells in reader:
                 # After a byte order mark, a quote does not open a cell, so the cell's text would be split.

@@ -153,13 +153,15 @@ def test_header_that_stands_again_is_refused_by_its_line(tmp_path: Path, mark: b
     assert _refusal(tmp_path / "a.csv", table + mark + table).startswith(":4: repeats the header line")
 
 
-def test_column_without_a_name_is_named_as_in_pandas(tmp_path: Path) -> None:
-    """No part of the program takes a column of row numbers for one that the recipe does not name."""
-    (tmp_path / "rows.csv").write_text(",text\n0,one\n1,two\n")
+def test_column_without_a_name_is_named_by_its_place(tmp_path: Path) -> None:
+    """No part of the program takes a column of row numbers for one that the recipe does not name. pandas adds another
+    each time that it writes a file it has read."""
+    (tmp_path / "rows.csv").write_text(",Unnamed: 0,text\n0,5,one\n1,6,two\n")
     assert read([str(tmp_path / "rows.csv")]).rows == [
-        {"Unnamed: 0": "0", "text": "one"},
-        {"Unnamed: 0": "1", "text": "two"},
+        {"column 1": "0", "Unnamed: 0": "5", "text": "one"},
+        {"column 1": "1", "Unnamed: 0": "6", "text": "two"},
     ]
+    assert "column 'column 2' appears twice" in _refusal(tmp_path / "a.csv", b"column 2,,text\n0,5,one\n")
 
 
 def test_header_among_rows_whose_columns_are_named_is_refused_by_its_line(tmp_path: Path) -> None:
