@@ -1,4 +1,5 @@
-"""Cards that are not there: `torch.cuda` answers as if they were, and keeps books as a card's allocator does.
+"""Cards that are not there: functions of `torch.cuda` and `torch.accelerator` are replaced by ones that answer as if
+there were cards, and keep books as a card's allocator does; a function that is not replaced fails when it is called.
 
 It computes nothing and holds no tensor: a test takes memory by hand, and draws from a card's random numbers by hand.
 """
@@ -6,11 +7,13 @@ It computes nothing and holds no tensor: a test takes memory by hand, and draws 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import FunctionType, ModuleType
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState
 from transformers.utils import import_utils
@@ -98,7 +101,10 @@ class Cards:
     @contextlib.contextmanager
     def plugged_in(self) -> Iterator[Cards]:
         """Inside, torch sees these cards."""
-        with mock.patch.multiple("torch.cuda", **self._answers()):
+        answers = ((torch.cuda, self._answers()), (torch.accelerator, self._answers_of_accelerator()))
+        with contextlib.ExitStack() as patches:
+            for module, of_module in answers:
+                patches.enter_context(mock.patch.multiple(module, **(unanswered(module) | of_module)))
             forget_what_was_found()
             try:
                 yield self
@@ -109,6 +115,7 @@ class Cards:
         return {
             "is_available": lambda: True,
             "is_initialized": lambda: True,
+            "is_current_stream_capturing": lambda: False,
             "is_bf16_supported": lambda *_, **__: self.of().major >= 8,
             "device_count": lambda: len(self.cards),
             "current_device": lambda: self.current,
@@ -127,6 +134,15 @@ class Cards:
             "get_rng_state": lambda device=None: self.of(device).random.get_state(),
             "set_rng_state": lambda state, device=None: self.of(device).random.set_state(state),
             "manual_seed_all": lambda seed: [card.random.manual_seed(seed) for card in self.cards],
+        }
+
+    def _answers_of_accelerator(self) -> dict[str, Any]:
+        """accelerate asks here since 1.16."""
+        return {
+            "is_available": lambda: True,
+            "current_accelerator": lambda check_available=False: torch.device("cuda"),
+            "device_count": lambda: len(self.cards),
+            "current_device_index": lambda: self.current,
         }
 
     @staticmethod
@@ -154,3 +170,15 @@ def forget_what_was_found() -> None:
     for function in vars(import_utils).values():
         if hasattr(function, "cache_clear"):
             function.cache_clear()
+
+
+def unanswered(module: ModuleType) -> dict[str, Callable[..., Any]]:
+    """Each public function of a module, as one that fails: what the cards answer stands in its place."""
+
+    def refusing(name: str) -> Callable[..., Any]:
+        def refuse(*_: Any, **__: Any) -> Any:
+            pytest.fail(f"a library asks {module.__name__}.{name}, which the stand-in for cards does not answer")
+
+        return refuse
+
+    return {name: refusing(name) for name in module.__all__ if isinstance(getattr(module, name, None), FunctionType)}

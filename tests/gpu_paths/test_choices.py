@@ -110,11 +110,8 @@ def test_compiler_is_triton_on_a_card_and_one_of_cpp_on_a_cpu(installed: bool, m
 # ---- scripts of the Trainer ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.stand_in("two H100s by a patched torch.cuda and torch.accelerator", card="-")
-def test_script_keeps_pinned_rows_and_bf16_where_there_is_a_card(
-    two_h100s: Cards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+@on_cards
+def test_script_keeps_pinned_rows_and_bf16_where_there_is_a_card(two_h100s: Cards, tmp_path: Path) -> None:
     made = classic.TrainingArguments(str(tmp_path), bf16=True, report_to="none")
     assert (made.dataloader_pin_memory, made.use_cpu, made.device.type) == (True, False, "cuda")
 
