@@ -14,13 +14,16 @@ RUN apt-get update \
 
 # A layer of its own: a change of fulltune does not download torch again.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+COPY locks /usr/src/fulltune/locks
 RUN python3 -m venv --upgrade-deps /opt/fulltune \
-    && /opt/fulltune/bin/pip install --no-cache-dir --index-url "${TORCH_INDEX}" "torch>=2.9"
+    && /opt/fulltune/bin/pip install --no-cache-dir --index-url "${TORCH_INDEX}" \
+        --constraint /usr/src/fulltune/locks/tested.txt torch
 
 ARG EXTRAS=quickstart,text-metrics,gguf,images,audit,languages,tensorboard,lightning,trl
 COPY pyproject.toml README.md LICENSE /usr/src/fulltune/
 COPY src /usr/src/fulltune/src
-RUN /opt/fulltune/bin/pip install --no-cache-dir "/usr/src/fulltune[${EXTRAS}]"
+RUN /opt/fulltune/bin/pip install --no-cache-dir --constraint /usr/src/fulltune/locks/tested.txt \
+    "/usr/src/fulltune[${EXTRAS}]"
 
 # With `--user`, a container may run as any user: the home for caches, and the folder that recipes are mounted into, are
 # writable for all; and getpass, which torch asks for the name of its cache, needs a name where /etc/passwd has none.

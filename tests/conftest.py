@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tests import tiny
+from tests import noisy, tiny
 from tests.forked_ranks import Forks
 
 # Whoever runs the tests under nohup, or behind an `&`, ignores these, and so would all that the tests start.
@@ -35,6 +35,13 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_round_otherwise() -> Iterator[None]:
+    """Where `make test-noisy` asks for it."""
+    with noisy.noise():
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

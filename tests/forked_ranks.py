@@ -28,6 +28,7 @@ from fulltune.records.events import Listener
 from fulltune.records.training import Outcome
 from fulltune.train.parent import child, fork_server, spawn
 from fulltune.train.request import Request
+from tests import noisy
 
 ROOT = Path(__file__).parents[1]
 HOST = "127.0.0.1"
@@ -163,7 +164,8 @@ def _be_rank(request: str, leader: int) -> None:
         spawn.die_with_parent(leader)
         from fulltune.train.worker import main as worker
 
-        code = worker.main(request)
+        with noisy.noise():
+            code = worker.main(request)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -1,4 +1,4 @@
-"""The quickstart's rows come from installed packages: their versions are pinned, and with these the rows are known."""
+"""The quickstart's rows come from installed packages: their versions are locked, and with these the rows are known."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import pytest
 from fulltune.quickstart import CHAT_SOURCES, TOPIC_SOURCES, write_docstring_chat, write_docstring_topics
 
 ROOT = Path(__file__).parents[2]
-PINNED = dict(re.findall(r"^([\w-]+)==(.+)$", (ROOT / "constraints-quickstart.txt").read_text(encoding="utf-8"), re.M))
+LOCK = (ROOT / "locks" / "tested.txt").read_text(encoding="utf-8")
+LOCKED = dict(re.findall(r"^([\w-]+)==([^ \n]+)", LOCK, re.MULTILINE)[::-1])
+"""The first of several versions is that of the oldest Python."""
 PYTHON = (3, 11, 7)
 """Whose own docstrings are among the rows below."""
 ROWS = {
@@ -24,16 +26,20 @@ ROWS = {
 }
 
 
-def test_every_package_that_is_read_is_pinned() -> None:
+def packages_that_are_read() -> set[str]:
     entries = " ".join([*TOPIC_SOURCES.values(), *CHAT_SOURCES.values()]).split()
     names = {entry.partition("/")[0] for entry in entries} - set(sys.stdlib_module_names)
     packages = packages_distributions()
-    assert {packages[name][0] for name in names} <= set(PINNED)
+    return {packages[name][0] for name in names}
+
+
+def test_every_package_that_is_read_is_locked() -> None:
+    assert packages_that_are_read() <= set(LOCKED)
 
 
 @pytest.mark.slow
-def test_rows_of_the_pinned_versions_are_known(tmp_path: Path) -> None:
-    other = [name for name, wanted in PINNED.items() if version(name).partition("+")[0] != wanted]
+def test_rows_of_the_locked_versions_are_known(tmp_path: Path) -> None:
+    other = [name for name in packages_that_are_read() if version(name).partition("+")[0] != LOCKED[name]]
     if other or sys.version_info[:3] != PYTHON:
         pytest.skip(f"other versions than those of the rows: {', '.join(other) or sys.version}")
     files = (*write_docstring_topics(tmp_path / "topics"), *write_docstring_chat(tmp_path / "chat"))

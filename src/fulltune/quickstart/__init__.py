@@ -251,7 +251,7 @@ def _split_by_file(rows: list[_Row], most_train: int, most_test: int) -> tuple[l
     if len(rows) < 100 or not train:
         raise DataError(
             "The installed packages have too few docstrings for the example; install the packages in "
-            "constraints-quickstart.txt with their .py sources"
+            "locks/tested.txt with their .py sources"
         )
     return _in_digest_order(train)[:most_train], _in_digest_order(test)[:most_test]
 
