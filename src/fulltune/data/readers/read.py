@@ -17,7 +17,7 @@ from fulltune.recipe.address import is_address
 from fulltune.recipe.data import UTF_8, TextRows
 from fulltune.recipe.selection import Selection
 from fulltune.tasks import Row
-from fulltune.tasks.columns import USUAL_NAMES, BadCell
+from fulltune.tasks.columns import USUAL_NAMES, BadCell, parse_cell
 from fulltune.text import counted
 
 LocatedRow = tuple[str, dict[str, Any]]
@@ -51,6 +51,8 @@ class DataFiles:
     columns: tuple[str, ...] | None = None
     """Column names of tables without a header line."""
     encoding: str = UTF_8
+    lists: tuple[str, ...] = ()
+    """Columns whose lists are read as one row for each item."""
     selections: Mapping[Path, Selection] = field(default_factory=dict)
     """What is read of each file, by default everything."""
     notes: dict[str, None] = field(default_factory=dict, compare=False)
@@ -82,7 +84,7 @@ class DataFiles:
                         columns.update(row)
                         if (selected := selection.select(row)) is not None:
                             num_kept += 1
-                            yield f"{name}:{line}", selected
+                            yield from _one_row_each((f"{name}:{line}", selected), self.lists)
                     if file.suffix.lower() == ".parquet" and selection.rows is None:  # some rows were not read
                         num_read = self.num_rows(file)
                 if not num_read and selection.rows is None:
@@ -144,6 +146,17 @@ class DataFiles:
             return row
         of_images = _image_columns(row, self.image_column)
         return {name: value if name in of_images else _decode_bytes(value) for name, value in row.items()}
+
+
+def _one_row_each(located: LocatedRow, names: Sequence[str]) -> Iterator[LocatedRow]:
+    """Yield a row for each item of the columns' lists, or the row itself if these are not lists of one length."""
+    place, row = located
+    lists = [cell for name in names if isinstance(cell := parse_cell(row.get(name)), list) and cell]
+    if len(lists) < max(1, len(names)) or len({*map(len, lists)}) > 1:
+        yield located
+        return
+    for number, items in enumerate(zip(*lists, strict=True), start=1):
+        yield f"{place}, item {number}", {**row, **dict(zip(names, items, strict=True))}
 
 
 def locate_data_files(
