@@ -171,9 +171,7 @@ def hash_to_number(seed: int, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\0{key}".encode()).digest()[:8], "big")
 
 
-def sample_by_label(
-    row_labels: Sequence[Sequence[str]], max_rows: int, seed: int, keys: Sequence[str] = ()
-) -> list[int]:
+def sample_by_label(row_labels: Sequence[list[str]], max_rows: int, seed: int, keys: Sequence[str] = ()) -> list[int]:
     """Return the sorted positions of `max_rows` random rows, with at least three of each label if possible. Rows of
     equal `keys` are drawn together."""
     names = keys or map(str, range(len(row_labels)))

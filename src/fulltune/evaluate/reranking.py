@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -22,23 +21,24 @@ def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
     return {f"baseline-{name}": partial(_score, scoring, *scores) for name, scores in named.items()}
 
 
-def _read_test_texts(scoring: Scoring) -> tuple[list[list[str]], list[str], list[str]]:
-    """Return the texts of the test rows, all their candidates one after another, and the documents that are
-    searched."""
-    own = [row_texts(row, scoring.target) for row in scoring.texts]
+def _read_test_texts(scoring: Scoring) -> tuple[list[list[str]], list[int], dict[int, str]]:
+    """Return the test rows' texts, the ids of all their candidates in order, and the documents of test and train by
+    id."""
+    own, train = (
+        [row_texts(row, scoring.target) for row in rows]
+        for rows in (scoring.texts, read_original_rows(scoring.data / "train"))
+    )
+    by_id = {text_id(text): text for row in (*own, *train) for text in row[1:]}
     if scoring.target.form.ranks_rows:
-        texts = [text for _, text in own]
-        return own, texts, [*dict.fromkeys(texts)]
-    train = (row_texts(row, scoring.target) for row in read_original_rows(scoring.data / "train"))
-    by_id = {text_id(text): text for row in chain(own, train) for text in row[1:]}
-    return own, [by_id[one] for one in np.concatenate(scoring.rows("test")[reranking.CANDIDATES])], [*by_id.values()]
+        return own, [text_id(text) for _, text in own], by_id
+    return own, np.concatenate(scoring.rows("test")[reranking.CANDIDATES]).tolist(), by_id
 
 
 def _bm25_scores(scoring: Scoring) -> np.ndarray:
-    own, texts, documents = _read_test_texts(scoring)
-    asked, stored = bm25_terms([row[0] for row in own], documents)
-    place_of, width = {text: place for place, text in enumerate(documents)}, len(texts) // len(own)
-    products = asked[np.repeat(np.arange(len(own)), width)] * stored[[place_of[text] for text in texts]]
+    own, candidates, by_id = _read_test_texts(scoring)
+    asked, stored = bm25_terms([row[0] for row in own], [*by_id.values()])
+    place_of, width = {one: place for place, one in enumerate(by_id)}, len(candidates) // len(own)
+    products = asked[np.repeat(np.arange(len(own)), width)] * stored[[place_of[one] for one in candidates]]
     return np.asarray(products.sum(axis=1)).reshape(-1, width)
 
 
@@ -54,13 +54,13 @@ def _score(scoring: Scoring, name: str, scores: np.ndarray) -> Scored:
 
 def score_model(scoring: Scoring, model: PreTrainedModel, tokenizer: Tokenizer) -> Scored:
     outputs = reranking.row_scores(scoring.predict_split(model, tokenizer), scoring.target)
-    own, texts, _ = _read_test_texts(scoring)
+    own, candidates, by_id = _read_test_texts(scoring)
     wrong = np.flatnonzero(outputs["counted"] * (outputs["recall@1"] < 1))
     worst = tuple(
         Answer(
             text=own[row][0],
-            expected=texts[outputs["ideal"][row]],
-            predicted=texts[outputs["best"][row]],
+            expected=by_id[candidates[outputs["ideal"][row]]],
+            predicted=by_id[candidates[outputs["best"][row]]],
             loss=float(outputs["loss"][row]),
         )
         for row in wrong[np.lexsort((-outputs["loss"][wrong], outputs["ndcg@10"][wrong]))][:WORST]

@@ -27,6 +27,7 @@ from fulltune.tasks import (
 )
 
 RowScores = Callable[[Predictions, Target], Predictions]
+Sums = Mapping[str, tuple[RowTerms, FromSums]]
 ROWS = ""
 """Name that `stack_arrays` replaces with a column of ones."""
 
@@ -54,13 +55,11 @@ def flat(matches: np.ndarray) -> np.ndarray:
     return matches.reshape(len(matches), -1)
 
 
-def over_all(sums: Mapping[str, tuple[RowTerms, FromSums]], predictions: Predictions) -> dict[str, float]:
+def over_all(sums: Sums, predictions: Predictions) -> dict[str, float]:
     return {name: float(value(count(predictions).sum(axis=0))) for name, (count, value) in sums.items()}
 
 
-def sums_of_counted(
-    row_scores: RowScores, names: Sequence[str], target: Target, metric: str
-) -> dict[str, tuple[RowTerms, FromSums]]:
+def sums_of_counted(row_scores: RowScores, names: Sequence[str], target: Target, metric: str) -> Sums:
     """Map metrics (ignoring `metric`) to functions for their means over the rows that `row_scores` counts."""
 
     def terms(name: str, predictions: Predictions) -> np.ndarray:

@@ -64,8 +64,8 @@ def find_target(rows: Iterable[Row], roles: Mapping[str, str], data: DataBlock, 
         }
         if len(of_queries) == len({query for query, _ in of_queries}):
             raise DataError(
-                f"{file}: no query has candidates with different labels in column '{roles['label']}', so nothing can "
-                "be ranked; expected 0 (irrelevant), 1 (relevant) or higher grades. Is data.query the right column?"
+                f"{file}: column '{roles['label']}' has no different labels for any '{roles['query']}', so nothing can "
+                "be ranked; expected 0 (irrelevant) and 1 (relevant) or higher grades"
             )
         return Target("relevance", roles, num_choices=1 + max(grade for _, grade in of_queries))
     if len(roles) > data.candidates + 1:
@@ -104,12 +104,10 @@ def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length
     if target.form.ranks_rows:
         grades = (_read_grades(row.get(target.columns["label"])) or [0] for row in rows)  # unknown if to be predicted
         labels = [np.array([text_id(query), *grade]) for (query, _), grade in zip(lists, grades, strict=True)]
-    return _encode_lists(lists, tokenizer, max_length, labels)
+    return _encode_lists(lists, labels, tokenizer, max_length)
 
 
-def _encode_lists(
-    lists: Sequence[list[str]], tokenizer: Tokenizer, max_length: int, labels: Sequence[object] = ()
-) -> RowExamples:
+def _encode_lists(lists: list[list[str]], labels: list[object], tokenizer: Tokenizer, max_length: int) -> RowExamples:
     """Tokenise queries with each of the documents after them, the positive first, whose place is the default label."""
     flat = [(query, text) for query, *documents in lists for text in documents]
     pairs = [[cut_long_text(text, tokenizer, max_length) for text in column] for column in zip(*flat, strict=True)]
@@ -156,7 +154,7 @@ def complete_rows(split: IncompleteRows) -> Iterator[RowFeatures]:
                 )
             lists.append([query, *(by_id[one] for one in candidates)])
             chosen.append(candidates)
-        examples = _encode_lists(lists, split.tokenizer, split.max_length)
+        examples = _encode_lists(lists, [], split.tokenizer, split.max_length)
         for [example], candidates in zip(examples, chosen, strict=True):
             yield {**example.features, CANDIDATES: np.array(candidates)}
 

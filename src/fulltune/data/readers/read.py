@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from fulltune.tasks.columns import USUAL_NAMES, BadCell, parse_cell
 from fulltune.text import counted
 
 LocatedRow = tuple[str, dict[str, Any]]
-_MAX_SHOWN = 5
+_MAX_SHOWN, _MAX_LINE = 5, 100_000_000
 _FILE_SIGNATURES = {
     b"\x1f\x8b": "compressed (gzip)",
     b"BZh": "compressed (bzip2)",
@@ -121,11 +122,17 @@ class DataFiles:
             yield from columnar.read_columnar_rows(file, selection)
             return
         if b"\0" not in "a".encode(self.encoding):
+            most = sys.maxsize if suffix == ".json" else _MAX_LINE
             with file.open("rb") as stream:
-                line = next((line for line, content in enumerate(stream, start=1) if 0 in content), None)
-            if line is not None:
+                lines = enumerate(stream, start=1)
+                line, content = next((one for one in lines if 0 in one[1] or len(one[1]) > most), (0, b""))
+            if line and len(content) <= most:
                 raise DataError(
                     f"{file}:{line}: contains NUL bytes (is it UTF-16?), but UTF-8 text was expected; {_SAVE_AS_UTF_8}"
+                )
+            if line:
+                raise DataError(
+                    f"{file}:{line}: {len(content):,} bytes in one line, expected at most {most:,}; split it into rows"
                 )
         match suffix:
             case ".csv" | ".tsv":
