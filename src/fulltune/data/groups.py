@@ -171,11 +171,11 @@ def hash_to_number(seed: int, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\0{key}".encode()).digest()[:8], "big")
 
 
-def sample_by_label(row_labels: Sequence[list[str]], max_rows: int, seed: int, keys: Sequence[str] = ()) -> list[int]:
-    """Return the sorted positions of `max_rows` random rows, with at least three of each label if possible. Rows of
-    equal `keys` are drawn together."""
-    names = keys or map(str, range(len(row_labels)))
-    drawn = np.fromiter((hash_to_number(seed, name) for name in names), np.uint64, len(row_labels))
+def sample_by_label(row_labels: Sequence[Sequence[str]], max_rows: int, seed: int) -> list[int]:
+    """Return the sorted positions of `max_rows` random rows, with at least three of each label if possible."""
+    drawn = np.fromiter(
+        (hash_to_number(seed, str(position)) for position in range(len(row_labels))), np.uint64, len(row_labels)
+    )
     of_each = min(3, max_rows // max(1, len({label for of_row in row_labels for label in of_row})))
     counts, wanted, others = Counter[str](), list[int](), list[int]()
     for position in np.argsort(drawn, kind="stable").tolist():

@@ -25,7 +25,7 @@ from fulltune.recipe.tasks import FACTS
 from fulltune.records.data import RemoteSource
 from fulltune.system.memory import call_own
 from fulltune.tasks import PLACE, Row, Target, Task, task_named
-from fulltune.tasks.columns import USUAL_NAMES, as_text, is_whole, shown, similar_column, why_unreadable
+from fulltune.tasks.columns import USUAL_NAMES, is_whole, shown, similar_column, why_unreadable
 from fulltune.tasks.question_answering import IMPOSSIBLE
 from fulltune.text import did_you_mean
 
@@ -142,11 +142,10 @@ def read_source_rows(
 ) -> SourceRows:
     """Return a source's rows, patched and preprocessed, or a sample of `data.max_rows` if there are more."""
     most, wanted = recipe.data.max_rows, None
-    labels, keys = _labels_and_keys(recipe, files) if most else ([], [])
-    if most and len(labels) > most:
+    if most and len(labels := _row_labels(recipe, files)) > most:
         if (different := len({label for row_labels in labels for label in row_labels})) > most:
             raise DataError(f"{files.where}: {different} labels, but data.max_rows allows only {most} rows; raise it")
-        wanted = set(sample_by_label(labels, most, recipe.data.split_seed, keys))
+        wanted = set(sample_by_label(labels, most, recipe.data.split_seed))
 
     def rows(problems: list[str] | None = None) -> Iterator[LocatedRow]:
         sampled = (row for number, row in enumerate(files.rows(problems)) if wanted is None or number in wanted)
@@ -172,19 +171,18 @@ def _changed(preprocess: Preprocess, place: str, row: Row) -> dict[str, Any]:
     return changed
 
 
-def _labels_and_keys(recipe: Recipe, files: DataFiles) -> tuple[list[list[str]], list[str]]:
-    """Return each row's labels, or an empty list for an unusable row, and keys of rows to draw together."""
+def _row_labels(recipe: Recipe, files: DataFiles) -> list[list[str]]:
+    """Return each row's labels, or an empty list for an unusable row."""
     task = task_named(recipe.task)
     try:
         target, _ = find_target_and_count_rows(recipe.data, task, {"train": SourceRows(files.where, files.rows)})
     except DataError:
-        return [[] for _ in files.rows([])], []
+        return [[] for _ in files.rows([])]
 
     def can_use(row: Row) -> bool:
         return bool(target.labels) and not why_unreadable(row, target.columns) and not task.why_unusable(row, target)
 
-    keys = [as_text(row.get(target.columns["query"])) for _, row in files.rows([])] if target.form.ranks_rows else []
-    return [task.row_labels(row, target) if can_use(row) else [] for _, row in files.rows([])], keys
+    return [task.row_labels(row, target) if can_use(row) else [] for _, row in files.rows([])]
 
 
 def find_target_and_count_rows(

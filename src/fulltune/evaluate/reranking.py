@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -15,31 +16,24 @@ from fulltune.tasks.embedding import row_texts, text_id
 
 
 def baseline_scorers(scoring: Scoring) -> dict[str, Callable[[], Scored]]:
-    first_stage = _bm25_scores(scoring)
+    own, candidates, by_id = _read_test_texts(scoring)
+    asked, stored = bm25_terms([row[0] for row in own], [*by_id.values()])
+    place_of, width = {one: place for place, one in enumerate(by_id)}, len(candidates) // len(own)
+    products = asked[np.repeat(np.arange(len(own)), width)] * stored[[place_of[one] for one in candidates]]
+    first_stage = np.asarray(products.sum(axis=1)).reshape(-1, width)
     drawn = np.random.default_rng(0).random(first_stage.shape)
     named = {"bm25": ("BM25", first_stage), "random": ("random order", drawn)}
     return {f"baseline-{name}": partial(_score, scoring, *scores) for name, scores in named.items()}
 
 
 def _read_test_texts(scoring: Scoring) -> tuple[list[list[str]], list[int], dict[int, str]]:
-    """Return the test rows' texts, the ids of all their candidates in order, and the documents of test and train by
-    id."""
-    own, train = (
-        [row_texts(row, scoring.target) for row in rows]
-        for rows in (scoring.texts, read_original_rows(scoring.data / "train"))
-    )
-    by_id = {text_id(text): text for row in (*own, *train) for text in row[1:]}
+    """Return the test rows' texts, their candidates' ids in order, and the documents of test and train by id."""
+    own = [row_texts(row, scoring.target) for row in scoring.texts]
+    train = (row_texts(row, scoring.target) for row in read_original_rows(scoring.data / "train"))
+    by_id = {text_id(text): text for row in chain(own, train) for text in row[1:]}
     if scoring.target.form.ranks_rows:
         return own, [text_id(text) for _, text in own], by_id
     return own, np.concatenate(scoring.rows("test")[reranking.CANDIDATES]).tolist(), by_id
-
-
-def _bm25_scores(scoring: Scoring) -> np.ndarray:
-    own, candidates, by_id = _read_test_texts(scoring)
-    asked, stored = bm25_terms([row[0] for row in own], [*by_id.values()])
-    place_of, width = {one: place for place, one in enumerate(by_id)}, len(candidates) // len(own)
-    products = asked[np.repeat(np.arange(len(own)), width)] * stored[[place_of[one] for one in candidates]]
-    return np.asarray(products.sum(axis=1)).reshape(-1, width)
 
 
 def score_frozen_classifier(scoring: Scoring, name: str, predicted: Sequence[tuple[int, np.ndarray]]) -> Scored:

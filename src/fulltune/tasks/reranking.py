@@ -1,5 +1,4 @@
-"""Scores of documents for a query, which reads each document with it: rows are queries with candidates, or a labelled
-candidate each (`ranks_rows`)."""
+"""Scores of documents for a query, read with each: rows are queries with candidates, or labelled candidates."""
 
 from __future__ import annotations
 
@@ -55,27 +54,20 @@ def find_columns(names: Sequence[str], sample: Sequence[Row], data: DataBlock, f
 
 
 def find_target(rows: Iterable[Row], roles: Mapping[str, str], data: DataBlock, file: str) -> Target:
-    """Return the target; raise `DataError` if rows have too many documents, or no query has different labels."""
-    if "label" in roles:
-        of_queries = {
-            (columns.normalised(columns.as_text(row.get(roles["query"]))), grade)
-            for row in rows
-            for grade in _read_grades(row.get(roles["label"]))
-        }
-        if len(of_queries) == len({query for query, _ in of_queries}):
-            raise DataError(
-                f"{file}: column '{roles['label']}' has no different labels for any '{roles['query']}', so nothing can "
-                "be ranked; expected 0 (irrelevant) and 1 (relevant) or higher grades"
-            )
-        return Target("relevance", roles, num_choices=1 + max(grade for _, grade in of_queries))
+    """Return the target; raise `DataError` if rows have too many documents, or all labels are equal."""
+    if (label := roles.get("label")) is not None:
+        grades = {grade for row in rows for grade in _read_grades(row.get(label))}
+        if len(grades) < 2:
+            what = "expected 0 (irrelevant) and 1 (relevant) or higher grades"
+            raise DataError(f"{file}: column '{label}' has no two different grades, {what}; choose another column")
+        return Target("relevance", roles, num_choices=1 + max(grades))
     if len(roles) > data.candidates + 1:
         raise DataError(f"{file}: {len(roles) - 1} documents in a row; set data.candidates: {len(roles) - 1} or more")
     return Target("ranking", roles, num_choices=data.candidates)
 
 
 def _read_grades(cell: object) -> list[int]:
-    """Return a label, or a list of labels, as numbers: 0 means irrelevant, up to 999 relevant. Other labels are left
-    out."""
+    """Return a label, or each of a list, as a number from 0 (irrelevant) to 999. Other labels are left out."""
     cells, words = columns.parse_cell(cell), {"false": "0", "true": "1"}
     names = (label_name(one).lower() for one in (cells if isinstance(cells, list) else [cells]))
     return [int(digits) for name in names if re.fullmatch(r"\d{1,3}", digits := words.get(name, name))]
@@ -98,8 +90,7 @@ def with_placeholder_answer(row: Row, target: Target) -> Row:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-    """Tokenise the query with each text of a row; `complete_rows` adds other candidates. The label of a labelled
-    candidate is int64 [2]: the query's number and the grade."""
+    """Tokenise the query with each text of a row. A labelled candidate's label is its query's number and its grade."""
     lists, labels = [row_texts(row, target) for row in rows], list[object]()
     if target.form.ranks_rows:
         grades = (_read_grades(row.get(target.columns["label"])) or [0] for row in rows)  # unknown if to be predicted

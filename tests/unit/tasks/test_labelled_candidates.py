@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import ndcg_score
 
-from fulltune.errors import DataError
+from fulltune.errors import DataError, RecipeError
 from fulltune.inference.store import Rows, read_original_rows
 from fulltune.recipe.data import DataBlock
 from fulltune.records.data import DataSummary
@@ -98,9 +98,8 @@ def test_recipe_says_that_candidates_are_labelled() -> None:
     assert reranking.find_target(rows, COLUMNS, DataBlock(train="x"), "f") == Target(
         "relevance", COLUMNS, num_choices=2
     )
-    alone = [{"question": f"a {number}", "answer": "b", "label": number} for number in (0, 1)]
-    with pytest.raises(DataError, match=r"f: no query has candidates with different labels in column 'label'"):
-        reranking.find_target(alone, COLUMNS, DataBlock(train="x"), "f")
+    with pytest.raises(DataError, match=r"f: column 'label' has no two different grades, expected 0"):
+        reranking.find_target(rows[:1], COLUMNS, DataBlock(train="x"), "f")
 
 
 # ---- reading and splitting ---------------------------------------------------------------------------------------
@@ -158,14 +157,9 @@ def test_candidates_of_a_query_stay_in_one_split(tmp_path: Path, has_lists: bool
     assert len(np.unique(labels[:, 0])) == len(queries[2])
 
 
-def test_sample_of_rows_has_whole_queries(tmp_path: Path) -> None:
-    prepare(tmp_path, candidates(60), max_rows=80)
-    of_query = defaultdict[str, int](int)
-    for of in of_splits(tmp_path).values():
-        for row in of:
-            of_query[row["question"]] += 1
-    assert dict(of_query) == dict.fromkeys(of_query, 4)
-    assert len(of_query) == 20
+def test_sample_of_rows_is_refused_as_it_would_cut_queries(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"data\.max_rows: would cut candidates off their queries"):
+        prepare(tmp_path, candidates(60), max_rows=80)
 
 
 def test_labels_that_are_no_grades_are_listed_with_their_place(tmp_path: Path) -> None:
@@ -190,5 +184,5 @@ def test_held_out_rows_need_a_relevant_candidate(tmp_path: Path) -> None:
 
 def test_pairs_and_labels_are_not_both_read(tmp_path: Path) -> None:
     rows = [{**row, "positive": "some text"} for row in candidates()]
-    with pytest.raises(Exception, match=r"data\.positive: cannot be combined with data\.text"):
+    with pytest.raises(RecipeError, match=r"data\.positive: cannot be combined with data\.text"):
         prepare(tmp_path, rows, positive="positive")

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -122,18 +121,14 @@ class DataFiles:
             yield from columnar.read_columnar_rows(file, selection)
             return
         if b"\0" not in "a".encode(self.encoding):
-            most = sys.maxsize if suffix == ".json" else _MAX_LINE
             with file.open("rb") as stream:
-                lines = enumerate(stream, start=1)
-                line, content = next((one for one in lines if 0 in one[1] or len(one[1]) > most), (0, b""))
-            if line and len(content) <= most:
-                raise DataError(
-                    f"{file}:{line}: contains NUL bytes (is it UTF-16?), but UTF-8 text was expected; {_SAVE_AS_UTF_8}"
-                )
-            if line:
-                raise DataError(
-                    f"{file}:{line}: {len(content):,} bytes in one line, expected at most {most:,}; split it into rows"
-                )
+                for line, content in enumerate(stream, start=1):
+                    if 0 in content:
+                        problem = "contains NUL bytes (is it UTF-16?), but UTF-8 text was expected"
+                        raise DataError(f"{file}:{line}: {problem}; {_SAVE_AS_UTF_8}")
+                    if len(content) > _MAX_LINE and suffix != ".json":
+                        problem = f"{len(content):,} bytes in one line, expected at most {_MAX_LINE:,}"
+                        raise DataError(f"{file}:{line}: {problem}; split it into rows")
         match suffix:
             case ".csv" | ".tsv":
                 yield from text_files.read_csv_or_tsv(file, self.columns, self.encoding, self.notes)
@@ -159,7 +154,7 @@ def _one_row_each(located: LocatedRow, names: Sequence[str]) -> Iterator[Located
     """Yield a row for each item of the columns' lists, or the row itself if these are not lists of one length."""
     place, row = located
     lists = [cell for name in names if isinstance(cell := parse_cell(row.get(name)), list) and cell]
-    if len(lists) < max(1, len(names)) or len({*map(len, lists)}) > 1:
+    if not lists or {*map(len, lists)} != {len(lists[0])} or len(lists) < len(names):
         yield located
         return
     for number, items in enumerate(zip(*lists, strict=True), start=1):
