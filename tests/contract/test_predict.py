@@ -100,6 +100,26 @@ def test_notes_of_a_model_that_are_damaged_are_named(content: str, said: str, cl
     assert result.code == 2
 
 
+def test_notes_without_what_training_wrote_are_named(classifier: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(classifier, tmp_path / "run" / "models" / "full")
+    (folder / "fulltune.json").write_text("{}")
+    result = fulltune("predict", tmp_path / "run", "a text")
+    lacking = "task, problem_type, columns, labels, joint"
+    advice = "copy it again from where you trained"
+    assert result.problems == [f"{folder}/fulltune.json: lacks {lacking}, which training wrote; {advice}"]
+    assert result.code == 2
+
+
+def test_labels_that_are_not_the_models_are_refused(classifier: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(classifier, tmp_path / "model")
+    notes = json.loads((folder / "fulltune.json").read_text(encoding="utf-8"))
+    (folder / "fulltune.json").write_text(json.dumps({**notes, "labels": notes["labels"][::-1]}), encoding="utf-8")
+    result = fulltune("predict", folder, "a text")
+    said = "its labels are not those of config.json (id2label); write the same in both"
+    assert result.problems == [f"{folder}/fulltune.json: {said}"]
+    assert result.code == 2
+
+
 def test_model_of_an_earlier_version_lacks_some_notes(classifier: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(classifier, tmp_path / "model")
     notes = json.loads((folder / "fulltune.json").read_text(encoding="utf-8"))

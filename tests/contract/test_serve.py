@@ -358,8 +358,13 @@ def test_served_run_answers_until_a_signal(number: signal.Signals, folder: Path)
         assert process.stderr.read() == ""
 
 
+def write_notes(folder: Path, task: str) -> None:
+    notes = {"task": task, "problem_type": "any", "columns": {}, "labels": [], "joint": ""}
+    (folder / "fulltune.json").write_text(json.dumps(notes), encoding="utf-8")
+
+
 def test_port_in_use_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
-    (tmp_path / "fulltune.json").write_text(json.dumps({"task": "text-classification"}))
+    write_notes(tmp_path, "text-classification")
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
         result = fulltune("serve", tmp_path, "--port", port)
@@ -373,7 +378,7 @@ def test_port_in_use_is_refused_before_the_model_is_loaded(tmp_path: Path) -> No
 def test_missing_package_is_named_with_its_command(
     task: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "fulltune.json").write_text(json.dumps({"task": task}))
+    write_notes(tmp_path, task)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else find_spec(name))
     result = fulltune("serve", tmp_path)
     assert result.problems == [f"serve: the package '{package}' is missing; pip install 'fulltune[serve]'"]

@@ -131,3 +131,45 @@ def test_export_for_sentence_transformers_names_the_class_that_reads_the_folder(
     done = fulltune("export", reached.folder, "--to", "sentence-transformers")
     assert done.code == 2
     assert "CrossEncoder of sentence-transformers reads" in done.err
+
+
+def labelled_candidates(count: int = 60) -> list[dict[str, Any]]:
+    """The texts of `rows_with_negatives` and others, each in a row with its grade."""
+    graded = [("positive", 2), ("other", 1), ("negative", 0), ("far", 0)]
+    return [
+        {"question": row["query"], "answer": row[name], "label": grade}
+        for number, row in enumerate(rows_with_negatives(count))
+        for name, grade in graded
+        for row in [row | {"other": f"perhaps yes {number}", "far": f"no {tiny.FOOD[number % 8]} {number}"}]
+    ]
+
+
+@pytest.mark.slow
+def test_labelled_candidates_are_learned_and_ranked(tmp_path: Path) -> None:
+    model = tiny.save_model(tmp_path / "model", "bert")
+    columns = {"query": "question", "text": "answer", "label": "label"}
+    with runs.without_tracing():
+        reached = runs.run(
+            tmp_path,
+            model,
+            labelled_candidates(),
+            until="report",
+            task="reranking",
+            train=TRAIN,
+            data={**columns, "max_length": 40, "test_fraction": 0.2},
+            method={"learning_rate": 5e-3},
+        )
+    runs.assert_report_is_whole(reached)
+    scores = {score.name: score.metrics["ndcg@10"].value for score in reached.scores}
+    assert scores["full-seed42"] > scores["random order"] + 0.1
+    assert scores["full-seed42"] > scores["BM25"] + 0.1
+    assert "linear probe of the pretrained model" in scores
+    assert any("frozen" in name for name in scores)
+    assert reached.scores[-1].rows == 12  # queries
+
+    asked = [{"question": "rain in town 3", "answer": text} for text in ("yes town 3", "no rain in town 3")]
+    rows, output = tiny.write_csv(tmp_path / "asked.csv", asked), tmp_path / "scores.csv"
+    written = fulltune("predict", reached.folder, "--file", rows, "--output", output)
+    assert written.code == 0, written.err
+    right, wrong = (float(row["predicted_score"]) for row in csv.DictReader(output.open(encoding="utf-8")))
+    assert 1 > right > wrong > 0

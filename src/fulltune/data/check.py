@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from fulltune.data.sources import SourceName, is_mixed
 from fulltune.data.split import HELD_OUT, SPLITS, Split, held_out_rows, largest_group
 from fulltune.data.written import iterate_stored_rows
 from fulltune.errors import DataError
+from fulltune.inference.store import Rows
 from fulltune.recipe.data import DataBlock
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.tasks import ALSO_OCCURS, shared_content
@@ -251,6 +253,18 @@ def _note_on_time_split(block: DataBlock, splits_of_train: Mapping[SplitName, Sp
             "in an earlier split (data/dropped.jsonl)"
         )
     return note
+
+
+def note_queries_without_relevant(folder: Path) -> list[str]:
+    """Return a note on queries without a relevant candidate. Raise `DataError` if a split has no other queries."""
+    lacking = list[str]()
+    for name in SPLITS:
+        ids, grades = np.stack(Rows(folder / name)["labels"]).T
+        if not grades.any():
+            raise DataError(f"data.{name}: no query has a relevant candidate (a label above 0); add rows with one")
+        count = len(np.unique(ids)) - len(np.unique(ids[grades > 0]))
+        lacking += [f"{count:,} of {name}"] if count else []
+    return [f"queries without a relevant candidate, which no metric counts: {', '.join(lacking)}"] if lacking else []
 
 
 def note_forbidden_texts(texts: ForbiddenTexts | None, train: Split, mixed_in: Mapping[SourceName, Split]) -> list[str]:

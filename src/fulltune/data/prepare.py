@@ -19,6 +19,7 @@ from fulltune.audit.texts import masked_text
 from fulltune.data.check import (
     IN_EARLIER_SPLIT,
     note_forbidden_texts,
+    note_queries_without_relevant,
     note_rarely_tested_classes,
     note_split_problems,
     notes_on_splitting,
@@ -75,7 +76,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SUMMARY = "summary.json"
-FORMAT = 10
+FORMAT = 11
 MAX_CACHED = 5
 _ABANDONED_SECONDS = 24 * 3600
 _PROGRESS_SECONDS = 0.2
@@ -199,6 +200,7 @@ def _prepare_uncached(
         file.writelines(map(dropped_row_as_json_line, dropped_later))
     written = write_splits(folder, job, splits, packed, int(late.sum()))
     mixed_in = write_mixed_in_rows(recipe, folder, job, mixed, packed)
+    remarks += note_queries_without_relevant(folder) if target.form.ranks_rows else []
     remarks += note_forbidden_texts(forbidden, splits["train"], mixed)
     for source in encoded.values():
         shutil.rmtree(source.folder)

@@ -78,6 +78,7 @@ def find_source_files(recipe: Recipe, remote: Mapping[str, RemoteSource]) -> dic
                 encoding=codec_for_encoding(block.encoding),
                 has_relative_image_paths=FACTS[recipe.task].reads == "image",
                 image_column=block.image,
+                lists=tuple(filter(None, (block.text, block.label))) if recipe.task == "reranking" else (),
                 notes=dict.fromkeys(note for path in addresses if path in remote for note in remote[path].notes),
             )
             for path in addresses:
@@ -205,7 +206,11 @@ def find_target_and_count_rows(
     def readable_train_rows(roles: Mapping[str, str]) -> Iterator[Row]:
         faults.clear()
         for place, row in read_and_count("train"):
-            if fault := why_unreadable(row, roles):  # listed when the rows are tokenised
+            fault = why_unreadable(row, roles)
+            if not fault and task.FACTS.has_classes:  # a dropped row makes no class
+                refused = task.why_unusable(row, Target("single_label", roles))
+                fault = refused.reason if refused and refused.check in ("no text", "no image") else None
+            if fault:  # listed when the rows are tokenised
                 faults[fault] += 1
             else:
                 yield {**row, PLACE: place}

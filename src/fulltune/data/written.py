@@ -111,7 +111,7 @@ def write_splits(
             raise DataError(f"{source.where}: all rows of {name} are longer than data.max_length; raise it")
         parts = iterate_examples(split, task, with_test_features=name == "test")
         write_rows(folder / name, pack_texts(parts, job.max_length) if packed and name == "train" else parts)
-        if task.FACTS.completes_rows:
+        if task.FACTS.completes_rows and not job.target.form.ranks_rows:
             _complete_rows(folder / name, job, f"{source.where}: {name}")
         if name != "train":
             clusters = np.unique(source.split_groups[source.row_of][split.examples], return_inverse=True)[1]

@@ -74,8 +74,8 @@ class Scoring:
         return list(read_original_rows(self.data / "test"))
 
     def by_row(self, predictions: Predictions) -> Predictions:
-        """Return predictions of which a part of the rows can be scored: ranks need all rows' vectors."""
-        return self.task.row_scores(predictions, self.target) if self.task.FACTS.contrasts else predictions
+        """Return predictions of which a part of the rows can be scored: ranks need all rows."""
+        return self.task.row_scores(predictions, self.target) if self.task.FACTS.completes_rows else predictions
 
     def estimate_metrics(
         self,

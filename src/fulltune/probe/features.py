@@ -179,12 +179,11 @@ def _item_features(
             item_mask = labels != IGNORED
             mean, targets = _word_embeddings(hidden, rows), labels[item_mask].numpy()
             counts = item_mask.sum(dim=1).numpy()
-        case "choice":
+        case "choice" | "relevance":
             mean = _mean_embedding(hidden, {name: tensor.flatten(0, 1) for name, tensor in batch.items()})
             counts = np.full(len(positions), len(hidden) // len(positions))
-            targets = np.zeros((len(positions), counts[0]), np.int64)
-            targets[np.arange(len(positions)), labels.numpy()] = 1
-            targets = targets.ravel()
+            is_right = labels[:, 1:] > 0 if kind == "relevance" else torch.arange(counts[0]) == labels[:, None]
+            targets = is_right.numpy().astype(np.int64).reshape(len(hidden), -1)
         case "span":
             token_indices, targets = _choose_answer_tokens(labels.numpy(), positions)
             item_mask = torch.zeros(hidden.shape[:2], dtype=torch.bool)

@@ -118,7 +118,7 @@ def _fit_by_form(
     match items.kind:
         case "regression":
             yield from _fit_ridge(features, items.labels, has_bias, strengths)
-        case "multi_label":
+        case "multi_label" | "relevance":
             yield from _fit_each_label(items, features, has_bias, strengths)
         case "choice" | "span":
             yield from _fit_within_rows(items, features, strengths)
@@ -306,7 +306,7 @@ def mean_loss(items: Items, classifier: LinearClassifier) -> float:
     match items.kind:
         case "regression":
             return float(((outputs[:, 0] - items.labels) ** 2).mean() / max(items.labels.var(), 1e-30))
-        case "multi_label":
+        case "multi_label" | "relevance":
             losses = np.logaddexp(0, np.where(items.labels > 0.5, -outputs, outputs))
             return float((losses if weights is None else losses * np.where(items.labels > 0.5, weights, 1.0)).mean())
         case "choice" | "span":
@@ -321,7 +321,7 @@ def mean_loss(items: Items, classifier: LinearClassifier) -> float:
 
 def error_rate(items: Items, classifier: LinearClassifier) -> float:
     """Return the share of items (or rows with choices) predicted wrongly, or without classes the mean loss."""
-    if items.kind in ("regression", "multi_label"):
+    if items.kind in ("regression", "multi_label", "relevance"):
         return mean_loss(items, classifier)
     outputs = classifier(items.features)
     if items.kind == "choice":

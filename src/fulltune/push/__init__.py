@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from fulltune.errors import SetupError
-from fulltune.methods.folder import CONFIG, NOTES, WEIGHTS
+from fulltune.methods.folder import CONFIG, NOTES, WEIGHTS, read_notes
 from fulltune.models.base import read_json_object
 from fulltune.models.encoders import saved_as
 from fulltune.recipe.tasks import FACTS
@@ -109,7 +109,7 @@ def _check_model(folder: Path, names: set[str], tensors: set[str]) -> Iterator[C
     except (ValueError, OSError) as error:
         yield _check("architecture", False, " ".join(str(error).split())[:80], "transformers cannot load config.json")
         return
-    notes = read_json_object(folder / NOTES)
+    notes = read_notes(folder)
     model_class = getattr(transformers, name := (config.architectures or ["none"])[0], None)
     if not {CONFIG, "modules.json", "export.json"} & names:
         auto_class = getattr(transformers, saved_as(FACTS[notes["task"]].auto_class))

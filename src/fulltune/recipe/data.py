@@ -85,14 +85,14 @@ class DataBlock(Block):
     """Character encoding of all text files, such as `utf-8`, `cp1252` (Excel's csv in Western Europe), `latin-1`,
     `utf-16` or `shift_jis`."""
     text: str | None = None
-    """Column with the text (text-classification, and causal-lm on raw text). By default, all columns are recognised by
-    their names."""
+    """Column with the text (text-classification, causal-lm on raw text, labelled candidates of reranking). By default,
+    all columns are recognised by their names."""
     text_pair: str | None = None
     """Column with the second text of a pair. Default: recognised by common names, such as `premise` and `hypothesis`,
     unless `text` is set."""
     label: str | None = None
     """Column with the target: a class name, a list of class names, or a number. For multiple-choice: the number or text
-    of the right choice."""
+    of the right choice. For reranking: 0, or a grade from 1 of the `text`'s relevance."""
     query: str | None = None
     """Column with the query (embedding, reranking). Without queries, texts with the same `label` are each other's
     positives (embedding)."""

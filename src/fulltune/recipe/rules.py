@@ -44,8 +44,8 @@ def _single_run_problems(recipe: Recipe) -> list[str]:
 
 def form_of(recipe: Recipe) -> Form | None:
     """Return the `Form` (facts about the rows) of the recipe's `problem_type`, or None if the data decides the type."""
-    kind = recipe.data.problem_type
-    return FORMS[kind] if kind != "auto" and kind in FACTS[recipe.task].types else None
+    kind = "relevance" if recipe.data.text and recipe.data.label else recipe.data.problem_type
+    return FORMS[kind] if kind in FACTS[recipe.task].types else None
 
 
 def excluded_combinations(recipe: Recipe, form: Form | None) -> list[str]:

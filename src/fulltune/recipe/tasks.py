@@ -73,6 +73,8 @@ class Form:
     """Metrics that are proportions of the rows or of a similar number of items."""
     has_windows: bool = False
     """True if a long row becomes several examples (windows) but gets one answer."""
+    ranks_rows: bool = False
+    """True if the rows of a query, whose labels are grades, are ranked among each other."""
     reads_any_text: bool = False
     """True if the model is a language model, whose loss can be measured on any text."""
     is_raw_text: bool = False

@@ -51,6 +51,7 @@ class Target:
     joint: str = ""
     """Text between prompt and completion, or a prefix of each seq2seq source."""
     num_choices: int = 0
+    """Texts of a row of which one is right, or the number of grades of rows that are ranked."""
     train_on: Literal["all", "last"] = "all"
     """Which of the assistant's messages are trained."""
     positive_label: str | None = None
@@ -253,13 +254,13 @@ class Task(Protocol):
     def complete_rows(self, split: IncompleteRows) -> Iterator[RowFeatures] | None:
         """Yield the rows of a split with positives or negatives from other rows, or return None if none are missing."""
 
+    def row_scores(self, predictions: Predictions, target: Target) -> Predictions:
+        """Compute the metrics of each row, which depend on the other rows."""
+
     # ---- only tasks whose loss compares the rows of a global batch (`contrasts`) ------------------------------------
 
     def row_losses(self, vectors: Tensor, labels: Tensor, anchors: slice, sizes: Sequence[int]) -> Tensor:
         """Compute the losses [anchors] of some rows from the vectors [rows, texts, hidden] of all."""
-
-    def row_scores(self, predictions: Predictions, target: Target) -> Predictions:
-        """Reduce predictions to the metrics of each row, which depend on the other rows."""
 
     def choose_negatives(self, predictions: Predictions, count: int, device: str) -> tuple[np.ndarray, float]:
         """Choose the rows [rows, count] whose positives are hard negatives, and return the share of suspected ones."""

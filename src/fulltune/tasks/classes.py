@@ -26,6 +26,8 @@ from fulltune.tasks import (
     Tokenizer,
 )
 
+RowScores = Callable[[Predictions, Target], Predictions]
+Sums = Mapping[str, tuple[RowTerms, FromSums]]
 ROWS = ""
 """Name that `stack_arrays` replaces with a column of ones."""
 
@@ -53,8 +55,26 @@ def flat(matches: np.ndarray) -> np.ndarray:
     return matches.reshape(len(matches), -1)
 
 
-def over_all(sums: Mapping[str, tuple[RowTerms, FromSums]], predictions: Predictions) -> dict[str, float]:
+def over_all(sums: Sums, predictions: Predictions) -> dict[str, float]:
     return {name: float(value(count(predictions).sum(axis=0))) for name, (count, value) in sums.items()}
+
+
+def sums_of_counted(row_scores: RowScores, names: Sequence[str], target: Target, metric: str) -> Sums:
+    """Map metrics (ignoring `metric`) to functions for their means over the rows that `row_scores` counts."""
+
+    def terms(name: str, predictions: Predictions) -> np.ndarray:
+        rows = row_scores(predictions, target)
+        weights = rows.get(f"{name} counted", rows["counted"])
+        return numbers(rows[name] * weights, weights)
+
+    return {name: (partial(terms, name), ratio) for name in names}
+
+
+def metrics_of_counted(
+    row_scores: RowScores, names: Sequence[str], predictions: Predictions, target: Target
+) -> dict[str, float]:
+    rows = row_scores(predictions, target)
+    return over_all(sums_of_counted(row_scores, [name for name in names if name in rows], target, ""), rows)
 
 
 # ---- metrics from sums -----------------------------------------------------------------------------------------
@@ -197,7 +217,9 @@ def row_losses(logits: Tensor, labels: Tensor, target: Target, settings: LossSet
         expected = ((labels.double() - shift) / factor).float()  # in logit units: in fp32, 1e8 and 1e8 + 1 are equal
         unit = target.scale[1] if target.scale else 1.0
         return ((logits.squeeze(-1) - expected) * (factor / unit)).square()
-    if target.form.several_labels:
+    if target.form.ranks_rows:  # a grade is a share of the highest one in train
+        labels = (labels[:, 1:] / (target.num_choices - 1)).clamp(max=1)
+    if target.form.several_labels or target.form.ranks_rows:
         soft = labels * (1 - settings.smoothing) + settings.smoothing / 2
         return F.binary_cross_entropy_with_logits(logits, soft, pos_weight=weights, reduction="none").mean(dim=-1)
     return F.cross_entropy(logits, labels, weight=weights, label_smoothing=settings.smoothing, reduction="none")

@@ -18,7 +18,6 @@ from fulltune.tasks import (
     LENGTH,
     PLACE,
     PLAIN_LOSS,
-    FromSums,
     IncompleteRows,
     LossSettings,
     Predictions,
@@ -27,7 +26,6 @@ from fulltune.tasks import (
     RowAnswer,
     RowExamples,
     RowFeatures,
-    RowTerms,
     Target,
     Tensor,
     Tokenizer,
@@ -71,7 +69,8 @@ def find_pairs(names: Sequence[str], sample: Sequence[Row], data: DataBlock, fil
     if label is not None and (pair in columns.USUAL_PAIRS or says_match) and None in (data.query, data.positive):
         raise DataError(
             f"{file}: '{label}' seems to say which rows of {pair} match, but with this task all rows do. Write task: "
-            "text-classification, or keep the rows that match (data.where) and set data.query and data.positive"
+            "text-classification, or keep the rows that match (data.where) and set data.query and data.positive; task: "
+            "reranking also ranks them by data.query, data.text and data.label"
         )
     negatives = [name for name in names if re.fullmatch(r"negative[ _-]?\d{1,2}", name.lower().strip())]
     negatives.sort(key=lambda name: int(re.sub(r"\D", "", name)))
@@ -109,7 +108,7 @@ def why_unusable(row: Row, target: Target) -> Refused | None:
         return refused
     query, *others = (columns.normalised(text) for text in row_texts(row, target))
     if query in others[:1]:
-        return Refused("own positive", "the positive is the query itself")
+        return Refused("own positive", "the text is the query itself")
     if {query, *others[:1]} & {*others[1:]}:
         return Refused("positive is a negative", "a negative is also the positive, or the query itself")
     return None
@@ -267,19 +266,6 @@ def reduce_logits(logits: Tensor, labels: Tensor, target: Target) -> dict[str, T
     return {"vectors": logits.float(), "ids": labels}
 
 
-def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
-    rows, sums = row_scores(predictions, target), metrics_from_sums(target, "")
-    return classes.over_all({name: sums[name] for name in sums if name in rows}, rows)
-
-
-def metrics_from_sums(target: Target, metric: str) -> Mapping[str, tuple[RowTerms, FromSums]]:
-    def terms(name: str, predictions: Predictions) -> np.ndarray:
-        rows = row_scores(predictions, target)
-        return classes.numbers(rows[name] * rows["counted"], rows["counted"])
-
-    return {name: (partial(terms, name), classes.ratio) for name in FACTS.metrics}
-
-
 def row_scores(predictions: Predictions, target: Target) -> Predictions:
     """Replace vectors by each query's metrics and loss, which depend on other rows, and by whether it is `counted`."""
     import torch
@@ -293,6 +279,10 @@ def row_scores(predictions: Predictions, target: Target) -> Predictions:
     parts = zip(*(torch.from_numpy(array[order]).split(size) for array in (vectors, ids)), strict=True)
     losses = torch.cat([row_losses(*part) for part in parts]).double().numpy()
     return {**rank(ids, lambda rows: units[rows, 0] @ documents.T), "loss": losses[np.argsort(order)]}
+
+
+metrics = partial(classes.metrics_of_counted, row_scores, FACTS.metrics)
+metrics_from_sums = partial(classes.sums_of_counted, row_scores, FACTS.metrics)
 
 
 def corpus(ids: np.ndarray) -> np.ndarray:

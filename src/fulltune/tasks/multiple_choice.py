@@ -108,7 +108,7 @@ def preview(features: RowFeatures, target: Target, tokenizer: Tokenizer) -> Prev
     """Decode each choice with its question, and add the right choice's number."""
     parts = [tokenizer.decode(ids.tolist()) for ids in split_texts(features)]
     text = "\n".join(f"({place}) {part}" for place, part in enumerate(parts))
-    return Preview.labelled(text, str(int(features["labels"])))
+    return Preview.labelled(text, str(np.ravel(features["labels"])[-1]))
 
 
 def display_text(row: Row, target: Target) -> str:

@@ -1,7 +1,8 @@
-"""Scores of documents for a query, which reads each document with it: rows are queries with candidates."""
+"""Scores of documents for a query, read with each: rows are queries with candidates, or labelled candidates."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -12,7 +13,6 @@ from fulltune.errors import DataError
 from fulltune.recipe import tasks as recipe_tasks
 from fulltune.recipe.data import DataBlock
 from fulltune.tasks import (
-    FromSums,
     IncompleteRows,
     Predictions,
     Refused,
@@ -20,7 +20,6 @@ from fulltune.tasks import (
     RowAnswer,
     RowExamples,
     RowFeatures,
-    RowTerms,
     Target,
     Tensor,
     Tokenizer,
@@ -31,30 +30,59 @@ from fulltune.tasks import (
 )
 from fulltune.tasks.bm25 import bm25_terms
 from fulltune.tasks.embedding import row_texts, text_id
-from fulltune.tasks.padding import cut_long_text, join_rows, pad_texts, tokenise_and_cut
+from fulltune.tasks.labels import label_name
+from fulltune.tasks.padding import TEXT_LENGTHS, cut_long_text, join_rows, pad_texts, tokenise_and_cut
 from fulltune.text import counted
 
 FACTS = recipe_tasks.FACTS["reranking"]
-why_unusable, group_key, row_labels = embedding.why_unusable, embedding.group_key, embedding.row_labels
-display_text, preview, full_row = embedding.display_text, multiple_choice.preview, multiple_choice.full_row
+group_key, row_labels, display_text = embedding.group_key, embedding.row_labels, embedding.display_text
 loss, count_items, chance_loss = classes.loss, classes.count_items, classes.chance_loss
-find_columns, reduce_logits = embedding.find_pairs, classes.reduce_logits
-CANDIDATES, FIRST_STAGE = "candidates", "first_stage"
-"""Features of a row: the ids of its candidates, and their scores by BM25."""
+preview, reduce_logits = multiple_choice.preview, classes.reduce_logits
+CANDIDATES = "candidates"
+"""Feature of a row: the ids of its candidates."""
 CUTOFF, MOST_DOCUMENTS = embedding.CUTOFF, 200_000
 _ROWS_AT_ONCE, _SCORES_AT_ONCE = 256, 10_000_000
 
 # ---- rows --------------------------------------------------------------------------------------------------------
 
 
+def find_columns(names: Sequence[str], sample: Sequence[Row], data: DataBlock, file: str) -> dict[str, str]:
+    """Map `query`, `text` and `label` if the recipe names one of the last two, else the columns of pairs."""
+    if data.text or data.label:
+        return columns.find_columns(("query", "text", "label"), names, sample, data, file)
+    return embedding.find_pairs(names, sample, data, file)
+
+
 def find_target(rows: Iterable[Row], roles: Mapping[str, str], data: DataBlock, file: str) -> Target:
+    """Return the target; raise `DataError` if rows have too many documents, or all labels are equal."""
+    if (label := roles.get("label")) is not None:
+        grades = {grade for row in rows for grade in _read_grades(row.get(label))}
+        if len(grades) < 2:
+            what = "expected 0 (irrelevant) and 1 (relevant) or higher grades"
+            raise DataError(f"{file}: column '{label}' has no two different grades, {what}; choose another column")
+        return Target("relevance", roles, num_choices=1 + max(grades))
     if len(roles) > data.candidates + 1:
         raise DataError(f"{file}: {len(roles) - 1} documents in a row; set data.candidates: {len(roles) - 1} or more")
     return Target("ranking", roles, num_choices=data.candidates)
 
 
+def _read_grades(cell: object) -> list[int]:
+    """Return a label, or each of a list, as a number from 0 (irrelevant) to 999. Other labels are left out."""
+    cells, words = columns.parse_cell(cell), {"false": "0", "true": "1"}
+    names = (label_name(one).lower() for one in (cells if isinstance(cells, list) else [cells]))
+    return [int(digits) for name in names if re.fullmatch(r"\d{1,3}", digits := words.get(name, name))]
+
+
+def why_unusable(row: Row, target: Target) -> Refused | None:
+    refused = embedding.why_unusable(row, target)
+    if refused or not target.form.ranks_rows or len(_read_grades(cell := row[target.columns["label"]])) == 1:
+        return refused
+    what = f"column '{target.columns['label']}' holds {cell!r:.60}"
+    return Refused("no grade", f"{what}, expected 0 (irrelevant), 1 (relevant) or a higher whole number as a grade")
+
+
 def why_unanswerable(row: Row, target: Target) -> Refused | None:
-    return columns.why_cell_blank(row, target, "query", "positive")
+    return columns.why_cell_blank(row, target, *[*target.columns][:2])
 
 
 def with_placeholder_answer(row: Row, target: Target) -> Row:
@@ -62,17 +90,21 @@ def with_placeholder_answer(row: Row, target: Target) -> Row:
 
 
 def encode(rows: Sequence[Row], target: Target, tokenizer: Tokenizer, max_length: int) -> RowExamples:
-    """Tokenise the query with each text of a row; `complete_rows` adds other candidates."""
-    return _encode_lists([row_texts(row, target) for row in rows], tokenizer, max_length)
+    """Tokenise the query with each text of a row. A labelled candidate's label is its query's number and its grade."""
+    lists, labels = [row_texts(row, target) for row in rows], list[object]()
+    if target.form.ranks_rows:
+        grades = (_read_grades(row.get(target.columns["label"])) or [0] for row in rows)  # unknown if to be predicted
+        labels = [np.array([text_id(query), *grade]) for (query, _), grade in zip(lists, grades, strict=True)]
+    return _encode_lists(lists, labels, tokenizer, max_length)
 
 
-def _encode_lists(lists: Sequence[list[str]], tokenizer: Tokenizer, max_length: int) -> RowExamples:
-    """Tokenise queries with each of the documents after them, the positive first, whose label is 0."""
+def _encode_lists(lists: list[list[str]], labels: list[object], tokenizer: Tokenizer, max_length: int) -> RowExamples:
+    """Tokenise queries with each of the documents after them, the positive first, whose place is the default label."""
     flat = [(query, text) for query, *documents in lists for text in documents]
     pairs = [[cut_long_text(text, tokenizer, max_length) for text in column] for column in zip(*flat, strict=True)]
     tokens, names, is_cut = tokenise_and_cut(tokenizer, pairs, max_length)
     counts = [len(row) - 1 for row in lists]
-    return join_rows({name: tokens[name] for name in names}, is_cut, counts, [0] * len(lists))
+    return join_rows({name: tokens[name] for name in names}, is_cut, counts, labels or [0] * len(lists))
 
 
 def complete_rows(split: IncompleteRows) -> Iterator[RowFeatures]:
@@ -91,7 +123,6 @@ def complete_rows(split: IncompleteRows) -> Iterator[RowFeatures]:
             f"{split.where}: {len(ids):,} different documents, but BM25 compares at most {MOST_DOCUMENTS:,}; set "
             "data.max_rows"
         )
-    place_of = {one: place for place, one in enumerate(ids)}
     asked, stored = bm25_terms([query for query, _ in own], [by_id[one] for one in ids])
     at_once = max(1, min(_ROWS_AT_ONCE, _SCORES_AT_ONCE // len(ids)))
     for start in range(0, len(own), at_once):
@@ -114,15 +145,19 @@ def complete_rows(split: IncompleteRows) -> Iterator[RowFeatures]:
                 )
             lists.append([query, *(by_id[one] for one in candidates)])
             chosen.append(candidates)
-        examples = _encode_lists(lists, split.tokenizer, split.max_length)
-        for [example], candidates, of_row in zip(examples, chosen, scores, strict=True):
-            first_stage = of_row[[place_of[one] for one in candidates]].astype(np.float32)
-            yield {**example.features, CANDIDATES: np.array(candidates), FIRST_STAGE: first_stage}
+        examples = _encode_lists(lists, [], split.tokenizer, split.max_length)
+        for [example], candidates in zip(examples, chosen, strict=True):
+            yield {**example.features, CANDIDATES: np.array(candidates)}
 
 
 def collate(features: Sequence[RowFeatures], pad_token_id: int) -> dict[str, Tensor]:
-    read = [{name: row[name] for name in row if name not in (CANDIDATES, FIRST_STAGE)} for row in features]
-    return pad_texts(read, pad_token_id)
+    return pad_texts([{name: row[name] for name in row if name != CANDIDATES} for row in features], pad_token_id)
+
+
+def full_row(target: Target, length: int) -> RowFeatures:
+    if not target.form.ranks_rows:
+        return multiple_choice.full_row(target, length)
+    return {"input_ids": np.ones(length, np.int64), "labels": np.zeros(2, np.int64), TEXT_LENGTHS: np.array([length])}
 
 
 def config_changes(target: Target, processor: Tokenizer) -> dict[str, object]:
@@ -133,26 +168,37 @@ def config_changes(target: Target, processor: Tokenizer) -> dict[str, object]:
 # ---- evaluation --------------------------------------------------------------------------------------------------
 
 
-def metrics(predictions: Predictions, target: Target) -> dict[str, float]:
-    sums = metrics_from_sums(target, "")
-    return classes.over_all({name: sums[name] for name in sums if name != "loss" or name in predictions}, predictions)
+def row_scores(predictions: Predictions, target: Target) -> Predictions:
+    """Add each row's metrics, and whether it is `counted`. Labelled candidates have those of their query, which counts
+    once if any is relevant. `best` and `ideal` are the places of the highest score and grade in the flat scores.
+
+    Grades are the gains of NDCG, as in trec_eval. Of equal scores, the lowest grade comes first.
+    """
+    if "counted" in predictions:
+        return predictions
+    rows, width = predictions["logits"].shape
+    ids, places = np.divmod(np.arange(rows * width), width)
+    ids, grades = predictions["labels"].T if target.form.ranks_rows else (ids, 1 * (places == 0))
+    _, first, query, sizes = np.unique(ids, return_index=True, return_inverse=True, return_counts=True)
+    starts = np.cumsum(sizes) - sizes
+    rank = np.arange(len(ids)) - np.repeat(starts, sizes)
+    gains = np.where(rank < CUTOFF, 1 / np.log2(rank + 2), 0.0)
+    ranked, ideal = np.lexsort((grades, -predictions["logits"].ravel(), query)), np.lexsort((-grades, query))
+    reached, possible = (np.bincount(query[order], gains * grades[order]) for order in (ranked, ideal))
+    nearest = np.minimum.reduceat(np.where(grades[ranked] > 0, rank, CUTOFF), starts)
+    of_queries = {
+        "ndcg@10": classes.share(reached, possible),
+        "mrr@10": np.where(nearest < CUTOFF, 1 / (nearest + 1), 0.0),
+        "recall@1": nearest < 1,
+        "best": ranked[starts],
+        "ideal": ideal[starts],
+    }
+    counted = {"counted": np.bincount(first // width, possible > 0, rows), "loss counted": np.ones(rows)}
+    return {**predictions, **{name: values[query[::width]] for name, values in of_queries.items()}, **counted}
 
 
-def metrics_from_sums(target: Target, metric: str) -> Mapping[str, tuple[RowTerms, FromSums]]:
-    terms = {name: classes.terms_of_mean(partial(_of_ranks, name)) for name in FACTS.metrics if name != "loss"}
-    return {name: (of, classes.ratio) for name, of in {**terms, "loss": classes.stack_arrays("loss", "")}.items()}
-
-
-def ranks(predictions: Predictions) -> np.ndarray:
-    """Return each positive's rank from 0 on: behind candidates of the same score, int64 [rows]."""
-    logits = predictions["logits"]
-    return np.asarray((~(logits[:, 1:] < logits[:, :1])).sum(axis=1))
-
-
-def _of_ranks(name: str, predictions: Predictions) -> np.ndarray:
-    rank = ranks(predictions)
-    gains = {"ndcg@10": 1 / np.log2(rank + 2), "mrr@10": 1 / (rank + 1), "recall@1": rank < 1}
-    return np.where(rank < CUTOFF, gains[name], 0.0)
+metrics = partial(classes.metrics_of_counted, row_scores, FACTS.metrics)
+metrics_from_sums = partial(classes.sums_of_counted, row_scores, FACTS.metrics)
 
 
 def answers(

@@ -116,6 +116,9 @@ def test_every_check_has_both_tables() -> None:
         ("secret", "https://me:Qw3rtz9@fulltune.dev", "https://me:[SECRET]@fulltune.dev"),
         ("personal data", "jo@gmail.com or 4539 1488 0343 6467", "[EMAIL] or [CARD]"),
         ("personal data", "NO93 8601 1117 947 THE end", "[IBAN] THE end"),
+        ("personal data", "no93 8601 1117 947 the end", "[IBAN] the end"),
+        ("personal data", "pay de89370400440532013000, or De89 3704 0044 0532 0130 00", "pay [IBAN], or [IBAN]"),
+        ("personal data", "gb29 nwbk 6016 1331 9268 19", "[IBAN]"),
         ("repetition", "no " * 20, None),
     ],
 )

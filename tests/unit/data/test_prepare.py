@@ -63,8 +63,8 @@ def test_class_with_hardly_any_test_row_is_noted(
 
 
 def test_class_of_which_no_row_can_be_used_is_noted(tmp_path: Path, encoder_tokenizer: Any) -> None:
-    rows = [*tiny.topic_rows(60), {"text": " ", "label": "lost"}]
-    notes = prepare(tmp_path, rows, encoder_tokenizer, "text-classification").notes
+    rows = [*tiny.topic_rows(60), {"text": "too long " * 20, "label": "lost"}]
+    notes = prepare(tmp_path, rows, encoder_tokenizer, truncation_strategy="drop", max_length=24).notes
     assert any("without a usable row, which cannot be learned: 'lost'; repair" in note for note in notes)
 
 
@@ -218,7 +218,8 @@ def test_few_rows_are_held_while_columns_are_looked_for() -> None:
         list(given)
         return Target("text", {"text": "text"})
 
-    task: Any = SimpleNamespace(find_columns=find_columns, find_target=find_target)
+    facts = task_named("causal-lm").FACTS
+    task: Any = SimpleNamespace(find_columns=find_columns, find_target=find_target, FACTS=facts)
     recipe = Recipe.model_validate({"model": "x", "task": "causal-lm", "data": {"train": "a.jsonl"}})
     _, counts = find_target_and_count_rows(recipe.data, task, {"train": SourceRows("a", rows)})
     assert counts == {"train": 1000}
@@ -314,3 +315,13 @@ def test_condition_leaves_out_rows_of_train_eval_and_test_but_not_of_mixed_files
     assert other.fingerprint != summary.fingerprint
     with pytest.raises(DataError, match=r"train.jsonl: none of its rows match where: year < 0; change the condition"):
         prepare(tmp_path, rows, encoder_tokenizer, where="year < 0")
+
+
+@pytest.mark.parametrize("text", ["", "  ", None, ["a list"]])
+def test_row_that_is_dropped_makes_no_class(text: Any, tmp_path: Path, encoder_tokenizer: Any) -> None:
+    rows: list[dict[str, Any]] = [*tiny.topic_rows(60), {"text": text, "label": "politics"}]
+    summary = prepare(tmp_path, rows, encoder_tokenizer)
+    assert summary.labels == ("food", "weather")
+    assert summary.dropped == {"no text": 1}
+    with pytest.raises(DataError, match="no row can be used: column 'text' "):
+        prepare(tmp_path / "other", [{**row, "text": text} for row in rows], encoder_tokenizer, text="text")

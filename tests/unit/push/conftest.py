@@ -30,7 +30,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 @pytest.fixture(scope="session")
 def _chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tiny.save_model(tmp_path_factory.mktemp("pushed") / "full", "llama")
-    notes = {"task": "causal-lm", "problem_type": "messages", "columns": {"messages": "messages"}, "labels": []}
+    notes = {"task": "causal-lm", "problem_type": "messages", "columns": {"messages": "messages"}}
+    notes |= {"labels": [], "joint": ""}
     (folder / "fulltune.json").write_text(json.dumps(notes), encoding="utf-8")
     (folder / "README.md").write_text("---\ntags:\n- fulltune\n---\n\n# cooking\n\nA tiny model.\n", encoding="utf-8")
     return folder

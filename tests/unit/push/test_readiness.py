@@ -35,7 +35,8 @@ def folder(run: Path) -> Path:
 
 
 def write_notes(folder: Path, task: str) -> None:
-    (folder / "fulltune.json").write_text(json.dumps({"task": task, "columns": {}}), encoding="utf-8")
+    notes = {"task": task, "problem_type": "any", "columns": {}, "labels": [], "joint": ""}
+    (folder / "fulltune.json").write_text(json.dumps(notes), encoding="utf-8")
 
 
 def save_model(tmp_path: Path, kind: str) -> Path:

@@ -76,6 +76,13 @@ def candidates(chance: np.random.Generator) -> Kept:
     return {"logits": chance.integers(0, 9, (ROWS, 16)).astype(np.float32), "loss": chance.random(ROWS)}
 
 
+def labelled_candidates(chance: np.random.Generator) -> Kept:
+    """Metrics of queries, as only whole queries can be scored."""
+    labels = np.stack([chance.integers(0, 40, ROWS), chance.integers(0, 3, ROWS)], axis=1)
+    rows = {"logits": chance.random((ROWS, 1)), "labels": labels, "loss": chance.random(ROWS)}
+    return dict(task_named("reranking").row_scores(rows, Target("relevance", {}, num_choices=3)))
+
+
 def tokens(chance: np.random.Generator) -> Kept:
     count = chance.integers(0, 30, ROWS).astype(float)
     return {"nll": chance.random(ROWS) * 3 * count, "tokens": count, "right": np.floor(chance.random(ROWS) * count)}
@@ -102,6 +109,7 @@ CASES: list[tuple[TaskName, Target, Any, str]] = [
     ("question-answering", Target("span", {}), questions, "f1 exact_match loss"),
     ("embedding", Target("query_and_positive", {}), queries, "ndcg@10 mrr@10 recall@1 recall@10 loss"),
     ("reranking", Target("ranking", {}), candidates, "ndcg@10 mrr@10 recall@1 loss"),
+    ("reranking", Target("relevance", {}), labelled_candidates, "ndcg@10 mrr@10 recall@1 loss"),
     ("causal-lm", Target("text", {}), tokens, "loss perplexity token_accuracy"),
     ("causal-lm", Target("chat", {}), generated, " ".join(OF_ANSWERS)),
     ("seq2seq", Target("source_target", {}), tokens, "loss perplexity token_accuracy"),

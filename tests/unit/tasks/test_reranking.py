@@ -51,7 +51,6 @@ def test_candidates_are_the_positive_the_negatives_and_what_bm25_ranks_highest()
     assert texts(sun) == ["the sun shines", "red", "the sun in rome is snow"]  # not its other positive
     assert texts(rain)[:2] == ["rain falls in oslo", "blue"]
     assert texts(rome) == ["rome is hot", "red", "the sun in rome is snow"]
-    assert sun[reranking.FIRST_STAGE][2] > sun[reranking.FIRST_STAGE][0] > sun[reranking.FIRST_STAGE][1] == 0
     assert all(row["labels"] == 0 and len(row["text_lengths"]) == 3 for row in (sun, rain, rome, snow))
     assert len(set(texts(snow))) == 3
 
@@ -74,7 +73,6 @@ def test_query_is_no_candidate_of_itself() -> None:
 
 def test_equal_scores_count_against_the_positive() -> None:
     logits = np.array([[1.0, 1.0, 0.0], [2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [np.nan, 0.0, 0.0]])
-    assert reranking.ranks({"logits": logits}).tolist() == [1, 0, 2, 2]
     values = reranking.metrics({"logits": logits}, Target("ranking", ROLES))
     assert values == pytest.approx(
         {"ndcg@10": (1 / np.log2(3) + 1 + 0.5 + 0.5) / 4, "mrr@10": (1 / 2 + 1 + 2 / 3) / 4, "recall@1": 1 / 4}

@@ -17,11 +17,11 @@ from fulltune.recipe.address import is_address
 from fulltune.recipe.data import UTF_8, TextRows
 from fulltune.recipe.selection import Selection
 from fulltune.tasks import Row
-from fulltune.tasks.columns import USUAL_NAMES, BadCell
+from fulltune.tasks.columns import USUAL_NAMES, BadCell, parse_cell
 from fulltune.text import counted
 
 LocatedRow = tuple[str, dict[str, Any]]
-_MAX_SHOWN = 5
+_MAX_SHOWN, _MAX_LINE = 5, 100_000_000
 _FILE_SIGNATURES = {
     b"\x1f\x8b": "compressed (gzip)",
     b"BZh": "compressed (bzip2)",
@@ -51,6 +51,8 @@ class DataFiles:
     columns: tuple[str, ...] | None = None
     """Column names of tables without a header line."""
     encoding: str = UTF_8
+    lists: tuple[str, ...] = ()
+    """Columns whose lists are read as one row for each item."""
     selections: Mapping[Path, Selection] = field(default_factory=dict)
     """What is read of each file, by default everything."""
     notes: dict[str, None] = field(default_factory=dict, compare=False)
@@ -82,7 +84,7 @@ class DataFiles:
                         columns.update(row)
                         if (selected := selection.select(row)) is not None:
                             num_kept += 1
-                            yield f"{name}:{line}", selected
+                            yield from _one_row_each((f"{name}:{line}", selected), self.lists)
                     if file.suffix.lower() == ".parquet" and selection.rows is None:  # some rows were not read
                         num_read = self.num_rows(file)
                 if not num_read and selection.rows is None:
@@ -120,11 +122,13 @@ class DataFiles:
             return
         if b"\0" not in "a".encode(self.encoding):
             with file.open("rb") as stream:
-                line = next((line for line, content in enumerate(stream, start=1) if 0 in content), None)
-            if line is not None:
-                raise DataError(
-                    f"{file}:{line}: contains NUL bytes (is it UTF-16?), but UTF-8 text was expected; {_SAVE_AS_UTF_8}"
-                )
+                for line, content in enumerate(stream, start=1):
+                    if 0 in content:
+                        problem = "contains NUL bytes (is it UTF-16?), but UTF-8 text was expected"
+                        raise DataError(f"{file}:{line}: {problem}; {_SAVE_AS_UTF_8}")
+                    if len(content) > _MAX_LINE and suffix != ".json":
+                        problem = f"{len(content):,} bytes in one line, expected at most {_MAX_LINE:,}"
+                        raise DataError(f"{file}:{line}: {problem}; split it into rows")
         match suffix:
             case ".csv" | ".tsv":
                 yield from text_files.read_csv_or_tsv(file, self.columns, self.encoding, self.notes)
@@ -144,6 +148,17 @@ class DataFiles:
             return row
         of_images = _image_columns(row, self.image_column)
         return {name: value if name in of_images else _decode_bytes(value) for name, value in row.items()}
+
+
+def _one_row_each(located: LocatedRow, names: Sequence[str]) -> Iterator[LocatedRow]:
+    """Yield a row for each item of the columns' lists, or the row itself if these are not lists of one length."""
+    place, row = located
+    lists = [cell for name in names if isinstance(cell := parse_cell(row.get(name)), list) and cell]
+    if not lists or {*map(len, lists)} != {len(lists[0])} or len(lists) < len(names):
+        yield located
+        return
+    for number, items in enumerate(zip(*lists, strict=True), start=1):
+        yield f"{place}, item {number}", {**row, **dict(zip(names, items, strict=True))}
 
 
 def locate_data_files(

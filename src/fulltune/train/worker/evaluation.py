@@ -51,7 +51,7 @@ class Evaluator(TrainingPart):
         arguments, rows = self.trainer.args, self.trainer.eval_rows
         size = self.inputs.plan.eval_batch_size
         self._predictions = distributed.predict_shared(rows, size, arguments, self.predict_rows)
-        if self.inputs.task.FACTS.contrasts:
+        if self.inputs.task.FACTS.completes_rows:
             self._predictions = self.inputs.task.row_scores(self._predictions, self.target)
         own = score_labels(self.inputs.recipe, self._predictions, self.target, self.inputs.data / "eval")
         means = {name: float(values.mean()) for name, values in own.items()}

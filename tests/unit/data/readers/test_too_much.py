@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
+import json
 import lzma
 import os
 import zipfile
@@ -149,3 +150,23 @@ def test_text_in_parts_says_the_same(monkeypatch: pytest.MonkeyPatch, text: str)
     monkeypatch.setattr(causal_lm, "PART_CHARACTERS", 64)
     [parts] = causal_lm.encode([{"text": text * 50}], target, tokenizer, 10_000)
     assert tokenizer.decode(parts[0].features["input_ids"]) == tokenizer.decode(whole[0].features["input_ids"])
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.txt"])
+def test_line_that_is_far_too_long_is_refused_before_it_is_read(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read, "_MAX_LINE", 1_000)
+    path = tmp_path / name
+    path.write_text(f"text\nshort\n{'word ' * 200}\n{'word ' * 201}\nlast\n")
+    with pytest.raises(DataError) as refused:
+        list(read.locate_data_files([str(path)]).rows())
+    said = "1,001 bytes in one line, expected at most 1,000; split it into rows"
+    assert refused.value.problems == (f"{path}:3: {said}",)
+
+
+def test_list_of_objects_may_be_on_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read, "_MAX_LINE", 1_000)
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"text": "word"}] * 200))
+    assert len(list(read.locate_data_files([str(path)]).rows())) == 200
