@@ -23,6 +23,7 @@ import sys
 from pathlib import Path
 
 from bench import results
+from bench.smoke import smoke
 from bench.suite import PARTS, release
 
 
@@ -42,7 +43,11 @@ def main() -> int:
     writing.add_argument("file", type=Path, nargs="?", default=Path("runs/release/results.jsonl"))
     comparing = commands.add_parser("compare", help="figures of two releases side by side")
     comparing.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    smoking = commands.add_parser("smoke", help="whether each part still runs to its end, in minutes")
+    smoking.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
     options = parser.parse_args()
+    if options.command == "smoke":
+        return smoke(options.only)
     if options.command == "release":
         folder, last = options.folder.resolve(), results.newest()
         folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from bench.results import Figure
-from bench.runs import Records, script
+from bench.runs import SMOKE, Records, script
 
 from fulltune.compare.sequential import WAITING_SHARE, plan_next_seeds
 from fulltune.compare.verdict import MethodOutputs, Terms, decide_verdict
@@ -158,7 +158,7 @@ def detectable(differences: list[Difference]) -> float:
 
 
 def measure(folder: Path, quick: bool) -> Iterator[Figure]:
-    records, comparisons = Records(folder / "rates.jsonl"), 200
+    records, comparisons = Records(folder / "rates.jsonl"), 2 if SMOKE else 200
     cells = itertools.product((0.0, 0.005, 0.013, 0.026), (1000, 3000), (2, 3, 5), (1, 3))
     counted: dict[str, list[dict[str, float]]] = {}
     for number, cell in enumerate([(0.013, 1000, 3, 1)] if quick else cells):

@@ -17,7 +17,7 @@ from unittest import mock
 
 from bench.clean_steps import KINDS, prepared
 from bench.results import Figure
-from bench.runs import Records, fresh, script
+from bench.runs import SMOKE, Records, fresh, script
 from tests.train.runs import in_this_process
 
 from fulltune import api, load_recipe, pipeline
@@ -61,7 +61,7 @@ def share(folder: Path, name: str, steps: int) -> float:
 
 
 def measure(folder: Path, quick: bool) -> Iterator[Figure]:
-    records, steps = Records(folder / "shares.jsonl"), 40 if quick else 150
+    records, steps = Records(folder / "shares.jsonl"), 4 if SMOKE else 40 if quick else 150
     for name, bar in BARS.items():
         title = {"classes-minilm": "MiniLM-L6", "classes-bert": "a random BERT of two layers"}[name]
         taken = records.get(name, share, folder, name, steps)

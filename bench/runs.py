@@ -20,6 +20,8 @@ from bench.results import ROOT, Figure, number
 
 Measure = Callable[..., Iterator[Figure]]
 """A part of the suite: from its folder, and whether it shall be quick, to figures."""
+SMOKE = "FULLTUNE_BENCH_SMOKE" in os.environ
+"""Whether parts, which are quick then, are only to reach their ends with tiny models and rows (`bench/smoke.py`)."""
 
 
 def script(measure: Measure, description: str | None, **numbers: str) -> None:
