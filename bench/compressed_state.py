@@ -42,7 +42,7 @@ def scored(folder: Path, case: str, state: str, seed: int, quick: bool) -> float
         "model": {"name": blocks["model"], "weights_dtype": dtype},
         "data": {part: str(next(folder.glob(f"{part}.*"))) for part in ("train", "eval", "test")} | columns,
         "method": {"kind": "full"} | ({"learning_rate": 5e-5} if case == "gsm8k" else {}),
-        "train": {"optim": optim, "seed": seed, "num_train_epochs": 2 if case == "gsm8k" else 3},
+        "train": {"optim": optim, "seed": seed, "num_train_epochs": 1 if SMOKE else 2 if case == "gsm8k" else 3},
         "evaluate": {"baselines": False, "generate_rows": 0},
         "preserve": {"drift": False},
     }
@@ -61,7 +61,7 @@ def measure(folder: Path, quick: bool) -> Iterator[Figure]:
                 records.get(f"{case} {state} {seed}", scored, folder / "run", case, state, seed, quick)
                 for seed in SEEDS[: 2 if quick else 3]
             ]
-            for state in STATES
+            for state in list(STATES)[: 2 if SMOKE else None]
         }
         for state, of_seeds in values.items():
             print(f"{case}, {state}: {metric} {', '.join(f'{value:.4f}' for value in of_seeds)}", flush=True)

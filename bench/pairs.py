@@ -41,7 +41,7 @@ RECIPE = f"""\
 model: {{name: {MINILM}, pairs: auto}}
 task: text-classification
 data: {{train: train.csv, test: test.csv, text: text, text_pair: text_pair, label: label}}
-train: {{device: cpu}}
+train: {{device: cpu{", num_train_epochs: 1" * SMOKE}}}
 preserve: {{drift: false}}
 output: .
 """

@@ -25,7 +25,7 @@ RECIPE = f"""\
 model: {MINILM}
 task: text-classification
 data: {{train: train.csv, eval: eval.csv, test: test.csv, text: text, label: label}}
-train: {{device: cpu, num_train_epochs: 4}}
+train: {{device: cpu, num_train_epochs: {1 if SMOKE else 4}}}
 preserve: {{drift: false}}
 evaluate: {{positive_label: {RARE}, metric: average_precision, baselines: false}}
 output: .

@@ -91,6 +91,10 @@ def _start_a_fork(*given: Any) -> None:
         for name, number in (("p2cread", 0), ("c2pwrite", 1), ("errwrite", 2)):
             if found[name] != -1:
                 os.dup2(found[name], number)
+        for number in [int(place.name) for place in Path("/proc/self/fd").iterdir()]:  # as exec does: a lock must not outlive its owner
+            with contextlib.suppress(OSError):
+                if number > 2 and not os.get_inheritable(number):
+                    os.close(number)
         if found["start_new_session"]:
             os.setsid()
         if found["process_group"] != -1:

@@ -1,0 +1,1 @@
+"""What stands behind the claims of docs/evidence.md; `python -m bench` measures them again."""
