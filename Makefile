@@ -7,7 +7,7 @@ WORKERS := -n auto --dist worksteal
 # What is compiled is kept, also where a container says otherwise: tests start hundreds of processes.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: quickstart chat-example test test-fast test-plain test-long test-zero gpu-paths gpu-day release lint types docs dist clean
+.PHONY: quickstart chat-example test test-fast test-plain test-long test-zero gpu-paths gpu-day release lint types docs dist clean bench-smoke
 
 $(VENV)/quickstart: pyproject.toml constraints-quickstart.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "fulltune needs Python 3.11 or newer; try: make PYTHON=python3.11")'
@@ -106,3 +106,7 @@ dist: $(VENV)/dev
 
 clean:
 	rm -rf $(VENV) runs dist
+
+# Whether each script behind a claim still runs to its end, with tiny models and made-up rows: minutes.
+bench-smoke: $(VENV)/dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m bench smoke

@@ -29,12 +29,7 @@ CHAT = {"train": str(ROOT / "examples/data/library.jsonl"), "messages": "message
 OFTEN = {"eval_strategy": "steps", "global_batch_size": 16}
 STEPS = {"max_steps": 2, "eval_steps": 1} if SMOKE else {"max_steps": 240, "eval_steps": 20}
 CASES: dict[str, tuple[str, float, dict[str, Any], dict[str, Any]]] = {
-    "planted": (
-        "number_match",
-        3e-3,
-        PAIRS,
-        {**OFTEN, **STEPS, "precision": "fp32"},
-    ),
+    "planted": ("number_match", 3e-3, PAIRS, {**OFTEN, **STEPS, "precision": "fp32"}),
     "gsm8k": ("number_match", 5e-5, PAIRS, {**OFTEN, "num_train_epochs": 3, "eval_steps": 60}),
     "chat": ("chrf", 5e-5, CHAT, {"num_train_epochs": 5, "global_batch_size": 8}),
 }

@@ -91,7 +91,7 @@ def gsm8k(folder: Path, rows: int) -> None:
     train, test = (source(f"gsm8k/{name}.jsonl").read_text(encoding="utf-8").splitlines() for name in ("train", "test"))
     lines = shuffled(train)
     held = min(60, len(lines) // 4)
-    parts = {"eval": lines[:held], "train": lines[held : held + rows or None], "test": test[:200]}
+    parts = {"eval": lines[:held], "train": lines[held:][: rows or None], "test": test[:200]}
     for name, part in parts.items():
         (folder / f"{name}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from bench.limited import ProcessTree
 from bench.runs import SMOKE, environment
 
 from fulltune.train.parent import spawn
@@ -76,7 +77,7 @@ def _start_a_fork(*given: Any) -> None:
     found = _PARAMETERS.bind(*given).arguments
     process, words = found["self"], found["args"]
     # huggingface_hub reads its server's address as it is imported.
-    if words[0] != sys.executable or words[1] == "-S" or "HF_ENDPOINT" in (found["env"] or {}):
+    if words[0] != sys.executable or words[1:2] == ["-S"] or "HF_ENDPOINT" in (found["env"] or {}):
         _start(*given)
         return
     sys.stdout.flush()
@@ -91,7 +92,8 @@ def _start_a_fork(*given: Any) -> None:
         for name, number in (("p2cread", 0), ("c2pwrite", 1), ("errwrite", 2)):
             if found[name] != -1:
                 os.dup2(found[name], number)
-        for number in [int(place.name) for place in Path("/proc/self/fd").iterdir()]:  # as exec does: a lock must not outlive its owner
+        # As exec does: the lock of a folder must not outlive the process that holds it.
+        for number in [int(place.name) for place in Path("/proc/self/fd").iterdir()]:
             with contextlib.suppress(OSError):
                 if number > 2 and not os.get_inheritable(number):
                     os.close(number)
@@ -178,14 +180,12 @@ def _parts_in_turn(parts: Sequence[str], folder: Path, at_once: int) -> Iterator
             part = waiting.pop(0)
             if (pid := os.fork()) == 0:
                 with _ending():
-                    os.setpgid(0, 0)
                     spawn.die_with_parent(os.getppid())
                     _run_part(part, folder / part)
             running[pid] = part, time.monotonic()
         for pid, (_, began) in running.items():
             if time.monotonic() - began > SECONDS:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(pid, signal.SIGKILL)
+                ProcessTree(pid).kill()
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid in running:
             part, began = running.pop(pid)

@@ -1,1 +1,0 @@
-"""What stands behind the claims of docs/evidence.md; `python -m bench` measures them again."""
