@@ -27,15 +27,15 @@ from bench.results import Figure
 from bench.runs import SMOKE, Records, fresh, fulltune, interleaved, median_ratio, run, script, seconds_and_peak
 from tests import tiny
 
-PACKAGES = ("sklearn", "scipy", "numpy", "transformers", "accelerate", "pydantic", "torch", "peft")
-PACKAGES = PACKAGES[-1:] if SMOKE else PACKAGES
+PACKAGES = ["sklearn", "scipy", "numpy", "transformers", "accelerate", "pydantic", "torch", "peft"]
 GLOBAL, MICRO, RATE = (8, 4, 5e-5) if SMOKE else (64, 16, 5e-5)
 Row = dict[str, str]
 
 
 def docstrings() -> Iterator[Row]:
     """Yield the first lines of docstrings with the code below them, of the packages' files in a fixed order."""
-    folders = [Path(spec.submodule_search_locations[0]) for name in PACKAGES if (spec := find_spec(name))]
+    specs = [spec for name in (PACKAGES[-1:] if SMOKE else PACKAGES) if (spec := find_spec(name))]
+    folders = [Path(folder) for spec in specs for folder in spec.submodule_search_locations or ()]
     for file in shuffled(sorted(file for folder in folders for file in folder.rglob("*.py"))):
         try:
             text = file.read_text(encoding="utf-8")

@@ -85,7 +85,8 @@ def simulated(rows: int, seed_sd: float) -> Source:
 
 def outputs(trials: Sequence[np.ndarray]) -> list[MethodOutputs]:
     names = ["full", *(f"rival{number}" for number in range(1, len(trials)))]
-    kinds: list[MethodKind] = ["full", *(["lora"] * (len(trials) - 1))]
+    rivals: list[MethodKind] = ["lora"] * (len(trials) - 1)
+    kinds: list[MethodKind] = ["full", *rivals]
     methods = []
     for name, kind, right, cost in zip(names, kinds, trials, [2.0, *([1.0] * (len(trials) - 1))], strict=True):
         items = [

@@ -115,8 +115,7 @@ FAULTS: dict[str, Inside | Outside] = {
     "torn checkpoint": Outside(process_faults.kill_all, process_faults.tear, exits=-9),
     "flipped byte in a checkpoint": Outside(process_faults.kill_all, process_faults.flip, exits=-9),
 }
-QUICK = (CLEAN, CONTROL, "NaN gradient, 1 step", "rate x30, 5 steps", "kill -9 of the worker")
-QUICK = (CLEAN, CONTROL, "NaN gradient, 1 step", "kill -9 of the worker") if SMOKE else QUICK
+QUICK = (CLEAN, CONTROL, "NaN gradient, 1 step", *["rate x30, 5 steps"] * (not SMOKE), "kill -9 of the worker")
 
 
 # ---- a run ---------------------------------------------------------------------------------------------------------

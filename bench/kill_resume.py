@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 from bench import process_faults
@@ -37,7 +38,7 @@ STRIKES: dict[str, process_faults.Strike] = {
     "the last process": process_faults.kill_last_rank,
     "all": process_faults.kill_all,
 }
-QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+QUIET: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 def write_rows(path: Path, count: int = 300) -> None:

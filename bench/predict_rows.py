@@ -41,8 +41,8 @@ def write_model(folder: Path, name: str) -> Path:
     model = load_model(base, changes, head_is_new=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    notes = {"task": "text-classification", "problem_type": "single_label", "columns": columns, "labels": LABELS}
-    notes |= {"joint": "", "num_choices": 0, "stride": None, "max_length": 128, "temperature": 1.3}
+    notes: dict[str, Any] = {"task": "text-classification", "problem_type": "single_label", "columns": columns}
+    notes |= {"labels": LABELS, "joint": "", "num_choices": 0, "stride": None, "max_length": 128, "temperature": 1.3}
     (folder / "fulltune.json").write_text(json.dumps(notes), encoding="utf-8")
     return folder
 
@@ -98,7 +98,7 @@ def theirs(model: Path, file: Path, output: Path) -> Callable[[], float]:
     return timed(answer)
 
 
-def timed(work: Callable[[], None]) -> Callable[[], float]:
+def timed(work: Callable[[], object]) -> Callable[[], float]:
     def seconds() -> float:
         began = time.monotonic()
         work()

@@ -196,8 +196,8 @@ def _parts_in_turn(parts: Sequence[str], folder: Path, at_once: int) -> Iterator
 def smoke(parts: Sequence[str]) -> int:
     """Run the parts with a line for each; the exit code is 1 if one of them ends in an error."""
     if not SMOKE:  # a new process: models and sizes are read as modules are imported
-        with tempfile.TemporaryDirectory(prefix="fulltune-bench-") as folder:
-            variables = {"FULLTUNE_BENCH_SMOKE": "1", "FULLTUNE_BENCH_DATA": folder, "OMP_NUM_THREADS": "1"}
+        with tempfile.TemporaryDirectory(prefix="fulltune-bench-") as place:
+            variables = {"FULLTUNE_BENCH_SMOKE": "1", "FULLTUNE_BENCH_DATA": place, "OMP_NUM_THREADS": "1"}
             command = [sys.executable, "-X", f"{' ' * 4000}", "-m", "bench", "smoke", "--only", *parts]
             return subprocess.run(command, env=environment(**variables), check=False).returncode
     from tests.train.runs import without_tracing
