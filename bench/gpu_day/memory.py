@@ -48,9 +48,9 @@ GRID = (
     sized("llama 400 M, fp32, recomputed", *MIDDLE, (2, 1024), config=TIED, heads=15, checkpointing=True),
     sized("llama 400 M, bf16, 8-bit moments", *MIDDLE, (2, 1024), config=TIED, heads=15, optim="adamw_8bit", **HALF),
     sized("llama 400 M, bf16 weights", *MIDDLE, (2, 1024), config=TIED, heads=15, optim="adamw_bf16", **NARROW),
-    sized("llama 1.1 B, bf16, 8-bit moments, recomputed", *BILLION, (2, 1024), **HALF, **TIGHT),
+    sized("llama 1.1 B, bf16, 8-bit moments, recomputed", *BILLION, (2, 1024), **HALF | TIGHT),
 )  # fmt: skip
-TINY = (sized("tiny llama, bf16, 8-bit moments, recomputed", "llama", (64, 2, 2000), (2, 64), **HALF, **TIGHT),)
+TINY = (sized("tiny llama, bf16, 8-bit moments, recomputed", "llama", (64, 2, 2000), (2, 64), **HALF | TIGHT),)
 
 SMALLEST = sized("smallest", "llama", (64, 2, 2000), (2, 64), **HALF)
 
