@@ -141,6 +141,7 @@ def commands_of_docs() -> dict[str, set[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("module", ["bench", "bench.gpu_day", *(f"bench.{part}" for part in suite.PARTS)])
 def test_scripts_start_and_know_what_docs_give_them(
     module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
