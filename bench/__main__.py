@@ -1,19 +1,19 @@
 """The release suite: what fulltune claims about itself, measured again on this machine.
 
     python -m bench release            # every part; hours
-    python -m bench release --quick    # every part with fewer rows, steps and repeats; about 20 minutes
+    python -m bench release --quick    # every part with fewer rows, steps and repeats
     python -m bench table              # keep the results for this version, and write them into docs/evidence.md
     python -m bench compare [OLD] NEW  # figures of two releases side by side; by default the last release's
+    python -m bench smoke              # whether every part still runs to its end, with tiny models and rows; minutes
 
 A part is a module of this folder (`bench/suite.py: PARTS`) whose `measure(folder, quick)` yields figures, each with a
 bar that fails the release. The runner starts each part in a process of its own and appends its figures to
 FOLDER/results.jsonl once the part has ended; the same command resumes with the parts that are not in there, and within
 a part behind the last measurement that was kept (`runs.Records`). `python -m bench.PART [--quick]` runs one alone.
 When a release is cut, `table` copies its results to `bench/releases/VERSION.jsonl` (`bench/results.py` has the schema)
-and writes the page; the next release is compared with them. Beside the suite stand two tools for a change,
-`two_versions` and `planted_faults`, the day on a GPU, `gpu_day`, and what others need for a streamed model,
-`stream_rivals`. Data sets: FULLTUNE_BENCH_DATA, see `bench/public_data.py`. A script that has no bar does not belong
-here: its figures stand in the commit that made them.
+and writes the page; the next release is compared with them. Beside the suite stands the day on a GPU, `gpu_day`. Data
+sets: FULLTUNE_BENCH_DATA, see `bench/public_data.py`. A script that has no bar does not belong here: its figures stand
+in the commit that made them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import sys
 from pathlib import Path
 
 from bench import results
+from bench.smoke import smoke
 from bench.suite import PARTS, release
 
 
@@ -42,7 +43,11 @@ def main() -> int:
     writing.add_argument("file", type=Path, nargs="?", default=Path("runs/release/results.jsonl"))
     comparing = commands.add_parser("compare", help="figures of two releases side by side")
     comparing.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    smoking = commands.add_parser("smoke", help="whether each part still runs to its end, in minutes")
+    smoking.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
     options = parser.parse_args()
+    if options.command == "smoke":
+        return smoke(options.only)
     if options.command == "release":
         folder, last = options.folder.resolve(), results.newest()
         folder.mkdir(parents=True, exist_ok=True)

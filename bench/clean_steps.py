@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench.public_data import MINILM, answer_lengths, banking77, shakespeare, wnut17
 from bench.results import Figure
-from bench.runs import Records, events, fresh, fulltune, run, script
+from bench.runs import SMOKE, Records, events, fresh, fulltune, run, script
 from tests import tiny
 
 from fulltune.train.loop import step_guard
@@ -63,7 +63,7 @@ KINDS = {
     "written-bart": Kind("bart", WRITTEN, banking77, 1000, (1e-3,), batch=16),
     "prompts-mistral-8": Kind("mistral", PROMPTS, banking77, 2000, (1e-3,), batch=4),
 }
-QUICK = {"classes-bert": 250, "prompts-llama": 250}
+QUICK = {"classes-bert": 10, "prompts-llama": 10} if SMOKE else {"classes-bert": 250, "prompts-llama": 250}
 """Steps of each kind."""
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bench.public_data import MINILM, joined_sentences
 from bench.results import Figure
-from bench.runs import Records, fresh, interleaved, median_ratio, script, seconds_and_peak
+from bench.runs import SMOKE, Records, fresh, interleaved, median_ratio, script, seconds_and_peak
 
 PROGRAM = (
     "import sys; from fulltune import api, pipeline; pipeline.prepare(api.job(sys.argv[1], run_folder=sys.argv[2]))"
@@ -46,7 +46,7 @@ def with_datasets(file: Path, folder: Path) -> None:
 
 
 def measure(folder: Path, quick: bool) -> Iterator[Figure]:
-    rows, repeats = (20_000, 1) if quick else (200_000, 5)
+    rows, repeats = (2_000 if SMOKE else 20_000, 1) if quick else (200_000, 5)
     file = folder / "rows.csv"
     if not file.exists():
         joined_sentences(file, rows)

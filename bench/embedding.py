@@ -24,17 +24,18 @@ from typing import Any
 import yaml
 from bench.public_data import MINILM, banking77, is_installed, shuffled
 from bench.results import Figure
-from bench.runs import Records, fresh, fulltune, interleaved, median_ratio, run, script, seconds_and_peak
+from bench.runs import SMOKE, Records, fresh, fulltune, interleaved, median_ratio, run, script, seconds_and_peak
 from tests import tiny
 
-PACKAGES = ("sklearn", "scipy", "numpy", "transformers", "accelerate", "pydantic", "torch", "peft")
-GLOBAL, MICRO, RATE = 64, 16, 5e-5
+PACKAGES = ["sklearn", "scipy", "numpy", "transformers", "accelerate", "pydantic", "torch", "peft"]
+GLOBAL, MICRO, RATE = (8, 4, 5e-5) if SMOKE else (64, 16, 5e-5)
 Row = dict[str, str]
 
 
 def docstrings() -> Iterator[Row]:
     """Yield the first lines of docstrings with the code below them, of the packages' files in a fixed order."""
-    folders = [Path(spec.submodule_search_locations[0]) for name in PACKAGES if (spec := find_spec(name))]
+    specs = [spec for name in (PACKAGES[-1:] if SMOKE else PACKAGES) if (spec := find_spec(name))]
+    folders = [Path(folder) for spec in specs for folder in spec.submodule_search_locations or ()]
     for file in shuffled(sorted(file for folder in folders for file in folder.rglob("*.py"))):
         try:
             text = file.read_text(encoding="utf-8")
@@ -67,10 +68,10 @@ def trained(folder: Path, name: str, quick: bool) -> dict[str, Any]:
     fresh(folder)
     data: dict[str, Any] = {"train": "rows.jsonl", "group": "module", "max_length": 96}
     if name == "Banking77":
-        banking77(folder, 800 if quick else 0, 0.1 if quick else 1.0)
+        banking77(folder, 40 if SMOKE else 800 if quick else 0, 0.5 if SMOKE else 0.1 if quick else 1.0)
         data = {part: f"{part}.csv" for part in ("train", "eval", "test")} | {"text": "text", "label": "category"}
     else:
-        write_docstrings(folder, 640 if quick else 12_000)
+        write_docstrings(folder, 40 if SMOKE else 640 if quick else 12_000)
     train = {"global_batch_size": GLOBAL, "micro_batch_size": MICRO, "device": "cpu", "num_train_epochs": 1}
     blocks = {"model": MINILM, "task": "embedding", "data": data, "train": train, "preserve": {"drift": False}}
     return scored(folder, blocks)
@@ -175,7 +176,7 @@ def measure(folder: Path, quick: bool = False) -> Iterator[Figure]:
     if not (folder / "steps" / "rows.jsonl").exists():
         write_docstrings(folder / "steps", steps * GLOBAL)
     sides = {side: (lambda side=side: timed(folder / "steps", side, steps)) for side in ("ours", "theirs")}
-    both = interleaved(sides, 2 if quick else 3, records)
+    both = interleaved(sides, 1 if SMOKE else 2 if quick else 3, records)
     pairs = zip(both["ours"][0]["losses"], both["theirs"][0]["losses"], strict=True)
     yield Figure("loss, largest difference", max(abs(one - other) for one, other in pairs), "", at_most=1e-5)
     seconds, peaks = ([[one[name] for one in side] for side in both.values()] for name in ("seconds", "peak"))

@@ -21,7 +21,7 @@ import torch
 from bench import process_faults
 from bench.public_data import SMOLLM2, gsm8k
 from bench.results import Figure
-from bench.runs import Records, environment, events, fresh, fulltune, run, script
+from bench.runs import SMOKE, Records, environment, events, fresh, fulltune, run, script
 from tests import tiny
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -29,7 +29,7 @@ from fulltune.models.base import Base
 from fulltune.models.load import load_model
 from fulltune.recipe.model import ModelBlock
 
-EXPERTS, EACH, STEPS, EQUAL = 4, 2, 50, 20
+EXPERTS, EACH, STEPS, EQUAL = 4, 2, 8 if SMOKE else 50, 20
 LIKE_THE_DENSE = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
     *("num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters"),

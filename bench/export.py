@@ -15,7 +15,7 @@ from typing import Any
 
 from bench.public_data import MINILM, SMOLLM2, banking77, gsm8k
 from bench.results import Figure
-from bench.runs import Records, fresh, fulltune, run, script
+from bench.runs import SMOKE, Records, fresh, fulltune, run, script
 
 LARGEST = "largest relative difference of logits"
 ANSWER = {"text": ["soup"], "answer_start": [0]}
@@ -57,13 +57,13 @@ def measure(folder: Path, quick: bool) -> Iterator[Figure]:
         banking77(fresh(banking), 500 if quick else 0, 1 / 3 if quick else 1.0)
     data = {"train": "train.csv", "eval": "eval.csv", "test": "test.csv"}
     data |= {"text": "text", "label": "category"}
-    trained = train(banking, 60 if quick else 300, model=MINILM, task="text-classification", data=data)
+    trained = train(banking, 2 if SMOKE else 60 if quick else 300, model=MINILM, task="text-classification", data=data)
     largest = float(records.get("MiniLM", export, trained, "onnx")["results"][LARGEST])
     yield Figure(f"MiniLM-L6 in ONNX: {LARGEST}", largest, "x", at_most=1e-4)
     lost = records.get("MiniLM int8", export, trained, "onnx", "--quantize=int8")["metrics"]["accuracy"]["difference"]
     yield Figure("accuracy of MiniLM-L6 in ONNX int8 less the model's", lost["value"], "", at_least=-0.02)
     yield Figure("the lower end of its interval", lost["low"], "", at_least=-0.03)
-    for task, (name, row) in ROWS.items():
+    for task, (name, row) in list(ROWS.items())[: 1 if SMOKE else None]:
         if not (place := folder / task).exists() and row is not None:
             tiny.save_model(place / "model", "bert")
             texts = [
@@ -78,7 +78,7 @@ def measure(folder: Path, quick: bool) -> Iterator[Figure]:
         largest = float(records.get(name, export, trained, "onnx")["results"][LARGEST])
         yield Figure(f"tiny {name} in ONNX: {LARGEST}", largest, "x", at_most=1e-4)
     if not (solved := folder / "smollm2").exists():
-        gsm8k(fresh(solved), 64)
+        gsm8k(fresh(solved), 8 if SMOKE else 64)
         for rows in solved.glob("*.jsonl"):
             # transformers reads SmolLM2's tokenizer from GGUF without its splitting of digits: two spaces and a digit
             # give other tokens in llama.cpp, and the export is refused.
@@ -86,7 +86,7 @@ def measure(folder: Path, quick: bool) -> Iterator[Figure]:
     data = {"train": "train.jsonl", "eval": "eval.jsonl", "test": "test.jsonl"}
     data |= {"prompt": "question", "completion": "answer"}
     trained = train(solved, 4, model=SMOLLM2, task="causal-lm", data={**data, "max_length": 256})
-    for stored, limit, most, option in STORED:
+    for stored, limit, most, option in STORED[: 1 if SMOKE else None]:
         whole = records.get(f"SmolLM2 {stored}", export, trained, "gguf", option)
         kl = float(whole["results"]["mean KL divergence, in nats"])
         yield Figure(f"SmolLM2-135M in GGUF {stored}: mean KL divergence per token", kl, "nats", at_most=limit)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from bench.results import Figure
-from bench.runs import Records, script
+from bench.runs import SMOKE, Records, script
 
 from fulltune.compare.sequential import WAITING_SHARE, plan_next_seeds
 from fulltune.compare.verdict import MethodOutputs, Terms, decide_verdict
@@ -85,7 +85,8 @@ def simulated(rows: int, seed_sd: float) -> Source:
 
 def outputs(trials: Sequence[np.ndarray]) -> list[MethodOutputs]:
     names = ["full", *(f"rival{number}" for number in range(1, len(trials)))]
-    kinds: list[MethodKind] = ["full", *(["lora"] * (len(trials) - 1))]
+    rivals: list[MethodKind] = ["lora"] * (len(trials) - 1)
+    kinds: list[MethodKind] = ["full", *rivals]
     methods = []
     for name, kind, right, cost in zip(names, kinds, trials, [2.0, *([1.0] * (len(trials) - 1))], strict=True):
         items = [
@@ -158,7 +159,7 @@ def detectable(differences: list[Difference]) -> float:
 
 
 def measure(folder: Path, quick: bool) -> Iterator[Figure]:
-    records, comparisons = Records(folder / "rates.jsonl"), 200
+    records, comparisons = Records(folder / "rates.jsonl"), 2 if SMOKE else 200
     cells = itertools.product((0.0, 0.005, 0.013, 0.026), (1000, 3000), (2, 3, 5), (1, 3))
     counted: dict[str, list[dict[str, float]]] = {}
     for number, cell in enumerate([(0.013, 1000, 3, 1)] if quick else cells):

@@ -34,7 +34,7 @@ from bench.clean_steps import KINDS, prepared
 from bench.faulty_command import Fault
 from bench.public_data import banking77
 from bench.results import Figure
-from bench.runs import Records, environment, events, script
+from bench.runs import SMOKE, Records, environment, events, script
 
 from fulltune.records.plan import Plan
 from fulltune.stats.bootstrap import Resampled
@@ -58,7 +58,7 @@ class Training:
 
 
 TRAININGS = {
-    "prompts-llama": Training(3e-3, 260),
+    "prompts-llama": Training(3e-3, 24 if SMOKE else 260),
     "written-t5": Training(3e-3, 260),
     "classes-minilm": Training(5e-5, 160, batch=4),
     "numbers-bert": Training(1e-3, 260),
@@ -115,7 +115,7 @@ FAULTS: dict[str, Inside | Outside] = {
     "torn checkpoint": Outside(process_faults.kill_all, process_faults.tear, exits=-9),
     "flipped byte in a checkpoint": Outside(process_faults.kill_all, process_faults.flip, exits=-9),
 }
-QUICK = (CLEAN, CONTROL, "NaN gradient, 1 step", "rate x30, 5 steps", "kill -9 of the worker")
+QUICK = (CLEAN, CONTROL, "NaN gradient, 1 step", *["rate x30, 5 steps"] * (not SMOKE), "kill -9 of the worker")
 
 
 # ---- a run ---------------------------------------------------------------------------------------------------------

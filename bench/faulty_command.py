@@ -13,7 +13,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def kept_footprints(folder: str) -> Iterator[None]:
     from fulltune.footprint import trace
     from fulltune.footprint.records import Footprint
 
-    real = trace.trace_footprint
+    real: Callable[[Any], Footprint] = vars(trace)["trace_footprint"]  # it may be patched
 
     def traced(case: Any) -> Footprint:
         name = f"{type(case.config).__name__}-{case.precision}-{case.weights_dtype}-{case.attn_implementation}.json"

@@ -8,7 +8,7 @@ the judgement (with the one wait for the device) and the update meter. On a CPU 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +17,7 @@ from unittest import mock
 
 from bench.clean_steps import KINDS, prepared
 from bench.results import Figure
-from bench.runs import Records, fresh, script
+from bench.runs import SMOKE, Records, fresh, script
 from tests.train.runs import in_this_process
 
 from fulltune import api, load_recipe, pipeline
@@ -28,7 +28,7 @@ PARTS = ((FullTrainer, "_judge_step"), (UpdateMeter, "on_step_begin"), (UpdateMe
 BARS = {"classes-minilm": 0.01, "classes-bert": 0.03}
 
 
-def timed(owner: type, name: str, seconds: Counter[str]) -> Any:
+def timed(owner: type, name: str, seconds: dict[str, float]) -> Any:
     """Patch a method by one that counts its seconds."""
     real: Callable[..., Any] = getattr(owner, name)
 
@@ -50,7 +50,7 @@ def share(folder: Path, name: str, steps: int) -> float:
     changes = ["method.learning_rate=2e-4", *(f"train.{key}={value}" for key, value in values.items())]
     recipe = load_recipe(place / "recipe.yaml", changes)
     job = api.job(recipe, run_folder=fresh(place / "run"), listener=lambda event: None)
-    seconds: Counter[str] = Counter()
+    seconds = defaultdict[str, float](float)
     with ExitStack() as patches:
         patches.enter_context(in_this_process())
         for owner, method in (*PARTS, (FullTrainer, "_run_epoch")):
@@ -61,7 +61,7 @@ def share(folder: Path, name: str, steps: int) -> float:
 
 
 def measure(folder: Path, quick: bool) -> Iterator[Figure]:
-    records, steps = Records(folder / "shares.jsonl"), 40 if quick else 150
+    records, steps = Records(folder / "shares.jsonl"), 4 if SMOKE else 40 if quick else 150
     for name, bar in BARS.items():
         title = {"classes-minilm": "MiniLM-L6", "classes-bert": "a random BERT of two layers"}[name]
         taken = records.get(name, share, folder, name, steps)

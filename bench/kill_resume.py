@@ -14,12 +14,13 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 from bench import process_faults
 from bench.public_data import MINILM
 from bench.results import Figure
-from bench.runs import Records, environment, events, fresh, fulltune, run, script
+from bench.runs import SMOKE, Records, environment, events, fresh, fulltune, run, script
 
 RECIPE = f"""\
 model: {{{{name: {MINILM}}}}}
@@ -37,7 +38,7 @@ STRIKES: dict[str, process_faults.Strike] = {
     "the last process": process_faults.kill_last_rank,
     "all": process_faults.kill_all,
 }
-QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+QUIET: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 def write_rows(path: Path, count: int = 300) -> None:
@@ -89,8 +90,8 @@ def kill_once(recipe: Path, run_folder: Path, number: int, total: int) -> str:
 
 
 def measure(folder: Path, quick: bool) -> Iterator[Figure]:
-    write_rows(folder / "train.csv")
-    for processes, kills in ((1, 2),) if quick else ((1, 25), (2, 25)):
+    write_rows(folder / "train.csv", 60 if SMOKE else 300)
+    for processes, kills in ((1, 1 if SMOKE else 2),) if quick else ((1, 25), (2, 25)):
         records = Records(folder / f"{processes}.jsonl")
         recipe = folder / f"recipe-{processes}.yaml"
         recipe.write_text(RECIPE.format(processes=processes), encoding="utf-8")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.results import Figure
-from bench.runs import script
+from bench.runs import SMOKE, script
 from tests import tiny
 from tests.contract import malformed
 from tests.contract.command import fulltune
@@ -76,7 +76,7 @@ def measure(folder: Path, quick: bool) -> Iterator[Figure]:
     models, processors = _models(folder / "models")
     # Loads in this process what the command loads: each fork has it then.
     _run(malformed.make(0, folder / "first"), models["text-classification"], processors)
-    count = 60 if quick else 1000
+    count = 2 if SMOKE else 60 if quick else 1000
     wrong = sum(bool(problems(seed, folder, models, processors)) for seed in range(FIRST_SEED, FIRST_SEED + count))
     name = f"malformed files of {count:,} that are read wrong, refused without a reason, or crash"
     yield Figure(name, wrong, "files", at_most=0)

@@ -18,7 +18,7 @@ from pathlib import Path
 from bench.public_data import MINILM, SMOLLM2, is_installed
 from bench.random_models import TASKS, TIED, Cell, sized, write_recipe
 from bench.results import Figure
-from bench.runs import Records, fulltune, run, script
+from bench.runs import SMOKE, Records, fulltune, run, script
 
 SCORED = (
     Cell("minilm", MINILM, rows=16, length=128),
@@ -120,6 +120,7 @@ def errors(
 def measure(folder: Path, quick: bool) -> Iterator[Figure]:
     records = Records(folder / "cells.jsonl")
     cells = [cell for cell in SCORED if cell.name in QUICK] if quick else [*SCORED, *drawn(7), *drawn(11)]
+    cells = [sized("smoke", "bert", (64, 1, 1000), (2, 16))] if SMOKE else cells
     cells = [cell for cell in cells if is_installed(cell.kind)]
     single = errors(records, cells, folder)
     name = f"planned peak memory of {len(cells)} trainings of one process"

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.results import Figure
-from bench.runs import Records, fresh, script
+from bench.runs import SMOKE, Records, fresh, script
 from tests.invariant import placed
 from tests.invariant.placed import FAMILIES, Curve, Place
 from tests.invariant.two_machines import two_machines
@@ -107,7 +107,7 @@ def lost_is_same(folder: Path, lost: str, number: int) -> bool:
 def measure(folder: Path, quick: bool) -> Iterator[Figure]:
     records = Records(folder / "measured.jsonl")
     families = ("encoder",) if quick else tuple(FAMILIES)
-    curves = ("ddp:2", "fsdp2:2") if quick else tuple(filter(is_here, CURVES))
+    curves = ("ddp:2",) if SMOKE else ("ddp:2", "fsdp2:2") if quick else tuple(filter(is_here, CURVES))
     differences = [
         records.get(f"{family} {place}", curve_difference, folder, family, place)
         for family in families
@@ -115,7 +115,7 @@ def measure(folder: Path, quick: bool) -> Iterator[Figure]:
     ]
     name = f"largest difference of a step's loss from one process's: {', '.join(curves)}"
     yield Figure(name, max(differences), "nats", at_most=1e-4)
-    paths = ("fsdp2:2 -> ddp:2",) if quick else tuple(filter(is_here, RESUMED))
+    paths = ("ddp:2 -> single",) if SMOKE else ("fsdp2:2 -> ddp:2",) if quick else tuple(filter(is_here, RESUMED))
     differences = [records.get(places, resumed_difference, folder, "encoder", places) for places in paths]
     name = f"largest difference of a step's loss after resuming in another placement, {len(paths)} pairs of placements"
     yield Figure(name, max(differences), "nats", at_most=1e-5)

@@ -20,7 +20,7 @@ from bench.private_defects import PRIVATE
 from bench.public_data import MINILM, all_texts, read_csv, source
 from bench.results import Figure
 from bench.row_defects import EDITS, OF_CONVERSATIONS, conversation, jaccard
-from bench.runs import fresh, fulltune, run, script
+from bench.runs import SMOKE, fresh, fulltune, run, script
 from bench.text_defects import OF_TEXTS, REFUSALS
 
 from fulltune.audit import texts as audit
@@ -66,7 +66,8 @@ class Counts:
 def clean_texts(texts: dict[str, list[str]], check: str) -> list[str]:
     """1,000 texts of each set, however large it is; of refusals the answers alone, since only these are looked at."""
     groups = [texts["gsm8k answers"]] if check == "refusal" else list(texts.values())
-    return [text for group in groups for text in random.Random(0).sample(group, 1000) if len(text.split()) >= 5]
+    chosen = (random.Random(0).sample(group, min(1000, len(group))) for group in groups)
+    return [text for group in chosen for text in group if len(text.split()) >= 5]
 
 
 def of_texts(texts: dict[str, list[str]], each: int, counts: dict[str, Counts]) -> None:
@@ -140,7 +141,7 @@ def measure(folder: Path, quick: bool) -> Iterator[Figure]:
     texts, each, counts = all_texts(), 10 if quick else 50, defaultdict[str, Counts](Counts)
     of_texts(texts, each, counts)
     of_conversations(texts, each, counts)
-    of_rows(folder / "rows", each, 1500 if quick else 6000, counts)
+    of_rows(folder / "rows", each, 300 if SMOKE else 1500 if quick else 6000, counts)
     for check, of_check in counts.items():
         print(f"  {check}: {of_check}", flush=True)
         share, bar = of_check.found / of_check.planted, BARS[check] - 0.1 * quick

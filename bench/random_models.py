@@ -130,7 +130,7 @@ def write_recipe(
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    model = cell.kind if ":" in cell.kind else str(save(cell, folder / "model"))
+    model = str(save(cell, folder / "model")) if cell.kind in TASKS else cell.kind
     batch = cell.rows * cell.accumulation * processes
     for name, number in (("train", STEPS * batch), ("eval", 4), ("test", 4)):
         lines = [json.dumps(_row(cell, number_of)) for number_of in range(number)]

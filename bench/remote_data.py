@@ -6,6 +6,7 @@ that of reading all rows, from a copy by fulltune against `load_dataset(streamin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -21,7 +22,18 @@ from bench import kill_resume
 from bench.data_stage import PROGRAM
 from bench.public_data import MINILM, joined_sentences
 from bench.results import Figure
-from bench.runs import Records, environment, events, fresh, interleaved, median_ratio, run, script, seconds_and_peak
+from bench.runs import (
+    SMOKE,
+    Records,
+    environment,
+    events,
+    fresh,
+    interleaved,
+    median_ratio,
+    run,
+    script,
+    seconds_and_peak,
+)
 from pyarrow import csv, parquet
 from tests import tiny
 from tests.hub import Hub, serve_hub
@@ -85,7 +97,8 @@ def trained(folder: Path, model: str, sources: list[str], kills: int, draw: rand
         )
         while kill_resume.last_step(folder / "run") < step and process.poll() is None:
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it may have ended
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     run(command, FULLTUNE_CACHE=cache)
     losses = {event["step"]: event["loss"] for event in events(folder / "run") if event["kind"] == "train"}
@@ -109,10 +122,10 @@ def million_rows(folder: Path, hub: Hub, rows: int) -> list[str]:
 
 def measure(folder: Path, quick: bool) -> Iterator[Figure]:
     records, draw = Records(folder / "remote.jsonl"), random.Random(0)
-    kills, trainings, rows, repeats = (4, 2, 50_000, 1) if quick else (20, 10, 1_000_000, 1)
+    kills, trainings, rows = (1, 1, 400) if SMOKE else (4, 2, 50_000) if quick else (20, 10, 1_000_000)
     with serve() as site:
         for shard in range(SHARDS):
-            kill_resume.write_rows(folder / "shard.csv", 4000)
+            kill_resume.write_rows(folder / "shard.csv", 40 if SMOKE else 4000)
             site.files[f"/train-{shard}.csv"] = (folder / "shard.csv").read_bytes()
         sources = [f"{site.address}/train-{shard}.csv" for shard in range(SHARDS)]
         site.pause = 0.02
@@ -148,13 +161,13 @@ def measure(folder: Path, quick: bool) -> Iterator[Figure]:
             return seconds_and_peak(command, **at_hub, HF_HOME=str(work / "hf"), FULLTUNE_CACHE=str(work / "cache"))[0]
 
         hub_address = "hf://datasets/o/sentences"
-        peaks = interleaved({"disk": lambda: prepare(paths), "Hub": lambda: prepare([hub_address])}, repeats, records)
+        peaks = interleaved({"disk": lambda: prepare(paths), "Hub": lambda: prepare([hub_address])}, 1, records)
         ratio = max(peak for _, peak in peaks["Hub"]) / max(peak for _, peak in peaks["disk"])
         yield Figure(
             f"peak memory of preparing {rows:,} rows of the Hub over those of the disk", ratio, "x", at_most=1.1
         )
         readers = {"fulltune": lambda: read(OURS, hub_address), "datasets": lambda: read(THEIRS, "o/sentences")}
-        times = interleaved(readers, repeats, records)
+        times = interleaved(readers, 1, records)
         ratio = median_ratio(times["datasets"], times["fulltune"])
         yield Figure(f"speed of reading {rows:,} rows of the Hub over streaming by datasets", ratio, "x", at_least=1.0)
 

@@ -15,7 +15,7 @@ from typing import Any
 from bench.embedding import scored, write_docstrings
 from bench.public_data import MINILM
 from bench.results import Figure
-from bench.runs import Records, fresh, script
+from bench.runs import SMOKE, Records, fresh, script
 
 
 def trained(folder: Path, count: int) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def trained(folder: Path, count: int) -> dict[str, Any]:
 
 def measure(folder: Path, quick: bool = False) -> Iterator[Figure]:
     reached = Records(folder / "records.jsonl").get(
-        "docstrings", trained, folder / "docstrings", 1_200 if quick else 6_000
+        "docstrings", trained, folder / "docstrings", 40 if SMOKE else 1_200 if quick else 6_000
     )
     print(f"  NDCG@10 {reached['ndcg']}", flush=True)
     for other, (value, low, high) in reached["ahead"].items():

@@ -20,6 +20,8 @@ from bench.results import ROOT, Figure, number
 
 Measure = Callable[..., Iterator[Figure]]
 """A part of the suite: from its folder, and whether it shall be quick, to figures."""
+SMOKE = "FULLTUNE_BENCH_SMOKE" in os.environ
+"""Whether parts, which are quick then, are only to reach their ends with tiny models and rows (`bench/smoke.py`)."""
 
 
 def script(measure: Measure, description: str | None, **numbers: str) -> None:
@@ -64,7 +66,10 @@ def environment(**more: str) -> dict[str, str]:
 
 def fulltune(verb: str, *words: object) -> list[str]:
     """A command of this checkout."""
-    return [sys.executable, "-m", "fulltune.cli.app", verb, *map(str, words)]
+    # A tiny model that gets worse is not stopped.
+    usual = ["--set=evaluate.bootstrap_samples=100", "--set=train.eval_on_start=false"]
+    more = usual if SMOKE and verb in ("train", "evaluate", "run") else []
+    return [sys.executable, "-m", "fulltune.cli.app", verb, *map(str, words), *more]
 
 
 def run(command: Sequence[str], **variables: str) -> str:
@@ -137,7 +142,7 @@ def seconds_and_peak(command: Sequence[str], **variables: str) -> tuple[float, i
         )
         while process.poll() is None:
             peak = max(peak, _proportional_bytes(process.pid))
-            time.sleep(0.2)
+            time.sleep(0.02 if SMOKE else 0.2)
         if process.returncode:
             log.seek(0)
             sys.exit(f"{' '.join(command)[:300]}\n{log.read().decode()[-3000:]}")

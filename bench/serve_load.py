@@ -24,9 +24,9 @@ from pathlib import Path
 from bench.predict_rows import LABELS, TEXT, write_model
 from bench.public_data import MINILM
 from bench.results import Figure
-from bench.runs import environment, fresh, fulltune, script
+from bench.runs import SMOKE, environment, fresh, fulltune, script
 
-CLIENTS, REQUESTS, REQUESTS_OF_PIPELINE = 32, 500, 125
+CLIENTS, REQUESTS, REQUESTS_OF_PIPELINE = (4, 8, 4) if SMOKE else (32, 500, 125)
 """Clients, and the requests of a round to each server."""
 PIPELINE = """
 import sys
@@ -108,7 +108,7 @@ def measure(folder: Path, quick: bool) -> Iterator[Figure]:
     model = str(write_model(fresh(folder / "model"), MINILM))
     ports = free_port(), free_port()
     commands = fulltune("serve", model, "--port"), [sys.executable, "-c", PIPELINE, model]
-    rounds = 4 if quick else 20
+    rounds = 2 if SMOKE else 4 if quick else 20
     ratios, memory, failures = [], [], 0
     with server(commands[0], ports[0]) as ours, server(commands[1], ports[1]):
         for number in range(rounds):

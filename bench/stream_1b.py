@@ -24,13 +24,13 @@ from typing import Any
 
 from bench.limited import GIB, DiskUse, limited
 from bench.results import Figure
-from bench.runs import Records, events, fresh, fulltune, script
+from bench.runs import SMOKE, Records, events, fresh, fulltune, script
 from bench.stream_shapes import config, parameters, saved, write_recipe, write_text
 
 ROWS, LENGTH = 2, 32
 CEILING = 2 * GIB
 RESIDENT_CEILING = 22 * GIB
-KILLS = 3
+KILLS = 1 if SMOKE else 3
 
 
 def losses(run_folder: Path) -> dict[int, float]:
@@ -99,7 +99,8 @@ def side_by_side(one: Mapping[str, float], other: Mapping[str, float]) -> tuple[
 
 
 def measure(folder: Path, quick: bool, steps: int | None = None) -> Iterator[Figure]:
-    (layers, hidden), steps = ((4, 512), steps or 20) if quick else ((22, 2048), steps or 200)
+    layers, hidden, usual_steps = (2, 128, 6) if SMOKE else (4, 512, 20) if quick else (22, 2048, 200)
+    steps = steps or usual_steps
     if steps < KILLS + 4:
         sys.exit(f"--steps: expected {KILLS + 4} or more, found {steps}")
     records = Records(folder / f"measured-{layers}-{steps}.jsonl")

@@ -18,7 +18,7 @@ from typing import Any
 
 from bench.limited import GIB, DiskUse, limited
 from bench.results import ROOT, Figure
-from bench.runs import Records, fresh, fulltune, run, script
+from bench.runs import SMOKE, Records, fresh, fulltune, run, script
 from bench.stream_1b import losses, step_seconds
 
 EXAMPLE = ROOT / "examples" / "stream-7b-random.yaml"
@@ -33,6 +33,8 @@ def shaped(folder: Path, layers: int) -> Path:
     """Llama-2-7B's config and tokenizer with so many blocks."""
     shutil.copytree(SHAPE, folder, dirs_exist_ok=True)
     config = json.loads((SHAPE / "config.json").read_text(encoding="utf-8")) | {"num_hidden_layers": layers}
+    if SMOKE:
+        config |= {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bench.limited import GIB, DiskUse, limited
 from bench.results import Figure
-from bench.runs import Records, fresh, fulltune, script
+from bench.runs import SMOKE, Records, fresh, fulltune, script
 from bench.stream_shapes import config, save_tokenizer, write_recipe, write_text
 
 DEPTHS = (8, 16, 32, 64)
@@ -63,7 +63,7 @@ def table(measured: Mapping[int, Mapping[str, int]]) -> str:
 
 
 def measure(folder: Path, quick: bool) -> Iterator[Figure]:
-    hidden, depths = (256, (4, 16)) if quick else (640, DEPTHS)
+    hidden, depths = (128, (1, 2)) if SMOKE else (256, (4, 16)) if quick else (640, DEPTHS)
     records, measured = Records(folder / f"measured-{hidden}.jsonl"), {}
     for depth in depths:
         model = shape(folder, depth, hidden)

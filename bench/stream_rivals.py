@@ -23,7 +23,7 @@ from typing import Any
 
 from bench.limited import GIB, DiskUse, Ended, limited
 from bench.results import ROOT, Figure
-from bench.runs import Records, fresh, fulltune, script
+from bench.runs import SMOKE, Records, fresh, fulltune, script
 from bench.stream_1b import losses, step_seconds
 from bench.stream_contestants import ROWS_PER_STEP
 from bench.stream_shapes import config, parameters, saved, token_rows, write_recipe, write_text
@@ -102,7 +102,7 @@ def table(outcomes: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def measure(folder: Path, quick: bool) -> Iterator[Figure]:
-    layers, hidden = (2, 256) if quick else (22, 2048)
+    layers, hidden = (1, 128) if SMOKE else (2, 256) if quick else (22, 2048)
     records = Records(folder / f"measured-{layers}-{hidden}.jsonl")
     model, rows = saved(folder, layers, hidden), folder / "rows.json"
     rows.write_text(json.dumps(token_rows(model, STEPS * ROWS_PER_STEP, LENGTH)), encoding="utf-8")

@@ -32,6 +32,16 @@ PARTS = (
     "stream_depth",
     "stream_1b",
     "stream_7b",
+    "stream_rivals",
+    "compressed_state",
+    "packed_chat",
+    "remote_data",
+    "chosen_by_answers",
+    "rare_class",
+    "pairs",
+    "embedding",
+    "reranking",
+    "experts",
 )
 """Modules of this folder, each with `measure(folder, quick)`."""
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from bench.public_data import MINILM, SMOLLM2, banking77, gsm8k, is_installed, shakespeare, wnut17
 from bench.results import Figure
-from bench.runs import Records, events, fresh, fulltune, run, script
+from bench.runs import SMOKE, Records, events, fresh, fulltune, run, script
 
 Settings = dict[str, Any]
 
@@ -76,7 +76,7 @@ def settings(steps: int, batch: int, **more: Any) -> Settings:
 
 BF16 = {"precision": "bf16"}
 CASES = (
-    Case("tiny-fp32", "tiny", questions, settings(200, 32, precision="fp32")),
+    Case("tiny-fp32", "tiny", questions, settings(20 if SMOKE else 200, 32, precision="fp32")),
     Case("minilm-bf16", MINILM, questions, settings(120, 32, **BF16)),
     Case("minilm-fp32-accumulation", MINILM, questions, settings(50, 32, micro_batch_size=8, precision="fp32")),
     Case("minilm-checkpointing", MINILM, docstrings, settings(30, 64, activation_checkpointing=True, **BF16), 128),
@@ -93,7 +93,7 @@ CASES = (
     ),
     Case("smollm2-text", SMOLLM2, plays, settings(8, 4, micro_batch_size=2, **BF16), 256),
 )
-QUICK = ("tiny-fp32", "minilm-bf16")
+QUICK = ("tiny-fp32",) if SMOKE else ("tiny-fp32", "minilm-bf16")
 
 
 def tiny(folder: Path) -> str:

@@ -25,7 +25,7 @@ from typing import Any
 
 from bench.public_data import MINILM, SMOLLM2, is_installed, read_csv, source, write_csv
 from bench.results import Figure
-from bench.runs import Records, fulltune, interleaved, median_ratio, run, script
+from bench.runs import SMOKE, Records, fulltune, interleaved, median_ratio, run, script
 
 Timed = dict[str, float]
 Row = Mapping[str, Any]
@@ -336,7 +336,8 @@ def race(data: str, recipe: Path, bars: Mapping[str, float], repeats: int) -> It
 
 def measure(folder: Path, quick: bool) -> Iterator[Figure]:
     if quick:
-        yield from race("banking77", write_rows(folder / "banking77", 30), {"tuned Trainer": 1.0}, 2)
+        steps, repeats = (3, 1) if SMOKE else (30, 2)
+        yield from race("banking77", write_rows(folder / "banking77", steps), {"tuned Trainer": 1.0}, repeats)
         return
     bars = {"Trainer": 1.5, "tuned Trainer": 1.0, "bare loop": 0.85}
     yield from race("banking77", write_rows(folder / "banking77", 50), bars, 5)

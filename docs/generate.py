@@ -127,7 +127,7 @@ def _item(text: str) -> str:
     return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
-def _is_block(annotation: Any) -> bool:
+def _is_block(annotation: Any) -> typing.TypeGuard[type[Block]]:
     return isinstance(annotation, type) and issubclass(annotation, Block)
 
 

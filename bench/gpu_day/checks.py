@@ -129,7 +129,7 @@ def _trained(here: Here, folder: Path, kind: str, precision: str) -> tuple[dict[
     from tests import tiny
     from tests.train import runs
 
-    silent = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if kind == "bert" else {}
+    silent: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if kind == "bert" else {}
     model = tiny.save_model(folder / "model", kind, **silent)
     device = "cuda" if here.cards else "cpu"
     train = {"device": device, "precision": precision, "num_train_epochs": 6 if here.cards else 2, "logging_steps": 1}

@@ -34,8 +34,9 @@ SMALL = ("llama", (576, 30, 49152))
 MIDDLE = ("llama", (960, 32, 49152))
 BILLION = ("llama", (2048, 20, 32000))
 """Hidden size, layers, vocabulary: like BERT base, SmolLM2 of 135 M and 360 M, and a Llama of 1 B."""
-HALF, TIGHT = {"precision": "bf16"}, {"optim": "adamw_8bit", "checkpointing": True}
-NARROW = {"weights_dtype": "bf16", "precision": "bf16"}
+HALF: dict[str, Any] = {"precision": "bf16"}
+TIGHT: dict[str, Any] = {"optim": "adamw_8bit", "checkpointing": True}
+NARROW: dict[str, Any] = {"weights_dtype": "bf16", "precision": "bf16"}
 GRID = (
     sized("bert 110 M, fp32", *BERT, (16, 256)),
     sized("bert 110 M, bf16", *BERT, (16, 256), **HALF),
@@ -47,9 +48,9 @@ GRID = (
     sized("llama 400 M, fp32, recomputed", *MIDDLE, (2, 1024), config=TIED, heads=15, checkpointing=True),
     sized("llama 400 M, bf16, 8-bit moments", *MIDDLE, (2, 1024), config=TIED, heads=15, optim="adamw_8bit", **HALF),
     sized("llama 400 M, bf16 weights", *MIDDLE, (2, 1024), config=TIED, heads=15, optim="adamw_bf16", **NARROW),
-    sized("llama 1.1 B, bf16, 8-bit moments, recomputed", *BILLION, (2, 1024), **HALF, **TIGHT),
+    sized("llama 1.1 B, bf16, 8-bit moments, recomputed", *BILLION, (2, 1024), **HALF | TIGHT),
 )  # fmt: skip
-TINY = (sized("tiny llama, bf16, 8-bit moments, recomputed", "llama", (64, 2, 2000), (2, 64), **HALF, **TIGHT),)
+TINY = (sized("tiny llama, bf16, 8-bit moments, recomputed", "llama", (64, 2, 2000), (2, 64), **HALF | TIGHT),)
 
 SMALLEST = sized("smallest", "llama", (64, 2, 2000), (2, 64), **HALF)
 
@@ -106,7 +107,8 @@ def ladder(here: Here, folder: Path, rows: Rows) -> None:
     big = ("bert", (768, 12, 30000)) if here.cards else ("bert", (64, 2, 2000))
     cell = sized("ladder", *big, (32, 500), heads=12 if here.cards else 4)
     limit = 4 * GIB if here.cards else GIB
-    train = {"device": "cuda" if here.cards else "cpu", "memory_limit": f"{limit // GIB}GiB", "max_steps": 1}
+    train: dict[str, Any] = {"device": "cuda" if here.cards else "cpu", "max_steps": 1}
+    train["memory_limit"] = f"{limit // GIB}GiB"
     recipe = write_recipe(cell, "single", 1, folder, micro_batch_size=None, oversubscribe=False, **train)
     values = json.loads(recipe.read_text(encoding="utf-8"))
     values["model"]["attn_implementation"] = "eager"
@@ -216,14 +218,14 @@ def large(here: Here, folder: Path, rows: Rows) -> None:
     measured_first = [pair for pair in MEASURED if pair in plans]
     for shape, way in (*measured_first, *(pair for pair in plans if pair not in MEASURED)):
         _add_large(here, shapes[shape], ways[way], plans[shape, way], folder, rows)
-    for way in (WAYS[1], WAYS[3]) if not here.cards else ():
-        if "placement" in way.settings and "deepspeed" not in here.packages:
+    for tried in (WAYS[1], WAYS[3]) if not here.cards else ():
+        if "placement" in tried.settings and "deepspeed" not in here.packages:
             continue
         answer = measured(
-            SMALLEST, folder / "tiny", STAND_IN_SECONDS, device="cpu", memory_limit="4GiB", **way.settings
+            SMALLEST, folder / "tiny", STAND_IN_SECONDS, device="cpu", memory_limit="4GiB", **tried.settings
         )
         note = answer.get("problem") or f"on the CPU, held to 4 GiB: {answer['growth_bytes'] / 1e6:,.0f} MB measured"
-        rows.add(f"tiny, {way.name}", dict.fromkeys(LARGE[3:]), False if "problem" in answer else None, note)
+        rows.add(f"tiny, {tried.name}", dict.fromkeys(LARGE[3:]), False if "problem" in answer else None, note)
 
 
 def _survey(shape: Cell, folder: Path, hardware: str) -> dict[str, dict[str, Any]]:

@@ -37,7 +37,7 @@ def two(here: Here, folder: Path, rows: Rows) -> None:
     result = f"{'NCCL' if here.cards else 'on the CPU, gloo'}: {text}"
     rows.add("all-reduce of two processes", {"all_reduce": text if here.cards else None}, passed, result)
     precision = half_precision(here) if here.cards else "fp32"
-    cell, alone = replace(LARGE if here.cards else TINY, precision=precision), {}
+    cell, alone = replace(LARGE if here.cards else TINY, precision=precision), dict[str, Any]()
     for placement, processes_here in PLACES if here.cards else STAND_INS:
         case = f"{cell.name}, {precision}, {placement} x {processes_here}"
         if placement in ZERO and "deepspeed" not in here.packages:

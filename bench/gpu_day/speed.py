@@ -134,7 +134,7 @@ def _trained(name: str, run: Path, precision: str) -> training_speed.Timed:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     by_token = isinstance(rows[0]["labels"], list)
-    kind = AutoModelForCausalLM if by_token else AutoModelForSequenceClassification
+    kind: Any = AutoModelForCausalLM if by_token else AutoModelForSequenceClassification
     model = kind.from_pretrained(run.parent / "model", dtype=torch.float32).to(device).train()
     settings = json.loads((run.parent / "recipe.yaml").read_text(encoding="utf-8"))["train"]
     types = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -7,6 +7,8 @@ import functools
 import json
 import math
 import re
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +118,47 @@ def test_kept_measurements_are_not_made_again(tmp_path: Path) -> None:
     assert runs.Records(tmp_path / "kept.jsonl").get("a", lambda: pytest.fail("measured again")) == 1.5
 
 
-def test_each_part_is_a_module_with_measure() -> None:
+def test_each_script_is_a_part_or_started_by_one() -> None:
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in (results.ROOT / "bench").glob("*.py")}
+    scripts = {name for name, text in texts.items() if '\nif __name__ == "__main__":' in text} - {"__main__"}
+    measuring = {name for name in scripts if "\ndef measure(" in texts[name]}
+    assert measuring == set(suite.PARTS)
+    assert not [name for name in scripts - measuring if f'"bench.{name}"' not in "".join(texts.values())]
     for part in suite.PARTS:
-        text = (results.ROOT / "bench" / f"{part}.py").read_text(encoding="utf-8")
-        assert re.search(r"\ndef measure\(folder: Path, quick: bool(, \w+: int \| None = None)?\) -> Iterator", text), (
-            part
-        )
-        assert "    script(measure, __doc__" in text, part
+        assert re.search(r"\ndef measure\(folder: Path, quick: bool[^)]*\) -> Iterator", texts[part]), part
+        assert "    script(measure, __doc__" in texts[part], part
+
+
+def commands_of_docs() -> dict[str, set[str]]:
+    """Words behind each `bench` or `bench.PART` that a page or the Makefile names."""
+    pages = [*(results.ROOT / "docs").rglob("*.md"), *results.ROOT.glob("*.md"), results.ROOT / "Makefile"]
+    named: dict[str, set[str]] = {}
+    for page in pages:
+        text = " ".join(page.read_text(encoding="utf-8").split())
+        for module, words in re.findall(r"(?:python -m |`)(bench(?:\.\w+)?)(?![\w/.])((?: -*[a-z][\w-]*)*)", text):
+            named.setdefault(module, set()).update(words.split())
+    return named
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("module", ["bench", "bench.gpu_day", *(f"bench.{part}" for part in suite.PARTS)])
+def test_scripts_start_and_know_what_docs_give_them(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    helps = []
+    for words in ([], ["release"], ["smoke"]) if module == "bench" else ([],):
+        monkeypatch.setattr(sys, "argv", [module, *words, "--help"])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        assert stop.value.code == 0
+        helps.append(capsys.readouterr().out)
+    assert not [word for word in commands_of_docs().get(module, ()) if word not in " ".join(helps)]
+
+
+def test_docs_name_scripts_that_exist() -> None:
+    known = {"bench", "bench.gpu_day", *(f"bench.{part}" for part in suite.PARTS)}
+    assert set(commands_of_docs()) <= known
 
 
 def test_contestants_take_turns(tmp_path: Path) -> None:
