@@ -37,7 +37,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def _kernels_round_otherwise() -> Iterator[None]:
     """Where `make test-noisy` asks for it."""
     with noisy.noise():
