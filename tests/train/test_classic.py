@@ -30,6 +30,7 @@ from transformers import (
 import fulltune
 from fulltune.classic import FulltuneNotice, Trainer, TrainingArguments
 from fulltune.classic.arguments import INSIDE, OLD_NAMES, RENAMED, SWITCHES
+from fulltune.classic.dry_run import longest_rows
 from fulltune.errors import GuardStop, SetupError
 from tests import tiny
 
@@ -568,6 +569,12 @@ class _Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]  # of
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter({"input_ids": row["input_ids"], "labels": row["label"]} for row in self.data)
+
+
+def test_dry_run_of_plain_rows_is_one_batch_however_many_rows_are_measured() -> None:
+    lengths = [3] * 4990 + [9] * 10
+    plain = [{"input_ids": [1] * length} for length in lengths]
+    assert len(longest_rows(plain, 4, "input_ids")) == 4
 
 
 def test_dry_run_on_stream_is_skipped_with_notice(tokenizer: Any, tmp_path: Path) -> None:
