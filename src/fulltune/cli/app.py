@@ -24,6 +24,7 @@ from fulltune.system import signals
 from fulltune.text import counted, format_seconds
 
 app = typer.Typer(
+    cls=options.Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

@@ -257,9 +257,7 @@ def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:
     names = ("messages", "tokens", "prompt", "source", "image", "query", "text")
     role = next((name for name in names if name in columns), None)
     if len(read) > 1 or role is None:
-        raise DataError(
-            f"this model does not read a single text; give rows (or a file) with the columns {', '.join(read)}"
-        )
+        raise DataError(f"this model reads several columns; give rows (or a file) with the columns {', '.join(read)}")
     forms = {"messages": [{"role": "user", "content": text}], "tokens": token_classification.WORD.findall(text)}
     return {columns[role]: forms.get(role, text)}
 
