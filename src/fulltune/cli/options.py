@@ -2,7 +2,7 @@ import shlex
 import sys
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
@@ -13,7 +13,7 @@ from fulltune.errors import SetupError
 class Commands(TyperGroup):
     """The commands, which answer an unknown option with the `--set` that was meant."""
 
-    def invoke(self, ctx: Any) -> Any:
+    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]  # of either click
         try:
             return super().invoke(ctx)
         except Exception as error:
@@ -23,16 +23,16 @@ class Commands(TyperGroup):
             raise SetupError(hint) from None
 
 
-def _meant_setting(error: Any) -> str | None:
+def _meant_setting(error: Exception) -> str | None:
     """Return an error message that names the `--set` option, or None if the command has none or another is near."""
     from fulltune.recipe.file import nearest_setting
 
-    options = {option for parameter in error.ctx.command.params for option in parameter.opts}
-    name = error.option_name
-    setting = nearest_setting(name.lstrip("-"), cutoff=1.0 if error.possibilities else 0.6)
-    if "--set" not in options or (error.possibilities and setting is None):
+    context, name, near = (vars(error)[field] for field in ("ctx", "option_name", "possibilities"))
+    options = {option for parameter in context.command.params for option in parameter.opts}
+    setting = nearest_setting(name.lstrip("-"), cutoff=1.0 if near else 0.6)
+    if "--set" not in options or (near and setting is None):
         return None
-    unknown = f"{name}: {error.ctx.info_name} has no such option; settings of the recipe are changed with --set"
+    unknown = f"{name}: {context.info_name} has no such option; settings of the recipe are changed with --set"
     if setting is None:
         return f"{unknown} block.name=value (docs/reference/recipe.md lists them)"
     given = dict(zip((word.partition("=")[0] for word in sys.argv), pairwise([*sys.argv, "--"]), strict=True))[name]

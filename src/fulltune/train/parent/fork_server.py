@@ -15,9 +15,9 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from fulltune.train.parent.spawn import (
     Starter,
@@ -122,20 +122,20 @@ def serve_forks() -> None:
         os.write(answers, f"{os.waitstatus_to_exitcode(status)}\n".encode())
 
 
-def _run_as_worker(request: dict[str, Any], server_pid: int) -> None:
+def _run_as_worker(request: Mapping[str, object], server_pid: int) -> None:
     """Run a request in this forked process, log its output, and exit."""
     code = 1
     try:
-        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        log = os.open(str(request["log"]), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         nothing = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((nothing, 0), (log, 1), (log, 2)):
             os.dup2(source, target)
         die_with_parent(server_pid)
         os.environ.clear()  # the server's are those of its first request
-        os.environ.update(request["variables"])
+        os.environ.update(dict[str, str](request["variables"]))  # type: ignore[call-overload]  # from JSON
         from fulltune.train.worker import main as worker
 
-        code = worker.main(request["request"])
+        code = worker.main(str(request["request"]))
     except BaseException:
         traceback.print_exc()  # the parent looks in the log for words about memory
     finally:
