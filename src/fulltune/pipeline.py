@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from fulltune import data, evaluate, methods, report
 from fulltune.audit import stage
 from fulltune.audit.pretrained import RowReader
-from fulltune.errors import DoesNotFitError, GuardStop, RecipeError, SetupError
+from fulltune.data.prepare import prepare_sources
+from fulltune.data.readers.read import LocatedRow
+from fulltune.data.sources import SourceRows, locate_as_in_recipe, read_source_rows
+from fulltune.errors import DataError, DoesNotFitError, GuardStop, RecipeError, SetupError
 from fulltune.evaluate.scoring import Scoring, UserMetrics
 from fulltune.forgetting.generic_text import check_texts
 from fulltune.inference.own_metrics import own_metric_names, try_own_metrics
+from fulltune.inference.store import IN_TRAIN, read_original_rows
 from fulltune.models.base import Base, check_weights
 from fulltune.models.shapes import check_model
 from fulltune.plan import budget, changed, fit, gpus, resolve
 from fulltune.plan.workload import Workload
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.tasks import leaked_content
 from fulltune.records.audit import Audit
 from fulltune.records.data import DataSummary
 from fulltune.records.events import DataPrepared, Listener, Message, PhaseBegan, Planned
@@ -28,11 +37,13 @@ from fulltune.records.plan import MemoryNeed, Plan, Setting
 from fulltune.records.run import PairsChoice
 from fulltune.records.scores import Scores
 from fulltune.records.training import Outcome
+from fulltune.report.format.blocks import Element, Headline, Section
 from fulltune.system import hardware, run_folder
 from fulltune.system.hardware import Machine
 from fulltune.system.run_folder import RunResult
-from fulltune.tasks import Target
+from fulltune.tasks import PLACE, Target
 from fulltune.tasks.labels import check_label_settings
+from fulltune.text import counted, first_few
 from fulltune.train.hooks import Hooks
 from fulltune.train.loop.arguments import check_trainable
 from fulltune.train.parent.machines import MachineGroup
@@ -331,3 +342,65 @@ def write_report(job: Run) -> Path:
     if (model_folder := job.folder / "models" / job.recipe.method.label).exists():
         report.write_model_card(job.folder, model_folder)
     return path
+
+
+# ---- rows that came after a run ------------------------------------------------------------------------------------
+
+
+Later = tuple[tuple[Scores, ...], list[Headline | Section | Element], Path]
+_AS_THEY_ARE = {"max_rows": None, "time": None, "folds": None, "fold": None, "patch": None, "contamination": None}
+
+
+def score_later_rows(job: Run, model_folder: Path, file: Path, allowed: bool) -> Later:
+    """Score the baselines and a finished model on a labelled file; return the scores, what is printed, and the folder.
+    Raise `DataError` for rows of train unless they are `allowed`."""
+    run, recipe = job.folder, job.recipe
+    plans = [run / "plan" / f"{model_folder.name}.json", *sorted(run.glob(f"plan/{model_folder.name}-seed*.json"))]
+    path = next(path for path in plans if path.exists())
+    plan = run_folder.load_plan_to_continue(path, hardware.measure_machine())
+    folder = run / "evaluations" / (file.stem + f"-{model_folder.name}" * bool(recipe.methods))
+    with run_folder.explain_os_errors(run), run_folder.lock_folder(run):
+        shutil.rmtree(folder, ignore_errors=True)
+        summary = _prepare_rows(job, file, folder, allowed)
+        for name in ("plan", "probe"):  # the baselines are those of the run
+            if (run / name).exists():
+                (folder / name).symlink_to((run / name).resolve())
+        scoring = evaluate.make_scoring(recipe, plan, summary, folder, job.base)
+        scoring = replace(scoring, listener=job.listener)
+        job.phase("scoring the baselines and the trained model")
+        baselines = evaluate.score_baselines(scoring) if recipe.evaluate.baselines else []
+        scores = (*baselines, evaluate.score_finished_model(scoring, model_folder))
+        return scores, report.write_later_rows_report(run, folder, summary, scores), folder
+
+
+def _prepare_rows(job: Run, file: Path, folder: Path, allowed: bool) -> DataSummary:
+    """Prepare the run's train and eval rows and, as test rows, those of the file."""
+    job.phase(f"reading {file.name}")
+    recipe = job.recipe.model_copy(update={"data": job.recipe.data.model_copy(update=_AS_THEY_ARE)})
+    preprocess = job.hooks.with_named(recipe).preprocess
+    sources = {name: _stored_rows(job.folder / "data" / name) for name in ("train", "eval")}
+    sources["test"] = read_source_rows(recipe, locate_as_in_recipe(recipe, [str(file)], True), preprocess)
+    stage = data.Stage(recipe, folder / "data", job.base.processor, data.Limits.of(job.base, recipe))
+    summary = prepare_sources(stage, sources, None, DataSummary.of_run(job.folder).fingerprint)
+    places = [row[PLACE] for row in read_original_rows(stage.folder / "test")]
+    leaked = [*dict.fromkeys(np.array(places)[np.load(stage.folder / "test" / IN_TRAIN)].tolist())]
+    if leaked and not allowed:
+        content = leaked_content(summary.columns, recipe.data.near_duplicates < 1)
+        raise DataError(
+            f"{file}: {len(leaked):,} of {counted(len(set(places)), 'row')} are rows of train: their {content} "
+            f"({first_few(leaked)}); remove them, or score them as well with --allow-training-rows"
+        )
+    return summary
+
+
+def _stored_rows(folder: Path) -> SourceRows:
+    """Return a split's rows as the run stored them. Of packed texts, only the first of each row is known."""
+
+    def rows(problems: list[str] | None) -> Iterator[LocatedRow]:
+        for _, same in groupby(read_original_rows(folder), key=id):  # windows of a row share a dictionary
+            row = dict(next(same))
+            place = row.pop(PLACE)
+            if row:
+                yield place, row
+
+    return SourceRows(f"the run's {folder.name} rows", rows)

@@ -63,6 +63,35 @@ def test_usage_wrong_exits_2(arguments: list[str]) -> None:
     assert "Traceback" not in result.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        ("run x.yaml --learning-rate 1e-4", "--set method.learning_rate=1e-4"),
+        ("train x.yaml --lr=1e-4", "--set method.learning_rate=1e-4"),
+        ("compare x.yaml --num-epochs 3", "--set train.num_train_epochs=3"),
+        ("run x.yaml --batch-size 8", "--set train.global_batch_size=8"),
+        ("run x.yaml --max-step 8", "--set train.max_steps=8"),
+        ("run x.yaml --ddp-timeout 60", "--set train.extra.ddp_timeout=60"),
+        ("plan x.yaml --max-steps", "--set train.max_steps=VALUE"),
+        ("train x.yaml --model bert --fresh", "--set model=bert"),
+        ("train x.yaml --frobnicate 8", "--set block.name=value"),
+    ],
+)
+def test_setting_given_as_an_option_is_answered_with_set(arguments: str, meant: str) -> None:
+    result = fulltune(*arguments.split())
+    assert result.code == 2
+    assert len(result.problems) == 1
+    assert meant in result.problems[0]
+
+
+@pytest.mark.parametrize("arguments", ["run x.yaml --fres", "predict x --learning-rate 2"])
+def test_option_near_another_or_of_a_command_without_settings_is_answered_as_usual(arguments: str) -> None:
+    result = fulltune(*arguments.split())
+    assert result.code == 2
+    assert "No such option" in result.err
+    assert "--set" not in result.err
+
+
 ODD = [{"yes": number, "text": f"text {number}", "label": "ab"[number % 2]} for number in range(20)]
 
 

@@ -67,6 +67,15 @@ def test_budget_that_is_no_time_is_refused(tmp_path: Path) -> None:
     assert (said.code, "--budget: expected a time such as 30m, 2h or 90s, found 'soon'" in said.err) == (2, True)
 
 
+def test_budget_for_less_than_a_run_of_each_method_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    path = recipe(tmp_path, ["full", "lora"], train={"num_train_epochs": 50_000})
+    said = fulltune("compare", path, "--budget", "1s", "--run-folder", tmp_path / "run")
+    assert said.code == 2
+    assert "--budget 1s" in said.problems[-1]
+    assert "is too short for a verdict" in said.problems[-1]
+    assert not (tmp_path / "run" / "attempts").exists()
+
+
 # ---- lint ------------------------------------------------------------------------------------------------------
 
 

@@ -389,6 +389,26 @@ def test_row_that_cannot_be_answered_is_an_error_from_python(classifier: Path) -
         predict.load_predictor(classifier).predict([{"text": "sun"}, {"text": ""}])
 
 
+@pytest.mark.parametrize("problem_type", ["single_label", "tags", "prompt_completion", "chat", "source_target"])
+def test_text_is_a_row_from_python_where_the_model_reads_one(problem_type: str, models: dict[str, Path]) -> None:
+    predictor = predict.load_predictor(models[problem_type])
+    row = predict.row_from_text("the sun shines", predictor.notes)
+    assert predictor.predict(["the sun shines"], max_new_tokens=4) == predictor.predict([row], max_new_tokens=4)
+
+
+@pytest.mark.parametrize(("problem_type", "columns"), [("span", "context, question"), ("choice", "question, choices")])
+def test_text_for_a_model_that_reads_several_columns_is_refused_with_their_names(
+    problem_type: str, columns: str, models: dict[str, Path]
+) -> None:
+    with pytest.raises(DataError, match=f"with the columns {columns}"):
+        predict.load_predictor(models[problem_type]).predict(["the sun shines"])
+
+
+def test_text_in_place_of_a_list_is_no_list_of_letters(classifier: Path) -> None:
+    with pytest.raises(DataError, match=r"write predict\(\[text\]\)"):
+        predict.load_predictor(classifier).predict("the sun shines")
+
+
 # ---- many rows -------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import pytest
 from fulltune import files
 from fulltune.records.events import Event
 from fulltune.records.training import Outcome
+from fulltune.train.journal import HEARTBEAT_FILE, Journal, read_completed_steps
 from fulltune.train.parent import child, spawn
 from fulltune.train.request import Request
 from tests import tiny
@@ -82,6 +83,34 @@ def test_child_that_gives_no_sign_of_life_is_ended_with_its_last_step(start: Sta
         "killed"
     )
     assert Outcome.load(request.folder / "outcome.json") == result
+
+
+def test_heartbeat_that_ends_while_it_is_looked_at_leaves_a_finished_training_finished(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome("done").save(tmp_path / "ready.json")
+    exists = Path.exists
+
+    def exists_for_a_moment(path: Path, **given: Any) -> bool:
+        was_there = exists(path, **given)
+        if path.name == HEARTBEAT_FILE:
+            path.unlink(missing_ok=True)
+        return was_there
+
+    monkeypatch.setattr(Path, "exists", exists_for_a_moment)
+    request = start(f"printf 3 > $here/heartbeat; sleep 0.5; cp {tmp_path}/ready.json $here/outcome.json")
+    assert child.run_worker(request, lambda event: None).status == "done"
+
+    (request.folder / HEARTBEAT_FILE).write_text("3", encoding="ascii")
+    assert read_completed_steps(request.folder) == 3
+
+
+def test_heartbeat_is_never_seen_half_written(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.write_heartbeat(1)
+    (tmp_path / "opened").hardlink_to(tmp_path / HEARTBEAT_FILE)
+    journal.write_heartbeat(2)
+    assert [(tmp_path / name).read_text(encoding="ascii") for name in ("opened", HEARTBEAT_FILE)] == ["1", "2"]
 
 
 def test_one_of_several_processes_that_was_killed_is_told_from_an_error(start: Start) -> None:

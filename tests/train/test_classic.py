@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from transformers import (
 import fulltune
 from fulltune.classic import FulltuneNotice, Trainer, TrainingArguments
 from fulltune.classic.arguments import INSIDE, OLD_NAMES, RENAMED, SWITCHES
+from fulltune.classic.dry_run import longest_rows
 from fulltune.errors import GuardStop, SetupError
 from tests import tiny
 
@@ -568,6 +570,28 @@ class _Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]  # of
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter({"input_ids": row["input_ids"], "labels": row["label"]} for row in self.data)
+
+
+def test_dry_run_of_plain_rows_is_one_batch_however_many_rows_are_measured() -> None:
+    lengths = [3] * 4990 + [9] * 10
+    plain = [{"input_ids": [1] * length} for length in lengths]
+    assert len(longest_rows(plain, 4, "input_ids")) == 4
+
+
+@pytest.mark.parametrize(("threads", "hints"), [(2, 1), (1, 0)])
+def test_script_on_a_busy_machine_hears_of_threads_that_contend(
+    threads: int, hints: int, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    args = TrainingArguments(str(tmp_path), max_steps=1, per_device_train_batch_size=4, **QUIET)
+    trainer = Trainer(
+        model=tiny_model(tokenizer), args=args, train_dataset=rows(tokenizer, 16), processing_class=tokenizer
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    assert sum("try OMP_NUM_THREADS=1" in text for text in notices(caught)) == hints
 
 
 def test_dry_run_on_stream_is_skipped_with_notice(tokenizer: Any, tmp_path: Path) -> None:

@@ -56,6 +56,14 @@ def test_continued_run_measures_against_the_same_beginning(unbroken: Path, tiny_
     assert measured(tmp_path) == measured(unbroken)
 
 
+@pytest.mark.parametrize("suffix", [".tsv", ".ndjson", ".conll", ".feather", ".arrow", ".JSONL"])
+def test_table_is_no_plain_text(suffix: str, tmp_path: Path) -> None:
+    table = tmp_path / f"texts{suffix}"
+    table.write_text("a\tb\nc\td\n", encoding="utf-8")
+    with pytest.raises(DataError, match="expected plain text"):
+        load_generic_texts(str(table))
+
+
 def test_drift_of_a_language_model_is_the_rise_of_its_loss(tiny_decoder: Path, tmp_path: Path) -> None:
     """By hand, from the model before and the finished one."""
     reached = runs.run(tmp_path, tiny_decoder, tiny.pair_rows(), task="causal-lm", train=TRAIN)

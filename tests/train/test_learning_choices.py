@@ -78,7 +78,7 @@ def test_multiple_choice_run_beats_the_baselines(tmp_path: Path) -> None:
         assert answer["text"] == row["choices"][answer["index"]]
     without_label = {name: value for name, value in held_out[0].items() if name != "label"}
     assert predictor.predict([without_label]) == near(answers[:1])
-    with pytest.raises(DataError, match="give a file with the columns "):
+    with pytest.raises(DataError, match="with the columns "):
         predict.row_from_text("what?", predictor.notes)
     with pytest.raises(DataError, match="row 1: 3 choices, expected 4"):
         predictor.predict([{**held_out[0], "choices": ["a", "b", "c"]}])

@@ -18,10 +18,12 @@ from fulltune.records.events import Event, Listener, Message, StepLogged
 from fulltune.records.plan import Plan
 from fulltune.records.training import Outcome
 from fulltune.train.hooks import Hooks
+from fulltune.train.parent import fork_server as forking
 from fulltune.train.parent.fork_server import fork_server
 from fulltune.train.parent.retry import PlannedTrial, train_in_attempts
 from fulltune.train.parent.spawn import Starter, start_in_new_process
 from fulltune.train.request import Request
+from fulltune.train.worker import main as worker
 from tests import tiny
 from tests.train import runs
 
@@ -110,6 +112,23 @@ def test_forked_worker_that_is_killed_alone_or_with_the_fork_server_counts_as_ki
         outcomes = [Outcome.load(path) for path in sorted((tmp_path / name).glob("run/attempts/*/outcome.json"))]
         assert [one.status for one in outcomes] == ["killed", "done"]  # after a kill it tries again
         assert last == outcomes[-1]
+
+
+def test_forked_worker_has_the_variables_of_its_own_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OF_THE_FIRST", "1")
+    names = ("OF_THE_FIRST", "OF_THIS")
+
+    def print_variables(request: str) -> int:
+        os.write(1, str([os.environ.get(name) for name in names]).encode())
+        return 0
+
+    monkeypatch.setattr(worker, "main", print_variables)
+    request = {"request": "request.json", "log": str(tmp_path / "log.txt"), "variables": {"OF_THIS": "2"}}
+    parent = os.getpid()
+    if (pid := os.fork()) == 0:
+        forking._run_as_worker(request, parent)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8") == "[None, '2']"
 
 
 def test_leaving_while_a_worker_trains_ends_it(tiny_encoder: Path, tmp_path: Path) -> None:

@@ -76,8 +76,8 @@ def longest_rows(dataset: Sequence[object], count: int, column: str) -> list[int
     positions: Sequence[int] = range(len(dataset))
     lengths = _column_lengths(dataset, column)
     if lengths is None:
-        count = min(len(dataset), NUM_MEASURED_ROWS)
-        positions = [number * len(dataset) // count for number in range(count)]  # evenly spaced
+        measured = min(len(dataset), NUM_MEASURED_ROWS)
+        positions = [number * len(dataset) // measured for number in range(measured)]  # evenly spaced
         if positions and row_length(dataset[positions[0]], column) is None:
             return list(range(min(count, len(dataset))))
         lengths = [row_length(dataset[i], column) or 0 for i in positions]

@@ -24,6 +24,7 @@ from fulltune.classic.padding import with_padding
 from fulltune.errors import GuardStop
 from fulltune.records.training import ParameterChanges
 from fulltune.stats.curves import check_divergence, judge_final_loss
+from fulltune.system.hardware import busy_warning, machine_load
 from fulltune.train.loop.callbacks import logged
 from fulltune.train.loop.guarded_step import Guarded
 from fulltune.train.loop.step_guard import StepVerdict, judge_parameter_changes
@@ -90,6 +91,8 @@ class Trainer(Guarded, transformers.Trainer):
             issue_notice("train(model_path=...) is now resume_from_checkpoint=...")
         self.moved, self.tensors_with_gradient, self.largest_grad_norm = None, frozenset(), None
         self._untrained_loss = None
+        if self.args.device.type == "cpu" and torch.get_num_threads() > 1 and (busy := busy_warning(*machine_load())):
+            issue_notice(busy)
         # A script's own loss may rise for good reason.
         self._ignores_divergence = (
             self.compute_loss_func is not None or type(self).compute_loss is not Trainer.compute_loss

@@ -14,6 +14,7 @@ import typer
 from rich.markup import escape
 
 from fulltune.cli import options, stages
+from fulltune.cli.evaluate import evaluate
 from fulltune.cli.export import export
 from fulltune.cli.launch import launch
 from fulltune.cli.push import push
@@ -24,6 +25,7 @@ from fulltune.system import signals
 from fulltune.text import counted, format_seconds
 
 app = typer.Typer(
+    cls=options.Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -103,6 +105,8 @@ def run(
     parts = report.build_run_terminal_report(folder)
     pages.print_parts(out, parts)
     out.print(f"report:  {escape(str(reached.report))}", soft_wrap=True)
+    if reached.plan is not None and (model := folder / reached.plan.model_folder).is_dir():
+        out.print(f"model:   {escape(str(model))} (for from_pretrained)", soft_wrap=True)
     if not any(isinstance(part, Headline) and part.kind in ("worse", "pooled") for part in parts):
         question = choose_row_form(reached.summary).question
         out.print(f"try it:  fulltune predict {escape(str(folder))} {question}", soft_wrap=True)
@@ -218,24 +222,7 @@ def train(
     out.print(f"model: {escape(str(folder / (outcome.model_folder or '')))}", soft_wrap=True)
 
 
-@app.command()
-def evaluate(
-    target: options.TargetArgument,
-    set_: options.Overrides = None,
-    run_folder: options.RunFolder = None,
-    fresh: options.Fresh = False,
-    as_json: options.Json = False,
-) -> None:
-    """Score the baselines and the trained model on the test rows."""
-    from fulltune import report
-    from fulltune.report.format import pages
-
-    recipe, folder = stages.open_run(target, set_, run_folder, fresh, "evaluate")
-    reached = stages.run_until(recipe, folder, "evaluate", details=True)
-    if as_json:
-        stages.print_json([entry.model_dump(mode="json") for entry in reached.scores])
-        return
-    pages.print_parts(out, report.build_run_terminal_report(folder))
+app.command()(evaluate)
 
 
 @app.command()

@@ -1,7 +1,44 @@
+import shlex
+import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
+
+from fulltune.errors import SetupError
+
+
+class Commands(TyperGroup):
+    """The commands, which answer an unknown option with the `--set` that was meant."""
+
+    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]  # of either click
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            # Which class of which click it is depends on typer's version.
+            if type(error).__name__ != "NoSuchOption" or (hint := _meant_setting(error)) is None:
+                raise
+            raise SetupError(hint) from None
+
+
+def _meant_setting(error: Exception) -> str | None:
+    """Return an error message that names the `--set` option, or None if the command has none or another is near."""
+    from fulltune.recipe.file import nearest_setting
+
+    context, name, near = (vars(error)[field] for field in ("ctx", "option_name", "possibilities"))
+    options = {option for parameter in context.command.params for option in parameter.opts}
+    setting = nearest_setting(name.lstrip("-"), cutoff=1.0 if near else 0.6)
+    if "--set" not in options or (near and setting is None):
+        return None
+    unknown = f"{name}: {context.info_name} has no such option; settings of the recipe are changed with --set"
+    if setting is None:
+        return f"{unknown} block.name=value (docs/reference/recipe.md lists them)"
+    given = dict(zip((word.partition("=")[0] for word in sys.argv), pairwise([*sys.argv, "--"]), strict=True))[name]
+    value = given[0].partition("=")[2] or given[1]
+    value = "VALUE" if value.startswith("--") else value
+    return f"{unknown}: --set {shlex.quote(f'{setting}={value}')}"
 
 
 def _print_version(value: bool) -> None:

@@ -111,6 +111,18 @@ def fit_design_to_budget(
     )
 
 
+def refuse_hopeless_budget(
+    costs: Mapping[str, MethodCost], largest: Expectation, end_seconds: float, seconds_spent: float
+) -> None:
+    """Raise `RecipeError` if the budget is below half of the smallest design's training time, before anything is
+    measured."""
+    *_, least = smaller_designs(costs, largest)
+    # Arithmetic can be off by half, and what starts and scoring take is known only for small models.
+    if least.num_seeds * sum(costs[name].run for name in least.methods) / 2 > (largest.budget_seconds or math.inf):
+        needed = end_seconds + forecast_seconds(costs, least)
+        raise RecipeError(_budget_too_short(least, needed, seconds_spent))
+
+
 def with_detectable_differences(
     expected: Expectation, costs: Mapping[str, MethodCost], margin: float, alpha: float, test_rows: int
 ) -> Expectation:
@@ -193,14 +205,7 @@ def _plan_design(context: Context) -> Expectation:
     block, splits = context.recipe.compare, context.summary.splits
     steps = context.method_setup(context.full.label).plan.total_steps
     context.log_elapsed_time("preparation")
-    if context.budget_seconds is not None and not context.saved_results():
-        # Arithmetic alone errs too much; the search usually begins with this trial anyway.
-        full, share = context.full, rates.share_of_steps(0.0, steps)
-        trial = rates.short_trial(full.label, default_rate(context, full), share, context.recipe.train.seed)
-        context.say(f"measuring the speed before planning the budget, with {share:.0%} of a run of {full.label}")
-        run_trial(context, trial)
     costs, end = forecast_costs(context)
-    context.log_elapsed_time("design")  # noted even if the budget is refused below
     most = num_seeds(block.seeds, splits["train"].rows)
     whole = Expectation(
         methods=tuple(costs),
@@ -210,6 +215,15 @@ def _plan_design(context: Context) -> Expectation:
         budget_seconds=context.budget_seconds,
         sequential=block.sequential,
     )
+    if context.budget_seconds is not None and not context.saved_results():
+        refuse_hopeless_budget(costs, whole, end, context.seconds_spent)
+        # Arithmetic alone errs too much; the search usually begins with this trial anyway.
+        full, share = context.full, rates.share_of_steps(0.0, steps)
+        trial = rates.short_trial(full.label, default_rate(context, full), share, context.recipe.train.seed)
+        context.say(f"measuring the speed before planning the budget, with {share:.0%} of a run of {full.label}")
+        run_trial(context, trial)
+        costs, end = forecast_costs(context)
+    context.log_elapsed_time("design")  # noted even if the budget is refused below
     design = fit_design_to_budget(costs, whole, end, context.seconds_spent)
     if not is_share(context.resamplable_metric.name):
         return design

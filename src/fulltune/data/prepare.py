@@ -142,7 +142,7 @@ def prepare(stage: Stage) -> DataSummary:
                 name: read_source_rows(recipe, source, stage.preprocess, patched[name])
                 for name, source in files.items()
             }
-            summary = _prepare_uncached(replace(stage, folder=part), sources, forbidden, fingerprint)
+            summary = prepare_sources(replace(stage, folder=part), sources, forbidden, fingerprint)
         write_checksums(part)
         if cached is None:
             replace_folder(part, folder)
@@ -156,7 +156,7 @@ def prepare(stage: Stage) -> DataSummary:
     return summary
 
 
-def _prepare_uncached(
+def prepare_sources(
     stage: Stage, sources: Mapping[SourceName, SourceRows], forbidden: ForbiddenTexts | None, fingerprint: str
 ) -> DataSummary:
     """Read, check, split, tokenise and write all rows, and return their summary."""

@@ -71,14 +71,8 @@ def find_source_files(recipe: Recipe, remote: Mapping[str, RemoteSource]) -> dic
                 # What a split of the Hub holds is its author's word.
                 unsure = [path for path in addresses if scheme_of(path) != HUB or hub_place(path)[2]]
                 refuse_held_out_files(unsure, {path: remote[path].files for path in unsure if path in remote})
-            # A mixed-in file may have another format than the task's, with its own column names.
-            is_other = is_mixed(name) and not source_paths[0].lower().endswith(tuple(SEPARATED))
             files[name] = replace(
-                locate_data_files(source_paths, block.text_rows, None if is_other else block.columns),
-                encoding=codec_for_encoding(block.encoding),
-                has_relative_image_paths=FACTS[recipe.task].reads == "image",
-                image_column=block.image,
-                lists=tuple(filter(None, (block.text, block.label))) if recipe.task == "reranking" else (),
+                locate_as_in_recipe(recipe, source_paths, is_mixed(name)),
                 notes=dict.fromkeys(note for path in addresses if path in remote for note in remote[path].notes),
             )
             for path in addresses:
@@ -98,6 +92,20 @@ def find_source_files(recipe: Recipe, remote: Mapping[str, RemoteSource]) -> dic
                 pass
         raise DataError(problems)
     return files
+
+
+def locate_as_in_recipe(recipe: Recipe, paths: Sequence[str], may_differ: bool) -> DataFiles:
+    """Find the files at these paths, to be read as the recipe says. If they `may_differ` in format, its column names
+    are only those of tables."""
+    block = recipe.data
+    is_other = may_differ and not paths[0].lower().endswith(tuple(SEPARATED))
+    return replace(
+        locate_data_files(paths, block.text_rows, None if is_other else block.columns),
+        encoding=codec_for_encoding(block.encoding),
+        has_relative_image_paths=FACTS[recipe.task].reads == "image",
+        image_column=block.image,
+        lists=tuple(filter(None, (block.text, block.label))) if recipe.task == "reranking" else (),
+    )
 
 
 def _selections(address: str, copies: RemoteSource, files: DataFiles) -> dict[Path, Selection]:

@@ -133,23 +133,30 @@ def _score_probe_head(scoring: Scoring, scorer: ModuleType) -> Scored:
 def score_trained_model(scoring: Scoring, outcome: Outcome) -> Scores:
     """Return the trained model's scores on the test rows, with differences from the baselines. Also log the access, and
     save a classifier's temperature and threshold."""
-    scoring = replace(scoring, slice_by=scoring.recipe.evaluate.slice_by)
     plan, folder = scoring.plan, scoring.data.parent
     if outcome.model_folder is None:
         raise SetupError(f"{folder}: attempt {outcome.attempt} saved no model to evaluate")
     model_folder = folder / outcome.model_folder
-    path = folder / "scores" / f"{plan.trial}.json"
-    if scoring.user_metrics is not None:
-        path.unlink(missing_ok=True)  # existing scores may lack these metrics
+    if scoring.user_metrics is not None:  # existing scores may lack these metrics
+        (folder / "scores" / f"{plan.trial}.json").unlink(missing_ok=True)
+    scores = score_finished_model(scoring, model_folder, lambda: log_test_access(folder, scoring.listener, outcome))
+    if scores.calibration is not None:
+        _save_temperature(model_folder, scores.calibration.temperature, scores.threshold)
+    return scores
+
+
+def score_finished_model(scoring: Scoring, model_folder: Path, log: Callable[[], None] = lambda: None) -> Scores:
+    """Return a finished model's scores on the test rows, with differences from the baselines. `log` is called unless
+    they were saved before."""
+    plan, folder = scoring.plan, scoring.data.parent
+    scoring = replace(scoring, slice_by=scoring.recipe.evaluate.slice_by)
 
     def score_and_log() -> Scored:
         scores = _scorer_of(scoring.recipe.task).score_model(scoring, *scoring.load_model_and_processor(model_folder))
-        log_test_access(folder, scoring.listener, outcome)
+        log()
         return scores
 
-    scores = _load_or_score(path, score_and_log)
-    if scores.calibration is not None:
-        _save_temperature(model_folder, scores.calibration.temperature, scores.threshold)
+    scores = _load_or_score(folder / "scores" / f"{plan.trial}.json", score_and_log)
     span = find_metric(scoring.recipe.task, scoring.target, plan.metric, plan.greater_is_better).span
     return save_differences(folder, scores, partial(paired_difference, span=span, confidence=scores.confidence))
 

@@ -16,6 +16,7 @@ import numpy as np
 from fulltune.errors import DataError
 from fulltune.forgetting.budget import MAX_REPLAYED, MAX_TEXTS, MIN_TEXTS, SELECTION_TOKENS
 from fulltune.inference.run import GenericText
+from fulltune.recipe.data import SUFFIXES
 from fulltune.recipe.model import AUTO, BUNDLED, PreserveBlock
 from fulltune.records.forgetting import Drift
 from fulltune.tasks.columns import normalised
@@ -38,7 +39,7 @@ def load_generic_texts(
     docstrings. Error messages begin with `setting`."""
     if file is None:
         return _distinct_in_fixed_order(_docstrings_of_standard_library(max_texts))[:max_texts], BUNDLED
-    if file.endswith((".json", ".jsonl", ".csv", ".parquet")):
+    if file.lower().endswith(SUFFIXES):
         raise DataError(
             f"{setting}: {file}: expected plain text with one text per line or paragraph; write the texts into a .txt "
             "file"

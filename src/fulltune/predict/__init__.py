@@ -63,11 +63,12 @@ class Predictor:
     def target(self) -> Target:
         return Target.from_notes(self.notes)
 
-    def predict(self, rows: Sequence[Mapping[str, Any]], max_new_tokens: int = 128) -> list[RowAnswer]:
+    def predict(self, rows: Sequence[Mapping[str, Any] | str], max_new_tokens: int = 128) -> list[RowAnswer]:
         """Answer rows with the columns that the model was trained on; labels are not needed.
 
         Args:
-            rows: Language models read `prompt` or `messages`, image classifiers an image's path or bytes.
+            rows: Dictionaries, or texts if the model reads one text. Language models read `prompt` or `messages`, image
+                classifiers an image's path or bytes.
             max_new_tokens: Maximum length of a generated answer.
 
         Returns:
@@ -81,6 +82,8 @@ class Predictor:
         Raises:
             DataError: When a row cannot be answered; `answer_each` continues instead.
         """
+        if isinstance(rows, str):
+            raise DataError("predict: expected a list of rows, found a text; write predict([text])")
         predicted = list(self.answer_each(rows, max_new_tokens))
         refused = [(number, row.refused) for number, row in enumerate(predicted, start=1) if row.refused is not None]
         if refused:
@@ -105,14 +108,15 @@ class Predictor:
 
     def answer_each(
         self,
-        rows: Iterable[Mapping[str, Any]],
+        rows: Iterable[Mapping[str, Any] | str],
         max_new_tokens: int = 128,
         report: RowProgress = lambda done, total: None,
     ) -> Iterator[PredictedRow]:
         """Yield each row's answer, or the reason why there is none, reading few rows at a time."""
         writes = self.task.FACTS.writes
+        whole = (row_from_text(row, self.notes) if isinstance(row, str) else row for row in rows)
         # Generation is slow: the first answers must not wait for two thousand others.
-        for window in in_batches(rows, _WINDOW_PROMPTS) if writes else in_batches(rows):
+        for window in in_batches(whole, _WINDOW_PROMPTS) if writes else in_batches(whole):
             questions = [self.task.with_placeholder_answer(row, self.target) for row in window]
             predicted = []
             for row in questions:
@@ -250,10 +254,10 @@ def row_from_text(text: str, notes: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row with the text in the column that the model reads, or raise `DataError` if the model reads several.
     `notes` come from the model folder."""
     columns, read = notes["columns"], columns_read(notes).values()
-    if len(read) > 1:
-        raise DataError(f"this model reads several columns; give a file with the columns {', '.join(read)}")
     names = ("messages", "tokens", "prompt", "source", "image", "query", "text")
-    role = next(name for name in names if name in columns)
+    role = next((name for name in names if name in columns), None)
+    if len(read) > 1 or role is None:
+        raise DataError(f"this model reads several columns; give rows (or a file) with the columns {', '.join(read)}")
     forms = {"messages": [{"role": "user", "content": text}], "tokens": token_classification.WORD.findall(text)}
     return {columns[role]: forms.get(role, text)}
 

@@ -229,6 +229,20 @@ def _suggest_setting(location: tuple[str | int, ...], values: PlainSettings) -> 
     )
 
 
+def nearest_setting(name: str, cutoff: float) -> str | None:
+    """Return the setting that replaces this name of another tool, or whose last name is at least as similar as
+    `cutoff`, or None."""
+    name = name.rpartition(".")[2].replace("-", "_").lower()
+    if (hint := recipe_rules.replacement_hint(name)) is not None:
+        replacing = re.search(r"\w+\.\w+", hint)
+        return replacing and replacing[0]
+    dotted = {other: f"train.extra.{other}" for other in recipe_rules.training_arguments()}
+    dotted |= {block: block for block in Recipe.model_fields}
+    for block in reversed(Recipe.model_fields):  # of equal names, the first block's counts
+        dotted |= {field: f"{block}.{field}" for field in _fields_at((block,))}
+    return next((dotted[near] for near in near_names(name, dotted, most=1, cutoff=cutoff)), None)
+
+
 def _expected_and_found(expected: str, value: object) -> str:
     hint = did_you_mean(str(value), re.findall(r"'([^']+)'", expected))
     return f"expected {expected}, found {value!r}" + (f"; {hint}" if hint else "")

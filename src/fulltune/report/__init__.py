@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fulltune.errors import SetupError
+from fulltune.records.data import DataSummary
 from fulltune.records.export import Verification
 from fulltune.records.scores import Scores
 from fulltune.report.comparison.content import build_comparison_report
@@ -16,12 +19,29 @@ from fulltune.report.run.model_card import build_exported_card, build_model_card
 from fulltune.report.run.read import read_run
 from fulltune.system.run_folder import COMPARISONS, FOLDS, load_comparison
 
+_OF_LATER_ROWS = (
+    *("results", "slices", "answers-before-and-after-training", "confusion", "worst-mistakes", "calibration", "data"),
+)
+
 
 def write_run_report(folder: Path) -> Path:
     """Write a run's report and return the path of `report.html`."""
     is_run = not (Path(folder) / FOLDS).exists()
     report = build_run_report(read_run(folder)) if is_run else build_folds_report(Path(folder))
     return write_pages(Path(folder) / "report", report)
+
+
+def write_later_rows_report(
+    run: Path, folder: Path, summary: DataSummary, scores: Sequence[Scores]
+) -> list[Headline | Section | Element]:
+    """Write the report on rows that came after a run, whose test rows `summary` and `scores` describe, and return what
+    is printed."""
+    view = replace(read_run(run, scores[-1]), summary=summary, scores=tuple(scores), missing=(), accesses=())
+    page = build_run_report(view)
+    sections = tuple(section for section in page.sections if section.anchor in _OF_LATER_ROWS)
+    title = f"{page.title}: {summary.sources['test'].removeprefix('file ')}"
+    write_pages(folder / "report", replace(page, title=title, key_figures=(), sections=sections))
+    return content.build_run_terminal_report(view)
 
 
 def build_run_terminal_report(folder: Path) -> list[Headline | Section | Element]:

@@ -80,13 +80,23 @@ class Machine(Record):
     @property
     def busy_warning(self) -> str:
         """A warning if other programs slow this machine down, or an empty string."""
-        if self.load_average < BUSY * self.num_cores:
-            return ""
-        cores = counted(self.num_cores, "core")
-        return (
-            f"this machine is busy (load {self.load_average:.0f} on {cores}), so measured speeds are too low "
-            "and the chosen precision may be wrong; if other programs keep running, try OMP_NUM_THREADS=1"
-        )
+        effect = "measured speeds are too low and the chosen precision may be wrong"
+        return busy_warning(self.load_average, self.num_cores, effect)
+
+
+def busy_warning(load: float, cores: int, effect: str = "training is slow") -> str:
+    """Return a warning if the load average shows that other programs use the cores, or an empty string."""
+    if load < BUSY * cores:
+        return ""
+    busy = f"this machine is busy (load {load:.0f} on {counted(cores, 'core')}), so {effect}"
+    return f"{busy}; if other programs keep running, try OMP_NUM_THREADS=1"
+
+
+def machine_load() -> tuple[float, int]:
+    """Return the load average of this process's cores, and their number."""
+    # The load is that of the whole computer, but a container or CPU set may have only some of its cores.
+    cores = num_cores()
+    return (os.getloadavg()[0] * cores / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0), cores
 
 
 def measure_machine() -> Machine:
@@ -153,8 +163,7 @@ def cpu_bf16_speedup() -> float:
 @cache
 def cpu_rates() -> tuple[float, float, float]:
     """Return the FLOP/s of fp32 products, the bytes per second of a copy, and the load before measuring."""
-    # The load is that of the whole computer, but a container or CPU set may have only some of its cores.
-    load = os.getloadavg()[0] * num_cores() / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
+    load, _ = machine_load()
     return (*_measure_cpu_rates(), load)
 
 

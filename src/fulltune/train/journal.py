@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
-from fulltune.files import read_json_lines
+from fulltune.files import read_json_lines, replace_atomically
 from fulltune.records.events import Evaluated, Event, JournalEntry, PhaseBegan, StepLogged, parse_event
 from fulltune.records.plan import Phase
 from fulltune.records.training import Outcome
@@ -32,9 +32,10 @@ def read_phase(folder: Path) -> Phase | None:
 
 def read_completed_steps(folder: Path) -> int:
     """Return the number of steps completed at an attempt's last heartbeat, or 0 without one."""
-    path = folder / HEARTBEAT_FILE
-    text = path.read_text(encoding="ascii") if path.exists() else ""
-    return int(text) if text.isdigit() else 0
+    with contextlib.suppress(FileNotFoundError):  # the worker may be removing it
+        text = (folder / HEARTBEAT_FILE).read_text(encoding="ascii")
+        return int(text) if text.isdigit() else 0
+    return 0
 
 
 class Journal:
@@ -65,7 +66,9 @@ class Journal:
     def write_heartbeat(self, steps: int) -> None:
         """Write a heartbeat with the number of completed steps. The parent kills a process whose heartbeat stops."""
         if self._heartbeat is not None:
-            self._heartbeat.write_text(str(steps), encoding="ascii")
+            # A reader must not find it empty. It says nothing after a crash of the machine, so it is not flushed.
+            with replace_atomically(self._heartbeat) as part:
+                part.write_text(str(steps), encoding="ascii")
 
     def remove_heartbeat(self) -> None:
         """Remove the heartbeat, so that the parent stops watching it."""

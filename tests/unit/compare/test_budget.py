@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -54,6 +55,14 @@ def design_of(
     """With what it can find by a margin of a point."""
     design = fit_design_to_budget(costs, whole(costs, seeds, budget_seconds=budget, **changes), end, spent)
     return with_detectable_differences(design, costs, 0.01, 0.05, test_rows)
+
+
+@pytest.mark.parametrize(("seconds", "is_hopeless"), [(None, False), (90.0, True), (190.0, False)])
+def test_hopeless_budget_is_refused_by_arithmetic_alone(seconds: float | None, is_hopeless: bool) -> None:
+    """Two runs of 100 s and of 90 s could take half as long, but no less."""
+    refusal = pytest.raises(RecipeError, match="is too short for a verdict: 2 runs each of full and lora")
+    with refusal if is_hopeless else nullcontext():
+        budget.refuse_hopeless_budget(FIELD, whole(FIELD, 3, budget_seconds=seconds), 0.0, 0.0)
 
 
 def test_without_budget_it_is_the_whole_design() -> None:

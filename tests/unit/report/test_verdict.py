@@ -62,7 +62,8 @@ def test_interval_of_the_difference_on_the_same_rows_decides_and_is_said(
             "contested",
             "answers are no better: rougeL 0.2 [0.2, 0.2], against 0.3 [0.3, 0.3] for copy.",
         ),
-        (0.0, 0.0, 0.0, "an answer", "better", ""),  # nothing says that they are worse
+        # Nothing says that they are worse, or better.
+        (0.0, 0.0, 0.0, "an answer", "loss-only", "not measured: rougeL is 0 with and without training. Add a"),
         (0.0, 0.0, 0.0, " ", "contested", "answers are all empty: rougeL 0 [0, 0], against 0 [0, 0] for"),
     ],
 )
@@ -81,6 +82,16 @@ def test_loss_alone_is_not_called_better_than_answers_say(
     assert said in verdict.sentence
     assert "is -1.1" in verdict.sentence
     assert ("Better" in verdict.label) == (kind == "better")
+
+
+def test_loss_without_any_answers_says_how_to_measure_them_where_the_model_writes_some(kit: SimpleNamespace) -> None:
+    rows = pair(kit, 1.2, 2.3, (-1.2, -1.05), "loss", "untouched")
+    verdict = judge_scores(rows, writes_answers=True)
+    assert (verdict.kind, verdict.label) == ("loss-only", "Lower loss; answers not measured")
+    assert "set evaluate.generate_rows above 0" in verdict.sentence
+    assert "evaluate.metric: exact_match" in verdict.sentence
+    assert judge_scores(rows).kind == "better"  # raw text has no answers
+    assert judge_scores(pair(kit, 0.92, 0.81, (0.08, 0.14), "exact_match"), writes_answers=True).kind == "better"
 
 
 def test_verdict_without_a_paired_difference_claims_none(kit: SimpleNamespace) -> None:

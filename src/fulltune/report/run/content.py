@@ -67,7 +67,10 @@ def build_run_report(view: RunView) -> Report:
 def build_run_headline_and_advice(view: RunView) -> tuple[Headline, tuple[str, ...]]:
     """Return the headline and changes to try (none if training helped)."""
     why = next((why for what, why in view.missing if what.startswith("the test scores of")), "")
-    headline = replace(judge_scores(view.scores, why), note=about_scores.warn_of_repeated_scoring(view.accesses))
+    writes = view.summary is not None and view.summary.form.writes_answers
+    headline = replace(
+        judge_scores(view.scores, why, writes), note=about_scores.warn_of_repeated_scoring(view.accesses)
+    )
     facts = collect_facts(view, headline)
     return headline, suggest_next_steps(facts) if facts else ()
 

@@ -135,8 +135,18 @@ def _build_data_section(summary: DataSummary | None, remote: Sequence[RemoteSour
 def _build_metrics_section(view: RunView, scores: Scores | None) -> Section:
     if scores is None:
         return Section("metrics", "Metrics", (Paragraph("This model was not scored on test rows."),))
-    verdict = Paragraph(f"Test rows were never used to choose anything. {judge_scores(view.scores).sentence}")
+    writes = view.summary is not None and view.summary.form.writes_answers
+    judged = judge_scores(view.scores, writes_answers=writes).sentence
+    verdict = Paragraph(f"Test rows were never used to choose anything. {judged}")
     blocks = (build_score_table(view), *list_score_notes(view), verdict, *build_calibration_blocks(scores))
+    if (calibration := scores.calibration) is not None and not calibration.note:
+        errors = (calibration.expected_calibration_error, calibration.expected_calibration_error_scaled)
+        of_pipeline, of_predict = map(format_number, errors)
+        text = (
+            f"Probabilities differ by program: 'fulltune predict' divides the logits by {calibration.temperature:.3g} "
+            f"(calibration error {of_predict}), a transformers pipeline does not (calibration error {of_pipeline})."
+        )
+        blocks = (*blocks, Paragraph(text))
     return Section("metrics", "Metrics", blocks)
 
 

@@ -19,13 +19,16 @@ from fulltune.text import counted, format_metric, format_number, is_share, liste
 _LABELS = {
     "better": "Better than every baseline",
     "contested": "Generated answers are no better",
+    "loss-only": "Lower loss; answers not measured",
     "worse": "Worse than the best baseline",
     "unresolved": "Difference inconclusive",
     "unpaired": "Difference unknown",
     "alone": "Nothing to compare with",
     "none": "No verdict",
 }
-"""Headlines by verdict. `contested`: better by loss only. `unpaired`: the difference on the same rows is unknown."""
+"""Headlines by verdict. `contested`: better by loss only. `loss-only`: better by loss, and answers do not tell.
+`unpaired`: the difference on the same rows is unknown."""
+_TO_MEASURE = "set evaluate.generate_rows above 0 and, if one answer is right, evaluate.metric: exact_match."
 _NOT_MEASURED = "Their difference on the same rows was not measured."
 _LONE = "The test rows are {}: more rows with other texts are needed to distinguish a difference from chance."
 
@@ -38,9 +41,9 @@ def find_best_untrained(scores: Sequence[Scores], metric: str, greater_is_better
     return max(rows, key=lambda row: sign * row.metrics[metric].value, default=None)
 
 
-def judge_scores(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
+def judge_scores(scores: Sequence[Scores], why_unscored: str = "", writes_answers: bool = False) -> Headline:
     """Return a headline that compares the trained model with the best untrained one. A clear verdict needs a difference
-    whose interval excludes 0."""
+    whose interval excludes 0. Of a model that `writes_answers`, a loss alone says nothing about them."""
     row = trained_row(scores)
     if row is None:
         return _build_headline(
@@ -70,27 +73,32 @@ def judge_scores(scores: Sequence[Scores], why_unscored: str = "") -> Headline:
     if (ahead.value > 0) != row.greater_is_better:
         why = "training made it worse" if bar.kind == "untouched" else "the baseline needs no training"
         return _build_headline("worse", f"{note}, and {why}.")
-    answers = _poor_answers_warning(row, scores)
-    return _build_headline("contested" if answers else "better", f"{note}.{answers}")
+    kind, answers = _judge_answers(row, scores, writes_answers)
+    return _build_headline(kind, f"{note}.{answers}")
 
 
 def _build_headline(kind: str, sentence: str) -> Headline:
     return Headline(kind, _LABELS[kind], sentence)
 
 
-def _poor_answers_warning(row: Scores, scores: Sequence[Scores]) -> str:
-    """Return a warning if generated answers are empty or no better than without training, else an empty string."""
+def _judge_answers(row: Scores, scores: Sequence[Scores], writes_answers: bool) -> tuple[str, str]:
+    """Return the kind of a better score's verdict, and a warning if generated answers are empty, no better than without
+    training, or not measured while the score is a loss."""
+    by_loss, unknown = row.main_metric in ("loss", "perplexity"), " Whether its answers are better is not measured: "
     name = next((name for name in words.OF_ANSWERS if name in row.metrics and row.answers), "")
     bar = find_best_untrained(scores, name, greater_is_better=True)
     if bar is None:
-        return ""
+        return ("loss-only", unknown + _TO_MEASURE) if by_loss and writes_answers else ("better", "")
     mine, theirs = row.metrics[name], bar.metrics[name]
     says_something = any(answer.predicted.strip() for answer in row.answers)
+    if mine.value == theirs.value and says_something and by_loss:
+        equal = f"{words.metric_name(name)} is {format_metric(name, mine.value)} with and without training"
+        return "loss-only", f"{unknown}{equal}. Add a metric that fits, such as a function in evaluate.metrics."
     if mine.value > theirs.value or (mine.value == theirs.value and says_something):
-        return ""
+        return "better", ""
     them = "generated answers are no better" if says_something else "generated answers are all empty"
     shown, others = words.format_estimate(name, mine), words.format_estimate(name, theirs)
-    return f" But its {them}: {words.metric_name(name)} {shown}, against {others} for {bar.name}."
+    return "contested", f" But its {them}: {words.metric_name(name)} {shown}, against {others} for {bar.name}."
 
 
 def format_difference(metric: str, difference: Estimate, confidence: float) -> str:

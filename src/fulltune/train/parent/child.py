@@ -174,7 +174,9 @@ def _follow_worker(
                         listener(event)
         if ended:
             return False
-        beat = heartbeat.stat().st_mtime_ns if heartbeat.exists() else 0
+        beat = 0
+        with contextlib.suppress(FileNotFoundError):  # the worker removes it as it ends
+            beat = heartbeat.stat().st_mtime_ns
         if beat != last_beat:
             last_beat, since = beat, time.monotonic()
         if last_beat and time.monotonic() - since > limit:

@@ -1,6 +1,6 @@
 """A process that has imported the libraries and forks a worker for each attempt, which saves seven seconds per attempt.
 
-parent ──{"request": ..., "log": ...}──▶ server ──fork──▶ worker (own group, own log)
+parent ──{"request", "log", "variables"}──▶ server ──fork──▶ worker (own group, own log)
 parent ◀── the worker's process id, and later its exit code, a line each
 """
 
@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -41,10 +41,12 @@ def fork_server() -> Iterator[Starter]:
         alone = plan.device == "cpu" and plan.num_processes == 1 and not request.recipe.train.zero_enabled_by
         if not (alone and sys.platform == "linux"):
             return start_in_new_process(request, log)
+        variables = worker_environment(request)
         if not servers or servers[-1].poll() is not None:
-            servers.append(_start_server(worker_environment(request)))
+            servers.append(_start_server(variables))
         log.touch()  # the parent must report a folder that is not writable
-        line = json.dumps({"request": str(request.folder / "request.json"), "log": str(log)})
+        path = str(request.folder / "request.json")
+        line = json.dumps({"request": path, "log": str(log), "variables": variables})
         # If the server died while importing, a new process writes the reason into the log.
         return _fork_worker(servers[-1], line) or start_in_new_process(request, log)
 
@@ -120,18 +122,20 @@ def serve_forks() -> None:
         os.write(answers, f"{os.waitstatus_to_exitcode(status)}\n".encode())
 
 
-def _run_as_worker(request: dict[str, str], server_pid: int) -> None:
+def _run_as_worker(request: Mapping[str, object], server_pid: int) -> None:
     """Run a request in this forked process, log its output, and exit."""
     code = 1
     try:
-        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        log = os.open(str(request["log"]), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         nothing = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((nothing, 0), (log, 1), (log, 2)):
             os.dup2(source, target)
         die_with_parent(server_pid)
+        os.environ.clear()  # the server's are those of its first request
+        os.environ.update(dict[str, str](request["variables"]))  # type: ignore[call-overload]  # from JSON
         from fulltune.train.worker import main as worker
 
-        code = worker.main(request["request"])
+        code = worker.main(str(request["request"]))
     except BaseException:
         traceback.print_exc()  # the parent looks in the log for words about memory
     finally:
