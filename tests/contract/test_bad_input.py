@@ -459,8 +459,7 @@ def test_model_code_is_never_run_unless_trusted(case: Case, broken_model: Path) 
         case.data(CSV, model=broken_model),
         RECIPE,
         f"model: {broken_model}: the model needs Python code from its repository; review the code, then set "
-        "model.trust_remote_code: true in the recipe. predict, serve, export and push have no such setting; there, "
-        "load the folder from Python with transformers",
+        "model.trust_remote_code: true in the recipe. predict, export and push cannot run it; transformers can",
     )
     assert not (case.folder / "ran").exists()
 

@@ -106,7 +106,7 @@ def test_notes_without_what_training_wrote_are_named(classifier: Path, tmp_path:
     result = fulltune("predict", tmp_path / "run", "a text")
     lacking = "task, problem_type, columns, labels, joint"
     advice = "copy it again from where you trained"
-    assert result.problems == [f"{folder}/fulltune.json: lacks {lacking}, which training wrote; {advice}"]
+    assert result.problems == [f"{folder}/fulltune.json: lacks {lacking}; {advice}"]
     assert result.code == 2
 
 

@@ -214,8 +214,7 @@ def find_target_and_count_rows(
     def readable_train_rows(roles: Mapping[str, str]) -> Iterator[Row]:
         faults.clear()
         for place, row in read_and_count("train"):
-            fault = why_unreadable(row, roles)
-            if not fault and task.FACTS.has_classes:  # a dropped row makes no class
+            if not (fault := why_unreadable(row, roles)) and task.FACTS.has_classes:  # a dropped row makes no class
                 refused = task.why_unusable(row, Target("single_label", roles))
                 fault = refused.reason if refused and refused.check in ("no text", "no image") else None
             if fault:  # listed when the rows are tokenised

@@ -101,12 +101,9 @@ def has_only_trained_parameters(folder: Path) -> bool:
 
 def read_notes(folder: Path) -> dict[str, Any]:
     """Read a model folder's `fulltune.json`; raise `SetupError` if it is damaged or its labels are not the model's."""
-    path, config = folder / NOTES, folder / "config.json"
-    notes = read_json_object(path)
+    notes, config = read_json_object(path := folder / NOTES), folder / "config.json"
     if missing := [name for name in ("task", "problem_type", "columns", "labels", "joint") if name not in notes]:
-        raise SetupError(
-            f"{path}: lacks {', '.join(missing)}, which training wrote; copy it again from where you trained"
-        )
+        raise SetupError(f"{path}: lacks {', '.join(missing)}; copy it again from where you trained")
     by_id = read_json_object(config).get("id2label", {}) if notes["labels"] and config.exists() else {}
     if by_id and [by_id[number] for number in sorted(by_id, key=int)] != notes["labels"]:
         raise SetupError(f"{path}: its labels are not those of config.json (id2label); write the same in both")

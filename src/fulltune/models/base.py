@@ -329,8 +329,7 @@ def load_with_advice(block: ModelBlock, part_name: str, load_part: Callable[[], 
         if "trust_remote_code" in text:
             raise SetupError(
                 f"model: {block.name}: the model needs Python code from its repository; review the code, then set "
-                "model.trust_remote_code: true in the recipe. predict, serve, export and push have no such setting; "
-                "there, load the folder from Python with transformers"
+                "model.trust_remote_code: true in the recipe. predict, export and push cannot run it; transformers can"
             ) from None
         if isinstance(error, OSError) and not Path(block.name).exists() and not block.name.startswith("package:"):
             raise SetupError(

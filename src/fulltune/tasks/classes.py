@@ -59,9 +59,7 @@ def over_all(sums: Sums, predictions: Predictions) -> dict[str, float]:
     return {name: float(value(count(predictions).sum(axis=0))) for name, (count, value) in sums.items()}
 
 
-def sums_of_counted(row_scores: RowScores, names: Sequence[str], target: Target, metric: str) -> Sums:
-    """Map metrics (ignoring `metric`) to functions for their means over the rows that `row_scores` counts."""
-
+def sums_by_row(row_scores: RowScores, names: Sequence[str], target: Target, metric: str) -> Sums:
     def terms(name: str, predictions: Predictions) -> np.ndarray:
         rows = row_scores(predictions, target)
         weights = rows.get(f"{name} counted", rows["counted"])
@@ -70,11 +68,9 @@ def sums_of_counted(row_scores: RowScores, names: Sequence[str], target: Target,
     return {name: (partial(terms, name), ratio) for name in names}
 
 
-def metrics_of_counted(
-    row_scores: RowScores, names: Sequence[str], predictions: Predictions, target: Target
-) -> dict[str, float]:
-    rows = row_scores(predictions, target)
-    return over_all(sums_of_counted(row_scores, [name for name in names if name in rows], target, ""), rows)
+def metrics_by_row(row_scores: RowScores, names: Sequence[str], rows: Predictions, target: Target) -> dict[str, float]:
+    rows = row_scores(rows, target)
+    return over_all(sums_by_row(row_scores, [name for name in names if name in rows], target, ""), rows)
 
 
 # ---- metrics from sums -----------------------------------------------------------------------------------------

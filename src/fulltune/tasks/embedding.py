@@ -281,8 +281,8 @@ def row_scores(predictions: Predictions, target: Target) -> Predictions:
     return {**rank(ids, lambda rows: units[rows, 0] @ documents.T), "loss": losses[np.argsort(order)]}
 
 
-metrics = partial(classes.metrics_of_counted, row_scores, FACTS.metrics)
-metrics_from_sums = partial(classes.sums_of_counted, row_scores, FACTS.metrics)
+metrics = partial(classes.metrics_by_row, row_scores, FACTS.metrics)
+metrics_from_sums = partial(classes.sums_by_row, row_scores, FACTS.metrics)
 
 
 def corpus(ids: np.ndarray) -> np.ndarray:

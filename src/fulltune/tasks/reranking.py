@@ -58,8 +58,7 @@ def find_target(rows: Iterable[Row], roles: Mapping[str, str], data: DataBlock, 
     if (label := roles.get("label")) is not None:
         grades = {grade for row in rows for grade in _read_grades(row.get(label))}
         if len(grades) < 2:
-            what = "expected 0 (irrelevant) and 1 (relevant) or higher grades"
-            raise DataError(f"{file}: column '{label}' has no two different grades, {what}; choose another column")
+            raise DataError(f"{file}: column '{label}' has no two grades, such as 0 (irrelevant) and 1; set data.label")
         return Target("relevance", roles, num_choices=1 + max(grades))
     if len(roles) > data.candidates + 1:
         raise DataError(f"{file}: {len(roles) - 1} documents in a row; set data.candidates: {len(roles) - 1} or more")
@@ -169,11 +168,9 @@ def config_changes(target: Target, processor: Tokenizer) -> dict[str, object]:
 
 
 def row_scores(predictions: Predictions, target: Target) -> Predictions:
-    """Add each row's metrics, and whether it is `counted`. Labelled candidates have those of their query, which counts
-    once if any is relevant. `best` and `ideal` are the places of the highest score and grade in the flat scores.
-
-    Grades are the gains of NDCG, as in trec_eval. Of equal scores, the lowest grade comes first.
-    """
+    """Add each row's metrics, of labelled candidates those of their query, which is `counted` once if any is relevant.
+    Grades are NDCG's gains, as in trec_eval; of equal scores, the lowest grade comes first. `best` and `ideal` are the
+    places of the highest score and grade."""
     if "counted" in predictions:
         return predictions
     rows, width = predictions["logits"].shape
@@ -197,8 +194,8 @@ def row_scores(predictions: Predictions, target: Target) -> Predictions:
     return {**predictions, **{name: values[query[::width]] for name, values in of_queries.items()}, **counted}
 
 
-metrics = partial(classes.metrics_of_counted, row_scores, FACTS.metrics)
-metrics_from_sums = partial(classes.sums_of_counted, row_scores, FACTS.metrics)
+metrics = partial(classes.metrics_by_row, row_scores, FACTS.metrics)
+metrics_from_sums = partial(classes.sums_by_row, row_scores, FACTS.metrics)
 
 
 def answers(

@@ -98,7 +98,7 @@ def test_recipe_says_that_candidates_are_labelled() -> None:
     assert reranking.find_target(rows, COLUMNS, DataBlock(train="x"), "f") == Target(
         "relevance", COLUMNS, num_choices=2
     )
-    with pytest.raises(DataError, match=r"f: column 'label' has no two different grades, expected 0"):
+    with pytest.raises(DataError, match=r"f: column 'label' has no two grades, such as 0"):
         reranking.find_target(rows[:1], COLUMNS, DataBlock(train="x"), "f")
 
 

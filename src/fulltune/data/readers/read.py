@@ -127,8 +127,9 @@ class DataFiles:
                         problem = "contains NUL bytes (is it UTF-16?), but UTF-8 text was expected"
                         raise DataError(f"{file}:{line}: {problem}; {_SAVE_AS_UTF_8}")
                     if len(content) > _MAX_LINE and suffix != ".json":
-                        problem = f"{len(content):,} bytes in one line, expected at most {_MAX_LINE:,}"
-                        raise DataError(f"{file}:{line}: {problem}; split it into rows")
+                        raise DataError(
+                            f"{file}:{line}: {len(content):,} bytes, expected {_MAX_LINE:,} or less; split it"
+                        )
         match suffix:
             case ".csv" | ".tsv":
                 yield from text_files.read_csv_or_tsv(file, self.columns, self.encoding, self.notes)

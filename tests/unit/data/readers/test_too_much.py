@@ -161,7 +161,7 @@ def test_line_that_is_far_too_long_is_refused_before_it_is_read(
     path.write_text(f"text\nshort\n{'word ' * 200}\n{'word ' * 201}\nlast\n")
     with pytest.raises(DataError) as refused:
         list(read.locate_data_files([str(path)]).rows())
-    said = "1,001 bytes in one line, expected at most 1,000; split it into rows"
+    said = "1,001 bytes, expected 1,000 or less; split it"
     assert refused.value.problems == (f"{path}:3: {said}",)
 
 
