@@ -13,6 +13,7 @@ from fulltune.audit.texts import masked_text
 from fulltune.data.contamination import list_forbidden_text_files
 from fulltune.data.groups import sample_by_label
 from fulltune.data.patch import PatchedRows
+from fulltune.data.readers.derived import DerivedColumns
 from fulltune.data.readers.files import refuse_held_out_files
 from fulltune.data.readers.read import DataFiles, LocatedRow, locate_data_files
 from fulltune.data.readers.text_files import SEPARATED
@@ -78,6 +79,7 @@ def find_source_files(recipe: Recipe, remote: Mapping[str, RemoteSource]) -> dic
                 encoding=codec_for_encoding(block.encoding),
                 has_relative_image_paths=FACTS[recipe.task].reads == "image",
                 image_column=block.image,
+                derived=DerivedColumns.of(block),
                 notes=dict.fromkeys(note for path in addresses if path in remote for note in remote[path].notes),
             )
             for path in addresses:
