@@ -174,7 +174,12 @@ SHAPES = (
         CLASS,
         {**_pair("left", "right", "how_close"), "problem_type": "regression"},
     ),
-    Shape("two texts and 0/1, by any names", {"alpha": SHORT, "beta": OTHER, "ok": BINARY}, CLASS, _pair("alpha", "beta", "ok")),
+    Shape(
+        "two texts and 0/1, by any names",
+        {"alpha": SHORT, "beta": OTHER, "ok": BINARY},
+        CLASS,
+        _pair("alpha", "beta", "ok"),
+    ),
     Shape(
         "MRPC",
         {"sentence1": SHORT, "sentence2": OTHER, "label": BINARY, "idx": ID},
@@ -285,7 +290,12 @@ SHAPES = (
         {"tokens": "tokens", "tags": "ner_tags"},
         first="token-classification",
     ),
-    Shape("WNUT", {"id": lambda row: str(row), "tokens": TOKENS, "ner_tags": ENTITIES}, "token-classification", {"tokens": "tokens", "tags": "ner_tags"}),
+    Shape(
+        "WNUT",
+        {"id": lambda row: str(row), "tokens": TOKENS, "ner_tags": ENTITIES},
+        "token-classification",
+        {"tokens": "tokens", "tags": "ner_tags"},
+    ),
     Shape(
         "sentences with tags",
         {"sentence": lambda row: " ".join(TOKENS(row)), "word_labels": lambda row: " ".join(ENTITIES(row))},
@@ -298,7 +308,9 @@ SHAPES = (
         {
             "id": lambda row: f"0000997932d777b{row}f",
             "comment_text": LONG,
-            **{name: (lambda place: lambda row: int(row % (place + 2) == 0))(place) for place, name in enumerate(TOXIC)},
+            **{
+                name: (lambda place: lambda row: int(row % (place + 2) == 0))(place) for place, name in enumerate(TOXIC)
+            },
         },
         CLASS,
         {"text": "comment_text", "label": TOXIC},
@@ -331,7 +343,9 @@ SHAPES = (
     Shape(
         "E2E",
         {
-            "meaning_representation": lambda row: f"name[The {_WORDS[row // 4]}], eatType[pub], food[{_WORDS[row // 4 + 5]}], near[Cafe {_WORDS[row // 4 + 9]}]",
+            "meaning_representation": lambda row: (
+                f"name[The {_WORDS[row // 4]}], eatType[pub], food[{_WORDS[row // 4 + 5]}], near[Cafe {_WORDS[row // 4 + 9]}]"
+            ),
             "human_reference": SHORT,
         },
         LM,
@@ -388,7 +402,12 @@ SHAPES = (
         {"messages": "conversations"},
     ),
     Shape("GSM8K", {"question": LONG, "answer": THIRD}, LM, {"prompt": "question", "completion": "answer"}),
-    Shape("XSum", {"document": PASSAGE, "summary": SHORT, "id": ID}, "seq2seq", {"source": "document", "target": "summary"}),
+    Shape(
+        "XSum",
+        {"document": PASSAGE, "summary": SHORT, "id": ID},
+        "seq2seq",
+        {"source": "document", "target": "summary"},
+    ),
     Shape(
         "CNN/DailyMail",
         {"article": PASSAGE, "highlights": SHORT, "id": lambda row: f"42c027e4ff9730fbb3de84c1af0d2c506e41c3e{row}"},
@@ -420,7 +439,7 @@ SHAPES = (
             "label": ["3", "0", "1", "2"],
         },
         "multiple-choice",
-        {"question": "ctx", "choices": "endings", "label": "label"},
+        {"context": "ctx", "choices": "endings", "label": "label"},
     ),
     Shape(
         "ARC",
@@ -512,7 +531,11 @@ SHAPES = (
         ".csv",
     ),
     Shape("poem sentiment", {"id": ID, "verse_text": SHORT, "label": [1, 2, 0, 3]}, CLASS, _one("label", "verse_text")),
-    Shape("UltraFeedback", {"prompt": QUESTION, "chosen": CHAT, "rejected": CHAT, "score_chosen": number(1, 9, 1)}, "refuse"),
+    Shape(
+        "UltraFeedback",
+        {"prompt": QUESTION, "chosen": CHAT, "rejected": CHAT, "score_chosen": number(1, 9, 1)},
+        "refuse",
+    ),
     Shape(
         "movies",
         {
@@ -542,8 +565,15 @@ SHAPES = (
         ".csv",
     ),
     Shape("text only", {"text": LONG}, LM, {"text": "text"}),
-    Shape("texts of a corpus", {"id": CODE, "url": lambda row: f"https://example.org/{row}", "text": LONG, "lang": ["en", "de"]}, LM, {"text": "text"}),
-    Shape("two texts, any names", {"one": SHORT, "two": OTHER}, "ask", {"prompt": "one", "completion": "two"}, first=LM),
+    Shape(
+        "texts of a corpus",
+        {"id": CODE, "url": lambda row: f"https://example.org/{row}", "text": LONG, "lang": ["en", "de"]},
+        LM,
+        {"text": "text"},
+    ),
+    Shape(
+        "two texts, any names", {"one": SHORT, "two": OTHER}, "ask", {"prompt": "one", "completion": "two"}, first=LM
+    ),
     Shape(
         "three texts and a label",
         {"claim": SHORT, "evidence": OTHER, "source_text": LONG, "label": [0, 1, 2]},
@@ -553,7 +583,12 @@ SHAPES = (
     ),
     Shape(
         "several numbers",
-        {"comment": LONG, "severity": number(0, 1, 3), "threatening": number(0, 1, 3, 2), "insulting": number(0, 1, 3, 3)},
+        {
+            "comment": LONG,
+            "severity": number(0, 1, 3),
+            "threatening": number(0, 1, 3, 2),
+            "insulting": number(0, 1, 3, 3),
+        },
         "ask",
         {"text": "comment"},
         first=CLASS,

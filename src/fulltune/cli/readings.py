@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, pairwise, permutations
-from typing import Any, Literal
+from functools import cached_property
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
 
 from fulltune.data.readers.derived import inner_cells
 from fulltune.data.readers.files import IMAGE_SUFFIXES
@@ -16,65 +19,27 @@ from fulltune.errors import DataError
 from fulltune.recipe.data import DataBlock
 from fulltune.recipe.tasks import TaskName
 from fulltune.tasks import Row, Target, task_named
-from fulltune.tasks.columns import USUAL_NAMES, USUAL_PAIRS, find_usual_column, parse_cell
+from fulltune.tasks.columns import CHOICE_NAMES, USUAL_NAMES, USUAL_PAIRS, parse_cell
 from fulltune.tasks.labels import is_empty, label_name
 from fulltune.tasks.multiple_choice import choice_texts, index_of_right_choice
-from fulltune.text import first_few
 
-Kind = Literal[
-    "words", "name", "category", "number", "flag", "id", "date", "image", "list", "tags", "object", "messages", "none"
-]
-"""`words` are texts, `name` short texts that differ; `none` means empty or the same value in every row."""
-_WORD = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|[^\W\d_]+")
+Kind = str
+"""`words` are texts, `name` short texts that differ, `flag` 0 or 1 and `flags` several such columns, `none` one value;
+further `category`, `number`, `id`, `date`, `image`, `list`, `tags`, `object` and `messages`."""
+_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+_NAMES: Mapping[str, Sequence[str]] = _TABLE["names"]
+_WORD = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|[^\W\d_]\S*")
 _ID_NAME = re.compile(
-    r"(?:^|[\W_]|[pqdu])(?:id|ids|idx|ind|index|guid|uuid|uid|asin|url|link|hash|file_?name)\d*$|(?<=[a-z])I[dD]$"
+    r"(?i)(?:^|[\W_]|[pqdu])(?:ids?|idx|ind|index|[gu]uid|asin|url|link|hash|file_?name)\d*$|[a-z]ID$"
 )
 _DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}\b|(?:[A-Z][a-z]{2,8},? ){1,2}\d{1,2},? [\d:]{4,}")
 _BIO = re.compile(r"(?:O|[BI]-\S+)(?:\s+(?:O|[BI]-\S+))*")
-LABEL_KINDS = ("category", "flag", "number")
-_MOST_GRADES, _LONG = 10, 40
+_TEXT_ROLES = ("text", "text_pair", "query", "prompt", "input", "completion", "context", "source")
+_TEXT_NAMES = {name for role in _TEXT_ROLES for name in USUAL_NAMES[role]} | {*_NAMES["target"], *_NAMES["titles"]}
+LABEL_KINDS = ("category", "flag", "flags", "number")
+_MOST_GRADES, _LONG, _COMPARED, _UNKNOWN = 10, 40, 200, 102
 _REPEATS = 2.5
 """Rows per value from which short texts are categories, and queries have several candidates."""
-_LABEL_NAMES = tuple(
-    [
-        "stars",
-        "points",
-        "star_rating",
-        "emotion",
-        "polarity",
-        "verdict",
-        "quality",
-        "relevance",
-        "grade",
-        "gold",
-        "answer",
-        "clickbait",
-        "toxic",
-        "spam",
-    ]
-)
-_NO_LABEL = frozenset(
-    [
-        "split",
-        "lang",
-        "language",
-        "source",
-        "subset",
-        "dataset",
-        "domain",
-        "origin",
-        "role",
-        "user",
-        "author",
-        "country",
-    ]
-)
-_TITLES = frozenset(("title", "headline", "subject", "summary", "heading"))
-_GRADES = frozenset(("relevance", "relevant", "grade", "rel", "relevance_score", "rank", "judgment", "judgement"))
-_TEXT_ROLES = ("text", "text_pair", "query", "positive", "negative", "prompt", "input", "completion", "context")
-_TEXT_NAMES = frozenset(name for role in (*_TEXT_ROLES, "source", "target") for name in USUAL_NAMES[role])
-_PROMPTS = (*USUAL_NAMES["prompt"], "inputs", "mr", "meaning_representation")
-_COMPLETIONS = (*USUAL_NAMES["completion"], "outputs", "targets", "ref", "human_reference", "solution")
 
 
 @dataclass(frozen=True)
@@ -84,24 +49,41 @@ class Column:
     cells: tuple[Any, ...]
     """The first rows' cells, None if empty. Texts with lists or objects are parsed."""
     distinct: int
-    mean_length: float
-    """Mean number of characters of texts."""
+    flags: tuple[str, ...] = ()
+    """The columns of 0 and 1 that are read as one."""
 
     @property
     def lower(self) -> str:
         return self.name.lower().strip()
 
     @property
-    def filled(self) -> list[Any]:
-        return [cell for cell in self.cells if cell is not None]
+    def repeats(self) -> float:
+        return sum(cell is not None for cell in self.cells) / max(1, self.distinct)
 
     @property
-    def repeats(self) -> float:
-        return len(self.filled) / max(1, self.distinct)
+    def mean_length(self) -> float:
+        return sum(len(cell) for cell in self.cells if isinstance(cell, str)) / max(1, len(self.cells))
 
     @property
     def is_text(self) -> bool:
         return self.kind == "words" or (self.kind == "name" and self.lower in _TEXT_NAMES)
+
+    @property
+    def has_words(self) -> bool:
+        """True for texts, and for lists of texts."""
+        parts = [" " in part.strip() for cell in self.parts for part in cell] if self.kind == "list" else []
+        return self.is_text or 3 * sum(parts) > len(parts)
+
+    @cached_property
+    def letters(self) -> list[str]:
+        return [re.sub(r"[\W\d_]", "", str(cell or "").lower()) for cell in self.cells[:_COMPARED]]
+
+    @cached_property
+    def parts(self) -> list[list[str]]:
+        """The items of each cell's list, or the words of its text."""
+        return [
+            [*map(str, cell if isinstance(cell, (list, tuple)) else str(cell or "").split())] for cell in self.cells
+        ]
 
 
 @dataclass(frozen=True)
@@ -111,16 +93,15 @@ class Reading:
     task: TaskName
     roles: Mapping[str, str | tuple[str, ...]]
     """Role to column; for one label in each of several columns, to all of them."""
-    reason: str
-    is_sure: bool = True
-    """True if nothing speaks for another task or for other roles."""
+    reason: str = "as the columns are called"
+    is_sure: bool = False
+    """True if no other roles of the columns suit the task as well."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Further settings of `data`."""
     num_tags: int = 0
     """Number of tags that are numbers without names."""
 
     def block_settings(self, columns: Sequence[str]) -> dict[str, Any]:
-        """Return the settings of `data` for this reading."""
         settings = {**self.roles, **self.settings}
         if not isinstance(flags := settings.get("label"), tuple):
             return settings
@@ -128,10 +109,9 @@ class Reading:
 
     def command(self, data: str, options: Sequence[str]) -> str:
         """Return the command that writes a recipe for this reading."""
-        named = [(role, name) for role, name in self.roles.items() if role in USUAL_NAMES]
-        each = [(role, one) for role, name in named for one in (name if isinstance(name, tuple) else (name,))]
+        roles = {role: name if isinstance(name, tuple) else (name,) for role, name in self.roles.items()}
         words = ["fulltune", "init", data, "--task", self.task]
-        words += [word for role, name in each for word in ("--column", f"{role}={name}")]
+        words += [word for role, names in roles.items() for name in names for word in ("--column", f"{role}={name}")]
         words += ["--tag-names", ",".join(likely_tag_names(self.num_tags))] * bool(self.num_tags)
         return shlex.join([*words, *options])
 
@@ -148,37 +128,30 @@ def likely_tag_names(count: int) -> list[str]:
 def describe_columns(names: Sequence[str], rows: Sequence[Row]) -> list[Column]:
     """Describe each column, and the parts of objects as columns such as `translation.en`."""
     rows = [{**row, **dict(inner_cells(row))} for row in rows]
-    names = dict.fromkeys([*names, *(name for row in rows for name in row)])
-    return [_describe_column(name, [row.get(name) for row in rows]) for name in names]
-
-
-def _describe_column(name: str, values: Sequence[Any]) -> Column:
-    cells = tuple(None if is_empty(value) else parse_cell(value) for value in values)
-    filled = [cell for cell in cells if cell is not None]
-    texts = [cell for cell in filled if isinstance(cell, str)]
-    distinct = len(set(map(str, filled)))
-    return Column(name, _kind_of(name, filled, distinct), cells, distinct, sum(map(len, texts)) / max(1, len(texts)))
+    columns = list[Column]()
+    for name in dict.fromkeys([*names, *(name for row in rows for name in row)]):
+        cells = tuple(None if is_empty(cell := row.get(name)) else parse_cell(cell) for row in rows)
+        filled = [cell for cell in cells if cell is not None]
+        distinct = len(set(map(str, filled)))
+        columns.append(Column(name, _kind_of(name, filled, distinct), cells, distinct))
+    return columns
 
 
 def _kind_of(name: str, filled: Sequence[Any], distinct: int) -> Kind:
-    first = filled[0] if filled else None
-    if isinstance(first, (list, tuple)):
+    if filled and isinstance(filled[0], (list, tuple)):
         parts = [part for cell in filled if isinstance(cell, (list, tuple)) for part in cell]
-        if parts and all(isinstance(part, Mapping) for part in parts):
-            return "messages" if any({"role", "from"} & part.keys() for part in parts) else "object"
+        if any(isinstance(part, Mapping) and {"role", "from"} & part.keys() for part in parts):
+            return "messages"
         return "list" if parts and all(isinstance(part, (str, int, float)) for part in parts) else "object"
-    if isinstance(first, Mapping):
-        return "image" if "bytes" in first else "object"
-    if isinstance(first, bytes):
-        return "image"
+    if filled and isinstance(filled[0], (Mapping, bytes)):
+        return "object" if isinstance(filled[0], Mapping) and "bytes" not in filled[0] else "image"
     texts = [label_name(cell) for cell in filled]
     if {text.lower() for text in texts} in ({"0", "1"}, {"true", "false"}):
         return "flag"
     if distinct < 2:
         return "none"
-    if texts and all(map(is_number, texts)):
-        return _kind_of_numbers(name, texts, distinct)
-    return _kind_of_texts(name, texts, distinct)
+    kind_of = _kind_of_numbers if all(map(is_number, texts)) else _kind_of_texts
+    return kind_of(name, texts, distinct)
 
 
 def _kind_of_numbers(name: str, texts: Sequence[str], distinct: int) -> Kind:
@@ -186,308 +159,227 @@ def _kind_of_numbers(name: str, texts: Sequence[str], distinct: int) -> Kind:
     is_whole = all(number == round(number) for number in numbers)
     if is_whole and distinct > 2 and (min(numbers) >= 1e8 or all(1800 <= number <= 2100 for number in numbers)):
         return "date"
-    is_counter = is_whole and len(numbers) > 2 and all(one < other for one, other in pairwise(numbers))
-    if is_counter or (distinct > _MOST_GRADES and _ID_NAME.search(name.lower())):
+    is_counter = is_whole and distinct > 2 and all(number < other for number, other in pairwise(numbers))
+    if is_counter or (distinct > _MOST_GRADES and _ID_NAME.search(name)):
         return "id"
     return "category" if is_whole and distinct <= _MOST_GRADES else "number"
 
 
 def _kind_of_texts(name: str, texts: Sequence[str], distinct: int) -> Kind:
-    def is_most(matching: Sequence[object]) -> bool:
-        return sum(map(bool, matching)) >= 0.9 * len(texts)
+    def are(matches: Callable[[str], object]) -> bool:
+        return sum(map(bool, map(matches, texts))) >= 0.9 * len(texts)
 
-    words, length = (sum(map(count, texts)) / len(texts) for count in (lambda text: len(_WORD.findall(text)), len))
-    if is_most([text.lower().endswith(tuple(IMAGE_SUFFIXES)) for text in texts]):
+    if are(lambda text: text.lower().endswith(tuple(IMAGE_SUFFIXES))):
         return "image"
-    if is_most([_BIO.fullmatch(text) for text in texts]) and any(" " in text for text in texts):
+    if are(_BIO.fullmatch) and any(" " in text for text in texts):
         return "tags"
-    if is_most([_DATE.match(text) for text in texts]):
+    if are(_DATE.match):
         return "date"
-    repeats, is_short = len(texts) / distinct, length <= _LONG and words < 4
-    is_code = is_most([" " not in text.strip() and re.search(r"[\d/@_#-]", text) for text in texts])
-    if repeats < 2 and (
-        (is_code and not is_most([len(_WORD.findall(text)) > 3 for text in texts]))
-        or (is_short and distinct > _MOST_GRADES and _ID_NAME.search(name))
-    ):
+    words, repeats = sum(len(_WORD.findall(text)) for text in texts) / len(texts), len(texts) / distinct
+    is_short = words < 2 or (words < 4 and sum(map(len, texts)) <= _LONG * len(texts))
+    if is_short and repeats < 2 and (are(lambda text: re.search(r"[\d/@_#-]", text)) or _ID_NAME.search(name)):
         return "id"
     if is_short:
         return "category" if repeats >= _REPEATS else "name"
     return "category" if distinct <= 2 * _MOST_GRADES <= repeats and words <= 8 else "words"
 
 
+def _labels(columns: Sequence[Column]) -> list[Column]:
+    """Return the columns that may be labels, the likeliest first. Several of 0 and 1 are one, unless another is called
+    a label."""
+    lists = [column for column in columns if column.kind == "list" and _is_of_few(column)]
+    usable = [one for one in columns if one.kind in LABEL_KINDS and one.lower not in _NAMES["not_labels"]]
+    usable = [one for one in usable if 2 * one.repeats * one.distinct > len(one.cells)]
+    flags = [one for one in usable if one.kind == "flag"]
+    if len(flags) > 1 and not any(_rank_of_label(one)[0] < 100 for one in usable):
+        zeros = [one for one in columns if one.kind == "none" and {*map(label_name, one.cells)} == {"0"}]
+        names = tuple(one.name for one in columns if one in flags or one in zeros)
+        return [*lists, Column(f"{names[0]} ...", "flags", flags[0].cells, 2, names)]
+    return [*lists, *sorted(usable, key=_rank_of_label)]
+
+
+def _rank_of_label(column: Column) -> tuple[int, bool]:
+    """Return how little a name and the contents speak for a label."""
+    names, parts = (*USUAL_NAMES["label"], *_NAMES["labels"]), re.split(r"[\W_]+", column.lower)
+    if column.lower in names or column.kind in ("list", "flags"):
+        return names.index(column.lower) if column.lower in names else 0, False
+    return 100 if parts[-1] in names else 101 if set(parts) & set(names) else _UNKNOWN, column.kind == "number"
+
+
+def _is_of_few(column: Column) -> bool:
+    parts = [part for cell in column.parts for part in cell]
+    return len(set(parts)) > 1 and len(parts) >= _REPEATS * len(set(parts))
+
+
 # ---- which tasks columns suit ------------------------------------------------------------------------------------
+
+ByRole = Mapping[str, Column]
+
+
+@dataclass(frozen=True)
+class _Form:
+    task: TaskName
+    roles: str
+    """Roles with the kinds of their columns, such as `text:text label:label`. A `text` may be short if its name is
+    usual."""
+    reason: str
+    fits: str = "always"
+    """Condition on contents and names, in `_FITS`."""
 
 
 def list_readings(columns: Sequence[Column]) -> list[Reading]:
     """List the tasks that columns suit, the likeliest first."""
-    readings = list[Reading]()
-    rows = [
-        dict(zip((column.name for column in columns), cells, strict=True))
-        for cells in zip(*(column.cells for column in columns), strict=True)
-    ]
-    texts = [column for column in columns if column.is_text]
-    readings += _conversations(columns)
-    readings += _tagged_words(columns)
-    readings += _answers_in_contexts(columns, texts)
-    readings += _choices(columns, rows)
-    readings += _images(columns)
-    readings += _matching_texts(columns, rows)
-    readings += _ranked_candidates(columns, texts)
-    classified, written = [*_classified(columns, texts)], [*_written(columns, texts)]
-    names = {column.lower for column in columns}
-    asks_to_write = written and written[0].is_sure and not ({"label", "labels"} & names)
-    readings += [*written, *classified] if asks_to_write else [*classified, *written]
-    if not classified and len(texts) == 1:
-        readings.append(Reading("causal-lm", {"text": texts[0].name}, "the texts have no labels"))
-    return readings
+    return [reading for form in _FORMS for reading in _readings_of(form, columns)]
+
+
+def _readings_of(form: _Form, columns: Sequence[Column]) -> Iterator[Reading]:
+    """Yield the ways to give a form's roles to columns: those that leave the fewest texts, and then by names."""
+    kinds = dict(part.split(":") for part in form.roles.split())
+    fitting = list[tuple[tuple[int, int], dict[str, Column]]]()
+    for assigned in product(*(_columns_of(columns, kind.split("|")) for kind in kinds.values())):
+        by_role, used = dict(zip(kinds, assigned, strict=True)), [column.name for column in assigned]
+        if len(set(used)) == len(used) and _FITS[form.fits](by_role, columns):
+            rank = sum(_rank(role, column) for role, column in by_role.items())
+            fitting.append(((len(leftover_texts(columns, used)), rank), by_role))
+    fitting.sort(key=lambda fit: fit[0])
+    for place, (score, by_role) in enumerate(fitting):
+        yield _reading(form, by_role, is_sure=place == 0 and (len(fitting) == 1 or score < fitting[1][0]))
+
+
+def _columns_of(columns: Sequence[Column], kinds: Sequence[str]) -> list[Column]:
+    if kinds == ["label"]:
+        return _labels(columns)
+    return [one for one in columns if one.kind in kinds or ("text" in kinds and one.is_text)]
+
+
+def _reading(form: _Form, by_role: ByRole, is_sure: bool) -> Reading:
+    label, tags = by_role.get("label"), by_role.get("tags")
+    settings, num_tags = dict[str, Any](), 0
+    if form.task == "text-classification" and label and label.kind in ("number", "list"):
+        settings["problem_type"] = "regression" if label.kind == "number" else "multi_label"
+        # A number of unknown meaning beside a text is more often a count.
+        is_sure &= label.kind == "list" or "text_pair" in by_role or _rank_of_label(label)[0] < _UNKNOWN
+    if tags and (numbers := [int(part) for cell in tags.parts for part in cell if part.isdigit()]):
+        num_tags = max(numbers) + 1
+    roles = {role: column.flags or column.name for role, column in by_role.items()}
+    reason = form.reason.format(**{role: f"'{column.name}'" for role, column in by_role.items()})
+    return Reading(form.task, roles, reason, is_sure, settings, num_tags)
+
+
+def _rank(role: str, column: Column) -> int:
+    if role == "label":
+        return sum(_rank_of_label(column))
+    names = (*_NAMES.get(role, ()), *USUAL_NAMES[role], *CHOICE_NAMES.get(role, ()))
+    return names.index(column.lower) if column.lower in names else 100
 
 
 def leftover_texts(columns: Sequence[Column], used: Sequence[str]) -> list[str]:
     """Return the texts that a reading does not use, unless the columns that it uses contain them."""
     read = [column for column in columns if column.name in used]
-
-    def is_contained(column: Column) -> bool:
-        pairs = [(cell, [other.cells[place] for other in read]) for place, cell in enumerate(column.cells) if cell]
-        return sum(_letters(cell) in _letters(others) for cell, others in pairs) >= 0.9 * len(pairs)
-
-    return [one.name for one in columns if one.is_text and one.name not in used and not is_contained(one)]
+    return [one.name for one in columns if one.has_words and one not in read and not _is_inside(one, read)]
 
 
-def _letters(value: object) -> str:
-    return "".join(_WORD.findall(str(value).lower()))
+def _is_inside(column: Column, others: Sequence[Column]) -> bool:
+    inside = [any(text in other.letters[row] for other in others) for row, text in enumerate(column.letters)]
+    return sum(inside) >= 0.9 * len(inside)
 
 
-def _conversations(columns: Sequence[Column]) -> Iterator[Reading]:
-    several = [column for column in columns if column.kind == "messages"]
-    several.sort(key=lambda column: column.lower not in USUAL_NAMES["messages"])
-    for column in several:
-        yield Reading("causal-lm", {"messages": column.name}, f"'{column.name}' holds conversations")
-
-
-def _tagged_words(columns: Sequence[Column]) -> Iterator[Reading]:
-    """Yield pairs of columns whose cells are as long: words, and BIO tags or numbers."""
-    tags = [one for one in columns if one.kind in ("list", "tags")]
-    for of_tags in sorted(tags, key=lambda one: one.lower not in USUAL_NAMES["tags"]):
-        sizes = [len(_parts(cell)) for cell in of_tags.cells]
-        kinds = {str(part) for cell in of_tags.filled for part in _parts(cell)}
-        are_numbers = all(kind.isdigit() for kind in kinds)
-        if max(sizes, default=0) < 2 or not (are_numbers or all(_BIO.fullmatch(kind) for kind in kinds)):
-            continue
-        for words in columns:
-            is_alike = words.kind in ("list", "words") and words is not of_tags
-            if is_alike and [len(_parts(cell)) for cell in words.cells] == sizes and _WORD.search(str(words.filled)):
-                if not all(str(part).isdigit() for cell in words.filled for part in _parts(cell)):
-                    count = max(map(int, kinds)) + 1 if are_numbers else 0
-                    reason = f"each word of '{words.name}' has a tag in '{of_tags.name}'" + (
-                        ", a number: write the names of the tags, in the order of the numbers" if count else ""
-                    )
-                    roles = {"tokens": words.name, "tags": of_tags.name}
-                    yield Reading("token-classification", roles, reason, not count, num_tags=count)
-
-
-def _parts(cell: object) -> Sequence[Any]:
-    return cell if isinstance(cell, (list, tuple)) else str(cell or "").split()
-
-
-def _answers_in_contexts(columns: Sequence[Column], texts: Sequence[Column]) -> Iterator[Reading]:
-    """Yield questions with texts that contain their answers."""
-    for answers in columns:
-        has_starts = answers.kind == "object" and "answer_start" in str(answers.filled[:1])
-        if not has_starts and answers.kind not in ("name", "words", "category", "list"):
-            continue
-        for context in texts:
-            others = [one for one in texts if one not in (context, answers) and one.lower not in _TITLES]
-            named = [one for one in others if one.lower in USUAL_NAMES["question"]] or others
-            is_longer = (
-                answers.mean_length * 3 < context.mean_length > max((one.mean_length for one in named), default=0)
-            )
-            if len(named) == 1 and is_longer and (has_starts or _contains(context, answers)):
-                roles = {"question": named[0].name, "context": context.name, "answers": answers.name}
-                reason = f"the answers in '{answers.name}' occur in '{context.name}'"
-                yield Reading("question-answering", roles, reason)
-
-
-def _contains(context: Column, answers: Column) -> bool:
-    pairs = [pair for pair in zip(context.cells, answers.cells, strict=True) if pair[1] not in (None, [])]
-    inside = sum(
-        all(str(part) in str(text) for part in (cell if isinstance(cell, (list, tuple)) else [cell]))
-        for text, cell in pairs
-    )
-    return 2 * len(pairs) >= len(context.cells) and inside >= 0.8 * len(pairs)
-
-
-def _choices(columns: Sequence[Column], rows: Sequence[Row]) -> Iterator[Reading]:
-    """Yield lists of choices, or columns such as `ending0`, of which a label names one in each row."""
-    names, task = [column.name for column in columns], task_named("multiple-choice")
-    lists = [one for one in columns if one.kind in ("list", "object") and "." not in one.name]
-    labels = [one for one in columns if one.kind in ("category", "flag", "number", "name", "words")]
-    ways: list[dict[str, str]] = [{}]
-    ways += [{"choices": one.name, "label": label.name} for one in lists for label in labels]
-    for way in ways:
-        try:
-            roles = task.find_columns(names, rows[:100], DataBlock.model_validate({"train": "t", **way}), "")
-        except DataError:
-            continue
-        target = Target("choice", roles)
-        right = [index_of_right_choice(row, roles, choice_texts(row, target)) for row in rows]
-        texts = [text for row in rows for text in choice_texts(row, target)]
-        have_words = sum(len(_WORD.findall(text)) > 1 for text in texts) > len(texts) / 3
-        is_usual = way == {} or not str(rows[0].get(roles["label"])).isdigit()
-        if sum(one is not None for one in right) >= 0.9 * len(rows) and len(texts) >= 2 * len(rows):
-            if have_words or is_usual:
-                named = {role: name for role, name in roles.items() if role in DataBlock.model_fields}
-                yield Reading("multiple-choice", named, f"'{roles['label']}' names the right choice")
-                return
-
-
-def _images(columns: Sequence[Column]) -> Iterator[Reading]:
-    for image in columns:
-        for label in _labels(columns)[:1] if image.kind == "image" else ():
-            roles = {"image": image.name, "label": label.name}
-            yield Reading("image-classification", roles, f"'{image.name}' holds images with labels in '{label.name}'")
-
-
-def _matching_texts(columns: Sequence[Column], rows: Sequence[Row]) -> Iterator[Reading]:
-    """Yield queries with texts that a name calls positive or negative."""
-    names = [column.name for column in columns]
-    if find_usual_column(("positive", "pos"), names, "") is None or find_usual_column(("label",), names, ""):
-        return
-    block = DataBlock(train="t")
-    try:
-        roles = task_named("embedding").find_columns(names, rows[:100], block, "")
-    except DataError:
-        return
-    for task, what in (("embedding", "vectors of texts"), ("reranking", "scores of texts for a query")):
-        yield Reading(task, roles, f"{what}: '{roles['positive']}' matches '{roles['query']}'")
-
-
-def _ranked_candidates(columns: Sequence[Column], texts: Sequence[Column]) -> Iterator[Reading]:
-    """Yield queries that occur again and again, with a text and 0 or 1 each, or with lists of both."""
-    lists = [one for one in columns if one.kind == "list"]
-    for candidates, label in permutations(lists, 2):
-        is_graded = all(str(part).lower() in "01234truefalse" for cell in label.filled for part in _parts(cell))
-        if is_graded and [len(_parts(one)) for one in candidates.cells] == [len(_parts(one)) for one in label.cells]:
-            if len(texts) == 1 and _WORD.search(str(candidates.filled[:9])):
-                yield _ranking(texts[0], candidates, label)
-    if len(texts) != 2:
-        return
-    for label in _labels(columns):
-        is_grade = label.kind == "flag" or label.lower in _GRADES
-        for query, text in (texts, texts[::-1]):
-            if is_grade and query.repeats >= _REPEATS and text.repeats < query.repeats / 2:
-                yield _ranking(query, text, label)
-
-
-def _ranking(query: Column, text: Column, label: Column) -> Reading:
-    roles = {"query": query.name, "text": text.name, "label": label.name}
-    reason = f"each '{query.name}' has several texts in '{text.name}', and '{label.name}' says which are right"
-    return Reading("reranking", roles, reason)
-
-
-def _labels(columns: Sequence[Column]) -> list[Column]:
-    """Return the columns that may be labels, the likeliest first."""
-    usable = [
-        one
-        for one in columns
-        if one.kind in LABEL_KINDS and 2 * len(one.filled) > len(one.cells) and one.lower not in _NO_LABEL
-    ]
-    return sorted(usable, key=_label_rank)
-
-
-def _label_rank(column: Column) -> tuple[int, bool]:
-    """Return how much a name and the contents speak for a label; lower is likelier."""
-    names = (*USUAL_NAMES["label"], *_LABEL_NAMES)
-    parts = re.split(r"[\W_]+", column.lower)
-    if column.lower in names:
-        return names.index(column.lower), False
-    return 100 if parts[-1] in names else 101 if set(parts) & set(names) else 102, column.kind == "number"
-
-
-def _classified(columns: Sequence[Column], texts: Sequence[Column]) -> Iterator[Reading]:
-    """Yield one text, or two, with each possible label; likeliest first."""
-    labels = _labels(columns)
-    flags = [one for one in labels if one.kind == "flag"]
-    empty = [one for one in columns if one.kind == "none" and {label_name(cell) for cell in one.filled} == {"0"}]
-    lists = [one for one in columns if one.kind == "list" and one.repeats >= 1 and _is_of_few(one)]
-    label_sets: list[tuple[str | tuple[str, ...], str, bool, dict[str, Any]]] = []
-    if lists and _WORD.search(str(texts and texts[0].filled[:1])):
-        label_sets.append(
-            (lists[0].name, f"lists of labels in '{lists[0].name}'", True, {"problem_type": "multi_label"})
-        )
-    is_named = bool(labels) and _label_rank(labels[0])[0] < 100
-    if len(flags) > 1 and not is_named:
-        every = tuple(one.name for one in columns if one in flags or one in empty)
-        label_sets.append((every, f"0 or 1 for each of {len(every)} labels ({first_few(every, 2)})", True, {}))
-    alike = [one for one in labels if _label_rank(one) == _label_rank(labels[0])]
-    for label in labels:
-        is_regression = label.kind == "number"
-        what = f"{'the number' if is_regression else 'the label'} in '{label.name}'"
-        is_unsure = len(alike) > 1 or (is_regression and _label_rank(label)[0] == 102 and len(texts) == 1)
-        label_sets.append((label.name, what, not is_unsure, {"problem_type": "regression"} if is_regression else {}))
-    for names, what, is_sure, settings in label_sets:
-        for pair in _texts_to_read(texts):
-            roles = dict(zip(("text", "text_pair"), (one.name for one in pair), strict=False))
-            of = " and ".join(f"'{name}'" for name in roles.values())
-            yield Reading("text-classification", {**roles, "label": names}, f"{what} of {of}", is_sure, settings)
-
-
-def _is_of_few(column: Column) -> bool:
-    parts = [str(part) for cell in column.filled for part in _parts(cell)]
-    return len(set(parts)) > 1 and len(parts) >= _REPEATS * len(set(parts))
-
-
-def _texts_to_read(texts: Sequence[Column]) -> list[tuple[Column, ...]]:
-    """Return the one or two texts that a classifier reads. A title comes second; questions and premises, first."""
-    if len(texts) < 2:
-        return [tuple(texts)] * len(texts)
-    usual = {pair: place for place, pair in enumerate(map(tuple, USUAL_PAIRS))}
-    by_usual = sorted(permutations(texts, 2), key=lambda pair: usual.get((pair[0].lower, pair[1].lower), 99))
-    if (by_usual[0][0].lower, by_usual[0][1].lower) in usual:
-        return [by_usual[0]]
-    pairs = [pair[:: -1 if is_title(pair[0].name) else 1] for pair in combinations(texts, 2)]
-    return sorted(pairs, key=lambda pair: -sum(one.mean_length for one in pair))
+def _count_texts(columns: Sequence[Column]) -> int:
+    return sum(column.is_text for column in columns)
 
 
 def is_title(name: str) -> bool:
-    return name.lower().strip() in _TITLES
+    return name.lower().strip() in _NAMES["titles"]
 
 
-def _written(columns: Sequence[Column], texts: Sequence[Column]) -> Iterator[Reading]:
-    """Yield texts that a model may write from others."""
-    languages = [one for one in texts if re.fullmatch(r".+\.[a-z]{2,3}([-_].*)?", one.name)]
-    if len(languages) == 2 == len(texts):
-        for one, other in (languages, languages[::-1]):
-            reason = f"translates '{one.name}' to '{other.name}'"
-            yield Reading("causal-lm", {"prompt": one.name, "completion": other.name}, reason, False)
-        return
-    by_lower = {one.lower: one for one in columns if one.kind in ("words", "name", "category", "none")}
+def _tags_each_word(by_role: ByRole, columns: Sequence[Column]) -> bool:
+    cells, cells_of_tags = by_role["tokens"].parts, by_role["tags"].parts
+    words, tags = ({part for cell in parts for part in cell} for parts in (cells, cells_of_tags))
+    are_words = not any(" " in word or not word for word in words) and not all(map(str.isdigit, words))
+    are_tags = all(map(str.isdigit, tags)) or all(map(_BIO.fullmatch, tags))
+    return are_words and are_tags and [*map(len, cells)] == [*map(len, cells_of_tags)] and max(map(len, cells)) > 1
 
-    def named(names: Sequence[str], *others: Column | None) -> Column | None:
-        return next((by_lower[name] for name in names if name in by_lower and by_lower[name] not in others), None)
 
-    source = named(USUAL_NAMES["source"])
-    target = named(USUAL_NAMES["target"][:3], source)
-    prompt = named(("instruction", *_PROMPTS))
-    completion = named(_COMPLETIONS, prompt)
-    if source and target and {source, target} <= {*texts}:
-        reason = f"writes '{target.name}' from '{source.name}'"
-        yield Reading("seq2seq", {"source": source.name, "target": target.name}, reason)
-        prompt, completion = source, target
-    if prompt and completion and completion.is_text:
-        more = named(USUAL_NAMES["input"], prompt, completion)
-        roles = {"prompt": prompt.name, **({"input": more.name} if more else {}), "completion": completion.name}
-        reason = f"writes '{completion.name}' from '{prompt.name}'"
-        judged = [one for one in _labels(columns) if one not in (prompt, completion)]
-        is_told = prompt.lower == "instruction" or prompt.lower in _PROMPTS[-3:] or not judged
-        yield Reading("causal-lm", roles, reason, is_told)
-    if len(texts) != 2:
-        return
-    if not (prompt and completion):
-        for one, other in (texts, texts[::-1]):
-            reason = f"writes '{other.name}' from '{one.name}'"
-            yield Reading("causal-lm", {"prompt": one.name, "completion": other.name}, reason, False)
-    first, second = (prompt, completion) if prompt in texts and completion in texts else texts
-    assert first is not None
-    assert second is not None
-    reason = f"finds '{second.name}' for '{first.name}'"
-    yield Reading("embedding", {"query": first.name, "positive": second.name}, reason, False)
+def _names_a_choice(by_role: ByRole, columns: Sequence[Column]) -> bool:
+    """Return whether a label names one of a row's choices, as the task reads them."""
+    task, rows = task_named("multiple-choice"), [dict[str, Any]() for _ in columns[0].cells[:_COMPARED]]
+    for column in columns:
+        for row, cell in zip(rows, column.cells, strict=False):
+            row[column.name] = cell
+    block = DataBlock.model_validate({"train": "-", **{role: one.name for role, one in by_role.items()}})
+    try:
+        roles = task.find_columns([column.name for column in columns], rows, block, "")
+    except DataError:
+        return False
+    about = [by_role[role] for role in ("context", "question") if role in by_role]
+    if {role for role in roles if role in USUAL_NAMES} != by_role.keys() or any(
+        map(_is_inside, about, [about[1:], about[:-1]])
+    ):
+        return False
+    texts = [choice_texts(row, Target("choice", roles)) for row in rows]
+    right = [index_of_right_choice(row, roles, of_row) is not None for row, of_row in zip(rows, texts, strict=True)]
+    words = [len(_WORD.findall(text)) > 1 for of_row in texts for text in of_row]
+    return sum(right) >= 0.9 * len(rows) and min(map(len, texts)) > 1 and 3 * sum(words) > len(words)
+
+
+def _answers_inside(by_role: ByRole, columns: Sequence[Column]) -> bool:
+    """Return whether the context, the longest text, contains the answers."""
+    question, context, answers = by_role["question"], by_role["context"], by_role["answers"]
+    if question.mean_length > context.mean_length or is_title(question.name):
+        return False
+    if answers.kind == "object":
+        return "answer_start" in str(answers.cells[:9])
+    cells = [cell if isinstance(cell, (list, tuple)) else [cell] for cell in answers.cells]
+    inside = [
+        all(str(part) in str(text) for part in cell) for text, cell in zip(context.cells, cells, strict=True) if cell
+    ]
+    return answers.mean_length * 3 < context.mean_length and sum(inside) > 0.7 * len(cells)
+
+
+def _is_called_positive(by_role: ByRole, columns: Sequence[Column]) -> bool:
+    return by_role["positive"].lower in _NAMES["positive"] and not {"label", "score"} & {one.lower for one in columns}
+
+
+def _has_candidates(by_role: ByRole, columns: Sequence[Column]) -> bool:
+    """Return whether a query occurs again and again, with another text and 0 or 1, or a grade, each time."""
+    query, text, label = by_role["query"], by_role["text"], by_role["label"]
+    is_grade = label.kind == "flag" or label.lower in _NAMES["grades"]
+    return is_grade and query.repeats >= _REPEATS > 2 * text.repeats and _count_texts(columns) == 2
+
+
+def _grades_each(by_role: ByRole, columns: Sequence[Column]) -> bool:
+    texts, grades = by_role["text"].parts, by_role["label"].parts
+    are_grades = all(part.lower() in ("true", "false", *"01234") for cell in grades for part in cell)
+    return are_grades and [*map(len, texts)] == [*map(len, grades)] and bool(_WORD.search(str(texts[:9])))
+
+
+def _is_written(by_role: ByRole, columns: Sequence[Column]) -> bool:
+    """Return whether names say what is written from what, and no column seems to be a label of it."""
+    first = next(iter(by_role.values()))
+    are_named = all(_rank(role, column) < 100 for role, column in by_role.items())
+    return are_named and (first.lower in _NAMES["told"] or not _labels(columns))
+
+
+def _are_in_order(by_role: ByRole, columns: Sequence[Column]) -> bool:
+    """Return whether a text and its pair are in the usual order, a title last, or else in the table's."""
+    first, second = by_role["text"], by_role["text_pair"]
+    pair = (first.lower, second.lower)
+    if pair in USUAL_PAIRS or pair[::-1] in USUAL_PAIRS or is_title(first.name) != is_title(second.name):
+        return pair in USUAL_PAIRS or is_title(second.name)
+    return columns.index(first) < columns.index(second)
+
+
+_FITS: Mapping[str, Callable[[ByRole, Sequence[Column]], bool]] = {
+    "always": lambda by_role, columns: True,
+    "one text": lambda by_role, columns: _count_texts(columns) == 1,
+    "two texts": lambda by_role, columns: _count_texts(columns) == 2,
+    "tags each word": _tags_each_word,
+    "label names a choice": _names_a_choice,
+    "answers are in the context": _answers_inside,
+    "called positive": _is_called_positive,
+    "queries have candidates": _has_candidates,
+    "grades for each text": _grades_each,
+    "named and without labels": _is_written,
+    "in order": _are_in_order,
+}
+_FORMS = tuple(_Form(**form) for form in _TABLE["forms"])
