@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fulltune.cli.init import UnclearColumnsError, infer_task, parse_hints, write_recipe
+from fulltune.cli.inferred import UnclearColumnsError, infer_task
+from fulltune.cli.init import write_recipe
 from fulltune.cli.readings import describe_columns, leftover_texts, list_readings
 from fulltune.errors import DataError
 from fulltune.recipe.file import load_recipe

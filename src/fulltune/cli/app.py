@@ -69,11 +69,12 @@ def init(
     The contents decide, and names break ties. To decide yourself: --column prompt=mr --column completion=ref.
 
     """
-    from fulltune.cli.init import describe_inferred_data, parse_hints, write_recipe
+    from fulltune.cli.inferred import parse_hints
+    from fulltune.cli.init import describe_inferred_data, write_recipe
 
+    hints = parse_hints(task, column or [], columns, encoding=encoding, tag_names=tag_names)
     held_out: dict[SplitName, Path | None] = {"eval": eval_, "test": test}
-    hints = parse_hints(task, column or [], columns, encoding, tag_names, held_out)
-    inferred, files = write_recipe(data, output, model, force, hints)
+    inferred, files = write_recipe(data, output, model, force, hints.with_files(held_out))
     for line in describe_inferred_data(inferred, files):
         out.print(escape(line))
     out.print(f"wrote {escape(str(output))}; next: fulltune run {escape(str(output))}", soft_wrap=True)

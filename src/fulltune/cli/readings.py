@@ -37,7 +37,7 @@ _BIO = re.compile(r"(?:O|[BI]-\S+)(?:\s+(?:O|[BI]-\S+))*")
 _TEXT_ROLES = ("text", "text_pair", "query", "prompt", "input", "completion", "context", "source")
 _TEXT_NAMES = {name for role in _TEXT_ROLES for name in USUAL_NAMES[role]} | {*_NAMES["target"], *_NAMES["titles"]}
 LABEL_KINDS = ("category", "flag", "flags", "number")
-_MOST_GRADES, _LONG, _COMPARED, _UNKNOWN = 10, 40, 200, 102
+_FEW, _LONG, _COMPARED, _UNKNOWN = 10, 40, 200, 102
 _REPEATS = 2.5
 """Rows per value from which short texts are categories, and queries have several candidates."""
 
@@ -96,13 +96,15 @@ class Reading:
     reason: str = "as the columns are called"
     is_sure: bool = False
     """True if no other roles of the columns suit the task as well."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
     """Further settings of `data`."""
     num_tags: int = 0
     """Number of tags that are numbers without names."""
 
-    def block_settings(self, columns: Sequence[str]) -> dict[str, Any]:
-        settings = {**self.roles, **self.settings}
+    def block_settings(self, columns: Sequence[str]) -> dict[str, object]:
+        """Return the settings of `data`, in a table with these columns."""
+        settings: dict[str, object] = {**self.roles, **self.settings}
+        settings |= {"tag_names": tuple(likely_tag_names(self.num_tags))} if self.num_tags else {}
         if not isinstance(flags := settings.get("label"), tuple):
             return settings
         return {**settings, "label": "labels" if "labels" not in columns else "all_labels", "label_columns": flags}
@@ -137,35 +139,31 @@ def describe_columns(names: Sequence[str], rows: Sequence[Row]) -> list[Column]:
     return columns
 
 
-def _kind_of(name: str, filled: Sequence[Any], distinct: int) -> Kind:
-    if filled and isinstance(filled[0], (list, tuple)):
+def _kind_of(name: str, filled: Sequence[object], distinct: int) -> Kind:
+    first = filled[0] if filled else None
+    if isinstance(first, (list, tuple)):
         parts = [part for cell in filled if isinstance(cell, (list, tuple)) for part in cell]
         if any(isinstance(part, Mapping) and {"role", "from"} & part.keys() for part in parts):
             return "messages"
         return "list" if parts and all(isinstance(part, (str, int, float)) for part in parts) else "object"
-    if filled and isinstance(filled[0], (Mapping, bytes)):
-        return "object" if isinstance(filled[0], Mapping) and "bytes" not in filled[0] else "image"
+    if isinstance(first, (Mapping, bytes)):
+        return "object" if isinstance(first, Mapping) and "bytes" not in first else "image"
     texts = [label_name(cell) for cell in filled]
     if {text.lower() for text in texts} in ({"0", "1"}, {"true", "false"}):
         return "flag"
-    if distinct < 2:
-        return "none"
-    kind_of = _kind_of_numbers if all(map(is_number, texts)) else _kind_of_texts
-    return kind_of(name, texts, distinct)
+    is_id = distinct > _FEW and _ID_NAME.search(name)
+    if distinct > 1 and all(map(is_number, texts)):
+        numbers = [float(text) for text in texts]
+        is_whole, is_counter = all(map(float.is_integer, numbers)), all(one < two for one, two in pairwise(numbers))
+        if is_whole and distinct > 2 and (min(numbers) >= 1e8 or (min(numbers) >= 1800 and max(numbers) <= 2100)):
+            return "date"
+        if is_id or (is_whole and is_counter and distinct > 2):
+            return "id"
+        return "category" if is_whole and distinct <= _FEW else "number"
+    return _kind_of_texts(texts, distinct, bool(is_id)) if distinct > 1 else "none"
 
 
-def _kind_of_numbers(name: str, texts: Sequence[str], distinct: int) -> Kind:
-    numbers = [float(text) for text in texts]
-    is_whole = all(number == round(number) for number in numbers)
-    if is_whole and distinct > 2 and (min(numbers) >= 1e8 or all(1800 <= number <= 2100 for number in numbers)):
-        return "date"
-    is_counter = is_whole and distinct > 2 and all(number < other for number, other in pairwise(numbers))
-    if is_counter or (distinct > _MOST_GRADES and _ID_NAME.search(name)):
-        return "id"
-    return "category" if is_whole and distinct <= _MOST_GRADES else "number"
-
-
-def _kind_of_texts(name: str, texts: Sequence[str], distinct: int) -> Kind:
+def _kind_of_texts(texts: Sequence[str], distinct: int, is_id: bool) -> Kind:
     def are(matches: Callable[[str], object]) -> bool:
         return sum(map(bool, map(matches, texts))) >= 0.9 * len(texts)
 
@@ -176,12 +174,11 @@ def _kind_of_texts(name: str, texts: Sequence[str], distinct: int) -> Kind:
     if are(_DATE.match):
         return "date"
     words, repeats = sum(len(_WORD.findall(text)) for text in texts) / len(texts), len(texts) / distinct
-    is_short = words < 2 or (words < 4 and sum(map(len, texts)) <= _LONG * len(texts))
-    if is_short and repeats < 2 and (are(lambda text: re.search(r"[\d/@_#-]", text)) or _ID_NAME.search(name)):
+    if words >= 2 and (words >= 4 or sum(map(len, texts)) > _LONG * len(texts)):
+        return "category" if distinct <= 2 * _FEW <= repeats and words <= 8 else "words"
+    if repeats < 2 and (is_id or are(lambda text: re.search(r"[\d/@_#-]", text))):
         return "id"
-    if is_short:
-        return "category" if repeats >= _REPEATS else "name"
-    return "category" if distinct <= 2 * _MOST_GRADES <= repeats and words <= 8 else "words"
+    return "category" if repeats >= _REPEATS else "name"
 
 
 def _labels(columns: Sequence[Column]) -> list[Column]:
@@ -254,7 +251,7 @@ def _columns_of(columns: Sequence[Column], kinds: Sequence[str]) -> list[Column]
 
 def _reading(form: _Form, by_role: ByRole, is_sure: bool) -> Reading:
     label, tags = by_role.get("label"), by_role.get("tags")
-    settings, num_tags = dict[str, Any](), 0
+    settings, num_tags = dict[str, object](), 0
     if form.task == "text-classification" and label and label.kind in ("number", "list"):
         settings["problem_type"] = "regression" if label.kind == "number" else "multi_label"
         # A number of unknown meaning beside a text is more often a count.
@@ -312,9 +309,8 @@ def _names_a_choice(by_role: ByRole, columns: Sequence[Column]) -> bool:
     except DataError:
         return False
     about = [by_role[role] for role in ("context", "question") if role in by_role]
-    if {role for role in roles if role in USUAL_NAMES} != by_role.keys() or any(
-        map(_is_inside, about, [about[1:], about[:-1]])
-    ):
+    is_twice = len(about) == 2 and (_is_inside(about[0], about[1:]) or _is_inside(about[1], about[:1]))
+    if is_twice or {role for role in roles if role in USUAL_NAMES} != by_role.keys():
         return False
     texts = [choice_texts(row, Target("choice", roles)) for row in rows]
     right = [index_of_right_choice(row, roles, of_row) is not None for row, of_row in zip(rows, texts, strict=True)]

@@ -282,7 +282,8 @@ def _read_first_rows(source: SourceRows) -> tuple[tuple[str, ...], list[Row]]:
 
 def list_unused_columns(block: DataBlock, roles: Mapping[str, str | None], source: SourceRows) -> list[str]:
     """List columns that occur in the first thousand rows but have no role."""
-    used = {*roles.values(), block.group, block.time, IMPOSSIBLE}
+    used = {*filter(None, roles.values()), *(block.label_columns or ()), block.group, block.time, IMPOSSIBLE}
+    used |= {name.partition(".")[0] for name in used if name}
     return [name for name in _read_first_rows(source)[0] if name not in used]
 
 

@@ -54,7 +54,7 @@ class DataFiles:
     encoding: str = UTF_8
     selections: Mapping[Path, Selection] = field(default_factory=dict)
     """What is read of each file, by default everything."""
-    derived: DerivedColumns = DerivedColumns()
+    derived: DerivedColumns = field(default_factory=DerivedColumns)
     notes: dict[str, None] = field(default_factory=dict, compare=False)
 
     def rows(self, problems: list[str] | None = None) -> Iterator[LocatedRow]:
