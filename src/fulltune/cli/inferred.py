@@ -59,8 +59,8 @@ def parse_hints(task: str | None, role_options: Sequence[str], columns: str | No
         role, _, column = text.partition("=")
         if role not in usual or not column or (role in roles and role != "label"):
             raise SetupError(
-                f"--column: expected ROLE=COLUMN, such as label=intent, where ROLE is one of {', '.join(usual)} (only "
-                f"label may have several columns, one for each label); found '{text}'"
+                "--column: expected ROLE=COLUMN, such as label=intent (only label may have several columns, one for "
+                f"each label), where ROLE is one of {', '.join(usual)}; found '{text}'"
             )
         roles[role] = (*roles.get(role, ()), column)
     settings: dict[str, object] = {name: text for name, text in {"columns": columns, **others}.items() if text}
@@ -104,7 +104,7 @@ class UnclearColumnsError(DataError):
         self.readings = readings
 
 
-def first_rows(files: DataFiles) -> tuple[tuple[str, ...], list[Row]]:
+def first_rows(files: DataFiles) -> tuple[tuple[str, ...], Sequence[Row]]:
     """Return the columns and some rows: the first ones, and others from far below, as files may be sorted."""
     numbered = enumerate(islice(files.rows(), _SEARCHED))
     head = [row for number, (_, row) in numbered if number < _HEAD or number % _STEP == 0]
@@ -121,7 +121,7 @@ def infer_task(*paths: Path, hints: Hints = NO_HINTS, data: str = "", options: S
     block = DataBlock.model_validate({"train": [*map(str, paths)], "columns": guessed, **settings})
     files = replace(locate_data_files(block.task_files, columns=block.columns), encoding=codec)
     names, head = first_rows(files)
-    if not hints.roles:
+    if not {"completion", "messages", "text"} & hints.roles.keys():
         raise_if_preference_data(names, head[:_FEW], files.where)
     columns = describe_columns(names, head)
     if missing := [name for name in hints.named if name not in [column.name for column in columns]]:

@@ -136,7 +136,7 @@ def write_recipe(
         paths, files, unused = assign_files_to_splits(Path(data_path), hints.held_out)
     elif hints.held_out:
         raise SetupError("--eval, --test: DATA is an address, so write data.eval and data.test in the recipe")
-    given = {"output": recipe_file, "model": model, **hints.held_out, **hints.settings}
+    given: dict[str, object] = {"output": recipe_file, "model": model, **dict(hints.held_out.items()), **hints.settings}
     texts = {name: ",".join(value) if isinstance(value, tuple) else str(value or "") for name, value in given.items()}
     options = [f"--{name.replace('_', '-')}={text}" for name, text in texts.items() if text not in ("", "recipe.yaml")]
     try:

@@ -6,7 +6,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise, product
 from pathlib import Path
@@ -37,7 +37,7 @@ _BIO = re.compile(r"(?:O|[BI]-\S+)(?:\s+(?:O|[BI]-\S+))*")
 _TEXT_ROLES = ("text", "text_pair", "query", "prompt", "input", "completion", "context", "source")
 _TEXT_NAMES = {name for role in _TEXT_ROLES for name in USUAL_NAMES[role]} | {*_NAMES["target"], *_NAMES["titles"]}
 LABEL_KINDS = ("category", "flag", "flags", "number")
-_FEW, _LONG, _COMPARED, _UNKNOWN = 10, 40, 200, 102
+_FEW, _LONG, _COMPARED, _UNNAMED, _UNKNOWN = 10, 40, 200, 100, 102
 _REPEATS = 2.5
 """Rows per value from which short texts are categories, and queries have several candidates."""
 
@@ -136,7 +136,9 @@ def describe_columns(names: Sequence[str], rows: Sequence[Row]) -> list[Column]:
         filled = [cell for cell in cells if cell is not None]
         distinct = len(set(map(str, filled)))
         columns.append(Column(name, _kind_of(name, filled, distinct), cells, distinct))
-    return columns
+    if any(column.is_text for column in columns):
+        return columns
+    return [replace(column, kind="words" if column.kind == "name" else column.kind) for column in columns]
 
 
 def _kind_of(name: str, filled: Sequence[object], distinct: int) -> Kind:
@@ -174,9 +176,10 @@ def _kind_of_texts(texts: Sequence[str], distinct: int, is_id: bool) -> Kind:
     if are(_DATE.match):
         return "date"
     words, repeats = sum(len(_WORD.findall(text)) for text in texts) / len(texts), len(texts) / distinct
-    if words >= 2 and (words >= 4 or sum(map(len, texts)) > _LONG * len(texts)):
+    is_long = words >= 4 or (words >= 2 and sum(map(len, texts)) > _LONG * len(texts))
+    if is_long or (words >= 3 and repeats < 2 and are(re.compile(r"\s[a-z]").search)):  # names have capitals
         return "category" if distinct <= 2 * _FEW <= repeats and words <= 8 else "words"
-    if repeats < 2 and (is_id or are(lambda text: re.search(r"[\d/@_#-]", text))):
+    if repeats < 2 and (is_id or are(lambda text: re.fullmatch(r"\S*[\d/@_#-]\S*", text.strip()))):
         return "id"
     return "category" if repeats >= _REPEATS else "name"
 
@@ -188,7 +191,7 @@ def _labels(columns: Sequence[Column]) -> list[Column]:
     usable = [one for one in columns if one.kind in LABEL_KINDS and one.lower not in _NAMES["not_labels"]]
     usable = [one for one in usable if 2 * one.repeats * one.distinct > len(one.cells)]
     flags = [one for one in usable if one.kind == "flag"]
-    if len(flags) > 1 and not any(_rank_of_label(one)[0] < 100 for one in usable):
+    if len(flags) > 1 and not any(_rank_of_label(one)[0] < _UNNAMED for one in usable):
         zeros = [one for one in columns if one.kind == "none" and {*map(label_name, one.cells)} == {"0"}]
         names = tuple(one.name for one in columns if one in flags or one in zeros)
         return [*lists, Column(f"{names[0]} ...", "flags", flags[0].cells, 2, names)]
@@ -200,7 +203,7 @@ def _rank_of_label(column: Column) -> tuple[int, bool]:
     names, parts = (*USUAL_NAMES["label"], *_NAMES["labels"]), re.split(r"[\W_]+", column.lower)
     if column.lower in names or column.kind in ("list", "flags"):
         return names.index(column.lower) if column.lower in names else 0, False
-    return 100 if parts[-1] in names else 101 if set(parts) & set(names) else _UNKNOWN, column.kind == "number"
+    return _UNNAMED if parts[-1] in names else 101 if set(parts) & set(names) else _UNKNOWN, column.kind == "number"
 
 
 def _is_of_few(column: Column) -> bool:
@@ -267,7 +270,7 @@ def _rank(role: str, column: Column) -> int:
     if role == "label":
         return sum(_rank_of_label(column))
     names = (*_NAMES.get(role, ()), *USUAL_NAMES[role], *CHOICE_NAMES.get(role, ()))
-    return names.index(column.lower) if column.lower in names else 100
+    return names.index(column.lower) if column.lower in names else _UNNAMED
 
 
 def leftover_texts(columns: Sequence[Column], used: Sequence[str]) -> list[str]:
@@ -351,9 +354,10 @@ def _grades_each(by_role: ByRole, columns: Sequence[Column]) -> bool:
 
 def _is_written(by_role: ByRole, columns: Sequence[Column]) -> bool:
     """Return whether names say what is written from what, and no column seems to be a label of it."""
-    first = next(iter(by_role.values()))
-    are_named = all(_rank(role, column) < 100 for role, column in by_role.items())
-    return are_named and (first.lower in _NAMES["told"] or not _labels(columns))
+    first, *_, last = by_role.values()
+    are_named = all(_rank(role, column) < _UNNAMED for role, column in by_role.items())
+    is_told = first.lower in _NAMES["told"] or not [one for one in _labels(columns) if one not in (first, last)]
+    return are_named and is_told and (last.is_text or last.lower in _NAMES["written"])
 
 
 def _are_in_order(by_role: ByRole, columns: Sequence[Column]) -> bool:
