@@ -5,7 +5,6 @@ A cell is a list (repeated), or a function of the row's number.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,53 +17,10 @@ from tests import tiny
 
 Cell = list[Any] | Callable[[int], Any]
 _WORDS = [
-    "the",
-    "a",
-    "small",
-    "old",
-    "river",
-    "house",
-    "market",
-    "train",
-    "doctor",
-    "song",
-    "garden",
-    "winter",
-    "letter",
-    "window",
-    "child",
-    "paper",
-    "quietly",
-    "often",
-    "never",
-    "walks",
-    "sings",
-    "opens",
-    "finds",
-    "breaks",
-    "remembers",
-    "carries",
-    "green",
-    "heavy",
-    "strange",
-    "bright",
-    "under",
-    "after",
-    "before",
-    "between",
-    "street",
-    "bridge",
-    "morning",
-    "city",
-    "people",
-    "answer",
-    "question",
-    "music",
-    "bread",
-    "stone",
-    "light",
-    "water",
-    "table",
+    *("the", "a", "small", "old", "river", "house", "market", "train", "doctor", "song", "garden", "winter", "letter"),
+    *("window", "child", "paper", "quietly", "often", "never", "walks", "sings", "opens", "finds", "breaks", "carries"),
+    *("remembers", "green", "heavy", "strange", "bright", "under", "after", "before", "between", "street", "bridge"),
+    *("morning", "city", "people", "answer", "question", "music", "bread", "stone", "light", "water", "table"),
 ]
 ROWS = 60
 
@@ -85,6 +41,10 @@ def number(low: float, high: float, digits: int = 0, seed: int = 9) -> Cell:
         return value if digits else int(value)
 
     return drawn
+
+
+def every(step: int) -> Cell:
+    return lambda row: int(row % step == 0)
 
 
 def within(cell: Cell, words: int) -> Cell:
@@ -352,9 +312,7 @@ SHAPES = (
         {
             "id": lambda row: f"0000997932d777b{row}f",
             "comment_text": LONG,
-            **{
-                name: (lambda place: lambda row: int(row % (place + 2) == 0))(place) for place, name in enumerate(TOXIC)
-            },
+            **{name: every(place + 2) for place, name in enumerate(TOXIC)},
         },
         CLASS,
         {"text": "comment_text", "label": TOXIC},
@@ -387,9 +345,7 @@ SHAPES = (
     Shape(
         "E2E",
         {
-            "meaning_representation": lambda row: (
-                f"name[The {_WORDS[row // 4]}], eatType[pub], food[{_WORDS[row // 4 + 5]}], near[Cafe {_WORDS[row // 4 + 9]}]"
-            ),
+            "meaning_representation": lambda row: f"name[{_WORDS[row // 4]}], type[pub], near[{_WORDS[row // 4 + 9]}]",
             "human_reference": SHORT,
         },
         LM,
@@ -639,7 +595,3 @@ SHAPES = (
     ),
 )
 EACH_SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
-
-
-def file_of(content: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in content.splitlines()]

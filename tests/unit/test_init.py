@@ -367,8 +367,8 @@ def test_file_of_held_out_rows_can_be_chosen(tmp_path: Path) -> None:
     _, files = write_recipe(data, tmp_path / "r.yaml", None, False, hints)
     assert files[1] == {"test": tests[0]}
     assert load_recipe(tmp_path / "r.yaml").data.test == str(tests[0])
+    other = _written(tmp_path / "other.csv", "words,label\na,b\n")
     with pytest.raises(DataError, match=r"other.csv: has no column 'text', which the train file has"):
-        other = _written(tmp_path / "other.csv", "words,label\na,b\n")
         write_recipe(data, tmp_path / "r.yaml", None, True, Hints().with_files({"test": other}))
 
 

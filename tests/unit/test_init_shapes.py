@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -59,9 +60,7 @@ def test_each_command_that_is_suggested_leads_to_its_task(tmp_path: Path, shape:
     assert len(commands) in (1, 2, 3)
     for number, command in enumerate(commands):
         task = command[command.index("--task") + 1]
-        columns = dict(
-            part.split("=") for option, part in zip(command, command[1:], strict=False) if option == "--column"
-        )
+        columns = dict(part.split("=") for option, part in pairwise(command) if option == "--column")
         recipe = tmp_path / f"{number}.yaml"
         done = fulltune(*[part.replace(str(tmp_path / "recipe.yaml"), str(recipe)) for part in command[1:]])
         assert done.code == 0, done.err
