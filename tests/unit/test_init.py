@@ -280,9 +280,7 @@ def test_preferences_are_refused_with_what_trains_on_them(
     tmp_path: Path, cells: dict[str, str | list[object]], role: str
 ) -> None:
     data, chosen = _rows(tmp_path, **cells), next(name for name in cells if name.lower() == "chosen")
-    with pytest.raises(
-        DataError, match=rf"DPOTrainer.*data.completion: {chosen} \(init: --column completion={chosen}\)"
-    ):
+    with pytest.raises(DataError, match=rf"DPOTrainer.*data.{role}: {chosen} \(init: --column {role}={chosen}\)"):
         infer_task(data)
     found = infer_task(data, hints=parse_hints("causal-lm", [f"{role}={chosen}"], None))
     assert (found.target.columns[role], "ejected" in found.unused) == (chosen, True)

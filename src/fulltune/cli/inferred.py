@@ -154,10 +154,10 @@ def _infer_as(
     source = SourceRows(files.where, files.rows)
     target, counts = find_target_and_count_rows(block, task_named(reading.task), {"train": source})
     unused = " ".join(shown(list_unused_columns(block, target.columns, source)).split())
-    roles = {role: name for role, name in target.columns.items() if role in DataBlock.model_fields} | roles
-    others = {"encoding": None if files.encoding == UTF_8 else block.encoding, "columns": block.columns}
-    others |= {"tag_names": block.tag_names} if "tags" in roles else {}
-    settings = {name: value for name, value in {**others, **roles}.items() if value is not None}
+    settings: dict[str, object] = {"encoding": block.encoding} if files.encoding != UTF_8 else {}
+    settings |= {"columns": block.columns, **roles, "tag_names": block.tag_names}
+    settings |= {role: name for role, name in target.columns.items() if role in DataBlock.model_fields}
+    settings = {name: value for name, value in settings.items() if value is not None}
     left = leftover_texts(columns, [*target.columns.values(), *(block.label_columns or ())])
     return Inferred(reading, target, files, counts["train"], settings, is_guess, unused, left)
 
@@ -180,10 +180,11 @@ def _suitable_readings(columns: Sequence[Column], hints: Hints) -> Iterator[Read
 def _unclear_columns(suitable: Sequence[Inferred], data: str, options: Sequence[str]) -> UnclearColumnsError:
     """Return an error with the commands of the likeliest readings, those first that leave no text."""
     by_command = dict[str, Reading]()
-    for inferred in sorted(suitable, key=lambda one: len(one.left)):
-        reading, unread = inferred.reading, f"; not read: {shown(inferred.left)}" if inferred.left else ""
+    for inferred in sorted(suitable, key=lambda fit: len(fit.left)):
+        reading, more = inferred.reading, f"; not read: {shown(inferred.left)}" if inferred.left else ""
+        more += "; --tag-names must name the numbers from 0 on, so correct it" if reading.num_tags else ""
         command = reading.command(data, options)
-        by_command.setdefault(command, replace(reading, reason=f"{reading.task}: {reading.reason}{unread}"))
+        by_command.setdefault(command, replace(reading, reason=f"{reading.task}: {reading.reason}{more}"))
     chosen = dict(islice(by_command.items(), _MOST_SUGGESTED))
     lines = [line for command, reading in chosen.items() for line in (f"  {command}", f"    {reading.reason}")]
     title = f"{data}: what is to be learned is not clear from the columns; choose:"

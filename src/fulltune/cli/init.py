@@ -43,6 +43,7 @@ from fulltune.recipe.address import HUB, HUB_NAME, address_problem, expand_short
 from fulltune.records.data import SplitName
 from fulltune.system.run_folder import explain_os_errors
 from fulltune.tasks import Target
+from fulltune.tasks.columns import shown
 from fulltune.text import counted, to_yaml
 
 _TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
@@ -254,6 +255,7 @@ def describe_inferred_data(inferred: Inferred, files: SplitFiles) -> list[str]:
         ]
     rows = f"{counted(inferred.num_rows, 'row')}, {inferred.task} ({_target_in_words(inferred.target)})"
     output.append(f"train: {inferred.files.where}: {rows}")
+    output.append(f"reads: {shown(f'{name} ({role})' for role, name in inferred.target.columns.items())}")
     for split in ("eval", "test"):
         file = held_out.get(split)
         output.append(f"{split}:  {file.name if file else 'rows are split off from train'}")

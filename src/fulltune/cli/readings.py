@@ -302,7 +302,7 @@ def _tags_each_word(by_role: ByRole, columns: Sequence[Column]) -> bool:
 
 def _names_a_choice(by_role: ByRole, columns: Sequence[Column]) -> bool:
     """Return whether a label names one of a row's choices, as the task reads them."""
-    task, rows = task_named("multiple-choice"), [dict[str, Any]() for _ in columns[0].cells[:_COMPARED]]
+    task, rows = task_named("multiple-choice"), [dict[str, object]() for _ in columns[0].cells[:_COMPARED]]
     for column in columns:
         for row, cell in zip(rows, column.cells, strict=False):
             row[column.name] = cell
