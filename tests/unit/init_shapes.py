@@ -564,6 +564,55 @@ SHAPES = (
         {**_pair("description", "title", "points"), "problem_type": "regression"},
         ".csv",
     ),
+    Shape(
+        "Banking77", {"text": SHORT, "label": lambda row: row % 25, "label_text": NAME}, CLASS, _one("label", "text")
+    ),
+    Shape(
+        "few rows of each intent",
+        {"utterance": SHORT, "intent_id": lambda row: row % 40},
+        CLASS,
+        _one("intent_id", "utterance"),
+    ),
+    Shape(
+        "disaster tweets",
+        {
+            "id": ID,
+            "keyword": ["ablaze", "body%20bag", "crush"],
+            "location": ["Birmingham", "Est. September 2012", "", "AFRICA"],
+            "text": SHORT,
+            "target": BINARY,
+        },
+        CLASS,
+        _one("target", "text"),
+        ".csv",
+    ),
+    Shape(
+        "SNLI as published",
+        {
+            "annotator_labels": [["neutral", "entailment"], ["contradiction", "neutral"]],
+            "gold_label": ["neutral", "entailment", "contradiction"],
+            "pairID": lambda row: f"3416050480.jpg#{row}r1n",
+            "sentence1": SHORT,
+            "sentence1_parse": lambda row: f"(ROOT {' (NN '.join(at(SHORT, row).split())})",
+            "sentence2": OTHER,
+        },
+        "ask",
+        _pair("sentence1", "sentence2", "gold_label"),
+        first=CLASS,
+    ),
+    Shape(
+        "OpenAssistant's messages",
+        {
+            "message_id": lambda row: f"6ab24d72-0181-4594-a9cd-deaf170242{row}",
+            "created_date": lambda row: f"2023-02-05T14:23:{row:02d}",
+            "text": LONG,
+            "role": ["prompter", "assistant"],
+            "lang": ["en", "es"],
+            "review_count": [3, 2, 4],
+        },
+        "ask",
+        first=CLASS,
+    ),
     Shape("text only", {"text": LONG}, LM, {"text": "text"}),
     Shape(
         "texts of a corpus",

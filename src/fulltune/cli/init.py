@@ -152,22 +152,18 @@ def write_recipe(
         raise DataError(wrong)
     held_out = {split: file for split, file in files.items() if problems[split] is None}
     not_used = (*unused, *filter(None, problems.values()))
-    metric = inferred.target.form.metrics[0]
+    metric, template = inferred.target.form.metrics[0], str(_TABLE["template"])
     train = [_yaml_source(sources.get("train", file), recipe_file) for file in (paths[:1] if sources else paths)]
     held_out_paths = {split: _yaml_source(sources.get(split, file), recipe_file) for split, file in held_out.items()}
-    text = (
-        _TABLE["template"]
-        .lstrip()
-        .format(
-            file=data_path if sources else Path(data_path).name,
-            recipe=recipe_file.name,
-            model=_model_lines(model, inferred),
-            task=inferred.task,
-            data="\n  ".join(_data_lines(inferred, train, held_out_paths, not_used)),
-            evaluate="baselines: true               # also score models that need no training on the test rows"
-            if "text_pair" in inferred.target.columns and not _reads_title(inferred)  # apart, the loss chooses
-            else f"metric: {metric}   # chooses the checkpoint on eval rows; test rows are for the report",
-        )
+    text = template.format(
+        file=data_path if sources else Path(data_path).name,
+        recipe=recipe_file.name,
+        model=_model_lines(model, inferred),
+        task=inferred.task,
+        data="\n  ".join(_data_lines(inferred, train, held_out_paths, not_used)),
+        evaluate="baselines: true               # also score models that need no training on the test rows"
+        if "text_pair" in inferred.target.columns and not _reads_title(inferred)  # apart, the loss chooses
+        else f"metric: {metric}   # chooses the checkpoint on eval rows; test rows are for the report",
     )
     with explain_os_errors(recipe_file):
         write_text(recipe_file, text)

@@ -32,14 +32,15 @@ _WORD = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|[^\W\d_]\S*")
 _ID_NAME = re.compile(
     r"(?i)(?:^|[\W_]|[pqdu])(?:ids?|idx|ind|index|[gu]uid|asin|url|link|hash|file_?name)\d*$|[a-z]ID$"
 )
+_CLASS_NAME = re.compile(r"(?i)(?:label|labels|class|category|intent|topic|target)(?:_?id)?$")
 _DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}\b|(?:[A-Z][a-z]{2,8},? ){1,2}\d{1,2},? [\d:]{4,}")
 _BIO = re.compile(r"(?:O|[BI]-\S+)(?:\s+(?:O|[BI]-\S+))*")
 _TEXT_ROLES = ("text", "text_pair", "query", "prompt", "input", "completion", "context", "source")
 _TEXT_NAMES = {name for role in _TEXT_ROLES for name in USUAL_NAMES[role]} | {*_NAMES["target"], *_NAMES["titles"]}
 LABEL_KINDS = ("category", "flag", "flags", "number")
 _FEW, _LONG, _COMPARED, _UNNAMED, _UNKNOWN = 10, 40, 200, 100, 102
-_REPEATS = 2.5
-"""Rows per value from which short texts are categories, and queries have several candidates."""
+_REPEATS, _REPEATS_OF_CLASSES = 2.5, 1.3
+"""Rows per value from which short texts are categories (fewer if their name says so), and queries have candidates."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,12 @@ def _kind_of(name: str, filled: Sequence[object], distinct: int) -> Kind:
     if {text.lower() for text in texts} in ({"0", "1"}, {"true", "false"}):
         return "flag"
     is_id = distinct > _FEW and _ID_NAME.search(name)
+    if _CLASS_NAME.search(name) and distinct > 1 and len(texts) >= _REPEATS_OF_CLASSES * distinct:
+        is_class = all(
+            len(_WORD.findall(text)) < 4 and (not is_number(text) or float(text).is_integer()) for text in texts
+        )
+        if is_class:
+            return "category"
     if distinct > 1 and all(map(is_number, texts)):
         numbers = [float(text) for text in texts]
         is_whole, is_counter = all(map(float.is_integer, numbers)), all(one < two for one, two in pairwise(numbers))
@@ -195,15 +202,18 @@ def _labels(columns: Sequence[Column]) -> list[Column]:
         zeros = [one for one in columns if one.kind == "none" and {*map(label_name, one.cells)} == {"0"}]
         names = tuple(one.name for one in columns if one in flags or one in zeros)
         return [*lists, Column(f"{names[0]} ...", "flags", flags[0].cells, 2, names)]
-    return [*lists, *sorted(usable, key=_rank_of_label)]
+    return sorted([*lists, *usable], key=_rank_of_label)
 
 
 def _rank_of_label(column: Column) -> tuple[int, bool]:
     """Return how little a name and the contents speak for a label."""
     names, parts = (*USUAL_NAMES["label"], *_NAMES["labels"]), re.split(r"[\W_]+", column.lower)
-    if column.lower in names or column.kind in ("list", "flags"):
-        return names.index(column.lower) if column.lower in names else 0, False
-    return _UNNAMED if parts[-1] in names else 101 if set(parts) & set(names) else _UNKNOWN, column.kind == "number"
+    if column.lower in names:
+        return names.index(column.lower), False
+    are_numbers = column.kind != "flag" and all(map(is_number, map(str, filter(None, column.cells))))
+    is_of_lists = column.kind in ("list", "flags")
+    named = _UNNAMED if parts[-1] in names or is_of_lists else 101 if set(parts) & set(names) else _UNKNOWN
+    return named, are_numbers and not is_of_lists
 
 
 def _is_of_few(column: Column) -> bool:
@@ -257,8 +267,8 @@ def _reading(form: _Form, by_role: ByRole, is_sure: bool) -> Reading:
     settings, num_tags = dict[str, object](), 0
     if form.task == "text-classification" and label and label.kind in ("number", "list"):
         settings["problem_type"] = "regression" if label.kind == "number" else "multi_label"
-        # A number of unknown meaning beside a text is more often a count.
-        is_sure &= label.kind == "list" or "text_pair" in by_role or _rank_of_label(label)[0] < _UNKNOWN
+    if label and "text_pair" not in by_role and _rank_of_label(label) == (_UNKNOWN, True):
+        is_sure = False  # a number of unknown meaning beside a text is more often a count
     if tags and (numbers := [int(part) for cell in tags.parts for part in cell if part.isdigit()]):
         num_tags = max(numbers) + 1
     roles = {role: column.flags or column.name for role, column in by_role.items()}
@@ -269,7 +279,8 @@ def _reading(form: _Form, by_role: ByRole, is_sure: bool) -> Reading:
 def _rank(role: str, column: Column) -> int:
     if role == "label":
         return sum(_rank_of_label(column))
-    names = (*_NAMES.get(role, ()), *USUAL_NAMES[role], *CHOICE_NAMES.get(role, ()))
+    of_pairs = [pair[role == "text_pair"] for pair in USUAL_PAIRS] if role in ("text", "text_pair") else []
+    names = (*_NAMES.get(role, ()), *USUAL_NAMES[role], *CHOICE_NAMES.get(role, ()), *of_pairs)
     return names.index(column.lower) if column.lower in names else _UNNAMED
 
 

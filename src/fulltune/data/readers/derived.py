@@ -30,11 +30,12 @@ class DerivedColumns:
 
     def added_to(self, row: dict[str, Any]) -> dict[str, Any]:
         added = {name: value for name, value in inner_cells(row) if name in self.inner} if self.inner else {}
-        if self.flags and any(name in row for name in self.flags):
-            added[self.label] = [name for name in self.flags if label_name(row.get(name)).lower() in ("1", "true")]
+        values = {name: label_name(row.get(name)).lower() for name in self.flags}
+        if values and {*values.values()} <= {"0", "1", "false", "true"}:  # -1 says that nobody knows
+            added[self.label] = [name for name, value in values.items() if value in ("1", "true")]
         if self.tag_names:
             added |= {name: self._names_of_tags(row[name]) for name in self.tags if name in row}
-        return {**row, **added}
+        return {**row, **added} if added else row
 
     def _names_of_tags(self, cell: object) -> object:
         """Return a cell's tags by name. Numbers without a name are left, and refused later."""
