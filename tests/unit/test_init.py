@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fulltune.cli.inferred import Hints, infer_task, parse_hints
-from fulltune.cli.init import write_recipe
+from fulltune.cli.init import assign_files_to_splits, write_recipe
 from fulltune.data.readers.read import locate_data_files
 from fulltune.data.readers.text_files import guess_encoding, guess_missing_header
 from fulltune.data.sources import find_source_files, find_target_and_count_rows, read_source_rows
@@ -365,6 +365,8 @@ def test_file_of_held_out_rows_can_be_chosen(tmp_path: Path) -> None:
     _, files = write_recipe(data, tmp_path / "r.yaml", None, False, hints)
     assert files[1] == {"test": tests[0]}
     assert load_recipe(tmp_path / "r.yaml").data.test == str(tests[0])
+    found = assign_files_to_splits(tmp_path, {"eval": tests[0], "test": tests[1]})
+    assert found == ((data,), {"eval": tests[0], "test": tests[1]}, ())
     other = _written(tmp_path / "other.csv", "words,label\na,b\n")
     with pytest.raises(DataError, match=r"other.csv: has no column 'text', which the train file has"):
         write_recipe(data, tmp_path / "r.yaml", None, True, Hints().with_files({"test": other}))

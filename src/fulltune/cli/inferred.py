@@ -23,7 +23,8 @@ _NO_TASK = (
     "completion or messages (language model), question + context + answers, source + target, choices + label, image + "
     "label, or only text"
 )
-_HEAD, _SEARCHED, _STEP, _FEW, _MOST_SUGGESTED = 500, 50_000, 100, 100, 3
+_HEAD, _SEARCHED, _STEP, _FEW = 500, 50_000, 100, 100
+_MOST_SUGGESTED, _MOST_READ = 3, 6
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def infer_task(*paths: Path, hints: Hints = NO_HINTS, data: str = "", options: S
         if not suitable and is_sure and (hints.roles or not inferred.left):
             return inferred
         suitable.append(inferred)
-        if sum(not one.left for one in suitable) == _MOST_SUGGESTED:
+        if sum(not one.left for one in suitable) == _MOST_SUGGESTED or len(suitable) == _MOST_READ:
             break
     if suitable:
         raise _unclear_columns(suitable, data or str(paths[0]), options)

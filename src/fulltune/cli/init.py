@@ -66,7 +66,8 @@ def assign_files_to_splits(path: Path, given: Mapping[SplitName, Path] | None = 
     splits = group_folders_by_split(path)
     if not splits and is_image_folder(path):
         return (path,), {}, ()
-    splits = splits or group_files_by_split(list_data_files(path))
+    chosen = {file.resolve() for file in given.values()}
+    splits = splits or group_files_by_split([file for file in list_data_files(path) if file.resolve() not in chosen])
     splits |= {split: [file] for split, file in given.items()}
     held_out = _one_file_per_split({split: splits[split] for split in ("eval", "test") if split in splits})
     unnamed = splits.get(None, [])

@@ -39,6 +39,7 @@ _TEXT_ROLES = ("text", "text_pair", "query", "prompt", "input", "completion", "c
 _TEXT_NAMES = {name for role in _TEXT_ROLES for name in USUAL_NAMES[role]} | {*_NAMES["target"], *_NAMES["titles"]}
 LABEL_KINDS = ("category", "flag", "flags", "number")
 _FEW, _LONG, _COMPARED, _UNNAMED, _UNKNOWN = 10, 40, 200, 100, 102
+_MOST_TRIED = 6
 _REPEATS, _REPEATS_OF_CLASSES = 2.5, 1.3
 """Rows per value from which short texts are categories (fewer if their name says so), and queries have candidates."""
 
@@ -198,7 +199,9 @@ def _labels(columns: Sequence[Column]) -> list[Column]:
     usable = [one for one in columns if one.kind in LABEL_KINDS and one.lower not in _NAMES["not_labels"]]
     usable = [one for one in usable if 2 * one.repeats * one.distinct > len(one.cells)]
     flags = [one for one in usable if one.kind == "flag"]
-    if len(flags) > 1 and not any(_rank_of_label(one)[0] < _UNNAMED for one in usable):
+    if len(flags) > 1 + any(one.kind == "category" for one in usable) and not any(
+        _rank_of_label(one)[0] < _UNNAMED for one in usable
+    ):
         zeros = [one for one in columns if one.kind == "none" and {*map(label_name, one.cells)} == {"0"}]
         names = tuple(one.name for one in columns if one in flags or one in zeros)
         return [*lists, Column(f"{names[0]} ...", "flags", flags[0].cells, 2, names)]
@@ -257,9 +260,8 @@ def _readings_of(form: _Form, columns: Sequence[Column]) -> Iterator[Reading]:
 
 
 def _columns_of(columns: Sequence[Column], kinds: Sequence[str]) -> list[Column]:
-    if kinds == ["label"]:
-        return _labels(columns)
-    return [one for one in columns if one.kind in kinds or ("text" in kinds and one.is_text)]
+    suitable = [one for one in columns if one.kind in kinds or ("text" in kinds and one.is_text)]
+    return (_labels(columns) if kinds == ["label"] else suitable)[:_MOST_TRIED]
 
 
 def _reading(form: _Form, by_role: ByRole, is_sure: bool) -> Reading:
