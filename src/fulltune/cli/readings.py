@@ -199,9 +199,8 @@ def _labels(columns: Sequence[Column]) -> list[Column]:
     usable = [one for one in columns if one.kind in LABEL_KINDS and one.lower not in _NAMES["not_labels"]]
     usable = [one for one in usable if 2 * one.repeats * one.distinct > len(one.cells)]
     flags = [one for one in usable if one.kind == "flag"]
-    if len(flags) > 1 + any(one.kind == "category" for one in usable) and not any(
-        _rank_of_label(one)[0] < _UNNAMED for one in usable
-    ):
+    is_named = any(_rank_of_label(one)[0] < _UNNAMED for one in usable)
+    if not is_named and len(flags) > 1 + any(one.kind == "category" for one in usable):
         zeros = [one for one in columns if one.kind == "none" and {*map(label_name, one.cells)} == {"0"}]
         names = tuple(one.name for one in columns if one in flags or one in zeros)
         return [*lists, Column(f"{names[0]} ...", "flags", flags[0].cells, 2, names)]
