@@ -147,7 +147,7 @@ def test_init_unknown_form_of_data_is_refused(tmp_path: Path) -> None:
     assert result.problems == [
         f"{data}: its columns fit no task: expected columns text + label (classification), tokens + tags (entities), "
         "prompt + completion or messages (language model), question + context + answers, source + target, choices + "
-        "label, image + label, or only text; no column holds texts or images; columns in the file: a, b"
+        "label, image + label, or only text; columns in the file: a, b"
     ]
 
 

@@ -43,14 +43,36 @@ def test_method_that_cannot_be_is_refused_before_any_training(
     assert not (tmp_path / "run" / "attempts").exists()
 
 
-@pytest.mark.parametrize("command", [["compare"], ["compare", "--lint"]])
-def test_recipe_without_methods_is_named(command: list[str], tmp_path: Path) -> None:
-    path = recipe(tmp_path, [])
-    said = fulltune(*command, path)
-    assert said.code == 2
-    assert said.problems == [
-        f"{path}: methods: no methods to compare; add for example 'methods: [base, full, lora, adapter, prompt]'"
-    ]
+@pytest.mark.parametrize(
+    ("task", "method", "labels"),
+    [
+        ("text-classification", {"kind": "full"}, ["full", "head", "lora"]),
+        ("text-classification", {"kind": "lora", "rank": 4}, ["full", "head", "lora-r4"]),
+        (
+            "text-classification",
+            {"kind": "full", "freeze": ["embeddings"]},
+            ["full", "head", "lora", "full-freeze-embeddings"],
+        ),
+        ("text-classification", {"kind": "full", "learning_rate": "search"}, ["full", "head", "lora"]),
+        ("causal-lm", {"kind": "full"}, ["full", "lora"]),
+    ],
+)
+def test_recipe_without_methods_compares_the_usual_ones(
+    task: str, method: Any, labels: list[str], tmp_path: Path
+) -> None:
+    data = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.topic_rows(40))
+    path = tiny.write_recipe(tmp_path / "recipe.yaml", "MODEL", data, task=task, method=method)
+    compared = comparing.comparison_recipe(load_recipe(path))
+    assert [one.label for one in compared.methods] == labels
+    assert not any(getattr(one, "is_searched", False) for one in compared.methods)
+
+
+def test_recipe_that_init_wrote_is_compared(tmp_path: Path) -> None:
+    data = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.topic_rows(40))
+    assert fulltune("init", data, "--output", tmp_path / "recipe.yaml").code == 0
+    said = fulltune("compare", tmp_path / "recipe.yaml", "--lint")
+    assert said.code == 0, said.err
+    assert f"{tmp_path / 'recipe.yaml'}: names no methods, so these are compared: full, head, lora" in said.err
 
 
 def test_folder_of_another_comparison_is_refused(tmp_path: Path) -> None:

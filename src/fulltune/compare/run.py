@@ -16,6 +16,8 @@ from fulltune.files import read_json_lines
 from fulltune.pipeline import Run
 from fulltune.plan.settings import with_settings
 from fulltune.recipe.fields import Recipe
+from fulltune.recipe.methods import usual_methods
+from fulltune.recipe.rules import problems_of
 from fulltune.recipe.tasks import FACTS
 from fulltune.records.comparison import Comparison, Expectation
 from fulltune.records.events import Message
@@ -64,11 +66,13 @@ def run_comparison(job: Run, command: str, budget: str | None = None) -> Compare
 
 
 def comparison_recipe(recipe: Recipe) -> Recipe:
-    """Keep near duplicates in one split unless the recipe sets them. Raise `RecipeError` without methods."""
+    """Add the usual methods to a recipe without any, and keep near duplicates in one split unless the recipe sets them.
+    Raise `RecipeError` if its other settings exclude these methods."""
     if not recipe.methods:
-        raise RecipeError(
-            "methods: no methods to compare; add for example 'methods: [base, full, lora, adapter, prompt]'"
-        )
+        methods = usual_methods(recipe.method, FACTS[recipe.task].head_is_new)
+        recipe = recipe.model_copy(update={"methods": methods})
+        if problems := [*problems_of(recipe)]:
+            raise RecipeError(problems)
     if "near_duplicates" in recipe.data.model_fields_set or FACTS[recipe.task].reads == "image":
         return recipe
     return with_settings(recipe, {"data.near_duplicates": NEAR_DUPLICATES})

@@ -13,6 +13,7 @@ from fulltune.audit.texts import masked_text
 from fulltune.data.contamination import list_forbidden_text_files
 from fulltune.data.groups import sample_by_label
 from fulltune.data.patch import PatchedRows
+from fulltune.data.readers.derived import DerivedColumns
 from fulltune.data.readers.files import refuse_held_out_files
 from fulltune.data.readers.read import DataFiles, LocatedRow, locate_data_files
 from fulltune.data.readers.text_files import SEPARATED
@@ -104,6 +105,7 @@ def locate_as_in_recipe(recipe: Recipe, paths: Sequence[str], may_differ: bool) 
         encoding=codec_for_encoding(block.encoding),
         has_relative_image_paths=FACTS[recipe.task].reads == "image",
         image_column=block.image,
+        derived=DerivedColumns.of(block),
         lists=tuple(filter(None, (block.text, block.label))) if recipe.task == "reranking" else (),
     )
 
@@ -292,7 +294,8 @@ def _read_first_rows(source: SourceRows) -> tuple[tuple[str, ...], list[Row]]:
 
 def list_unused_columns(block: DataBlock, roles: Mapping[str, str | None], source: SourceRows) -> list[str]:
     """List columns that occur in the first thousand rows but have no role."""
-    used = {*roles.values(), block.group, block.time, IMPOSSIBLE}
+    used = {*filter(None, roles.values()), *(block.label_columns or ()), block.group, block.time, IMPOSSIBLE}
+    used |= {name.partition(".")[0] for name in used if name}
     return [name for name in _read_first_rows(source)[0] if name not in used]
 
 

@@ -93,6 +93,9 @@ class DataBlock(Block):
     label: str | None = None
     """Column with the target: a class name, a list of class names, or a number. For multiple-choice: the number or text
     of the right choice. For reranking: 0, or a grade from 1 of the `text`'s relevance."""
+    label_columns: tuple[str, ...] | None = Field(default=None, min_length=2)
+    """Columns of 0 and 1, one for each label. The names of those with 1 become a list, in a new column whose name is
+    `label`."""
     query: str | None = None
     """Column with the query (embedding, reranking). Without queries, texts with the same `label` are each other's
     positives (embedding)."""
@@ -111,6 +114,8 @@ class DataBlock(Block):
     """Column with the words of a sentence (token-classification), as a list or as text with spaces."""
     tags: str | None = None
     """Column with one BIO tag per word (token-classification)."""
+    tag_names: tuple[str, ...] | None = Field(default=None, min_length=2)
+    """Names of tags that are numbers, in the order of the numbers from 0, such as `[O, B-PER, I-PER]`."""
     source: str | None = None
     """Column with the input text (seq2seq), such as the text to summarise or translate."""
     target: str | None = None
@@ -248,6 +253,9 @@ class DataBlock(Block):
             ),
             f"fold: expected at most {self.folds}, the number of folds, found {self.fold}": (
                 self.folds is not None and (self.fold or 1) > self.folds
+            ),
+            "label_columns: their labels need a column; set label to its name, such as labels": (
+                self.label_columns is not None and self.label is None
             ),
             "columns: two columns have the same name; give each a different name": (
                 len(set(self.columns or ())) != len(self.columns or ())

@@ -221,6 +221,18 @@ ComparedMethod = Annotated[
     FullMethod | HeadMethod | LoraMethod | AdapterMethod | PromptMethod | PeftMethod | BaseMethod,
     Field(discriminator="kind"),
 ]
+
+
+def usual_methods(own: Method, has_new_head: bool) -> tuple[ComparedMethod, ...]:
+    """Return the methods to compare by default: full, a new head, LoRA, and a recipe's `own`."""
+    own = own.model_copy(update={"learning_rate": own.fixed_learning_rate})  # a comparison always searches
+    head: tuple[ComparedMethod, ...] = (HeadMethod(kind="head"),) * has_new_head
+    usual = (FullMethod(kind="full"), *head, LoraMethod(kind="lora"))
+    if own.trains_all or own.kind in ("head", "lora"):
+        return tuple(own if method.kind == own.kind else method for method in usual)
+    return (*usual, own)
+
+
 MethodKind = Literal["base", "head", "full", "variant", "lora", "adapter", "prompt", "peft"]
 """Kinds of compared methods. A `variant` is any `full` with frozen parameters, or after the first one."""
 VARIANT: MethodKind = "variant"

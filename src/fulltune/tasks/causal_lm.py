@@ -96,11 +96,11 @@ def raise_if_preference_data(columns: Sequence[str], sample: Sequence[Row], file
 
     chosen, rejected = column_named("chosen"), column_named("rejected")
     if chosen and rejected:
+        role = "completion" if all(isinstance(row.get(chosen), str) for row in sample) else "messages"
         raise DataError(
             f"{file}: columns '{chosen}' and '{rejected}' hold preferences, which fulltune cannot train on yet "
             f"(TRL's DPOTrainer can; 'fulltune data' writes them for it with --convert). To train on the chosen "
-            f"answers only, set data.completion: {chosen} (init: --column completion={chosen}), or data.messages or "
-            "data.text if they are whole conversations"
+            f"answers only, set data.{role}: {chosen} (init: --column {role}={chosen})"
         )
     good, judged = column_named("label"), column_named("completion")
     judgements = {str(row.get(good)).lower() for row in sample} if good else set[str]()

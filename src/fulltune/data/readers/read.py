@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fulltune.data.readers import columnar, text_files
+from fulltune.data.readers.derived import DerivedColumns
 from fulltune.data.readers.files import convert_os_errors, is_image_folder, list_data_files, list_images, printable
 from fulltune.data.readers.text_files import SEPARATED
 from fulltune.errors import DataError
@@ -55,6 +56,7 @@ class DataFiles:
     """Columns whose lists are read as one row for each item."""
     selections: Mapping[Path, Selection] = field(default_factory=dict)
     """What is read of each file, by default everything."""
+    derived: DerivedColumns = field(default_factory=DerivedColumns)
     notes: dict[str, None] = field(default_factory=dict, compare=False)
 
     def rows(self, problems: list[str] | None = None) -> Iterator[LocatedRow]:
@@ -84,7 +86,8 @@ class DataFiles:
                         columns.update(row)
                         if (selected := selection.select(row)) is not None:
                             num_kept += 1
-                            yield from _one_row_each((f"{name}:{line}", selected), self.lists)
+                            derived = self.derived.added_to(selected)
+                            yield from _one_row_each((f"{name}:{line}", derived), self.lists)
                     if file.suffix.lower() == ".parquet" and selection.rows is None:  # some rows were not read
                         num_read = self.num_rows(file)
                 if not num_read and selection.rows is None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import json
@@ -270,6 +271,29 @@ def _conll_line_error(columns: list[str], num_expected: int) -> str | None:
 
 
 # ---- the first line of a table ---------------------------------------------------------------------------------
+
+
+def guess_encoding(file: Path) -> str:
+    """Return `utf-16` or `cp1252` for a text file that seems to have it, else `utf-8`."""
+    if file.suffix.lower() not in (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".conll", ".iob", ".bio"):
+        return "utf-8"
+    valid, other = 0, list[bytes]()
+    with contextlib.suppress(OSError), file.open("rb") as stream:  # the reader will report what is wrong with the file
+        if stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return "utf-16"
+        for line in stream:
+            if not line.isascii():
+                try:
+                    valid += bool(line.decode("utf-8"))
+                except UnicodeDecodeError:
+                    other.append(line)
+    try:
+        text = b"".join(other).decode("cp1252")
+    except UnicodeDecodeError:
+        return "utf-8"
+    # Other alphabets would give a text full of accents; a broken UTF-8 file has more lines that are right.
+    return "cp1252" if len(other) > valid and 5 * len(re.sub(r"[\x00-\x7f]", "", text)) < len(text) else "utf-8"
+
 
 SEPARATED = {".csv": ",", ".tsv": "\t"}
 _USUAL = {name for names in USUAL_NAMES.values() for name in names}

@@ -113,7 +113,9 @@ def test_file_that_says_nothing_beside_train_is_named(tmp_path: Path) -> None:
 
 
 def test_two_files_for_the_same_held_out_rows_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"expected one file of eval rows, found dev.csv, val.csv; keep one"):
+    with pytest.raises(
+        DataError, match=r"expected one file of eval rows, found dev.csv, val.csv; choose one with --eval FILE"
+    ):
         assign_files_to_splits(_folder(tmp_path, "train.csv", "dev.csv", "val.csv"))
 
 
@@ -122,7 +124,7 @@ def test_init_leaves_out_test_rows_without_labels_and_says_so(tmp_path: Path) ->
     tiny.write_csv(tmp_path / "test.csv", [{"index": "0", "text": "soup"}])
     recipe = tmp_path / "new" / "recipe.yaml"
     written, files = write_recipe(tmp_path, recipe, None, False)
-    assert (written.where, written.num_rows) == ("train.csv", 20)
+    assert (written.files.where, written.num_rows) == ("train.csv", 20)
     assert files[2] == ("test.csv: has no column 'label', which the train file has",)
     data = load_recipe(recipe).data
     assert (data.train, data.eval, data.test) == ((str(tmp_path / "train.csv"),), str(tmp_path / "dev.csv"), None)
