@@ -158,6 +158,8 @@ def place(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     tiny.write_csv(folder / "train.csv", rows)
     tiny.write_csv(folder / "new.csv", [{"text": row["text"]} for row in rows[:4]])
     tiny.write_csv(folder / "e2e.csv", [{"mr": row["text"], "ref": row["label"]} for row in rows])
+    later = [{"text": f"later, {row['text']}", "label": row["label"]} for row in rows[:12]]
+    tiny.write_jsonl(folder / "later.jsonl", later)
     tiny.write_csv(folder / "test.csv", [{"text": f"{row['text']}, too", "label": row["label"]} for row in rows[:12]])
     tiny.write_jsonl(folder / "rows.jsonl", [{"prompt": row["text"], "completion": row["label"]} for row in rows[:4]])
     table = pa.table({"text": [row["text"] for row in rows], "label": [number % 2 for number in range(len(rows))]})
@@ -210,12 +212,6 @@ def test_file_without_header_is_answered_by_the_names_of_the_recipe(place: Path)
     assert said.code == 0, said.err
     assert "new.tsv: has no header line, so the columns of the train file are used: text" in said.err
     assert len(said.out.splitlines()) == 2
-
-
-def test_area_under_the_curve_is_that_of_the_answers(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.fulltune("predict", "RUN", "--file", "test.csv", "-o", "answers.csv", "--force").code == 0
-    exec(script("roc_auc_score"), {})
-    assert all(0 <= float(value) <= 1 for value in capsys.readouterr().out.split())
 
 
 def test_finished_run_is_a_predictor_and_a_folder_of_transformers(place: Path) -> None:

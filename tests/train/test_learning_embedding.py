@@ -254,7 +254,7 @@ def test_rows_whose_positive_is_the_query_are_listed_and_too_many_refused(tmp_pa
     for row in rows[:20]:
         row["positive"] = row["query"]
     (tmp_path / "few").mkdir()
-    with pytest.raises(DataError, match=r"own positive: 20.*the positive is the query itself"):
+    with pytest.raises(DataError, match=r"own positive: 20.*the text is the query itself"):
         pipeline.prepare(runs.job(tmp_path / "few", model, rows, task="embedding"))
 
 

@@ -35,7 +35,18 @@ _ID_NAME = re.compile(
 _CLASS_NAME = re.compile(r"(?i)(?:label|labels|class|category|intent|topic|target)(?:_?id)?$")
 _DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}\b|(?:[A-Z][a-z]{2,8},? ){1,2}\d{1,2},? [\d:]{4,}")
 _BIO = re.compile(r"(?:O|[BI]-\S+)(?:\s+(?:O|[BI]-\S+))*")
-_TEXT_ROLES = ("text", "text_pair", "query", "prompt", "input", "completion", "context", "source")
+_TEXT_ROLES = (
+    "text",
+    "text_pair",
+    "query",
+    "positive",
+    "negative",
+    "prompt",
+    "input",
+    "completion",
+    "context",
+    "source",
+)
 _TEXT_NAMES = {name for role in _TEXT_ROLES for name in USUAL_NAMES[role]} | {*_NAMES["target"], *_NAMES["titles"]}
 LABEL_KINDS = ("category", "flag", "flags", "number")
 _FEW, _LONG, _COMPARED, _UNNAMED, _UNKNOWN = 10, 40, 200, 100, 102

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -46,6 +47,7 @@ class Journal:
         self.path = path
         self._heartbeat = None if path is None else path.with_name(HEARTBEAT_FILE)
         self.phase: Phase = "loading"
+        self._beating = threading.Lock()
 
     def set_phase(self, phase: Phase) -> None:
         """Set the current phase and write it to the phase file."""
@@ -67,7 +69,7 @@ class Journal:
         """Write a heartbeat with the number of completed steps. The parent kills a process whose heartbeat stops."""
         if self._heartbeat is not None:
             # A reader must not find it empty. It says nothing after a crash of the machine, so it is not flushed.
-            with replace_atomically(self._heartbeat) as part:
+            with self._beating, replace_atomically(self._heartbeat) as part:  # threads of streaming write it, too
                 part.write_text(str(steps), encoding="ascii")
 
     def remove_heartbeat(self) -> None:
